@@ -1,0 +1,53 @@
+"""commlab: a gradient-communication engine for data-parallel PyTorch.
+
+The public names, loaded when first used, so that importing one part loads no other.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "init": "collectives.world",
+    "shutdown": "collectives.world",
+    "allreduce": "collectives.operations",
+    "allreduce_async": "collectives.operations",
+    "reduce_scatter": "collectives.operations",
+    "allgather": "collectives.operations",
+    "broadcast": "collectives.operations",
+    "reduce": "collectives.operations",
+    "barrier": "collectives.operations",
+    "Group": "collectives.group",
+    "Handle": "collectives.handle",
+    "strategy": "strategies",
+    "CommlabError": "errors",
+    "UsageError": "errors",
+    "DisagreementError": "errors",
+    "PeerLostError": "errors",
+    "PeerTimeoutError": "errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from .collectives.group import Group
+    from .collectives.handle import Handle
+    from .collectives.operations import allgather, allreduce, allreduce_async, barrier, broadcast, reduce, reduce_scatter
+    from .collectives.world import init, shutdown
+    from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
+    from .strategies import strategy
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'commlab' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,99 @@
+"""How this process was launched, and how the whole job ends when one rank fails.
+
+Under plain ``mpirun python`` an exception in one rank leaves the others waiting for ever: the interpreter exits, MPI_Finalize
+runs at exit and waits for everybody. So the hook installed here prints the traceback once and then ends the job.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from .errors import CommlabError
+
+# (launcher, rank, size, local rank, local size), in the order in which they are believed: a launcher that starts another
+# (mpirun under Slurm) leaves its own variables in the environment, and the innermost one knows best.
+_LAUNCHERS = (
+    ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher's variables say. ``launcher`` is None when there was none: one process, rank 0 of 1."""
+
+    launcher: str | None
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def detect(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Read the launcher's variables; needs no MPI and costs nothing, so errors can name the rank before MPI is up."""
+    for launcher, rank, size, local_rank, local_size in _LAUNCHERS:
+        if rank in environ and size in environ:
+            ranks = int(environ[size])
+            local = environ.get(local_size, "")
+            return Launch(
+                launcher,
+                int(environ[rank]),
+                ranks,
+                int(environ.get(local_rank, environ[rank])),
+                int(local) if local.isdigit() else ranks,
+            )
+    return Launch(None, 0, 1, 0, 1)
+
+
+_abort: Callable[[int], None] | None = None
+
+
+def end_job(code: int = 1) -> None:
+    """End every rank of the job at once with exit code ``code``; returns only when this process is the whole job."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _abort is not None:
+        _abort(code)
+
+
+def report(error: BaseException, trace: TracebackType | None) -> None:
+    """Print an unhandled exception of this rank, once: a CommlabError as its message, anything else with its traceback."""
+    launch = detect()
+    head = f"[rank {launch.rank} of {launch.size}] " if launch.size > 1 else ""
+    text = "".join(traceback.format_exception(type(error), error, trace))
+    # One write: the lines of several ranks must not be mixed.
+    sys.stderr.write("".join(f"{head}{line}\n" for line in text.rstrip().splitlines()))
+    if isinstance(error, CommlabError):
+        sys.stderr.write(f"{head}commlab: {error}\n")
+    sys.stderr.flush()
+
+
+def install_exception_hook(abort: Callable[[int], None]) -> None:
+    """From now on an unhandled exception in this rank, in any thread, ends the whole job through ``abort(code)``."""
+    global _abort
+    first = _abort is None
+    _abort = abort
+    if not first:
+        return
+
+    def on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            end_job(130)
+            return
+        report(error, trace)
+        end_job(1)
+
+    def on_thread_exception(details: threading.ExceptHookArgs) -> None:
+        if details.exc_value is not None and not isinstance(details.exc_value, SystemExit):
+            on_exception(details.exc_type, details.exc_value, details.exc_traceback)
+
+    sys.excepthook = on_exception
+    threading.excepthook = on_thread_exception

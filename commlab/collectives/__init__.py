@@ -1,0 +1,10 @@
+"""Collectives: schedules, the executor, and the operations on tensors. ``ALGORITHMS`` is the table of schedules by name."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from . import direct, halving, ring, tree
+from .schedules import Algorithm
+
+ALGORITHMS: Final[dict[str, Algorithm]] = {"ring": ring, "halving": halving, "tree": tree, "direct": direct}

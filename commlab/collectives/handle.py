@@ -1,0 +1,52 @@
+"""Asynchrony is a handle: an operation that was started, and the one way to wait for it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from .. import trace
+from .execute import Pending
+
+if TYPE_CHECKING:
+    from .progress import Progress
+
+
+class Handle:
+    """An operation under way. ``describe`` names it in messages: operation, sequence number and tensor."""
+
+    __slots__ = ("_progress", "_started_ns", "describe", "error", "finished", "pending", "result", "waits_for")
+
+    def __init__(self, pending: Pending, result: Any, describe: str, progress: Progress):
+        self.pending, self.result, self.describe, self._progress = pending, result, describe, progress
+        self.finished = False
+        self.error: BaseException | None = None
+        self.waits_for: Any = None
+        self._started_ns = 0
+
+    def advance(self) -> None:
+        """Go on as far as possible without waiting. Called by :class:`Progress` only."""
+        if not self._started_ns:
+            self._started_ns = time.perf_counter_ns()
+        try:
+            self.waits_for = next(self.pending)
+        except StopIteration:
+            self.finished = True
+            trace.record(self.describe, "exchange", self._started_ns, time.perf_counter_ns())
+        except Exception as error:
+            self.finished, self.error = True, error
+
+    def done(self) -> bool:
+        """Whether it has ended; never blocks, and helps it on. An error is kept for :meth:`wait`."""
+        if not self.finished:
+            self._progress.poll()
+        return self.finished
+
+    def wait(self, timeout_s: float | None = None) -> Any:
+        """Block until it has ended; returns the reduced tensor. Raises what went wrong; PeerTimeoutError when a peer has been
+        silent for ``timeout_s`` (default: the group's timeout)."""
+        if not self.finished:
+            self._progress.drive(self, timeout_s)
+        if self.error is not None:
+            raise self.error
+        return self.result

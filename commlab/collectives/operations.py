@@ -1,0 +1,276 @@
+"""The collectives on tensors. All of them must be called by every rank of the group, in the same order.
+
+Tensors: CPU or CUDA; float32, float64, float16, bfloat16, int32, int64; contiguous or not; empty allowed. Results are bitwise the same
+on all ranks, and from run to run for the same algorithm and group; not across algorithms, which add in different orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import native
+from ..chunks import Range, split, whole_at
+from ..errors import UsageError
+from . import ALGORITHMS, schedules
+from .execute import Execution, Operand, Pending
+from .group import Group
+from .handle import Handle
+from .select import Case, choose
+from .signature import Signature
+from .world import resolve
+
+OPS = ("sum", "mean", "min", "max", "prod")
+WIRES: dict[str | None, torch.dtype | None] = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wire: str | None = None) -> None:
+    """UsageError for what no rank could do; what only differs between ranks is found by the agreement check."""
+    where = f"rank {group.rank}: {kind} of {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    if tensor.dtype not in DTYPES:
+        raise UsageError(f"{where}: dtypes are {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}; cast it")
+    if op not in OPS:
+        raise UsageError(f"{where}: unknown op {op!r}; there are {', '.join(OPS)}")
+    if op == "mean" and not tensor.dtype.is_floating_point:
+        raise UsageError(f"{where}: the mean of integers is not an integer; use op='sum' and divide, or a float tensor")
+    if wire not in WIRES:
+        raise UsageError(f"{where}: unknown wire {wire!r}; there are None, fp16, bf16")
+    if wire is not None and (not tensor.dtype.is_floating_point or op not in ("sum", "mean")):
+        raise UsageError(f"{where}: a 16-bit wire is for sum and mean of floating-point tensors, not op={op!r}")
+
+
+def _pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> str:
+    case = Case(kind, group.size, numel * dtype.itemsize, dtype in _HALVES, group.transport.name)
+    return choose(algorithm, case, tuple(ALGORITHMS))[0]
+
+
+def _staged(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor as a flat CPU buffer of ``dtype``: itself where it is one already, else a copy."""
+    return tensor.detach().to("cpu", dtype).contiguous().view(-1)
+
+
+def _return(flat: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Write a staged buffer back where it is a copy."""
+    if flat.data_ptr() != tensor.data_ptr() or flat.dtype != tensor.dtype:
+        tensor.detach().copy_(flat.view(tensor.shape))
+
+
+def _operand(flat: torch.Tensor, op: str, chosen: str, size: int, own: Range, wide: torch.Tensor | None = None) -> Operand:
+    """How the algorithm treats this buffer (DESIGN "Rounding").
+
+    16-bit: ``direct`` sums in fp32 at the owner, and divides there before it rounds; the others round at every hop, so a mean
+    is divided first, which keeps the sum in range.
+    """
+    divisor = size if op == "mean" else 1
+    reduction = "sum" if op == "mean" else op
+    if flat.dtype not in _HALVES:
+        return Operand(flat, reduction, divisor)
+    if chosen == "direct":
+        return Operand(flat, reduction, divisor, own, wide)
+    if divisor != 1:
+        native.divide(flat, 0, flat.numel(), divisor)
+    return Operand(flat, reduction)
+
+
+def allreduce_async(
+    tensor: torch.Tensor,
+    op: str = "mean",
+    name: str | None = None,
+    algorithm: str = "auto",
+    wire: str | None = None,
+    group: Group | None = None,
+) -> Handle:
+    """Start to reduce ``tensor`` in place over all ranks; the handle's ``wait()`` returns it. Don't touch it until then.
+
+    ``op``: sum, mean, min, max, prod. ``wire``: ``"fp16"`` or ``"bf16"`` sends 16-bit numbers: contributions and the result are
+    rounded to it. Cost and rounding: see the algorithm's page; ``auto`` is :mod:`.select`. Errors: UsageError;
+    from ``wait()``: DisagreementError, PeerLostError, PeerTimeoutError.
+    """
+    group = resolve(group)
+    _require(group, "allreduce", tensor, op, wire)
+    dtype = WIRES[wire] or tensor.dtype
+    chosen = _pick(group, "allreduce", algorithm, tensor.numel(), dtype)
+
+    def body() -> Pending:
+        if group.size == 1 or tensor.numel() == 0:
+            return
+        flat = _staged(tensor, dtype)
+        schedule_of = ALGORITHMS[chosen]
+        own = schedule_of.owners(flat.numel(), group.size)[group.rank]
+        operand = _operand(flat, op, chosen, group.size, own)
+        schedule = schedules.allreduce(schedule_of, group.rank, group.size, flat.numel())
+        yield from group.execute(Execution(schedule, operand, group.transport))
+        _return(flat, tensor)
+
+    signature = Signature("allreduce", tuple(tensor.shape), tensor.dtype, name, f"{op}, {chosen}, wire {wire or 'as is'}")
+    return group.submit(signature, body(), tensor)
+
+
+def allreduce(
+    tensor: torch.Tensor,
+    op: str = "mean",
+    name: str | None = None,
+    algorithm: str = "auto",
+    wire: str | None = None,
+    group: Group | None = None,
+) -> torch.Tensor:
+    """Reduce ``tensor`` in place over all ranks and return it; see :func:`allreduce_async`."""
+    result: torch.Tensor = allreduce_async(tensor, op, name, algorithm, wire, group).wait()
+    return result
+
+
+def reduce_chunks_async(
+    flat: torch.Tensor,
+    chunks: Sequence[Range],
+    op: str = "mean",
+    name: str | None = None,
+    algorithm: str = "auto",
+    group: Group | None = None,
+) -> Handle:
+    """Start to reduce rank r's chunk of ``flat`` on rank r, in place. ``flat``: 1-D, contiguous, CPU; afterwards only this rank's
+    chunk means anything. The parameter server's push: with all of it in one chunk, a reduce to that rank.
+
+    The handle returns this rank's chunk: a view of ``flat``, or for a 16-bit ``flat`` the fp32 sums that were never rounded
+    (``direct``), so the whole push rounds once, when it was packed.
+    """
+    group = resolve(group)
+    _require(group, "reduce_scatter", flat, op)
+    rooted = any(chunk.numel == flat.numel() for chunk in chunks)
+    chosen = _pick(group, "reduce" if rooted else "reduce_scatter", algorithm, flat.numel(), flat.dtype)
+    own = chunks[group.rank]
+    wide = None
+    if flat.dtype in _HALVES and chosen == "direct" and group.size > 1:
+        wide = torch.empty(own.numel, dtype=torch.float32)
+
+    def body() -> Pending:
+        if group.size == 1 or flat.numel() == 0:
+            return
+        operand = _operand(flat, op, chosen, group.size, own, wide)
+        schedule = schedules.reduce_scatter(ALGORITHMS[chosen], group.rank, chunks)
+        yield from group.execute(Execution(schedule, operand, group.transport))
+
+    bounds = "" if len(chunks) < 2 else f", chunks to {[chunk.stop for chunk in chunks]}"
+    signature = Signature("reduce_scatter", tuple(flat.shape), flat.dtype, name, f"{op}, {chosen}{bounds}")
+    return group.submit(signature, body(), flat[own.start : own.stop] if wide is None else wide)
+
+
+def gather_chunks_async(
+    flat: torch.Tensor,
+    chunks: Sequence[Range],
+    name: str | None = None,
+    algorithm: str = "auto",
+    group: Group | None = None,
+) -> Handle:
+    """Start to bring rank r's chunk of ``flat`` from rank r to all ranks, in place, for all r. ``flat``: 1-D, contiguous, CPU. The
+    parameter server's pull: with all of it in one chunk, a broadcast."""
+    group = resolve(group)
+    _require(group, "allgather", flat)
+    rooted = any(chunk.numel == flat.numel() for chunk in chunks)
+    chosen = _pick(group, "broadcast" if rooted else "allgather", algorithm, flat.numel(), flat.dtype)
+
+    def body() -> Pending:
+        if group.size == 1 or flat.numel() == 0:
+            return
+        schedule = schedules.allgather(ALGORITHMS[chosen], group.rank, chunks)
+        yield from group.execute(Execution(schedule, Operand(flat), group.transport))
+
+    bounds = "" if len(chunks) < 2 else f", chunks to {[chunk.stop for chunk in chunks]}"
+    signature = Signature("allgather", tuple(flat.shape), flat.dtype, name, f"{chosen}{bounds}")
+    return group.submit(signature, body(), flat)
+
+
+def _chunks_of(group: Group, kind: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[Range, ...]:
+    chunks = split(whole.numel(), group.size)
+    if part.dtype != whole.dtype or part.numel() != chunks[group.rank].numel:
+        raise UsageError(
+            f"rank {group.rank}: {kind} cuts {whole.numel()} numbers of {whole.dtype} into {[chunk.numel for chunk in chunks]} for "
+            f"{group.size} ranks; this rank's part has {part.numel()} numbers of {part.dtype}"
+        )
+    return chunks
+
+
+def reduce_scatter(
+    out: torch.Tensor,
+    tensor: torch.Tensor,
+    op: str = "mean",
+    name: str | None = None,
+    algorithm: str = "auto",
+    group: Group | None = None,
+) -> torch.Tensor:
+    """Write this rank's part of the reduced ``tensor`` into ``out`` and return it; ``tensor`` is left as it was.
+
+    Part r of P is :func:`commlab.chunks.split`'s (the first ``numel mod P`` ranks hold one number more). Cost: half an allreduce,
+    and a copy of ``tensor``.
+    """
+    group = resolve(group)
+    _require(group, "reduce_scatter", tensor, op)
+    chunks = _chunks_of(group, "reduce_scatter", out, tensor)
+    flat = tensor.detach().to("cpu").reshape(-1).clone()
+    part = reduce_chunks_async(flat, chunks, op, name, algorithm, group).wait()
+    return out.copy_(part.view(out.shape))
+
+
+def allgather(
+    out: torch.Tensor, tensor: torch.Tensor, name: str | None = None, algorithm: str = "auto", group: Group | None = None
+) -> torch.Tensor:
+    """Write every rank's ``tensor``, one after the other, into ``out`` on all ranks and return it. The parts are cut as in
+    :func:`reduce_scatter`. Cost: half an allreduce."""
+    group = resolve(group)
+    _require(group, "allgather", tensor)
+    chunks = _chunks_of(group, "allgather", tensor, out)
+    flat = _staged(out, out.dtype)
+    own = chunks[group.rank]
+    flat[own.start : own.stop].copy_(tensor.detach().reshape(-1))
+    gather_chunks_async(flat, chunks, name, algorithm, group).wait()
+    _return(flat, out)
+    return out
+
+
+def _rooted(group: Group, kind: str, root: int) -> None:
+    if not 0 <= root < group.size:
+        raise UsageError(f"rank {group.rank}: {kind} with root {root}; the group has ranks 0..{group.size - 1}")
+
+
+def broadcast(
+    tensor: torch.Tensor, root: int = 0, name: str | None = None, algorithm: str = "auto", group: Group | None = None
+) -> torch.Tensor:
+    """Overwrite ``tensor`` on all ranks with ``root``'s and return it. Cost with ``tree``: ceil(log2 P) steps; the root sends n
+    ceil(log2 P); with ``ring`` (a pipelined chain): every rank but the last sends n once."""
+    group = resolve(group)
+    _rooted(group, "broadcast", root)
+    _require(group, "broadcast", tensor)
+    flat = _staged(tensor, tensor.dtype)
+    chunks = whole_at(root, flat.numel(), group.size)
+    gather_chunks_async(flat, chunks, name, algorithm, group).wait()
+    _return(flat, tensor)
+    return tensor
+
+
+def reduce(
+    tensor: torch.Tensor,
+    root: int = 0,
+    op: str = "mean",
+    name: str | None = None,
+    algorithm: str = "auto",
+    group: Group | None = None,
+) -> torch.Tensor:
+    """Reduce ``tensor`` in place on ``root`` and return it; on the other ranks it is left as it was. Cost with ``tree``: ceil(log2 P)
+    steps, every rank but the root sends n."""
+    group = resolve(group)
+    _rooted(group, "reduce", root)
+    _require(group, "reduce", tensor, op)
+    flat = tensor.detach().to("cpu").reshape(-1).clone()
+    chunks = whole_at(root, flat.numel(), group.size)
+    part = reduce_chunks_async(flat, chunks, op, name, algorithm, group).wait()
+    if group.rank == root:
+        tensor.detach().copy_(part.view(tensor.shape))
+    return tensor
+
+
+def barrier(group: Group | None = None) -> None:
+    """Return once every rank has called it."""
+    resolve(group).barrier()
+

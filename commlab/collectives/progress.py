@@ -1,0 +1,138 @@
+"""Who moves an operation on. Operations of a group run strictly one after the other, in the order in which they were started,
+which is the same on every rank: so no message needs a name, and no two ranks can wait for each other in a circle.
+
+Where a core is free (cores > local ranks) one thread per group does it, asleep when there is nothing to do. Elsewhere a thread
+would only take the core from the computation, and progress happens in ``poll`` (called from the gradient hooks) and in ``wait``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from ..errors import PeerTimeoutError
+from ..topology import usable_cores
+from .handle import Handle
+
+log = logging.getLogger("commlab")
+
+WARN_AFTER_S = 10.0
+
+
+class Progress:
+    """The queue of one group. ``rank``, ``size`` are for messages; ``names`` maps a peer of this group to the world's ranks."""
+
+    def __init__(self, rank: int, local_size: int, timeout_s: float, threaded: bool):
+        self.rank, self.timeout_s = rank, timeout_s
+        self._queue: deque[Handle] = deque()
+        self._lock = threading.Lock()
+        self._waiting = False
+        # Spinning is the fastest way to wait, on a core of one's own; where ranks share cores it steals from the peer that
+        # is waited for.
+        self._spin_s = 2e-3 if usable_cores() >= local_size else 20e-6
+        self._crowded = usable_cores() < local_size
+        self._work = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        if threaded:
+            self._thread = threading.Thread(target=self._serve, name="commlab progress", daemon=True)
+            self._thread.start()
+
+    @property
+    def threaded(self) -> bool:
+        return self._thread is not None
+
+    def submit(self, handle: Handle) -> Handle:
+        """Append an operation and start it if nothing is before it."""
+        self._queue.append(handle)
+        self.poll()
+        self._work.set()
+        return handle
+
+    def poll(self) -> None:
+        """Move on without waiting."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._advance()
+            finally:
+                self._lock.release()
+
+    def _advance(self) -> Handle | None:
+        """Advance the queue's head, and the next ones while they end; returns the one that has to wait."""
+        while self._queue:
+            head = self._queue[0]
+            head.advance()
+            if not head.finished:
+                return head
+            self._queue.popleft()
+        self._work.clear()
+        return None
+
+    def drive(self, handle: Handle, timeout_s: float | None = None) -> None:
+        """Wait for ``handle`` (and all before it), moving the queue on. PeerTimeoutError when nothing has moved for
+        ``timeout_s``; a warning that names the silent peer after 10 s."""
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        blocked_on: object = None
+        since_s = warned_s = time.perf_counter()
+        self._waiting = True
+        try:
+            while not handle.finished:
+                with self._lock:
+                    head = None if handle.finished else self._advance()
+                if head is None:
+                    continue
+                now_s = time.perf_counter()
+                if head.waits_for is not blocked_on:
+                    blocked_on, since_s, warned_s = head.waits_for, now_s, now_s
+                    continue
+                idle_s = now_s - since_s
+                if idle_s > limit_s:
+                    raise PeerTimeoutError(self._silence(head, idle_s) + "; it may be stuck or slow: see its own output, or raise the timeout")
+                if now_s - warned_s > WARN_AFTER_S:
+                    warned_s = now_s
+                    log.warning("%s", self._silence(head, idle_s))
+                self._pause(idle_s)
+        finally:
+            self._waiting = False
+
+    def _silence(self, head: Handle, idle_s: float) -> str:
+        peers: Sequence[int] = head.waits_for.peers() if head.waits_for is not None else ()
+        return (
+            f"rank {self.rank} has waited {idle_s:.1f} s for rank{'s' if len(peers) > 1 else ''} "
+            f"{', '.join(map(str, peers))} in {head.describe}"
+        )
+
+    def _pause(self, idle_s: float) -> None:
+        if idle_s < self._spin_s:
+            if self._crowded:
+                os.sched_yield()
+        else:
+            # A tenth of what was waited already: late by 10 % at most, and a long wait costs nothing.
+            time.sleep(min(1e-3, max(20e-6, idle_s / 10)))
+
+    def _serve(self) -> None:
+        while not self._closed:
+            self._work.wait()
+            idle_since_s = time.perf_counter()
+            while self._work.is_set() and not self._closed:
+                if self._waiting:
+                    time.sleep(1e-3)
+                    continue
+                before = self._queue[0].waits_for if self._queue else None
+                self.poll()
+                now_s = time.perf_counter()
+                if not self._queue or self._queue[0].waits_for is not before:
+                    idle_since_s = now_s
+                else:
+                    time.sleep(min(1e-3, max(20e-6, (now_s - idle_since_s) / 10)))
+
+    def close(self) -> None:
+        """Stop the thread. Operations still in the queue are dropped."""
+        self._closed = True
+        self._work.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)

@@ -1,0 +1,68 @@
+"""``algorithm="auto"``: one table by size, ranks, wire and transport, each row with its reason. The figures behind the rows are in
+docs/select.md and come from ``python -m bench.allreduce``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..errors import UsageError
+
+
+class Case(NamedTuple):
+    """What the choice may depend on; the same on all ranks."""
+
+    kind: str
+    """allreduce, reduce_scatter, allgather; reduce and broadcast where one rank owns everything."""
+    size: int
+    bytes: int
+    wire_is_16_bit: bool
+    transport: str
+
+
+class Row(NamedTuple):
+    applies: Callable[[Case], bool]
+    algorithm: str
+    reason: str
+
+
+TABLE: tuple[Row, ...] = (
+    Row(
+        lambda case: case.size == 2,
+        "direct",
+        "with one peer all algorithms send the same bytes; direct needs the fewest steps and rounds once",
+    ),
+    Row(
+        lambda case: case.kind in ("reduce", "broadcast") and case.bytes <= 256 * 1024,
+        "tree",
+        "one rank has everything: ceil(log2 P) steps",
+    ),
+    Row(
+        lambda case: case.wire_is_16_bit and case.size <= 16,
+        "direct",
+        "a 16-bit wire is rounded once here and at every hop elsewhere; few peers do not crowd the network",
+    ),
+    Row(
+        lambda case: case.kind in ("reduce", "broadcast"),
+        "ring",
+        "one rank has everything: a chain of segments sends it once over every link",
+    ),
+    Row(
+        lambda case: case.bytes <= 64 * 1024 and case.size & (case.size - 1) == 0,
+        "halving",
+        "latency counts: 2 log2 P steps, and all ranks work on a power of two",
+    ),
+    Row(lambda case: case.bytes <= 16 * 1024, "tree", "latency counts: 2 ceil(log2 P) steps, whatever the number of ranks"),
+    Row(lambda case: True, "ring", "bandwidth counts: the fewest bytes, only between neighbours, as one pipeline"),
+)
+
+
+def choose(algorithm: str, case: Case, available: tuple[str, ...]) -> tuple[str, str]:
+    """The algorithm to run and why: ``algorithm`` itself if it was named, else the first row of the table that applies.
+    UsageError for a name that does not exist."""
+    if algorithm != "auto":
+        if algorithm not in available:
+            raise UsageError(f"unknown algorithm {algorithm!r}; there are auto, {', '.join(available)}")
+        return algorithm, "named by the caller"
+    row = next(row for row in TABLE if row.applies(case))
+    return row.algorithm, row.reason

@@ -1,0 +1,91 @@
+"""The group of all ranks: made once, used by every operation that is given no other."""
+
+from __future__ import annotations
+
+import atexit
+
+from .. import bringup, topology
+from ..errors import UsageError
+from ..transport.base import Transport
+from .group import Group
+
+TRANSPORTS = ("mpi", "torch")
+
+_world: Group | None = None
+
+
+def init(transport: str = "mpi", nodes: str | None = None, timeout_s: float = 300.0, check: bool = True) -> Group:
+    """Connect all ranks of the job and return their group. Collective; later calls return the same group.
+
+    ``transport``: ``"mpi"`` (under mpirun) or ``"torch"`` (gloo; under mpirun or torchrun). Without a launcher: a group of one
+    rank, which needs neither. ``nodes``: which ranks share a node, declared by hand (:func:`commlab.topology.declared`); default: ranks
+    with one host name. ``timeout_s``: how long a silent peer is waited for. ``check``: compare operations between ranks first.
+    From here on an unhandled exception in one rank ends all of them.
+    """
+    global _world
+    if _world is not None:
+        return _world
+    if transport not in TRANSPORTS:
+        raise UsageError(f"unknown transport {transport!r}; there are {', '.join(TRANSPORTS)}")
+    connected = _connect(transport, timeout_s)
+    bringup.install_exception_hook(connected.abort)
+    alone = topology.Topology((tuple(range(connected.size)),))
+    group = Group(connected, alone, timeout_s, check)
+    if connected.size > 1:
+        # Gathered even when the nodes are declared: declarations that differ between ranks are then seen here.
+        keys = [key.decode() for key in group.gather_bytes(topology.node_key().encode(), "node key")]
+        found = topology.from_keys(keys) if nodes is None else topology.declared(nodes, connected.size)
+        group.progress.close()
+        group = Group(connected, found, timeout_s, check)
+    _world = group
+    atexit.register(group.progress.close)
+    return group
+
+
+def _connect(transport: str, timeout_s: float) -> Transport:
+    launch = bringup.detect()
+    if launch.launcher is None:
+        from ..transport.sim import SimNetwork
+
+        return SimNetwork(1).transports()[0]
+    if transport == "torch":
+        from ..transport.rendezvous import store_for
+        from ..transport.torchdist import TorchTransport
+
+        return TorchTransport(store_for(launch, timeout_s), launch.rank, launch.size, timeout_s)
+    if launch.launcher == "torchrun":
+        raise UsageError(f"rank {launch.rank}: torchrun launched this job, which MPI knows nothing of; use transport 'torch'")
+    try:
+        from ..transport.mpi import MpiTransport, library
+    except ImportError as error:
+        raise UsageError(
+            f"rank {launch.rank}: transport mpi needs mpi4py and an MPI library ({error}); pip install 'commlab[mpich]', or use "
+            "transport 'torch'"
+        ) from error
+    connected = MpiTransport()
+    if connected.size != launch.size:
+        raise UsageError(
+            f"rank {launch.rank}: {launch.launcher} launched {launch.size} ranks, but MPI sees {connected.size}: mpirun and mpi4py's "
+            f"library ({library()}) belong to different MPIs; use the mpirun that was installed with it"
+        )
+    return connected
+
+
+def resolve(group: Group | None) -> Group:
+    """``group``, or the world. UsageError before :func:`init`."""
+    if group is not None:
+        return group
+    if _world is None:
+        raise UsageError("no group yet: call commlab.init() first")
+    return _world
+
+
+def shutdown() -> None:
+    """Release the group of all ranks; :func:`init` may be called again. Collective."""
+    global _world
+    if _world is not None:
+        group, _world = _world, None
+        atexit.unregister(group.progress.close)
+        if group.size > 1:
+            group.barrier()
+        group.close()

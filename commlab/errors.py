@@ -1,0 +1,23 @@
+"""The kinds of failure. Every message names rank, peer, operation and tensor where they exist, both sides of a disagreement, and what to do."""
+
+from __future__ import annotations
+
+
+class CommlabError(RuntimeError):
+    """Base of every error that commlab raises on purpose."""
+
+
+class UsageError(CommlabError, ValueError):
+    """The caller asked for something that cannot be; found on this rank alone, before anything is sent."""
+
+
+class DisagreementError(CommlabError):
+    """Ranks of one group called different operations, or the same one with different tensors. Raised on every rank, before anything is reduced."""
+
+
+class PeerLostError(CommlabError, ConnectionError):
+    """A peer's process or its connection is gone."""
+
+
+class PeerTimeoutError(CommlabError, TimeoutError):
+    """A peer lives, as far as is known, but has not answered within the timeout."""
