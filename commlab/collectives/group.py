@@ -76,25 +76,28 @@ class Group:
         """Return once every rank has called it. Cost: one round trip."""
         self.submit(Signature("barrier")).wait()
 
-    def gather_bytes(self, data: bytes, name: str = "bytes") -> list[bytes]:
-        """Every rank's ``data`` (any length, any content) on every rank, in rank order. Collective. For reports and set-up: all
-        ranks get everything."""
-        gathered: list[bytes] = []
+    def exchange_records(self, record: bytes, name: str) -> list[bytes]:
+        """Every rank's ``record`` on every rank, in rank order; all of one length. Collective. Cost: one round trip."""
+        if self.size == 1:
+            return [record]
+        records: list[bytes] = []
 
         def body() -> Pending:
-            lengths = self.transport.exchange(struct.pack("<q", len(data)))
-            while not lengths.test():
-                yield lengths
-            sizes = [struct.unpack("<q", record)[0] for record in lengths.records()]
-            records = self.transport.exchange(data.ljust(max(1, *sizes), b"\0"))
-            while not records.test():
-                yield records
-            gathered.extend(record[:size] for record, size in zip(records.records(), sizes, strict=True))
+            exchange = self.transport.exchange(record)
+            while not exchange.test():
+                yield exchange
+            records.extend(exchange.records())
 
-        if self.size == 1:
-            return [data]
-        self.submit(Signature("gather", name=name), body()).wait()
-        return gathered
+        self.submit(Signature("exchange", (len(record),), name=name), body()).wait()
+        return records
+
+    def gather_bytes(self, data: bytes, name: str) -> list[bytes]:
+        """Every rank's ``data`` (any length, any content) on every rank, in rank order. Collective. For reports and set-up: all
+        ranks get everything."""
+        lengths = self.exchange_records(struct.pack("<q", len(data)), f"length of {name}")
+        sizes = [struct.unpack("<q", length)[0] for length in lengths]
+        records = self.exchange_records(data.ljust(max(1, *sizes, 1), b"\0"), name)
+        return [record[:size] for record, size in zip(records, sizes, strict=True)]
 
     def subgroup(self, ranks: Sequence[int]) -> Group | None:
         """A group of ``ranks`` of this one, in that order. Collective over this group; None on ranks that are not in it."""

@@ -1,0 +1,1 @@
+"""Gradients on their way: buckets, and how a number travels."""

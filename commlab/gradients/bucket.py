@@ -1,0 +1,196 @@
+"""Buckets: parameters grouped in the order in which backward finishes them, each sent as soon as all its gradients are there.
+
+    registration order      wte  wpe  h.0 ...  h.11  ln_f            backward runs from the right to the left
+    buckets                      [   bucket 2   ][ bucket 1 ][ 0 ]   so bucket 0 is ready first, and travels meanwhile
+
+Every rank starts its buckets strictly in index order, so no message has to say which bucket it belongs to. What one does with a
+ready bucket is not known here: it is given to ``launch``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import trace
+from ..chunks import Range
+from ..errors import UsageError
+from .wire import pack
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A parameter as the buckets see it; ``group`` is the index of its group in the user's optimizer."""
+
+    name: str
+    tensor: torch.nn.Parameter
+    group: int
+    index: int
+    """Place in registration order."""
+
+
+@dataclass
+class Bucket:
+    """Parameters of one dtype and one optimizer group, and where each lies in the flat buffer."""
+
+    index: int
+    parameters: list[NamedParameter]
+    ranges: list[Range]
+    dtype: torch.dtype
+    """Of the flat buffer, that is of the wire."""
+    flat: torch.Tensor = field(repr=False)
+    waiting: set[int] = field(default_factory=set)
+    """Indices of the parameters whose gradients are not there yet."""
+
+    @property
+    def numel(self) -> int:
+        return self.flat.numel()
+
+    @property
+    def name(self) -> str:
+        return f"bucket {self.index}"
+
+
+def named_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[NamedParameter]:
+    """The trainable parameters of ``model`` in registration order, a tied one once, with their groups in ``optimizer``.
+
+    UsageError for a parameter that the optimizer does not have, or has but the model does not, and for sparse or complex ones.
+    """
+    group_of = {id(tensor): group for group, entry in enumerate(optimizer.param_groups) for tensor in entry["params"]}
+    named: list[NamedParameter] = []
+    for name, tensor in model.named_parameters():
+        if not tensor.requires_grad:
+            continue
+        if id(tensor) not in group_of:
+            raise UsageError(f"parameter {name!r} is trainable, but the optimizer does not have it; add it, or freeze it")
+        if not tensor.dtype.is_floating_point:
+            raise UsageError(f"parameter {name!r} is {tensor.dtype}; gradients travel as floating-point numbers")
+        named.append(NamedParameter(name, tensor, group_of.pop(id(tensor)), len(named)))
+    if group_of:
+        shapes = [list(tensor.shape) for entry in optimizer.param_groups for tensor in entry["params"] if id(tensor) in group_of]
+        raise UsageError(f"the optimizer has {len(group_of)} parameters that are not trainable ones of the model: {shapes[:5]}")
+    return named
+
+
+def plan(parameters: Iterable[NamedParameter], bucket_bytes: int, wire: torch.dtype | None) -> list[Bucket]:
+    """Fill buckets of at most ``bucket_bytes`` (more where one parameter is larger) in reverse registration order.
+
+    A bucket holds one dtype and one optimizer group, so that a chunk of it can be updated as one. Buckets are numbered in the
+    order in which backward completes them.
+    """
+    open_buckets: dict[tuple[torch.dtype, int], list[NamedParameter]] = {}
+    closed: list[list[NamedParameter]] = []
+    for parameter in reversed(list(parameters)):
+        key = parameter.tensor.dtype, parameter.group
+        members = open_buckets.setdefault(key, [])
+        filled = sum(member.tensor.numel() * member.tensor.element_size() for member in members)
+        if members and filled + parameter.tensor.numel() * parameter.tensor.element_size() > bucket_bytes:
+            closed.append(members)
+            members = open_buckets[key] = []
+        members.append(parameter)
+    closed.extend(members for members in open_buckets.values() if members)
+    # Complete when its last member is: the one registered first.
+    closed.sort(key=lambda members: -members[-1].index)
+    return [_bucket(index, members, wire) for index, members in enumerate(closed)]
+
+
+def _bucket(index: int, members: list[NamedParameter], wire: torch.dtype | None) -> Bucket:
+    ranges, at = [], 0
+    for member in members:
+        ranges.append(Range(at, at + member.tensor.numel()))
+        at = ranges[-1].stop
+    dtype = wire or members[0].tensor.dtype
+    return Bucket(index, members, ranges, dtype, torch.empty(at, dtype=dtype))
+
+
+class GradientBuckets:
+    """Watches backward through post-accumulate-grad hooks, packs what is complete, and launches it in index order.
+
+    ``launch(bucket)`` starts the bucket on its way. ``scale()`` is asked for when a step's first bucket is packed, and multiplies
+    all gradients of the step. ``poll()`` lets operations under way move on while backward computes.
+    """
+
+    def __init__(
+        self,
+        buckets: list[Bucket],
+        launch: Callable[[Bucket], None],
+        scale: Callable[[], float],
+        poll: Callable[[], None],
+        *,
+        keep_gradients: bool,
+    ):
+        self.buckets = buckets
+        self.syncing = True
+        """Off inside ``no_sync``: gradients accumulate on this rank and nothing is launched."""
+        self.used: set[int] = set()
+        """Parameters (by index) that have had a gradient since the last :meth:`reset`."""
+        self.launch_s = 0.0
+        """Time spent packing, launching and polling inside backward since the last :meth:`reset`."""
+        self._launch, self._scale, self._poll = launch, scale, poll
+        self._keep_gradients = keep_gradients
+        self._next = 0
+        self._step_scale: float | None = None
+        self._hooks = [
+            member.tensor.register_post_accumulate_grad_hook(self._hook(bucket, member))
+            for bucket in buckets
+            for member in bucket.parameters
+        ]
+        self.reset()
+
+    def _hook(self, bucket: Bucket, member: NamedParameter) -> Callable[[torch.Tensor], None]:
+        def on_gradient(_: torch.Tensor) -> None:
+            self.used.add(member.index)
+            if not self.syncing:
+                return
+            if member.index not in bucket.waiting:
+                raise UsageError(
+                    f"the gradient of {member.name!r} is ready a second time before step(): run all backward() calls but the last "
+                    "of a step inside engine.no_sync()"
+                )
+            bucket.waiting.discard(member.index)
+            started_s = time.perf_counter()
+            self._launch_ready()
+            self._poll()
+            self.launch_s += time.perf_counter() - started_s
+
+        return on_gradient
+
+    def _launch_ready(self) -> None:
+        while self._next < len(self.buckets) and not self.buckets[self._next].waiting:
+            self._launch_next()
+
+    def _launch_next(self) -> None:
+        bucket = self.buckets[self._next]
+        self._next += 1
+        if self._step_scale is None:
+            self._step_scale = self._scale()
+        gradients = [member.tensor.grad for member in bucket.parameters]
+        for member, gradient in zip(bucket.parameters, gradients, strict=True):
+            if gradient is not None and gradient.is_sparse:
+                raise UsageError(f"the gradient of {member.name!r} is sparse; use sparse=False in its embedding")
+        with trace.span(f"pack {bucket.name}", "compute"):
+            pack(gradients, bucket.ranges, bucket.flat, self._step_scale)
+        if not self._keep_gradients:
+            for member in bucket.parameters:
+                member.tensor.grad = None
+        self._launch(bucket)
+
+    def flush(self) -> None:
+        """After backward: launch what is left; parameters without a gradient on this rank travel as zeros."""
+        while self._next < len(self.buckets):
+            self._launch_next()
+
+    def reset(self) -> None:
+        """Get ready for the next step."""
+        self._next, self._step_scale, self.launch_s = 0, None, 0.0
+        self.used.clear()
+        for bucket in self.buckets:
+            bucket.waiting = {member.index for member in bucket.parameters}
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,49 @@
+"""Strategies: how gradients become agreed updates. ``STRATEGIES`` is the table, name to where its class lives; classes are loaded when
+asked for, so that a strategy whose library is missing disturbs no other."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..collectives.group import Group
+    from .base import Strategy
+
+STRATEGIES: Final[dict[str, tuple[str, str]]] = {
+    "single": ("single", "Single"),
+    "ps": ("server", "SingleServer"),
+    "dps": ("server", "ShardedServer"),
+    "allreduce": ("allreduce", "AllReduce"),
+    "ddp": ("ddp", "Ddp"),
+}
+
+
+def strategy(
+    name: str,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: Group | None = None,
+    **options: Any,
+) -> Strategy:
+    """Couple ``model`` and ``optimizer`` to the group's other ranks; returns the engine. Collective.
+
+    ``name``: single, ps, dps, allreduce, ddp. ``options``: algorithm, precision, wire, max_grad_norm, bucket_bytes, elementwise
+    (:class:`commlab.strategies.base.Options`). ``optimizer``: the user's own; under ps and dps its ``params`` become the pieces that this
+    rank owns, while groups, hyper-parameters and LR schedulers stay. Errors: UsageError.
+    """
+    from ..collectives.world import resolve
+    from .base import Options
+
+    if name not in STRATEGIES:
+        raise UsageError(f"unknown strategy {name!r}; there are {', '.join(STRATEGIES)}")
+    unknown = sorted(set(options) - set(Options.__dataclass_fields__))
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]!r} for a strategy; there are {', '.join(Options.__dataclass_fields__)}")
+    module, kind = STRATEGIES[name]
+    built: Strategy = getattr(import_module(f".{module}", __name__), kind)(model, optimizer, resolve(group), Options(**options))
+    return built

@@ -1,0 +1,55 @@
+"""``allreduce``: every rank gets the mean gradient and makes the same update. Any algorithm of the table moves the buckets.
+
+    backward | pack b0 -> allreduce b0 ...| pack b1 -> allreduce b1 ... | norm | clip | optimizer on all ranks
+
+Cost per step: one allreduce of the gradient, 2 n (P-1)/P numbers sent per rank; the optimizer's state exists P times.
+A. Sergeev, M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", arXiv 1802.05799; S. Li et al., "PyTorch
+distributed", VLDB 2020 (buckets and overlap).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..chunks import split
+from ..collectives import operations
+from ..gradients.bucket import Bucket
+from ..gradients.wire import unpack
+from .base import Strategy, scale_
+
+
+class AllReduce(Strategy):
+    """After the exchange ``p.grad`` is a view of its bucket (no copy), or the unpacked gradient where the wire has 16 bits."""
+
+    name = "allreduce"
+
+    def _launch(self, bucket: Bucket) -> None:
+        handle = operations.allreduce_async(
+            bucket.flat, "mean", bucket.name, self.options.algorithm, group=self.group
+        )
+        self._launched.append((bucket, handle))
+
+    def _owned_gradients(self) -> list[torch.Tensor]:
+        parts = []
+        for bucket, _ in self._launched:
+            own = split(bucket.numel, self.group.size)[self.group.rank]
+            parts.append(bucket.flat[own.start : own.stop])
+        return parts
+
+    def _update(self, clip: float, unused: set[int]) -> None:
+        for bucket, _ in self._launched:
+            same_dtype = bucket.dtype == bucket.parameters[0].tensor.dtype
+            for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
+                tensor = member.tensor
+                if member.index in unused:
+                    tensor.grad = None
+                elif same_dtype:
+                    tensor.grad = bucket.flat[place.start : place.stop].view(tensor.shape)
+                elif tensor.grad is None:
+                    tensor.grad = torch.empty_like(tensor)
+            gradients = [member.tensor.grad for member in bucket.parameters]
+            if not same_dtype:
+                unpack(bucket.flat, bucket.ranges, gradients)
+            # In the parameters' precision: a 16-bit bucket must not be rounded a second time.
+            scale_([gradient for gradient in gradients if gradient is not None], clip)
+        self.optimizer.step()

@@ -1,0 +1,268 @@
+"""What every strategy shares: one engine call for the user, buckets on their way during backward, one agreed norm and clip."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, ClassVar
+
+import torch
+
+from .. import trace
+from ..collectives import operations
+from ..collectives.execute import byte_view
+from ..collectives.group import Group
+from ..collectives.handle import Handle
+from ..errors import UsageError
+from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan
+from ..gradients.wire import WIRES
+from . import pieces
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose for any strategy."""
+
+    algorithm: str = "auto"
+    precision: str = "fp32"
+    wire: str | None = None
+    max_grad_norm: float | None = None
+    """Clip the reduced gradient to this global 2-norm; None: don't compute it."""
+    bucket_bytes: int = 25 * 2**20
+    elementwise: bool | None = None
+    """Say True for an optimizer of your own that updates every number from that number's own gradient and state alone."""
+
+
+@dataclass
+class Times:
+    """Seconds in which this rank's model stood still, since the user last put in a new one."""
+
+    exchange_s: float = 0.0
+    """Packing and launching inside backward, waiting for peers, agreeing on the norm, pulling parameters."""
+    update_s: float = 0.0
+    """Clipping and the optimizer."""
+
+
+def norm_squared(gradients: Iterable[torch.Tensor]) -> float:
+    """Sum of the squares of all numbers; each tensor's in fp32, their sum in float64."""
+    return sum(float(torch.linalg.vector_norm(gradient.float())) ** 2 for gradient in gradients)
+
+
+def scale_(gradients: list[torch.Tensor], factor: float) -> None:
+    """Multiply all of them in place."""
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+
+
+class Strategy:
+    """How gradients become agreed updates. Built by :func:`commlab.strategy`; all ranks must make the same calls.
+
+    ``model``: what to call in the training loop (the user's own model, but for ``ddp``). At construction rank 0's parameters and
+    buffers are given to all ranks.
+    """
+
+    name: ClassVar[str]
+    keeps_gradients: ClassVar[bool] = True
+    """Whether ``p.grad`` holds the reduced gradient after :meth:`step`."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
+        if options.wire not in WIRES:
+            raise UsageError(f"unknown wire {options.wire!r}; there are none, fp16, bf16")
+        if options.precision != "fp32":
+            raise UsageError(f"unknown precision {options.precision!r}; there is fp32")
+        self.model, self.optimizer, self.group, self.options = model, optimizer, group, options
+        self.grad_norm: float | None = None
+        """Global 2-norm of the last step's reduced gradient, before clipping; None where max_grad_norm is None."""
+        self.skipped_steps = 0
+        self.steps = 0
+        self.times = Times()
+        self.parameters: list[NamedParameter] = named_parameters(model, optimizer)
+        self._count = 0
+        self._total: int | None = None
+        self._counted: bool | None = None
+        self._global_count: Handle | None = None
+        self._syncing = True
+        self._backward_done = False
+        self._stale = False
+        self._launched: list[tuple[Bucket, Handle]] = []
+        self._synchronize_model()
+        self.buckets = self._make_buckets()
+
+    # What differs between strategies.
+
+    def _make_buckets(self) -> GradientBuckets | None:
+        buckets = plan(self.parameters, self.options.bucket_bytes, WIRES[self.options.wire])
+        return GradientBuckets(
+            buckets, self._launch, self._local_scale, self.group.progress.poll, keep_gradients=self.keeps_gradients
+        )
+
+    def _launch(self, bucket: Bucket) -> None:
+        """Start a packed bucket on its way; append its handle to ``_launched``."""
+        raise NotImplementedError
+
+    def _owned_gradients(self) -> list[torch.Tensor]:
+        """After the exchange: tensors that, over all ranks, hold every number of the reduced gradient exactly once."""
+        raise NotImplementedError
+
+    def _update(self, clip: float, unused: set[int]) -> None:
+        """Multiply the gradient by ``clip`` and step the optimizer; parameters in ``unused`` had no gradient on any rank."""
+        raise NotImplementedError
+
+    def _pull(self) -> None:
+        """Give every rank the updated parameters, where they were updated elsewhere."""
+
+    # The engine call.
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Context for the forward pass and the loss: the precision's compute dtype."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor | None, count: int | None = None, total: int | None = None) -> None:
+        """Compute gradients and start them on their way. Collective, unless inside :meth:`no_sync`.
+
+        ``loss``: a scalar. Without ``count`` the gradients of all ranks' losses are averaged. With ``count``, ``loss`` is a *sum* over
+        that many items (tokens), and the step's gradient is the sum over all ranks and micro-batches divided once by the global
+        count, so ragged batches weigh right. ``total``: the step's global count over all ranks and micro-batches, where the caller
+        knows it; else the ranks' counts are summed by one more small exchange. A rank with nothing to do passes ``None, 0``. One
+        call per step outside ``no_sync``.
+        """
+        if self._backward_done:
+            raise UsageError(
+                "a second backward() in one step: run all but the last inside engine.no_sync(), and call engine.step() after the last"
+            )
+        if self._counted is not None and self._counted != (count is not None):
+            raise UsageError("within one step either every backward() call is given a count, or none")
+        if loss is None and count != 0:
+            raise UsageError("backward(None) is for a rank without samples: pass count=0 with it")
+        if self._stale:
+            raise UsageError("gradients of the last step are still there: call engine.zero_grad() after engine.step()")
+        self._counted = count is not None
+        self._count += count or 0
+        self._total = total
+        if self._syncing:
+            if self._counted and total is None:
+                counted = torch.tensor([self._count], dtype=torch.int64)
+                self._global_count = operations.allreduce_async(counted, "sum", "token count", group=self.group)
+            self._backward_done = True
+        if self.buckets is not None:
+            self.buckets.syncing = self._syncing
+        self._run_backward(loss)
+        if self.buckets is not None and self._syncing:
+            self.buckets.flush()
+            self.times.exchange_s += self.buckets.launch_s
+
+    def _run_backward(self, loss: torch.Tensor | None) -> None:
+        if loss is not None:
+            with trace.span("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward() only accumulates on this rank; for all micro-batches of a step but the last."""
+        self._syncing = False
+        try:
+            yield
+        finally:
+            self._syncing = True
+
+    def step(self) -> None:
+        """Finish the exchange, clip, update, and give every rank the new parameters. Collective."""
+        if not self._backward_done:
+            raise UsageError("step() without a backward() outside no_sync(): there is no gradient to agree on")
+        started_s = time.perf_counter()
+        with trace.span("exchange"):
+            for _, handle in self._launched:
+                handle.wait()
+            squares, unused = self._agree()
+        agreed_s = time.perf_counter()
+        with trace.span("update"):
+            clip = 1.0
+            if self.options.max_grad_norm is not None:
+                self.grad_norm = squares**0.5
+                # torch.nn.utils.clip_grad_norm_'s rule, so that results compare.
+                clip = min(1.0, self.options.max_grad_norm / (self.grad_norm + 1e-6))
+            self._update(clip, unused)
+        updated_s = time.perf_counter()
+        with trace.span("pull"):
+            self._pull()
+        self.times.exchange_s += agreed_s - started_s + time.perf_counter() - updated_s
+        self.times.update_s += updated_s - agreed_s
+        self._launched.clear()
+        if self.buckets is not None:
+            self.buckets.reset()
+        self._count, self._total, self._counted, self._global_count = 0, None, None, None
+        self._backward_done, self._stale = False, self.keeps_gradients
+        self.steps += 1
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, so that the next backward starts anew."""
+        for parameter in self.parameters:
+            parameter.tensor.grad = None
+        self._stale = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the optimizer's state, by parameter name and range; no communication. All ranks' parts together
+        are the whole, whatever the strategy and the number of ranks. The model's own state is ``model.state_dict()``."""
+        return {"steps": self.steps, "skipped_steps": self.skipped_steps, **pieces.state(self._pieces(), self.optimizer)}
+
+    def load_state_dict(self, *parts: dict[str, Any]) -> None:
+        """Take from ``parts`` (any ranks' :meth:`state_dict`, of any strategy and number of ranks) what this rank owns. UsageError
+        when a needed range is in none of them."""
+        pieces.load(self._pieces(), self.optimizer, parts)
+        self.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
+
+    # Shared parts.
+
+    def _pieces(self) -> list[pieces.Piece]:
+        """What of each parameter this rank's optimizer updates; all of everything unless the state is sharded."""
+        return [pieces.Piece(item, 0, item.tensor.numel(), item.tensor) for item in self.parameters]
+
+    def _local_scale(self) -> float:
+        """What this rank multiplies its gradient by, so that the mean over ranks is the step's gradient."""
+        return self.group.size / self._total_count() if self._counted else 1.0
+
+    def _total_count(self) -> int:
+        if self._total is not None:
+            return max(1, self._total)
+        assert self._global_count is not None
+        return max(1, int(self._global_count.wait().item()))
+
+    def _agree(self) -> tuple[float, set[int]]:
+        """One small exchange after the last bucket: the squared norm (0 where it is not wanted), summed in rank order so that all
+        ranks get the same bits, and whether any rank has unused parameters; if so, a second one finds those unused on all."""
+        assert self.buckets is not None
+        squares = 0.0
+        if self.options.max_grad_norm is not None:
+            squares = norm_squared(self._owned_gradients())
+        unused = {item.index for item in self.parameters} - self.buckets.used
+        if self.group.size == 1:
+            return squares, unused
+        records = self.group.exchange_records(struct.pack("<dd", squares, float(bool(unused))), "norm")
+        values = [struct.unpack("<dd", record) for record in records]
+        if any(has_unused for _, has_unused in values):
+            used = bytearray(len(self.parameters))
+            for index in self.buckets.used:
+                used[index] = 1
+            maps = self.group.exchange_records(bytes(used), "used parameters")
+            unused = {index for index in range(len(used)) if not any(row[index] for row in maps)}
+        return sum(part for part, _ in values), unused
+
+    def _synchronize_model(self) -> None:
+        """Make all ranks start from rank 0's parameters and buffers. Ranks that built the model from one seed have them already: a
+        digest tells, and then nothing is sent."""
+        if self.group.size == 1:
+            return
+        tensors = [(name, tensor.data) for name, tensor in self.model.named_parameters()]
+        tensors += [(name, tensor) for name, tensor in self.model.named_buffers() if tensor.dtype in operations.DTYPES]
+        digest = sha256()
+        for name, tensor in tensors:
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(memoryview(byte_view(tensor.cpu().contiguous())))
+        if len(set(self.group.exchange_records(digest.digest(), "model digest"))) == 1:
+            return
+        for name, tensor in tensors:
+            operations.broadcast(tensor, 0, name=name, group=self.group)

@@ -1,0 +1,27 @@
+"""What ``single``, ``ddp`` and ``horovod`` share: commlab moves nothing, ``p.grad`` is complete when backward and whoever reduces it are done."""
+
+from __future__ import annotations
+
+import torch
+
+from ..gradients.bucket import GradientBuckets
+from .base import Strategy, norm_squared, scale_
+
+
+class Local(Strategy):
+    """Scale by the count, norm, clip and step on whole gradients."""
+
+    def _make_buckets(self) -> GradientBuckets | None:
+        return None
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [item.tensor.grad for item in self.parameters if item.tensor.grad is not None]
+
+    def _agree(self) -> tuple[float, set[int]]:
+        gradients = self._gradients()
+        scale_(gradients, self._local_scale())
+        return (0.0 if self.options.max_grad_norm is None else norm_squared(gradients)), set()
+
+    def _update(self, clip: float, unused: set[int]) -> None:
+        scale_(self._gradients(), clip)
+        self.optimizer.step()

@@ -1,0 +1,141 @@
+"""Optimizer state by parameter name and range: the one form in which it is sharded, saved and loaded.
+
+A piece is a range of one flattened parameter together with the tensor that the optimizer updates for it. Strategies without sharding
+have one piece per parameter, the whole of it; so state saved under one strategy and number of ranks loads under any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..chunks import Range
+from ..errors import UsageError
+from ..gradients.bucket import NamedParameter
+
+ELEMENTWISE = (
+    "SGD",
+    "Adam",
+    "AdamW",
+    "NAdam",
+    "RAdam",
+    "Adamax",
+    "Adagrad",
+    "Adadelta",
+    "RMSprop",
+    "ASGD",
+    "Rprop",
+)
+"""torch.optim's optimizers that update a number from its own gradient and state alone, so that cutting a tensor changes no bit."""
+
+
+class Piece(NamedTuple):
+    """Elements ``start .. stop - 1`` of ``parameter`` (flattened), updated through ``tensor``."""
+
+    parameter: NamedParameter
+    start: int
+    stop: int
+    tensor: torch.Tensor
+
+
+def require_elementwise(optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
+    """UsageError for an optimizer that can't be run on pieces of tensors. torch runs Adafactor on them without complaint, and
+    the result is wrong; so the optimizers are listed."""
+    kind = type(optimizer)
+    if elementwise is None:
+        elementwise = kind.__name__ in ELEMENTWISE and kind.__module__.startswith("torch.optim")
+    if not elementwise:
+        raise UsageError(
+            f"optimizer {kind.__name__} may need whole tensors, and a server updates pieces of them. Known to be element-wise: "
+            f"{', '.join(ELEMENTWISE)} of torch.optim. If yours is too, say elementwise=True; else use strategy allreduce"
+        )
+
+
+def rebind(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> None:
+    """Let the user's own optimizer update ``pieces`` instead of whole parameters; its groups, hyper-parameters and schedulers stay,
+    and state that it has already is cut the same way."""
+    before = {id(parameter): dict(state) for parameter, state in optimizer.state.items()}
+    optimizer.state.clear()
+    members: list[list[torch.Tensor]] = [[] for _ in optimizer.param_groups]
+    for piece in sorted(pieces, key=lambda piece: (piece.parameter.index, piece.start)):
+        members[piece.parameter.group].append(piece.tensor)
+        old = before.get(id(piece.parameter.tensor))
+        if old:
+            whole = piece.parameter.tensor
+            optimizer.state[piece.tensor] = {
+                key: _cut(value, whole.shape, piece.start, piece.stop).clone() if torch.is_tensor(value) else value
+                for key, value in old.items()
+            }
+    for entry, tensors in zip(optimizer.param_groups, members, strict=True):
+        entry["params"] = tensors
+
+
+def _cut(value: torch.Tensor, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    """The part of a state tensor that belongs to a piece; what is not shaped like the parameter (a step counter) belongs to all."""
+    return value.reshape(-1)[start:stop] if value.shape == shape and value.dim() else value
+
+
+def state(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """``{"groups": [hyper-parameters], "pieces": {name: [{"start", "stop", "numel", "state"}]}}`` of this rank; tensors are not copied."""
+    saved: dict[str, list[dict[str, Any]]] = {}
+    for piece in pieces:
+        entry = {"start": piece.start, "stop": piece.stop, "numel": piece.parameter.tensor.numel()}
+        values = optimizer.state.get(piece.tensor, {})
+        entry["state"] = {
+            key: _cut(value, piece.tensor.shape, 0, piece.stop - piece.start) if torch.is_tensor(value) else value
+            for key, value in values.items()
+        }
+        saved.setdefault(piece.parameter.name, []).append(entry)
+    groups = [{key: value for key, value in entry.items() if key != "params"} for entry in optimizer.param_groups]
+    return {"groups": groups, "pieces": saved}
+
+
+def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]) -> None:
+    """The reverse of :func:`state`, from the parts of any number of ranks."""
+    if not parts:
+        raise UsageError("load_state_dict() needs at least one part")
+    if len(parts[0]["groups"]) != len(optimizer.param_groups):
+        raise UsageError(f"the saved optimizer has {len(parts[0]['groups'])} groups, this one {len(optimizer.param_groups)}")
+    for entry, saved in zip(optimizer.param_groups, parts[0]["groups"], strict=True):
+        entry.update({key: value for key, value in saved.items() if key != "params"})
+    for piece in pieces:
+        optimizer.state[piece.tensor] = _collect(piece, parts)
+
+
+def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    name, wanted = piece.parameter.name, Range(piece.start, piece.stop)
+    saved = [entry for part in parts for entry in part["pieces"].get(name, ())]
+    if saved and saved[0]["numel"] != piece.parameter.tensor.numel():
+        raise UsageError(f"parameter {name!r}: saved with {saved[0]['numel']} numbers, the model has {piece.parameter.tensor.numel()}")
+    result: dict[str, Any] = {}
+    covered = 0
+    for entry in saved:
+        here = Range(entry["start"], entry["stop"])
+        common = here.intersect(wanted)
+        if not common.numel:
+            continue
+        covered += common.numel
+        for key, value in entry["state"].items():
+            if not torch.is_tensor(value) or value.dim() == 0 or value.numel() != here.numel:
+                result[key] = value.clone() if torch.is_tensor(value) else value
+                continue
+            if key not in result:
+                result[key] = torch.empty(wanted.numel, dtype=value.dtype)
+            result[key][common.start - wanted.start : common.stop - wanted.start] = value[
+                common.start - here.start : common.stop - here.start
+            ]
+    if covered != wanted.numel:
+        raise UsageError(
+            f"parameter {name!r}: of the numbers {wanted.start}..{wanted.stop} that this rank updates, {covered} have saved state; load the "
+            "parts of all ranks that saved"
+        )
+    return {key: _shaped(value, piece) for key, value in result.items()}
+
+
+def _shaped(value: Any, piece: Piece) -> Any:
+    """State of a whole parameter has the parameter's shape."""
+    if torch.is_tensor(value) and value.dim() == 1 and value.numel() == piece.tensor.numel():
+        return value.view(piece.tensor.shape)
+    return value

@@ -1,0 +1,121 @@
+"""``ps`` and ``dps``: gradients are pushed to the owners of the parameters, who update them; all ranks pull the result.
+
+    ps  (one shard)     push: reduce to rank 0          rank 0: norm, clip, optimizer         pull: broadcast from rank 0
+    dps (P shards)      push: reduce-scatter            rank r: the same on its shard         pull: allgather
+
+The same code, one shard or many: each bucket is cut into chunks, one per owner; ``ps`` gives rank 0 all of it, ``dps`` gives every rank
+an equal part of every bucket, whatever the tensors' borders, so shards are balanced to one number per bucket. Optimizer state
+exists once. All ranks train.
+
+Cost per step, n numbers: dps sends 2 n (P-1)/P per rank, as an allreduce does, and updates n/P; ps sends n from every worker, and
+its server receives n (P-1), or as a chain (algorithm ring) n, and updates n.
+M. Li et al., "Scaling distributed machine learning with the parameter server", OSDI 2014; S. Rajbhandari et al., "ZeRO", SC 2020
+(stage 1: sharded optimizer state).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..chunks import Range, split, whole_at
+from ..collectives import operations
+from ..collectives.group import Group
+from ..gradients.bucket import Bucket, GradientBuckets
+from . import pieces
+from .base import Options, Strategy
+
+SERVER = 0
+"""The rank that owns everything under ``ps``."""
+
+
+class Server(Strategy):
+    """Co-located servers in lockstep (BSP). Parameters become views of flat buffers, one per bucket; ``p.grad`` is None after step."""
+
+    keeps_gradients = False
+    sharded: bool
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
+        pieces.require_elementwise(optimizer, options.elementwise)
+        super().__init__(model, optimizer, group, options)
+        assert self.buckets is not None
+        self._chunks = [self._owners(bucket.numel) for bucket in self.buckets.buckets]
+        self._flat_parameters = [self._flatten(bucket) for bucket in self.buckets.buckets]
+        self._shard = [piece for bucket in self.buckets.buckets for piece in self._cut(bucket)]
+        pieces.rebind(optimizer, self._shard)
+
+    def _owners(self, numel: int) -> tuple[Range, ...]:
+        return split(numel, self.group.size) if self.sharded else whole_at(SERVER, numel, self.group.size)
+
+    def _make_buckets(self) -> GradientBuckets:
+        made = super()._make_buckets()
+        assert made is not None
+        return made
+
+    def _flatten(self, bucket: Bucket) -> torch.Tensor:
+        """Move a bucket's parameters into one flat buffer, so that a pull writes them where they are used."""
+        flat = torch.empty(bucket.numel, dtype=bucket.parameters[0].tensor.dtype)
+        for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
+            view = flat[place.start : place.stop].view(member.tensor.shape)
+            view.copy_(member.tensor.data)
+            member.tensor.data = view
+        return flat
+
+    def _cut(self, bucket: Bucket) -> list[pieces.Piece]:
+        """This rank's pieces of the bucket's parameters."""
+        own, flat = self._chunks[bucket.index][self.group.rank], self._flat_parameters[bucket.index]
+        found = []
+        for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
+            common = place.intersect(own)
+            if common.numel:
+                tensor = flat[common.start : common.stop]
+                found.append(pieces.Piece(member, common.start - place.start, common.stop - place.start, tensor))
+        return found
+
+    def _pieces(self) -> list[pieces.Piece]:
+        return self._shard
+
+    def _launch(self, bucket: Bucket) -> None:
+        chunks = self._chunks[bucket.index]
+        handle = operations.reduce_chunks_async(
+            bucket.flat, chunks, "mean", bucket.name, self.options.algorithm, group=self.group
+        )
+        self._launched.append((bucket, handle))
+
+    def _owned_gradients(self) -> list[torch.Tensor]:
+        return [handle.result for _, handle in self._launched]
+
+    def _update(self, clip: float, unused: set[int]) -> None:
+        shard = iter(self._shard)
+        for bucket, handle in self._launched:
+            own, sums = self._chunks[bucket.index][self.group.rank], handle.result
+            if clip != 1.0:
+                sums.mul_(clip)
+            for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
+                common = place.intersect(own)
+                if common.numel:
+                    gradient = sums[common.start - own.start : common.stop - own.start]
+                    piece = next(shard)
+                    piece.tensor.grad = None if member.index in unused else gradient.to(piece.tensor.dtype)
+        self.optimizer.step()
+        for piece in self._shard:
+            piece.tensor.grad = None
+
+    def _pull(self) -> None:
+        pulls = [
+            operations.gather_chunks_async(
+                flat, chunks, f"parameters of bucket {index}", self.options.algorithm, group=self.group
+            )
+            for index, (flat, chunks) in enumerate(zip(self._flat_parameters, self._chunks, strict=True))
+        ]
+        for pull in pulls:
+            pull.wait()
+
+
+class SingleServer(Server):
+    name = "ps"
+    sharded = False
+
+
+class ShardedServer(Server):
+    name = "dps"
+    sharded = True

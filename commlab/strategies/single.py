@@ -1,0 +1,24 @@
+"""``single``: one rank, nothing is sent. What the others are measured against, and must agree with."""
+
+from __future__ import annotations
+
+import torch
+
+from ..collectives.group import Group
+from ..errors import UsageError
+from .base import Options
+from .local import Local
+
+
+class Single(Local):
+    """Backward, clip and step in one process. UsageError under more than one rank."""
+
+    name = "single"
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
+        if group.size > 1:
+            raise UsageError(
+                f"strategy single trains on one rank, and this job has {group.size}; start one process without mpirun, or choose another "
+                "strategy"
+            )
+        super().__init__(model, optimizer, group, options)
