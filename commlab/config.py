@@ -1,0 +1,226 @@
+"""Every knob of the trainer on one page: flag, unit, default, and what it does. The only reader of argv.
+
+Importing this loads neither torch nor numpy, so that a mistyped flag is reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .flags import check_fields, knob, parse
+from .model import PRESETS, describe_model
+from .topology import declared, usable_cores
+
+STRATEGIES = ("single", "ps", "dps", "allreduce", "horovod", "ddp")
+ALGORITHMS = ("auto", "ring", "halving", "tree", "direct", "window", "hierarchical")
+_OWN_SCHEDULES = ("ps", "dps", "allreduce")
+
+_HOW, _NUMBERS, _WHAT, _TRAIN, _SHOW, _MACHINE = (
+    "strategy and communication",
+    "numbers",
+    "model and data",
+    "training",
+    "evaluation and output",
+    "machine",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one run does. Made by `from_argv` or directly, and checked either way.
+
+    Where a default depends on the model, None stands for it and is replaced when the object is made: `seq_len` and `lr`
+    are never None afterwards, and `wire` is None (as they are), "fp16" or "bf16".
+    Errors: UsageError, saying what was given, what is allowed, and what to do.
+    """
+
+    strategy: str = knob("dps", _HOW, "how gradients become agreed updates", choices=STRATEGIES)
+    algorithm: str = knob("auto", _HOW, "schedule of the collectives, for ps, dps and allreduce", choices=ALGORITHMS)
+    transport: str = knob("mpi", _HOW, "what moves bytes between ranks", choices=("mpi", "torch"))
+    window: str = knob("auto", _HOW, "memory shared by the ranks of a node", choices=("auto", "on", "off"))
+    nodes: str | None = knob(
+        None,
+        _HOW,
+        "ranks that share a node, by hand: ranks per node (2) or a range for each (0-3,4-7) (default: as launched)",
+    )
+    bucket_mb: float = knob(25.0, _HOW, "size of a bucket, in MB of 2^20 bytes", float, above=0)
+    wire: str | None = knob(
+        None,
+        _HOW,
+        "how numbers travel (default: the 16-bit format of --precision fp16 or bf16, otherwise none = as they are)",
+        choices=("none", "fp16", "bf16"),
+    )
+    precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=("fp32", "bf16", "fp16", "apex"))
+    autocast: str = knob(
+        "auto", _NUMBERS, "16-bit matrix products; auto = where they are fast", choices=("auto", "on", "off")
+    )
+    model: str = knob("gpt2-tiny", _WHAT, f"{', '.join(PRESETS)}, or the path of a transformers GPT-2 config.json")
+    data: str | None = knob(
+        None,
+        _WHAT,
+        "a text file, a folder of them, or a .json array of texts (default: this Python's own library sources)",
+    )
+    tokenizer: str = knob("bytes", _WHAT, "bytes, or the path of a tokenizer.json or tokenizer folder")
+    seq_len: int = knob(None, _WHAT, "tokens in a sequence (default: the model's; gpt2-tiny 128)", int, least=1)
+    dropout: float | None = knob(
+        None, _WHAT, "share of activations dropped (default: a config file's own, otherwise 0)", float, least=0, below=1
+    )
+    batch_size: int = knob(32, _TRAIN, "sequences in a global batch, over all ranks and micro-batches", int, least=1)
+    grad_accumulation: int = knob(1, _TRAIN, "micro-batches to a step", int, least=1)
+    steps: int | None = knob(None, _TRAIN, "optimizer steps (default: 200 where --epochs is not given)", int, least=1)
+    epochs: int | None = knob(None, _TRAIN, "passes over the training text, instead of --steps", int, least=1)
+    lr: float = knob(
+        None,
+        _TRAIN,
+        "AdamW's peak learning rate; it falls to 0 in a line until the last step"
+        f" (default: {PRESETS['gpt2-tiny'].learning_rate:g} for gpt2-tiny, otherwise the paper's 1.5e-4)",
+        float,
+        above=0,
+    )
+    warmup_steps: int | None = knob(
+        None,
+        _TRAIN,
+        "steps in which the learning rate rises in a line (default: a tenth of all, 1000 at most)",
+        int,
+        least=0,
+    )
+    weight_decay: float = knob(0.01, _TRAIN, "AdamW's weight decay, per step and unit of learning rate", float, least=0)
+    max_grad_norm: float = knob(
+        1.0, _TRAIN, "the gradient's global norm is clipped to this; 0 = not clipped", float, least=0
+    )
+    seed: int = knob(0, _TRAIN, "of the weights and of the order of samples", int, least=0, below=2**32)
+    eval_every: int = knob(
+        100, _SHOW, "steps between two evaluations on held-out text; 0 = only after the last step", int, least=0
+    )
+    eval_batches: int = knob(
+        16, _SHOW, "global batches in an evaluation, spread over all held-out text; 0 = all of it", int, least=0
+    )
+    output: str = knob("commlab-model", _SHOW, "folder that the trained model is written to")
+    metrics: str | None = knob(None, _SHOW, "file for one JSON line per step and evaluation (default: none)")
+    trace: str | None = knob(None, _SHOW, "file for the timeline of all ranks, for Perfetto (default: none)")
+    timeout: float = knob(300.0, _MACHINE, "seconds of silence after which a peer counts as lost", float, above=0)
+    threads: int | None = knob(None, _MACHINE, "torch threads per rank (default: cores / local ranks)", int, least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        shape = describe_model(self.model)
+        if self.seq_len is not None and self.seq_len > shape.positions:
+            raise UsageError(
+                f"--seq-len {self.seq_len} is longer than the {shape.positions} positions of --model {self.model};"
+                f" give {shape.positions} or fewer, or another model"
+            )
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(f"--steps {self.steps} and --epochs {self.epochs} both say when to stop; give one of them")
+        if self.batch_size % self.grad_accumulation:
+            raise UsageError(
+                f"--batch-size {self.batch_size} can't be cut into {self.grad_accumulation} equal micro-batches"
+                " (--grad-accumulation);"
+                f" the nearest that can: {_multiples_around(self.batch_size, self.grad_accumulation)}"
+            )
+        if self.algorithm != "auto" and self.strategy not in _OWN_SCHEDULES:
+            raise UsageError(
+                f"--algorithm {self.algorithm} has no meaning for --strategy {self.strategy};"
+                f" leave it out, or take one of {', '.join(_OWN_SCHEDULES)}"
+            )
+        if self.strategy == "single" and self.wire not in (None, "none"):
+            raise UsageError(
+                f"--wire {self.wire} has no meaning for --strategy single, which sends nothing; leave it out"
+            )
+        if self.autocast == "on" and self.precision == "fp32":
+            raise UsageError("--autocast on needs a 16-bit format: give --precision bf16, fp16 or apex")
+        own_wire = self.precision if self.precision in ("fp16", "bf16") and self.strategy != "single" else None
+        derived = {
+            "seq_len": shape.seq_len if self.seq_len is None else self.seq_len,
+            "lr": shape.learning_rate if self.lr is None else self.lr,
+            "steps": 200 if self.steps is None and self.epochs is None else self.steps,
+            "wire": own_wire if self.wire is None else None if self.wire == "none" else self.wire,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)  # the one moment before the object is frozen
+
+    @classmethod
+    def from_argv(cls, argv: Sequence[str] | None = None, *, speak: bool = True) -> Config:
+        """Read the flags (sys.argv's where None). --help and --version print, where `speak`, and leave with exit code
+        0."""
+        given = parse(
+            cls,
+            argv,
+            usage="mpirun -n RANKS python -m commlab.train [flags]",
+            description="Train GPT-2 on real text, data-parallel over all ranks of mpirun or torchrun.",
+            speak=speak,
+        )
+        return cls(**given)
+
+    def validate_for(self, size: int) -> None:
+        """Check what depends on the number of ranks; the same on every rank, so all of them raise."""
+        if self.strategy == "single" and size > 1:
+            raise UsageError(
+                f"--strategy single runs on 1 rank, but {size} were started; leave mpirun out, or take another strategy"
+            )
+        parts = size * self.grad_accumulation
+        if self.batch_size % parts:
+            accumulated = f" x {self.grad_accumulation} micro-batches" if self.grad_accumulation > 1 else ""
+            raise UsageError(
+                f"--batch-size {self.batch_size} can't be dealt equally to {size} ranks{accumulated};"
+                f" the nearest that can: {_multiples_around(self.batch_size, parts)}"
+            )
+        if self.nodes is not None:
+            declared(self.nodes, size)
+
+    def rank_batch_size(self, size: int) -> int:
+        """Sequences per rank and step, over its micro-batches."""
+        return self.batch_size // size
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """When to stop, in optimizer steps."""
+        return self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
+
+    def lr_factor(self, step: int, total_steps: int) -> float:
+        """Share of the peak learning rate at `step` (from 0): linear warm-up, then linear decay, as in the paper. For
+        LambdaLR."""
+        warmup = min(1000, total_steps // 10) if self.warmup_steps is None else self.warmup_steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
+
+    @property
+    def bucket_bytes(self) -> int:
+        return max(1, int(self.bucket_mb * 2**20))
+
+    def thread_count(self, local_size: int) -> tuple[int, str]:
+        """(torch threads for this rank, why so many)."""
+        if self.threads is not None:
+            return self.threads, "--threads"
+        cores = usable_cores()
+        return max(1, cores // local_size), f"{cores} cores / {local_size} local ranks"
+
+    def check_outputs(self) -> None:
+        """Whether the output paths can be written, found before training and not after it. For the rank that writes:
+        rank 0."""
+        if Path(self.output).exists() and not Path(self.output).is_dir():
+            raise UsageError(
+                f"--output {self.output!r} is a file; give a folder, which is made where it does not exist"
+            )
+        for flag, path in (("--metrics", self.metrics), ("--trace", self.trace)):
+            if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+                what = (
+                    "is a folder"
+                    if Path(path).is_dir()
+                    else f"lies in {str(Path(path).parent)!r}, which is not a folder"
+                )
+                raise UsageError(f"{flag} {path!r} {what}; give the name of a file in a folder that exists")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, for the metrics file."""
+        return dataclasses.asdict(self)
+
+
+def _multiples_around(value: int, unit: int) -> str:
+    """The positive multiples of `unit` next to `value`, as text."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

@@ -1,0 +1,229 @@
+"""What the user sees of a run: a few lines at the start, a progress bar, the metrics file, and a table at the end. Rank 0 speaks."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+
+from . import __version__, native, trace
+from .collectives import ALGORITHMS, operations
+from .collectives.group import Group
+from .collectives.handle import Handle
+from .collectives.select import Case, choose
+from .config import Config
+from .data import Batch
+from .strategies.base import Strategy, Times
+
+
+@dataclass
+class _Totals:
+    """Sums over all steps, in seconds and tokens; the first step, which warms everything up, is left out of the speeds."""
+
+    steps: int = 0
+    tokens: int = 0
+    wall_s: float = 0.0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    exchange_s: float = 0.0
+    update_s: float = 0.0
+
+
+class Report:
+    """Made on every rank, because the loss and the table need all of them; prints on rank 0 only."""
+
+    def __init__(self, config: Config, group: Group, engine: Strategy, total_steps: int, started_s: float):
+        self.config, self.group, self.engine, self.total_steps = config, group, engine, total_steps
+        self._started_s = started_s
+        self._speaks = group.rank == 0
+        self._bar: Any = None
+        self._metrics: IO[str] | None = None
+        if config.metrics and self._speaks:
+            self._metrics = open(config.metrics, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._totals = _Totals()
+        self._phases: dict[str, float] = {}
+        self._pending: tuple[Batch, Handle, dict[str, Any]] | None = None
+        self._first_loss = self._last_loss = float("nan")
+        self._held_out = float("nan")
+        self._bytes_before = 0
+
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def opening(self, corpus: str, threads: int, why: str, samples: int) -> None:
+        """Who takes part, with what, and what was chosen by itself."""
+        config, group, engine = self.config, self.group, self.engine
+        numel = sum(item.tensor.numel() for item in engine.parameters)
+        bytes_of = numel * 4 // max(1, len(engine.buckets.buckets) if engine.buckets else 1)
+        per_rank = config.batch_size / (group.size * config.grad_accumulation)
+        self._say(
+            f"commlab {__version__}: strategy {config.strategy}, {group.size} rank{'s' * (group.size > 1)} on {len(group.nodes)} "
+            f"node{'s' * (len(group.nodes) > 1)}, transport {group.transport.name}, progress {group.progress_mode}"
+        )
+        if engine.buckets is not None and group.size > 1:
+            case = Case("allreduce", group.size, bytes_of, config.wire is not None, group.transport.name)
+            algorithm, reason = choose(config.algorithm, case, tuple(ALGORITHMS))
+            self._say(
+                f"gradients: {len(engine.buckets.buckets)} buckets of at most {config.bucket_mb:g} MB, wire {config.wire or 'as is'}, "
+                f"algorithm {algorithm} ({reason})"
+            )
+        self._say(f"arithmetic: {native.backend()}; {threads} torch thread{'s' * (threads > 1)} per rank ({why})")
+        self._say(f"model {config.model}: {numel / 1e6:.2f} M parameters, sequences of {config.seq_len} tokens")
+        self._say(f"data: {corpus}")
+        self._say(
+            f"batch: {config.batch_size} sequences in all, {per_rank:g} per rank"
+            + (f" and micro-batch ({config.grad_accumulation} of them)" if config.grad_accumulation > 1 else "")
+            + f"; {self.total_steps} steps, {self.total_steps * config.batch_size / samples:.2f} epochs"
+        )
+        self._write({"config": config.as_dict(), "ranks": group.size, "nodes": len(group.nodes), "versions": versions()})
+        if self._speaks:
+            # mpirun's standard error is a pipe, where tqdm would say nothing of itself.
+            self._bar = tqdm(total=self.total_steps, unit="step", mininterval=1.0, dynamic_ncols=True, file=sys.stderr)
+
+    def step_begins(self) -> None:
+        self._phases = dict.fromkeys(("forward", "backward", "step"), 0.0)
+        self.engine.times = Times()
+        self._bytes_before = self.group.bytes_sent
+        self._step_started_s = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the step; parts of the same name add up."""
+        started_s = time.perf_counter()
+        with trace.span(name):
+            yield
+        self._phases[name] += time.perf_counter() - started_s
+
+    def step_ends(self, batch: Batch, losses: torch.Tensor, total: int, lr: float) -> None:
+        """``losses``: the sum of this rank's token losses. Its global mean is known, and shown, one step later: nobody waits for it."""
+        wall_s = time.perf_counter() - self._step_started_s
+        times, totals = self.engine.times, self._totals
+        # What backward spent on packing and launching is exchange, not computation.
+        backward_s = self._phases["backward"] - (times.exchange_s - self._step_exchange())
+        if batch.step == 0:
+            self._say(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
+        if batch.step > 0 or self.total_steps == 1:
+            totals.steps += 1
+            totals.tokens += total
+            totals.wall_s += wall_s
+            totals.forward_s += self._phases["forward"]
+            totals.backward_s += backward_s
+            totals.exchange_s += times.exchange_s
+            totals.update_s += times.update_s
+        row = {
+            "step": batch.step,
+            "epoch": batch.epoch,
+            "lr": lr,
+            "tokens": total,
+            "grad_norm": self.engine.grad_norm,
+            "step_s": wall_s,
+            "forward_s": self._phases["forward"],
+            "backward_s": backward_s,
+            "exchange_s": times.exchange_s,
+            "update_s": times.update_s,
+            "bytes_sent": self.group.bytes_sent - self._bytes_before,
+        }
+        self._settle()
+        self._pending = (batch, operations.allreduce_async(losses.view(1) / total, "sum", "loss", group=self.group), row)
+
+    def _step_exchange(self) -> float:
+        """The part of the exchange that lies in step(), not in backward."""
+        return self._phases["step"] - self.engine.times.update_s
+
+    def _settle(self) -> None:
+        """Take in the loss of the step before."""
+        if self._pending is None:
+            return
+        batch, handle, row = self._pending
+        self._pending = None
+        loss = float(handle.wait())
+        self._first_loss = loss if batch.step == 0 else self._first_loss
+        self._last_loss = loss
+        self._write({**row, "loss": loss})
+        if self._bar is not None:
+            self._bar.update(1)
+            share = row["exchange_s"] / row["step_s"]
+            self._bar.set_postfix_str(
+                f"loss {loss:.3f}, {row['tokens'] / row['step_s']:,.0f} tokens/s, {share:.0%} communicating", refresh=False
+            )
+
+    def evaluated(self, step: int, bits: float) -> None:
+        """Held-out bits per byte after ``step`` steps."""
+        self._settle()
+        self._held_out = bits
+        self._write({"step": step, "held_out_bits_per_byte": bits})
+        self._say(f"after step {step}: held-out {bits:.3f} bits per byte")
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+
+    def closing(self) -> None:
+        """The summary table. Collective: peaks and sums over all ranks."""
+        self._settle()
+        totals, group = self._totals, self.group
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+        records = group.exchange_records(struct.pack("<qq", group.bytes_sent, peak_bytes), "summary")
+        sent, peaks = zip(*(struct.unpack("<qq", record) for record in records), strict=True)
+        if self._bar is not None:
+            self._bar.close()
+        steps = max(1, totals.steps)
+        ms = {
+            part: 1e3 * getattr(totals, f"{part}_s") / steps for part in ("forward", "backward", "exchange", "update", "wall")
+        }
+        hidden = " (its exchange hides in backward)" if self.engine.buckets is None and group.size > 1 else ""
+        rows = [
+            ("strategy", f"{self.config.strategy}, {group.size} ranks"),
+            ("speed", f"{totals.tokens / max(totals.wall_s, 1e-9):,.0f} tokens/s"),
+            (
+                "step",
+                f"{ms['wall']:.1f} ms = forward {ms['forward']:.1f} + backward {ms['backward']:.1f} + exchange {ms['exchange']:.1f} + "
+                f"update {ms['update']:.1f} + rest{hidden}",
+            ),
+            ("sent per rank", f"{min(sent) / 1e6:.1f} .. {max(sent) / 1e6:.1f} MB" if group.size > 1 else "nothing"),
+            ("peak memory", f"{max(peaks) / 2**20:.0f} MiB on the largest rank, {sum(peaks) / 2**20:.0f} MiB in all"),
+            ("loss", f"{self._first_loss:.4f} -> {self._last_loss:.4f} nats per token"),
+            ("held-out", f"{self._held_out:.3f} bits per byte"),
+            ("model", f"{self.config.output} (transformers.GPT2LMHeadModel.from_pretrained opens it)"),
+            ("time", f"{time.perf_counter() - self._started_s:.1f} s in all"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        self._say("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+        self._write(
+            {
+                "summary": {
+                    "tokens_per_s": totals.tokens / max(totals.wall_s, 1e-9),
+                    **{f"{part}_ms": value for part, value in ms.items()},
+                    "bytes_sent_per_rank": sent,
+                    "peak_bytes_per_rank": peaks,
+                    "first_loss": self._first_loss,
+                    "last_loss": self._last_loss,
+                    "held_out_bits_per_byte": self._held_out,
+                }
+            }
+        )
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    found = {"commlab": __version__, "python": platform.python_version(), "torch": torch.__version__, "arithmetic": native.backend()}
+    if "mpi4py.MPI" in sys.modules:
+        from .transport.mpi import library
+
+        found["mpi"] = library()
+    return found

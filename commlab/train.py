@@ -1,0 +1,193 @@
+"""The trainer: ``mpirun -n 8 python -m commlab.train``. Reads top to bottom; every knob is in config.py.
+
+Every rank runs all of it. What may differ between ranks (files, memory) is agreed on before the first step, so that a bad input ends
+the job on every rank with one message.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from . import bringup, trace
+from .config import Config
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .collectives.group import Group
+    from .data import Blocks
+    from .strategies.base import Strategy
+
+T = TypeVar("T")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one training job; returns the exit code. Called on every rank by the launcher."""
+    started_s = time.perf_counter()
+    launch = bringup.detect()
+    try:
+        config = Config.from_argv(argv, speak=launch.rank == 0)
+    except UsageError as error:
+        # The same argv everywhere, so one rank speaks for all; nothing heavy has been imported yet.
+        if launch.rank == 0:
+            print(f"commlab: {error}", file=sys.stderr)
+        return 2
+    try:
+        return train(config, started_s)
+    except UsageError as error:
+        if launch.rank == 0:
+            print(f"commlab: {error}", file=sys.stderr)
+        return 2
+
+
+def train(config: Config, started_s: float) -> int:
+    from .collectives import world
+
+    if config.trace:
+        trace.enable()
+    group = world.init(config.transport, config.nodes, config.timeout)
+    together(group, lambda: config.validate_for(group.size))
+    together(group, lambda: config.check_outputs() if group.rank == 0 else None)
+
+    import torch
+
+    from .corpus import load_corpus
+    from .data import BatchSampler, Blocks
+    from .model import build_model, loss_sum, save_model
+    from .report import Report
+    from .strategies import strategy
+
+    threads, why = config.thread_count(group.local_size)
+    torch.set_num_threads(threads)
+
+    corpus = together(group, lambda: load_corpus(config.data, config.tokenizer))
+    blocks = Blocks(corpus.train, config.seq_len)
+    held_out = Blocks(corpus.held_out, config.seq_len, token_bytes=corpus.held_out_bytes)
+    sampler = together(
+        group,
+        lambda: BatchSampler(
+            len(blocks),
+            config.batch_size,
+            rank=group.rank,
+            size=group.size,
+            grad_accumulation=config.grad_accumulation,
+            seed=config.seed,
+        ),
+    )
+    bare_model = together(
+        group,
+        lambda: build_model(
+            config.model,
+            seq_len=config.seq_len,
+            vocab_size=corpus.vocab_size,
+            dropout=config.dropout,
+            seed=config.seed,
+            separator=corpus.separator,
+        ),
+    )
+    torch.manual_seed(config.seed * 1_000_003 + group.rank)  # dropout differs between ranks, weights do not
+    optimizer = torch.optim.AdamW(decay_groups(bare_model, config.weight_decay), lr=config.lr, fused=True)
+    engine = strategy(
+        config.strategy,
+        bare_model,
+        optimizer,
+        group,
+        algorithm=config.algorithm,
+        precision=config.precision,
+        wire=config.wire,
+        max_grad_norm=config.max_grad_norm or None,
+        bucket_bytes=config.bucket_bytes,
+    )
+    model = engine.model
+    total_steps = config.total_steps(sampler.steps_per_epoch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.lr_factor(step, total_steps))
+    report = Report(config, group, engine, total_steps, started_s)
+    report.opening(corpus.summary(), threads, why, len(blocks))
+
+    for batch in sampler.batches():
+        if batch.step == total_steps:
+            break
+        report.step_begins()
+        # Known to every rank without a message: all see the same order of samples.
+        total = blocks.token_count(batch.samples)
+        losses = torch.zeros((), dtype=torch.float64)
+        for index, micro_batch in enumerate(batch.micro_batches):
+            input_ids, labels, _ = blocks.batch(micro_batch)
+            with report.phase("forward"), engine.autocast():
+                loss, count = loss_sum(model, input_ids, labels)
+            losses += loss.detach().double()
+            last = index == len(batch.micro_batches) - 1
+            with report.phase("backward"):
+                if last:
+                    engine.backward(loss, count, total)
+                else:
+                    with engine.no_sync():
+                        engine.backward(loss, count, total)
+        with report.phase("step"):
+            engine.step()
+            engine.zero_grad()
+        report.step_ends(batch, losses, total, schedule.get_last_lr()[0])
+        schedule.step()
+        if config.eval_every and (batch.step + 1) % config.eval_every == 0 and batch.step + 1 < total_steps:
+            report.evaluated(batch.step + 1, held_out_bits(config, group, bare_model, held_out))
+
+    report.evaluated(total_steps, held_out_bits(config, group, bare_model, held_out))
+    if group.rank == 0:
+        save_model(bare_model, config.output)
+    report.closing()
+    if config.trace:
+        dumps = group.gather_bytes(trace.dump(), "trace")
+        if group.rank == 0:
+            trace.write(config.trace, dumps)
+    world.shutdown()
+    return 0
+
+
+def together(group: Group, build: Callable[[], T]) -> T:
+    """``build()`` on every rank; where it raises UsageError on any, all ranks raise it, with the ranks' numbers."""
+    result: T | None = None
+    message = b""
+    try:
+        result = build()
+    except UsageError as error:
+        message = str(error).encode()
+    messages = group.gather_bytes(message, "set-up errors")
+    if any(messages):
+        texts = sorted({text.decode() for text in messages if text})
+        ranks = [rank for rank, text in enumerate(messages) if text]
+        where = "" if len(ranks) == group.size else f" (on ranks {', '.join(map(str, ranks))} of {group.size})"
+        raise UsageError("; ".join(texts) + where)
+    return result  # type: ignore[return-value]
+
+
+def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices are decayed; biases and norms, which have one dimension, are not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def held_out_bits(config: Config, group: Group, model: torch.nn.Module, held_out: Blocks) -> float:
+    """Bits per byte of held-out text; every rank evaluates its part. Collective."""
+    import torch
+
+    from .collectives.operations import allreduce
+    from .data import held_out_batches
+    from .model import bits_per_byte, evaluate
+
+    limit = config.eval_batches or None
+    with trace.span("evaluate"):
+        batches = held_out_batches(held_out, config.batch_size, rank=group.rank, size=group.size, limit=limit)
+        loss, _, byte_count = evaluate(model, batches)
+        sums = allreduce(torch.tensor([loss, byte_count], dtype=torch.float64), "sum", "held-out loss", group=group)
+    return bits_per_byte(float(sums[0]), int(sums[1]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
