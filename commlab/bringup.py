@@ -11,10 +11,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-
-from .errors import CommlabError
 
 # (launcher, rank, size, local rank, local size), in the order in which they are believed: a launcher that starts another
 # (mpirun under Slurm) leaves its own variables in the environment, and the innermost one knows best.
@@ -58,21 +57,21 @@ _abort: Callable[[int], None] | None = None
 
 def end_job(code: int = 1) -> None:
     """End every rank of the job at once with exit code ``code``; returns only when this process is the whole job."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # A reader that has gone away must not keep this rank, and with it the job, alive.
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     if _abort is not None:
         _abort(code)
 
 
 def report(error: BaseException, trace: TracebackType | None) -> None:
-    """Print an unhandled exception of this rank, once: a CommlabError as its message, anything else with its traceback."""
+    """Print the traceback of an unhandled exception of this rank, once, every line with the rank."""
     launch = detect()
     head = f"[rank {launch.rank} of {launch.size}] " if launch.size > 1 else ""
     text = "".join(traceback.format_exception(type(error), error, trace))
     # One write: the lines of several ranks must not be mixed.
     sys.stderr.write("".join(f"{head}{line}\n" for line in text.rstrip().splitlines()))
-    if isinstance(error, CommlabError):
-        sys.stderr.write(f"{head}commlab: {error}\n")
     sys.stderr.flush()
 
 
@@ -88,8 +87,10 @@ def install_exception_hook(abort: Callable[[int], None]) -> None:
         if issubclass(kind, KeyboardInterrupt):
             end_job(130)
             return
-        report(error, trace)
-        end_job(1)
+        try:
+            report(error, trace)
+        finally:
+            end_job(1)
 
     def on_thread_exception(details: threading.ExceptHookArgs) -> None:
         if details.exc_value is not None and not isinstance(details.exc_value, SystemExit):

@@ -32,12 +32,12 @@ EMPTY = Range(0, 0)
 
 
 def split(numel: int, parts: int, align: int = 1) -> tuple[Range, ...]:
-    """Cut ``[0, numel)`` into ``parts`` adjoining chunks whose sizes differ by at most ``align`` elements.
+    """Cut ``[0, numel)`` into ``parts`` adjoining chunks whose sizes differ by at most one unit of ``align`` elements.
 
-    Every boundary is a multiple of ``align`` (or ``numel``); the first chunks are the longer ones; chunks may be empty.
+    Every boundary is a multiple of ``align`` (or ``numel``, when the last unit is ragged); the first chunks are the longer ones; chunks
+    may be empty.
     """
-    units, parts_left = -(-numel // align), parts
-    short, longer = divmod(units, parts_left)
+    short, longer = divmod(-(-numel // align), parts)
     bounds, start = [], 0
     for index in range(parts):
         stop = min(numel, start + (short + (index < longer)) * align)

@@ -57,14 +57,14 @@ def declared(text: str, size: int) -> Topology:
             return Topology(tuple(tuple(range(at, min(at + per_node, size))) for at in range(0, size, per_node)))
         nodes = []
         for entry in text.split(","):
-            first, _, last = entry.partition("-")
-            nodes.append(tuple(range(int(first), int(last or first) + 1)))
+            first, dash, last = entry.partition("-")
+            nodes.append(tuple(range(int(first), int(last if dash else first) + 1)))
     except ValueError:
         raise UsageError(
             f"--nodes {text!r}: give the number of ranks per node (2), or one range of ranks per node (0-3,4-7)"
         ) from None
-    if sorted(rank for node in nodes for rank in node) != list(range(size)):
-        raise UsageError(f"--nodes {text!r} does not name each of the ranks 0..{size - 1} exactly once")
+    if not all(nodes) or sorted(rank for node in nodes for rank in node) != list(range(size)):
+        raise UsageError(f"--nodes {text!r} does not name each of the ranks 0..{size - 1} exactly once, in ranges that go upwards")
     return Topology(tuple(sorted(nodes)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,16 +16,15 @@ from typing import Any
 
 CAPACITY = 100_000
 
-_spans: list[tuple[str, str, int, int, dict[str, Any]] | None] | None = None
-_written = 0
+_spans: deque[tuple[str, str, int, int, dict[str, Any]]] | None = None
 _clock_offset_ns = 0
 _nothing = nullcontext()
 
 
 def enable() -> None:
     """Start to record spans in this process."""
-    global _spans, _written, _clock_offset_ns
-    _spans, _written = [None] * CAPACITY, 0
+    global _spans, _clock_offset_ns
+    _spans = deque(maxlen=CAPACITY)
     # Ranks on other hosts have other monotonic clocks: spans are stored against the wall clock of one reading.
     _clock_offset_ns = time.time_ns() - time.perf_counter_ns()
 
@@ -53,22 +53,17 @@ def span(name: str, lane: str = "compute", **args: Any) -> Any:
 
 def record(name: str, lane: str, start_ns: int, stop_ns: int, **args: Any) -> None:
     """Store a span whose two ``time.perf_counter_ns()`` readings were taken by the caller."""
-    global _written
     if _spans is not None:
-        _spans[_written % CAPACITY] = (name, lane, start_ns, stop_ns, args)
-        _written += 1
+        _spans.append((name, lane, start_ns, stop_ns, args))
 
 
 def dump() -> bytes:
-    """This rank's spans as a JSON array ``[name, lane, start_us, duration_us, args]``, oldest first."""
-    if _spans is None:
-        return b"[]"
-    first = max(0, _written - CAPACITY)
-    kept = (_spans[at % CAPACITY] for at in range(first, _written))
+    """This rank's spans as a JSON array ``[name, lane, start_ns, duration_ns, args]``, in the order in which they ended."""
+    # Integers: the time of day in microseconds has no room left in a float for their fractions.
     return json.dumps(
         [
-            [name, lane, (start_ns + _clock_offset_ns) / 1e3, (stop_ns - start_ns) / 1e3, args]
-            for name, lane, start_ns, stop_ns, args in filter(None, kept)
+            [name, lane, start_ns + _clock_offset_ns, stop_ns - start_ns, args]
+            for name, lane, start_ns, stop_ns, args in list(_spans or ())
         ]
     ).encode()
 
@@ -77,22 +72,22 @@ def write(path: str | Path, dumps: Iterable[bytes]) -> None:
     """Write all ranks' :func:`dump` (in rank order) as one file that Perfetto and chrome://tracing open: one process per
     rank, one thread row per lane, times from the first span on."""
     ranks = [json.loads(dump) for dump in dumps]
-    origin_us = min((span[2] for spans in ranks for span in spans), default=0.0)
+    origin_ns = min((span[2] for spans in ranks for span in spans), default=0)
     events: list[dict[str, Any]] = []
     for rank, spans in enumerate(ranks):
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
         lanes = {lane: at for at, lane in enumerate(dict.fromkeys(span[1] for span in spans))}
         for lane, at in lanes.items():
             events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": at, "args": {"name": lane}})
-        for name, lane, start_us, duration_us, args in spans:
+        for name, lane, start_ns, duration_ns, args in spans:
             events.append(
                 {
                     "ph": "X",
                     "name": name,
                     "pid": rank,
                     "tid": lanes[lane],
-                    "ts": start_us - origin_us,
-                    "dur": duration_us,
+                    "ts": (start_ns - origin_ns) / 1e3,
+                    "dur": duration_ns / 1e3,
                     "args": args,
                 }
             )

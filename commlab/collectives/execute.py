@@ -121,7 +121,7 @@ class Execution:
                 self.position = f"step {index}"
                 yield from self._step(item)
             elif isinstance(item, Finish):
-                self._finish(item.chunk)
+                yield from self._finish(item.chunk)
         while self._receives:
             yield from self._complete_oldest()
         while self._sends:
@@ -165,9 +165,10 @@ class Execution:
         self.messages_sent += 1
 
     def _complete_receives(self, part: Range) -> Pending:
-        """Complete all receives up to the last one that overlaps ``part``."""
+        """Complete all receives up to the last one that writes into ``part``, or after which some of ``part`` is finished."""
         for count in range(len(self._receives), 0, -1):
-            if self._receives[count - 1].part.overlaps(part):
+            receive = self._receives[count - 1]
+            if receive.part.overlaps(part) or any(finished.overlaps(part) for finished in receive.finishes):
                 for _ in range(count):
                     yield from self._complete_oldest()
                 return
@@ -182,9 +183,10 @@ class Execution:
             self.operand.reduce(receive.part, receive.scratch)
             self._scratch.append(receive.scratch)
         for part in receive.finishes:
+            yield from self._await_sends(part)
             self.operand.finish(part)
 
-    def _finish(self, chunk: Range) -> None:
+    def _finish(self, chunk: Range) -> Pending:
         """Each segment is finished by the last pending receive that adds to it, so that it can leave before its neighbours."""
         for part in segments(chunk, self.segment_numel):
             for receive in reversed(self._receives):
@@ -192,6 +194,7 @@ class Execution:
                     receive.finishes.append(part)
                     break
             else:
+                yield from self._await_sends(part)
                 self.operand.finish(part)
 
     def _await_sends(self, part: Range) -> Pending:

@@ -54,7 +54,7 @@ class Group:
         return self.progress.submit(Handle(self._checked(signature, self._sequence, body), result, describe, self.progress))
 
     def _checked(self, signature: Signature, sequence: int, body: Iterable[Request]) -> Pending:
-        if self.size > 1 and (self.check or signature.kind == "barrier"):
+        if self.size > 1 and (self.check or signature.kind in ("barrier", "subgroup")):
             record = signature.record(sequence)
             exchange = self.transport.exchange(record)
             while not exchange.test():
@@ -103,7 +103,7 @@ class Group:
         """A group of ``ranks`` of this one, in that order. Collective over this group; None on ranks that are not in it."""
         if len(set(ranks)) != len(ranks) or not all(0 <= rank < self.size for rank in ranks) or not ranks:
             raise UsageError(f"rank {self.rank}: {list(ranks)} is not a set of ranks of a group of {self.size}")
-        self.barrier()
+        self.submit(Signature("subgroup", detail=f"ranks {', '.join(map(str, ranks))}")).wait()
         transport = self.transport.split(ranks)
         return None if transport is None else Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.check)
 

@@ -31,10 +31,15 @@ class Handle:
         try:
             self.waits_for = next(self.pending)
         except StopIteration:
-            self.finished = True
             trace.record(self.describe, "exchange", self._started_ns, time.perf_counter_ns())
-        except Exception as error:
-            self.finished, self.error = True, error
+            self.finished = True
+        except BaseException as error:
+            # In this order: a thread that sees `finished` looks for `error` next.
+            self.error = error
+            self.finished = True
+            # An interrupt is for the program, not for whoever waits; but it has ended this operation too.
+            if not isinstance(error, Exception):
+                raise
 
     def done(self) -> bool:
         """Whether it has ended; never blocks, and helps it on. An error is kept for :meth:`wait`."""

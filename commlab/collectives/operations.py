@@ -210,7 +210,8 @@ def reduce_scatter(
     chunks = _chunks_of(group, "reduce_scatter", out, tensor)
     flat = tensor.detach().to("cpu").reshape(-1).clone()
     part = reduce_chunks_async(flat, chunks, op, name, algorithm, group).wait()
-    return out.copy_(part.view(out.shape))
+    out.detach().copy_(part.view(out.shape))
+    return out
 
 
 def allgather(

@@ -24,7 +24,7 @@ WARN_AFTER_S = 10.0
 
 
 class Progress:
-    """The queue of one group. ``rank``, ``size`` are for messages; ``names`` maps a peer of this group to the world's ranks."""
+    """The queue of one group. ``rank`` is for messages: the group's own, like the peers that they name."""
 
     def __init__(self, rank: int, local_size: int, timeout_s: float, threaded: bool):
         self.rank, self.timeout_s = rank, timeout_s
@@ -70,13 +70,16 @@ class Progress:
                 return head
             self._queue.popleft()
         self._work.clear()
+        # What was submitted between the last look at the queue and now has set the flag in vain.
+        if self._queue:
+            self._work.set()
         return None
 
     def drive(self, handle: Handle, timeout_s: float | None = None) -> None:
         """Wait for ``handle`` (and all before it), moving the queue on. PeerTimeoutError when nothing has moved for
         ``timeout_s``; a warning that names the silent peer after 10 s."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        blocked_on: object = None
+        blocked_on: tuple[object, object] = (None, None)
         since_s = warned_s = time.perf_counter()
         self._waiting = True
         try:
@@ -86,8 +89,9 @@ class Progress:
                 if head is None:
                     continue
                 now_s = time.perf_counter()
-                if head.waits_for is not blocked_on:
-                    blocked_on, since_s, warned_s = head.waits_for, now_s, now_s
+                # Operations may share a request that is started anew for each: the head belongs to the comparison.
+                if head is not blocked_on[0] or head.waits_for is not blocked_on[1]:
+                    blocked_on, since_s, warned_s = (head, head.waits_for), now_s, now_s
                     continue
                 idle_s = now_s - since_s
                 if idle_s > limit_s:
@@ -122,13 +126,19 @@ class Progress:
                 if self._waiting:
                     time.sleep(1e-3)
                     continue
-                before = self._queue[0].waits_for if self._queue else None
+                before = self._blocked_on()
                 self.poll()
                 now_s = time.perf_counter()
-                if not self._queue or self._queue[0].waits_for is not before:
+                if not self._queue or self._blocked_on() is not before:
                     idle_since_s = now_s
                 else:
                     time.sleep(min(1e-3, max(20e-6, (now_s - idle_since_s) / 10)))
+
+    def _blocked_on(self) -> object:
+        try:
+            return self._queue[0].waits_for
+        except IndexError:  # the other thread may end the last operation at any moment
+            return None
 
     def close(self) -> None:
         """Stop the thread. Operations still in the queue are dropped."""

@@ -30,10 +30,11 @@ def init(transport: str = "mpi", nodes: str | None = None, timeout_s: float = 30
     connected = _connect(transport, timeout_s)
     bringup.install_exception_hook(connected.abort)
     alone = topology.Topology((tuple(range(connected.size)),))
-    group = Group(connected, alone, timeout_s, check)
+    group = Group(connected, alone, timeout_s)
     if connected.size > 1:
-        # Gathered even when the nodes are declared: declarations that differ between ranks are then seen here.
-        keys = [key.decode() for key in group.gather_bytes(topology.node_key().encode(), "node key")]
+        # Gathered even when the nodes are declared, and always checked: arguments that differ between ranks are seen here.
+        arguments = f"node keys, for init(nodes={nodes!r}, check={check})"
+        keys = [key.decode() for key in group.gather_bytes(topology.node_key().encode(), arguments)]
         found = topology.from_keys(keys) if nodes is None else topology.declared(nodes, connected.size)
         group.progress.close()
         group = Group(connected, found, timeout_s, check)

@@ -12,9 +12,10 @@ WIRES: dict[str | None, torch.dtype | None] = {None: None, "fp16": torch.float16
 
 
 def pack(sources: Sequence[torch.Tensor | None], ranges: Sequence[Range], flat: torch.Tensor, scale: float = 1.0) -> None:
-    """Write every source, multiplied by ``scale`` in its own precision and rounded once to ``flat``'s dtype, to its range of ``flat``.
+    """Write every source, multiplied by ``scale`` and then rounded to ``flat``'s dtype, to its range of ``flat``.
 
-    ``sources``: any shape and stride; None writes zeros. ``flat``: 1-D, contiguous. Cost: one pass over the sources and ``flat``.
+    ``sources``: any shape and stride; None writes zeros. The product is computed in the source's precision, 16-bit sources' in fp32.
+    ``flat``: 1-D, contiguous. Cost: one pass over the sources and ``flat``.
     """
     for source, place in zip(sources, ranges, strict=True):
         target = flat[place.start : place.stop]
@@ -22,10 +23,12 @@ def pack(sources: Sequence[torch.Tensor | None], ranges: Sequence[Range], flat: 
             target.zero_()
         elif scale == 1.0:
             target.view(source.shape).copy_(source)
-        elif source.dtype == flat.dtype and source.dtype not in (torch.float16, torch.bfloat16):
+        elif source.dtype in (torch.float16, torch.bfloat16):
+            target.view(source.shape).copy_(source.float() * scale)
+        elif source.dtype == flat.dtype:
             torch.mul(source, scale, out=target.view(source.shape))
         else:
-            target.view(source.shape).copy_(source.float() * scale)
+            target.view(source.shape).copy_(source * scale)
 
 
 def unpack(flat: torch.Tensor, ranges: Sequence[Range], targets: Sequence[torch.Tensor | None]) -> None:

@@ -19,7 +19,8 @@ from .base import Strategy, scale_
 
 
 class AllReduce(Strategy):
-    """After the exchange ``p.grad`` is a view of its bucket (no copy), or the unpacked gradient where the wire has 16 bits."""
+    """After the exchange ``p.grad`` is a view of its bucket (no copy), or the unpacked gradient where the wire has another dtype or the
+    parameter is not contiguous."""
 
     name = "allreduce"
 
@@ -38,18 +39,19 @@ class AllReduce(Strategy):
 
     def _update(self, clip: float, unused: set[int]) -> None:
         for bucket, _ in self._launched:
-            same_dtype = bucket.dtype == bucket.parameters[0].tensor.dtype
+            copied: list[torch.Tensor | None] = []
             for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
                 tensor = member.tensor
+                copied.append(None)
                 if member.index in unused:
                     tensor.grad = None
-                elif same_dtype:
+                elif bucket.dtype == tensor.dtype and tensor.is_contiguous():
                     tensor.grad = bucket.flat[place.start : place.stop].view(tensor.shape)
-                elif tensor.grad is None:
-                    tensor.grad = torch.empty_like(tensor)
-            gradients = [member.tensor.grad for member in bucket.parameters]
-            if not same_dtype:
-                unpack(bucket.flat, bucket.ranges, gradients)
+                else:
+                    # Strides as the parameter's own: torch's fused optimizers walk both as plain memory.
+                    copied[-1] = tensor.grad = torch.empty_like(tensor)
+            unpack(bucket.flat, bucket.ranges, copied)
             # In the parameters' precision: a 16-bit bucket must not be rounded a second time.
+            gradients = [member.tensor.grad for member in bucket.parameters]
             scale_([gradient for gradient in gradients if gradient is not None], clip)
         self.optimizer.step()

@@ -4,18 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import bringup
 from ..collectives.group import Group
 from ..errors import UsageError
-from ..transport.rendezvous import store_for
+from ..transport.rendezvous import join_store, open_store
 from .base import Options
 from .local import Local
+
+
+_connected: Group | None = None
+"""Whose ranks torch's default process group connects, where that was made here: torch has one at a time."""
+
+
+def _connect(group: Group) -> None:
+    """Make torch's default process group the ranks of ``group``. Collective. One that the user made stays, if it has these ranks."""
+    global _connected
+    if _connected is group and dist.is_initialized():
+        return
+    if dist.is_initialized():
+        if _connected is None:
+            if (dist.get_rank(), dist.get_world_size()) != (group.rank, group.size):
+                raise UsageError(
+                    f"strategy ddp over rank {group.rank} of {group.size}, but torch.distributed was initialized before as rank "
+                    f"{dist.get_rank()} of {dist.get_world_size()}; leave that to commlab, or give both the same ranks"
+                )
+            return
+        dist.destroy_process_group()
+    server, address = open_store(group.size, group.timeout_s) if group.rank == 0 else (None, b"")
+    address = group.gather_bytes(address, "address of torch's store")[0]
+    store = server or join_store(address, group.size, group.timeout_s)
+    timeout = timedelta(seconds=group.timeout_s)
+    dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.size, timeout=timeout)
+    _connected = group
 
 
 class _Calls(torch.nn.Module):
@@ -49,11 +75,8 @@ class Ddp(Local):
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         if options.wire is not None:
             raise UsageError("strategy ddp sends gradients as they are; a 16-bit wire is for allreduce, ps, dps")
-        if not dist.is_initialized():
-            launch = bringup.detect()
-            store = dist.PrefixStore("ddp", store_for(launch, group.timeout_s))
-            dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.size)
         super().__init__(model, optimizer, group, options)
+        _connect(group)
         self._ddp = DistributedDataParallel(_Calls(model), bucket_cap_mb=options.bucket_bytes / 2**20)
         self.model = _Front(self._ddp)
 

@@ -7,6 +7,7 @@ have one piece per parameter, the whole of it; so state saved under one strategy
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -98,10 +99,11 @@ def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Seque
         raise UsageError("load_state_dict() needs at least one part")
     if len(parts[0]["groups"]) != len(optimizer.param_groups):
         raise UsageError(f"the saved optimizer has {len(parts[0]['groups'])} groups, this one {len(optimizer.param_groups)}")
+    # All of it first: an error must leave the optimizer as it was.
+    collected = [(piece.tensor, _collect(piece, parts)) for piece in pieces]
     for entry, saved in zip(optimizer.param_groups, parts[0]["groups"], strict=True):
-        entry.update({key: value for key, value in saved.items() if key != "params"})
-    for piece in pieces:
-        optimizer.state[piece.tensor] = _collect(piece, parts)
+        entry.update({key: deepcopy(value) for key, value in saved.items() if key != "params"})
+    optimizer.state.update(collected)
 
 
 def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -110,13 +112,14 @@ def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if saved and saved[0]["numel"] != piece.parameter.tensor.numel():
         raise UsageError(f"parameter {name!r}: saved with {saved[0]['numel']} numbers, the model has {piece.parameter.tensor.numel()}")
     result: dict[str, Any] = {}
-    covered = 0
-    for entry in saved:
+    # Ranks that do not shard save the same numbers each; they are taken once.
+    covered = wanted.start
+    for entry in sorted(saved, key=lambda entry: int(entry["start"])):
         here = Range(entry["start"], entry["stop"])
-        common = here.intersect(wanted)
-        if not common.numel:
+        common = here.intersect(Range(covered, wanted.stop))
+        if not common.numel or common.start > covered:
             continue
-        covered += common.numel
+        covered = common.stop
         for key, value in entry["state"].items():
             if not torch.is_tensor(value) or value.dim() == 0 or value.numel() != here.numel:
                 result[key] = value.clone() if torch.is_tensor(value) else value
@@ -126,16 +129,16 @@ def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             result[key][common.start - wanted.start : common.stop - wanted.start] = value[
                 common.start - here.start : common.stop - here.start
             ]
-    if covered != wanted.numel:
+    if covered != wanted.stop:
         raise UsageError(
-            f"parameter {name!r}: of the numbers {wanted.start}..{wanted.stop} that this rank updates, {covered} have saved state; load the "
-            "parts of all ranks that saved"
+            f"parameter {name!r}: this rank updates its numbers {wanted.start}..{wanted.stop - 1}, and number {covered} has no saved state; "
+            "load the parts of all ranks that saved"
         )
     return {key: _shaped(value, piece) for key, value in result.items()}
 
 
 def _shaped(value: Any, piece: Piece) -> Any:
-    """State of a whole parameter has the parameter's shape."""
+    """State of a whole parameter has the parameter's shape, and its strides: torch's fused optimizers walk both as plain memory."""
     if torch.is_tensor(value) and value.dim() == 1 and value.numel() == piece.tensor.numel():
-        return value.view(piece.tensor.shape)
+        return torch.empty_like(piece.tensor, dtype=value.dtype).copy_(value.view(piece.tensor.shape))
     return value

@@ -20,6 +20,7 @@ import torch
 from ..chunks import Range, split, whole_at
 from ..collectives import operations
 from ..collectives.group import Group
+from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets
 from . import pieces
 from .base import Options, Strategy
@@ -68,8 +69,23 @@ class Server(Strategy):
             common = place.intersect(own)
             if common.numel:
                 tensor = flat[common.start : common.stop]
+                if not member.tensor.dim():
+                    # So that its state has no dimension either, like that of the whole.
+                    tensor = tensor.view(())
                 found.append(pieces.Piece(member, common.start - place.start, common.stop - place.start, tensor))
         return found
+
+    def _require_in_place(self) -> None:
+        """UsageError where a parameter no longer lies in its flat buffer: updates would not reach it any more."""
+        for (bucket, _), flat in zip(self._launched, self._flat_parameters, strict=True):
+            for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
+                here = flat.data_ptr() + place.start * flat.element_size()
+                if member.tensor.numel() and member.tensor.data_ptr() != here:
+                    raise UsageError(
+                        f"rank {self.group.rank}: parameter {member.name!r} was given other memory after "
+                        f"commlab.strategy() (by model.to() or p.data = ?), and strategy {self.name} updates it where it "
+                        "was; do that before, and change values in place after"
+                    )
 
     def _pieces(self) -> list[pieces.Piece]:
         return self._shard
@@ -85,17 +101,20 @@ class Server(Strategy):
         return [handle.result for _, handle in self._launched]
 
     def _update(self, clip: float, unused: set[int]) -> None:
+        self._require_in_place()
         shard = iter(self._shard)
         for bucket, handle in self._launched:
             own, sums = self._chunks[bucket.index][self.group.rank], handle.result
             if clip != 1.0:
-                sums.mul_(clip)
+                # A 16-bit wire's sums must not be rounded a second time before they reach the parameter's dtype.
+                sums = sums.mul_(clip) if sums.element_size() > 2 else sums.float() * clip
             for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
                 common = place.intersect(own)
                 if common.numel:
                     gradient = sums[common.start - own.start : common.stop - own.start]
                     piece = next(shard)
-                    piece.tensor.grad = None if member.index in unused else gradient.to(piece.tensor.dtype)
+                    gradient = gradient.to(piece.tensor.dtype).view(piece.tensor.shape)
+                    piece.tensor.grad = None if member.index in unused else gradient
         self.optimizer.step()
         for piece in self._shard:
             piece.tensor.grad = None

@@ -33,13 +33,24 @@ def store_for(launch: Launch, timeout_s: float) -> dist.Store:
     address = bytearray(256)
     server: dist.Store | None = None
     if comm.rank == 0:
-        opened = dist.TCPStore(_own_address(), 0, launch.size, is_master=True, timeout=timeout, wait_for_workers=False)
-        server = opened
-        text = f"{opened.host} {opened.port}".encode()
+        server, text = open_store(launch.size, timeout_s)
         address[: len(text)] = text
     comm.Bcast([address, MPI.BYTE], root=0)
-    host, port = address.rstrip(b"\0").decode().split()
-    return server or dist.TCPStore(host, int(port), launch.size, is_master=False, timeout=timeout, wait_for_workers=False)
+    return server or join_store(address.rstrip(b"\0"), launch.size, timeout_s)
+
+
+def open_store(size: int, timeout_s: float) -> tuple[dist.Store, bytes]:
+    """A store for ``size`` ranks on a free port of this host, and the address that the others give to :func:`join_store`."""
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(_own_address(), 0, size, is_master=True, timeout=timeout, wait_for_workers=False)
+    return store, f"{store.host} {store.port}".encode()
+
+
+def join_store(address: bytes, size: int, timeout_s: float) -> dist.Store:
+    """The store that another rank opened."""
+    host, port = address.decode().split()
+    timeout = timedelta(seconds=timeout_s)
+    return dist.TCPStore(host, int(port), size, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def _own_address() -> str:

@@ -1,0 +1,218 @@
+"""The window: memory shared by the ranks of a node. Not a transport: nobody sends, everyone reads.
+
+Each rank owns its part: a control page (counters, what it is about to do, small payloads) and segments of data. They are memfds:
+without a name, so they cannot leak, not bound by the size of /dev/shm, allocated before use, so memory that is missing is an error
+here and not a SIGBUS later. Peers open them through /proc and check the job's token before they touch a byte, because in another
+PID namespace the same path can be a stranger's memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import os
+import secrets
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import CommlabError
+
+NOWHERE = 2**64 - 1
+"""Segment number of an ordinary tensor."""
+
+STAGING_BYTES = 4 * 2**20
+"""Per rank: two blocks on their way in and two on their way out (kernels/cpu/piped.h)."""
+
+_ARENA_BYTES = 16 * 2**20
+_ALIGN_BYTES = 64
+_CARD = struct.Struct("<qqq16s")
+
+
+class Unavailable(CommlabError):
+    """Why these ranks can't have a window; they use point-to-point then."""
+
+
+class Place(NamedTuple):
+    """Where data lie in a rank's part of the window; the peers know them by this, never by an address."""
+
+    segment: int
+    offset: int
+
+
+class _Mapping:
+    """A memfd as this process sees it."""
+
+    def __init__(self, fd: int, size_bytes: int):
+        self.memory = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.address, self.size_bytes = self.bytes.data_ptr(), size_bytes
+
+
+def _memfd(name: str, size_bytes: int) -> int:
+    fd = os.memfd_create(f"commlab {name}", os.MFD_CLOEXEC)
+    try:
+        # Truncating alone would promise memory; the first touch of a page that is not there is a SIGBUS.
+        os.posix_fallocate(fd, 0, size_bytes)
+    except OSError as error:
+        os.close(fd)
+        raise Unavailable(f"no {size_bytes / 2**20:.0f} MiB of shared memory for {name}: {error.strerror}") from error
+    return fd
+
+
+class Window:
+    """This rank's part and its view of the peers'. Made in two collective moves, which the group makes: :meth:`card` of every rank
+    is given to every rank's :meth:`open`."""
+
+    def __init__(self, local_rank: int, local_size: int, spin_us: float):
+        """Raises Unavailable. ``spin_us``: how long a waiting rank looks before it sleeps."""
+        try:
+            from .. import _native  # type: ignore[attr-defined]
+        except ImportError as error:
+            raise Unavailable(f"the native module is missing ({error})") from error
+        if not hasattr(_native, "NodeSync"):
+            raise Unavailable("the window needs Linux")
+        self._native: Any = _native
+        self.rank, self.size = local_rank, local_size
+        self._spin_us = spin_us
+        self._token = secrets.token_bytes(16)
+        self._control_fd = _memfd("control page", _native.CONTROL_BYTES)
+        self._control = _Mapping(self._control_fd, _native.CONTROL_BYTES)
+        _native.format_page(self._control.address, local_rank, self._token)
+        self._pids: list[int] = []
+        self._segments: list[_Mapping] = []
+        self._starts: list[tuple[int, int]] = []
+        """(address, segment) of this rank's segments, ascending."""
+        self._theirs: dict[tuple[int, int], _Mapping] = {}
+        self._arena_used = _ARENA_BYTES
+        self._arena = -1
+        self.sync: Any = None
+        self.staging: list[int] = []
+        """Addresses of every rank's staging area."""
+
+    def card(self) -> bytes:
+        """What peers need to find this rank's control page."""
+        return _CARD.pack(os.getpid(), self._control_fd, self.size, self._token)
+
+    def open(self, cards: Sequence[bytes]) -> None:
+        """Map the peers' control pages. Raises Unavailable."""
+        pages = []
+        for peer, card in enumerate(cards):
+            pid, fd, _, token = _CARD.unpack(card)
+            self._pids.append(pid)
+            mapping = self._control
+            if peer != self.rank:
+                mapping = self._map(pid, fd, self._native.CONTROL_BYTES, f"the control page of local rank {peer}")
+                wrong = self._native.wrong_page(mapping.address, peer, token)
+                if wrong:
+                    raise Unavailable(f"process {pid}, said to be local rank {peer}, shows {wrong}: ranks of one host in several PID namespaces?")
+                self._theirs[peer, NOWHERE] = mapping
+            pages.append(mapping.address)
+        self.sync = self._native.NodeSync(self.rank, pages, self._spin_us)
+        self._new_segment(STAGING_BYTES)
+
+    def open_staging(self) -> None:
+        """Once every rank has returned from :meth:`open`: map the staging areas."""
+        self.staging = [self.address(peer, Place(0, 0)) for peer in range(self.size)]
+
+    @staticmethod
+    def _map(pid: int, fd: int, size_bytes: int, what: str) -> _Mapping:
+        try:
+            opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise Unavailable(f"cannot open {what} of process {pid}: {error.strerror}") from error
+        try:
+            if os.fstat(opened).st_size != size_bytes:
+                raise Unavailable(f"{what} of process {pid} has {os.fstat(opened).st_size} bytes, not {size_bytes}")
+            return _Mapping(opened, size_bytes)
+        except (OSError, ValueError) as error:
+            raise Unavailable(f"cannot map {what} of process {pid}: {error}") from error
+        finally:
+            os.close(opened)
+
+    def _new_segment(self, size_bytes: int) -> int:
+        number = len(self._segments)
+        if number >= self._native.MAX_SEGMENTS:
+            raise Unavailable(f"this rank's window has {number} segments, the most there can be; ask for fewer, larger tensors")
+        fd = _memfd(f"segment {number}", size_bytes)
+        self._segments.append(_Mapping(fd, size_bytes))
+        self.sync.add_segment(number, fd, size_bytes)
+        bisect.insort(self._starts, (self._segments[-1].address, number))
+        return number
+
+    def allocate(self, size_bytes: int) -> tuple[torch.Tensor, Place]:
+        """``size_bytes`` of this rank's part, zeroed, as a 1-D uint8 tensor, and where they lie. Not collective. The memory is given
+        back when the window is closed. Raises Unavailable when there is no memory."""
+        rounded = -(-max(1, size_bytes) // _ALIGN_BYTES) * _ALIGN_BYTES
+        if rounded > _ARENA_BYTES // 2:
+            place = Place(self._new_segment(-(-rounded // mmap.PAGESIZE) * mmap.PAGESIZE), 0)
+        else:
+            if self._arena_used + rounded > _ARENA_BYTES:
+                self._arena, self._arena_used = self._new_segment(_ARENA_BYTES), 0
+            place = Place(self._arena, self._arena_used)
+            self._arena_used += rounded
+        return self._segments[place.segment].bytes[place.offset : place.offset + size_bytes], place
+
+    def locate(self, tensor: torch.Tensor) -> Place | None:
+        """Where the tensor's data lie in this rank's part; None for an ordinary tensor."""
+        address = tensor.data_ptr()
+        at = bisect.bisect_right(self._starts, (address, self._native.MAX_SEGMENTS)) - 1
+        if at < 0:
+            return None
+        start, segment = self._starts[at]
+        offset = address - start
+        if offset + tensor.numel() * tensor.element_size() > self._segments[segment].size_bytes:
+            return None
+        return Place(segment, offset)
+
+    def address(self, peer: int, place: Place) -> int:
+        """The address, in this process, of a place in ``peer``'s part; mapped when first asked for."""
+        if peer == self.rank:
+            return self._segments[place.segment].address + place.offset
+        mapping = self._theirs.get((peer, place.segment))
+        if mapping is None:
+            fd, size_bytes = self.sync.segment(peer, place.segment)
+            mapping = self._map(self._pids[peer], fd, size_bytes, f"segment {place.segment} of local rank {peer}")
+            self._theirs[peer, place.segment] = mapping
+        return mapping.address + place.offset
+
+    def view(self, peer: int, place: Place, size_bytes: int) -> torch.Tensor:
+        """A place of ``peer``'s part as a 1-D uint8 tensor: the same memory in all ranks."""
+        self.address(peer, place)
+        mapping = self._segments[place.segment] if peer == self.rank else self._theirs[peer, place.segment]
+        return mapping.bytes[place.offset : place.offset + size_bytes]
+
+    def alive(self, peer: int) -> bool:
+        """Whether ``peer``'s process still exists (a zombie no longer does)."""
+        try:
+            with open(f"/proc/{self._pids[peer]}/stat", "rb") as stat:
+                return stat.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+        except OSError:
+            return False
+
+
+class WindowWait:
+    """A request: all ranks of the node have arrived."""
+
+    __slots__ = ("_lost", "_name_of", "_window")
+
+    def __init__(self, window: Window, name_of: Callable[[int], int]):
+        self._window, self._name_of = window, name_of
+
+    def test(self) -> bool:
+        return bool(self._window.sync.lagging() < 0)
+
+    def block(self, timeout_s: float) -> None:
+        """Wait natively, asleep if it takes long. Raises PeerLostError when the awaited rank's process has ended."""
+        from ..errors import PeerLostError
+
+        late = self._window.sync.wait(timeout_s * 1e6)
+        # It may have arrived and left in good order meanwhile; only then is its absence no loss.
+        if late >= 0 and not self._window.alive(late) and self._window.sync.lagging() == late:
+            raise PeerLostError(f"rank {self._name_of(late)} is gone: its process ended while its peers waited for it")
+
+    def peers(self) -> Sequence[int]:
+        late = self._window.sync.lagging()
+        return () if late < 0 else (self._name_of(late),)

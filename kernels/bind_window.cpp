@@ -1,0 +1,163 @@
+// The window's part of commlab._native: waiting for the ranks of a node, and loops over their memories.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/gather.h"
+#include "cpu/piped.h"
+#include "cpu/sync.h"
+
+namespace nb = nanobind;
+using namespace commlab;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+DType dtype_of(int code) {
+  if (code < 0 || code > 5) throw std::invalid_argument("dtype code " + std::to_string(code) + " is not one of 0..5");
+  return static_cast<DType>(code);
+}
+
+Op op_of(int code) {
+  if (code < 0 || code > 3) throw std::invalid_argument("op code " + std::to_string(code) + " is not one of 0..3");
+  return static_cast<Op>(code);
+}
+
+std::vector<void*> pointers(const std::vector<Address>& addresses) {
+  std::vector<void*> found;
+  for (Address address : addresses) found.push_back(reinterpret_cast<void*>(address));
+  return found;
+}
+
+void format_page(Address page, std::uint32_t local_rank, nb::bytes token) {
+  auto* control = new (reinterpret_cast<void*>(page)) Control{};
+  if (token.size() != sizeof(control->token)) throw std::invalid_argument("a token has 16 bytes");
+  std::memcpy(control->token, token.c_str(), token.size());
+  control->local_rank = local_rank;
+  control->abi = kAbi;
+  control->magic = kMagic;
+}
+
+// Why this page is not the one that it should be; empty if it is.
+std::string wrong_page(Address page, std::uint32_t local_rank, nb::bytes token) {
+  const auto* control = reinterpret_cast<const Control*>(page);
+  if (control->magic != kMagic) return "not a commlab window";
+  if (control->abi != kAbi)
+    return "window layout " + std::to_string(control->abi) + ", mine is " + std::to_string(kAbi);
+  if (token.size() != 16 || std::memcmp(control->token, token.c_str(), 16) != 0) return "another job's window";
+  if (control->local_rank != local_rank) return "the window of local rank " + std::to_string(control->local_rank);
+  return "";
+}
+
+std::vector<Control*> pages_at(const std::vector<Address>& addresses) {
+  std::vector<Control*> pages;
+  for (Address address : addresses) pages.push_back(reinterpret_cast<Control*>(address));
+  return pages;
+}
+
+}  // namespace
+
+void register_window(nb::module_& m) {
+  m.attr("CONTROL_BYTES") = sizeof(Control);
+  m.attr("INLINE_BYTES") = kInlineBytes;
+  m.attr("MAX_SEGMENTS") = kMaxSegments;
+  m.def("format_page", &format_page);
+  m.def("wrong_page", [](Address page, std::uint32_t local_rank, nb::bytes token) {
+    const std::string why = wrong_page(page, local_rank, token);
+    return nb::str(why.c_str());
+  });
+
+  nb::class_<NodeSync>(m, "NodeSync")
+      .def("__init__", [](NodeSync* self, std::size_t rank, const std::vector<Address>& pages,
+                          double spin_us) { new (self) NodeSync(rank, pages_at(pages), spin_us); })
+      .def("publish",
+           [](NodeSync& self, std::uint64_t record, std::uint64_t segment, std::uint64_t offset, Address data,
+              std::size_t bytes) {
+             self.publish(record, segment, offset, reinterpret_cast<const void*>(data), bytes);
+             self.arrive();
+           })
+      .def("arrive", &NodeSync::arrive)
+      .def("lagging", &NodeSync::lagging)
+      .def("wait", &NodeSync::wait, nb::call_guard<nb::gil_scoped_release>())
+      .def("agreed",
+           [](const NodeSync& self) {
+             for (std::size_t rank = 1; rank < self.size(); ++rank)
+               if (self.slot(rank).record != self.slot(0).record) return false;
+             return true;
+           })
+      .def("records",
+           [](const NodeSync& self) {
+             std::vector<std::uint64_t> records;
+             for (std::size_t rank = 0; rank < self.size(); ++rank) records.push_back(self.slot(rank).record);
+             return records;
+           })
+      .def("places",
+           [](const NodeSync& self) {
+             std::vector<std::pair<std::uint64_t, std::uint64_t>> places;
+             for (std::size_t rank = 0; rank < self.size(); ++rank)
+               places.emplace_back(self.slot(rank).segment, self.slot(rank).offset);
+             return places;
+           })
+      .def("add_segment",
+           [](NodeSync& self, std::size_t segment, std::uint64_t fd, std::uint64_t bytes) {
+             if (segment >= kMaxSegments) throw std::invalid_argument("the window's segment table is full");
+             self.page(self.rank()).segments[segment] = SegmentEntry{fd, bytes};
+           })
+      .def("segment",
+           [](const NodeSync& self, std::size_t rank, std::size_t segment) {
+             const SegmentEntry& entry = self.page(rank).segments[segment];
+             return std::make_tuple(entry.fd, entry.bytes);
+           })
+      .def("reduce_inline",
+           [](const NodeSync& self, Address dst, std::size_t numel, int dtype, int op, double divisor) {
+             std::vector<const void*> from;
+             for (std::size_t rank = 0; rank < self.size(); ++rank) from.push_back(self.inline_data(rank));
+             void* to = reinterpret_cast<void*>(dst);
+             gather_reduce(&to, 1, dtype_of(dtype), from.data(), from.size(), dtype_of(dtype), numel, op_of(op),
+                           divisor);
+           })
+      .def("copy_inline", [](const NodeSync& self, Address dst, std::size_t rank, std::size_t bytes) {
+        std::memcpy(reinterpret_cast<void*>(dst), self.inline_data(rank), bytes);
+      });
+
+  nb::class_<Piped>(m, "Piped")
+      .def(
+          "__init__",
+          [](Piped* self, NodeSync& sync, const std::vector<Address>& staging, std::size_t block_bytes, Address data,
+             int dtype, int wire, int op, double divisor, bool reduce, bool gather,
+             const std::vector<std::pair<std::size_t, std::size_t>>& chunks) {
+            PipedWork work{
+                reinterpret_cast<void*>(data), dtype_of(dtype), dtype_of(wire), op_of(op), divisor, reduce, gather, {}};
+            for (const auto& [start, stop] : chunks) work.chunks.push_back({start, stop});
+            std::vector<char*> areas;
+            for (Address area : staging) areas.push_back(reinterpret_cast<char*>(area));
+            new (self) Piped(sync, std::move(areas), block_bytes, std::move(work));
+          },
+          nb::keep_alive<1, 2>())
+      .def("run", &Piped::run, nb::call_guard<nb::gil_scoped_release>());
+
+  m.def("gather_reduce", [](const std::vector<Address>& dst, int dst_dtype, const std::vector<Address>& src, int dtype,
+                            std::size_t numel, int op, double divisor) {
+    const auto to = pointers(dst);
+    const auto from = pointers(src);
+    nb::gil_scoped_release released;
+    gather_reduce(to.data(), to.size(), dtype_of(dst_dtype), const_cast<const void* const*>(from.data()), from.size(),
+                  dtype_of(dtype), numel, op_of(op), divisor);
+  });
+  m.def(
+      "copy_through",
+      [](Address dst, Address src, std::size_t bytes) {
+        copy_through(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+}

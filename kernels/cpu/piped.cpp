@@ -1,0 +1,116 @@
+#include "piped.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace commlab {
+namespace {
+
+char* element(void* base, std::size_t index, DType dtype) {
+  return static_cast<char*>(base) + index * dtype_bytes(dtype);
+}
+
+// Copies with a cast where the dtypes differ (fp32 and a 16-bit type).
+void convert(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::size_t numel) {
+  if (dst_dtype == src_dtype)
+    std::memcpy(dst, src, numel * dtype_bytes(dst_dtype));
+  else if (is_16bit(dst_dtype))
+    reduce_loops().narrow(dst, static_cast<const float*>(src), numel, dst_dtype, 1.0f);
+  else
+    reduce_loops().widen(static_cast<float*>(dst), src, numel, src_dtype);
+}
+
+}  // namespace
+
+Piped::Piped(NodeSync& sync, std::vector<char*> staging, std::size_t block_bytes, PipedWork work)
+    : sync_(sync), staging_(std::move(staging)), block_bytes_(block_bytes), work_(std::move(work)) {
+  const std::size_t ranks = sync_.size();
+  if (staging_.size() != ranks || work_.chunks.size() != ranks)
+    throw std::invalid_argument("one staging area and one chunk per rank are needed");
+  if (work_.wire != work_.dtype && !(work_.dtype == DType::kFloat32 && is_16bit(work_.wire)))
+    throw std::invalid_argument("a wire other than the data's own is 16-bit, for fp32 data");
+  std::size_t used = 0, longest = 0;
+  for (const Chunk& chunk : work_.chunks) {
+    used += chunk.stop > chunk.start;
+    longest = std::max(longest, chunk.stop - chunk.start);
+  }
+  // A block is the same slice of every chunk; slices are whole cache lines.
+  const std::size_t slices = work_.reduce ? std::max<std::size_t>(used, 1) : 1;
+  slice_numel_ = block_bytes_ / slices / 64 * 64 / dtype_bytes(work_.wire);
+  if (!slice_numel_) throw std::invalid_argument("the staging area is too small for so many ranks");
+  blocks_ = (longest + slice_numel_ - 1) / slice_numel_;
+}
+
+Chunk Piped::block_of(std::size_t chunk, std::size_t block) const {
+  const Chunk& whole = work_.chunks[chunk];
+  const std::size_t start = std::min(whole.stop, whole.start + block * slice_numel_);
+  return {start, std::min(whole.stop, start + slice_numel_)};
+}
+
+void Piped::copy_in(std::size_t block) {
+  const std::size_t mine = sync_.rank();
+  if (!work_.reduce) {
+    const Chunk part = block_of(mine, block);
+    convert(out(mine, block), work_.wire, element(work_.data, part.start, work_.dtype), work_.dtype,
+            part.stop - part.start);
+    return;
+  }
+  std::size_t slice = 0;
+  for (std::size_t chunk = 0; chunk < work_.chunks.size(); ++chunk) {
+    if (work_.chunks[chunk].stop == work_.chunks[chunk].start) continue;
+    const Chunk part = block_of(chunk, block);
+    convert(element(in(mine, block), slice++ * slice_numel_, work_.wire), work_.wire,
+            element(work_.data, part.start, work_.dtype), work_.dtype, part.stop - part.start);
+  }
+}
+
+void Piped::reduce(std::size_t block) {
+  const std::size_t mine = sync_.rank();
+  const Chunk part = block_of(mine, block);
+  if (part.start == part.stop) return;
+  std::size_t slice = 0;
+  for (std::size_t chunk = 0; chunk < mine; ++chunk) slice += work_.chunks[chunk].stop > work_.chunks[chunk].start;
+  std::vector<const void*> from;
+  for (std::size_t rank = 0; rank < sync_.size(); ++rank)
+    from.push_back(element(in(rank, block), slice * slice_numel_, work_.wire));
+  const bool stays = !work_.gather;
+  void* to = stays ? element(work_.data, part.start, work_.dtype) : out(mine, block);
+  gather_reduce(&to, 1, stays ? work_.dtype : work_.wire, from.data(), from.size(), work_.wire, part.stop - part.start,
+                work_.op, work_.divisor);
+}
+
+void Piped::copy_out(std::size_t block) {
+  for (std::size_t shift = 0; shift < work_.chunks.size(); ++shift) {
+    // Everyone starts with its own shard: no two ranks read the same memory at a time.
+    const std::size_t rank = (sync_.rank() + shift) % work_.chunks.size();
+    const Chunk part = block_of(rank, block);
+    if (part.start == part.stop || (!work_.reduce && rank == sync_.rank())) continue;
+    convert(element(work_.data, part.start, work_.dtype), work_.dtype, out(rank, block), work_.wire,
+            part.stop - part.start);
+  }
+}
+
+int Piped::run(double timeout_us) {
+  // Without a reduction its turn falls away, and a block is copied out one turn after it was copied in. Two turns are
+  // kept between uses of a buffer all the same: copying in writes `out` directly then.
+  const std::size_t lag = work_.reduce ? 2 : 1;
+  const std::size_t turns = blocks_ + (work_.gather ? lag : 1);
+  while (turn_ < turns) {
+    if (!waiting_) {
+      if (turn_ < blocks_) copy_in(turn_);
+      if (work_.reduce && turn_ >= 1 && turn_ - 1 < blocks_) reduce(turn_ - 1);
+      if (work_.gather && turn_ >= lag && turn_ - lag < blocks_) copy_out(turn_ - lag);
+      if (turn_ + 1 == turns) break;
+      sync_.arrive();
+      waiting_ = true;
+    }
+    if (const int late = sync_.wait(timeout_us); late >= 0) return late;
+    waiting_ = false;
+    ++turn_;
+  }
+  turn_ = turns;
+  return -1;
+}
+
+}  // namespace commlab

@@ -1,0 +1,62 @@
+// Collectives of a node's ranks on ordinary memory: each rank's data pass, block by block, through a small staging area
+// of the window that stays in the caches, so that memory sees one read and one write.
+//
+//   turn t        copy in          block t      to my `in`          (cast to the wire)
+//                 reduce my shard  block t-1    out of all `in`s    to my `out`
+//                 copy out         block t-2    from all `out`s     (cast from the wire)
+//                 wait for all ranks
+//
+// One wait a turn suffices with two of each buffer, used in turn: what turn t writes (in[t%2], out[(t-1)%2]) was last
+// read in turn t-1 (in by the reduction of block t-2, out by the copy of block t-3), and everyone has left turn t-1.
+// The first turn of the next operation may begin while a peer is still in the last turn of this one, which only copies
+// out: `out` is next written in the second turn, one wait later.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "gather.h"
+#include "sync.h"
+
+namespace commlab {
+
+struct Chunk {
+  std::size_t start, stop;  // numbers of the flat buffer
+};
+
+// What is asked for. reduce and gather: allreduce; reduce alone: reduce-scatter (my chunk of `data` gets the result);
+// gather alone: allgather, or with one chunk that is not empty a broadcast.
+struct PipedWork {
+  void* data;
+  DType dtype;  // of data
+  DType wire;   // of the staging: dtype itself, or 16-bit where dtype is fp32
+  Op op;
+  double divisor;
+  bool reduce, gather;
+  std::vector<Chunk> chunks;  // chunks[r] belongs to rank r
+};
+
+class Piped {
+ public:
+  // staging[r]: rank r's 2 * (in + out) area as mapped here, `in` being block_bytes and `out` block_bytes long.
+  Piped(NodeSync& sync, std::vector<char*> staging, std::size_t block_bytes, PipedWork work);
+
+  // Goes on until done (-1) or until a rank has been waited for longer than timeout_us (that rank); call again then.
+  int run(double timeout_us);
+
+ private:
+  Chunk block_of(std::size_t chunk, std::size_t block) const;
+  void copy_in(std::size_t block);
+  void reduce(std::size_t block);
+  void copy_out(std::size_t block);
+  char* in(std::size_t rank, std::size_t block) const { return staging_[rank] + (block % 2) * block_bytes_; }
+  char* out(std::size_t rank, std::size_t block) const { return staging_[rank] + (2 + block % 2) * block_bytes_; }
+
+  NodeSync& sync_;
+  std::vector<char*> staging_;
+  std::size_t block_bytes_, slice_numel_, blocks_, turn_ = 0;
+  bool waiting_ = false;
+  PipedWork work_;
+};
+
+}  // namespace commlab

@@ -1,0 +1,96 @@
+#include "sync.h"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <climits>
+#include <cstring>
+#include <stdexcept>
+
+namespace commlab {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Not FUTEX_PRIVATE: the waiters are other processes.
+void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t seen, double timeout_us) {
+  const auto ns = static_cast<long>(timeout_us * 1e3);
+  const timespec timeout{ns / 1000000000, ns % 1000000000};
+  syscall(SYS_futex, &word, FUTEX_WAIT, seen, &timeout, nullptr, 0);
+}
+
+void futex_wake_all(std::atomic<std::uint32_t>& word) {
+  syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+NodeSync::NodeSync(std::size_t rank, std::vector<Control*> pages, double spin_us)
+    : rank_(rank), pages_(std::move(pages)), spin_us_(spin_us) {
+  if (rank_ >= pages_.size()) throw std::invalid_argument("rank outside of the node");
+}
+
+void NodeSync::publish(std::uint64_t record, std::uint64_t segment, std::uint64_t offset, const void* data,
+                       std::size_t bytes) {
+  if (bytes > kInlineBytes) throw std::invalid_argument("too much inline data");
+  ++published_;
+  Control& mine = *pages_[rank_];
+  mine.slots[published_ % 2] = Slot{record, segment, offset};
+  if (bytes) std::memcpy(mine.inline_data[published_ % 2], data, bytes);
+}
+
+void NodeSync::arrive() {
+  Control& mine = *pages_[rank_];
+  // seq_cst against the sleeper's own pair of operations: either it sees the new count, or we see the sleeper.
+  mine.arrived.store(++arrivals_, std::memory_order_seq_cst);
+  if (mine.sleepers.load(std::memory_order_seq_cst)) futex_wake_all(mine.arrived);
+  first_unseen_ = 0;
+}
+
+int NodeSync::lagging() {
+  for (; first_unseen_ < pages_.size(); ++first_unseen_) {
+    const std::uint32_t theirs = pages_[first_unseen_]->arrived.load(std::memory_order_acquire);
+    // Counters wrap; their difference does not.
+    if (static_cast<std::int32_t>(theirs - arrivals_) < 0) return static_cast<int>(first_unseen_);
+  }
+  return -1;
+}
+
+int NodeSync::wait(double timeout_us) {
+  int late = lagging();
+  if (late < 0) return late;
+  const auto start = Clock::now();
+  const auto waited_us = [&] { return std::chrono::duration<double, std::micro>(Clock::now() - start).count(); };
+  if (spin_us_ > 0) {
+    const double limit_us = std::min(spin_us_, timeout_us);
+    do {
+      for (int round = 0; round < 64; ++round) {
+        if ((late = lagging()) < 0) return late;
+        relax();
+      }
+    } while (waited_us() < limit_us);
+  }
+  for (double left_us; (late = lagging()) >= 0 && (left_us = timeout_us - waited_us()) > 0;) {
+    Control& theirs = *pages_[late];
+    const std::uint32_t seen = theirs.arrived.load(std::memory_order_seq_cst);
+    theirs.sleepers.fetch_add(1, std::memory_order_seq_cst);
+    if (static_cast<std::int32_t>(theirs.arrived.load(std::memory_order_seq_cst) - arrivals_) < 0)
+      futex_wait(theirs.arrived, seen, left_us);
+    theirs.sleepers.fetch_sub(1, std::memory_order_seq_cst);
+  }
+  return late;
+}
+
+}  // namespace commlab

@@ -1,0 +1,79 @@
+// How the ranks of a node wait for each other: one page per rank, written by that rank alone (but for the count of
+// sleepers), read by all. Counters only grow; nothing is ever locked, so a rank that dies leaves nothing held.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace commlab {
+
+constexpr std::uint64_t kMagic = 0x31776c6d6d6f63ull;  // "commlw1"
+constexpr std::uint32_t kAbi = 1;
+constexpr std::size_t kInlineBytes = 4096;
+constexpr std::size_t kMaxSegments = 1024;
+
+// What a rank says of its next operation before it arrives at it.
+struct Slot {
+  std::uint64_t record;   // hash of (sequence, operation, dtype, shape, name)
+  std::uint64_t segment;  // where its data lie: segment and byte offset; kNowhere for an ordinary tensor
+  std::uint64_t offset;
+};
+
+struct SegmentEntry {
+  std::uint64_t fd;  // the owner's descriptor; peers open it through /proc
+  std::uint64_t bytes;
+};
+
+// A rank's page. Two slots, used in turn: a rank can publish operation k + 2 only after everyone has arrived at k + 1,
+// that is after everyone has read the slots of k.
+struct Control {
+  std::uint64_t magic;
+  std::uint32_t abi;
+  std::uint32_t local_rank;
+  std::uint8_t token[16];
+  std::uint64_t commit_word;  // reserved: steps that survive the death of a rank
+  alignas(64) std::atomic<std::uint32_t> arrived;
+  alignas(64) std::atomic<std::uint32_t> sleepers;
+  alignas(64) Slot slots[2];
+  alignas(64) std::uint8_t inline_data[2][kInlineBytes];
+  alignas(64) SegmentEntry segments[kMaxSegments];
+};
+
+static_assert(std::atomic<std::uint32_t>::is_always_lock_free, "shared between processes");
+
+class NodeSync {
+ public:
+  // pages[r]: rank r's page as this process has it mapped. spin_us: how long to look before going to sleep; 0 where
+  // ranks share cores, because there the spinner keeps the awaited rank from running.
+  NodeSync(std::size_t rank, std::vector<Control*> pages, double spin_us);
+
+  std::size_t rank() const { return rank_; }
+  std::size_t size() const { return pages_.size(); }
+  Control& page(std::size_t rank) const { return *pages_[rank]; }
+
+  // Fill this rank's next slot, to be seen by peers after arrive(); `data` (up to kInlineBytes) travels in the page
+  // itself.
+  void publish(std::uint64_t record, std::uint64_t segment, std::uint64_t offset, const void* data, std::size_t bytes);
+  // Tell everyone that all that this rank wrote so far may be read.
+  void arrive();
+  // The lowest rank that has not arrived as often as this one, or -1.
+  int lagging();
+  // The same after waiting up to timeout_us.
+  int wait(double timeout_us);
+
+  // Slot and inline data of the last publish(), by rank.
+  const Slot& slot(std::size_t rank) const { return pages_[rank]->slots[published_ % 2]; }
+  const std::uint8_t* inline_data(std::size_t rank) const { return pages_[rank]->inline_data[published_ % 2]; }
+
+ private:
+  std::size_t rank_;
+  std::vector<Control*> pages_;
+  double spin_us_;
+  std::uint32_t arrivals_ = 0;
+  std::uint32_t published_ = 0;
+  std::size_t first_unseen_ = 0;
+};
+
+}  // namespace commlab
