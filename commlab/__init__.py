@@ -20,6 +20,7 @@ _HOME = {
     "broadcast": "collectives.operations",
     "reduce": "collectives.operations",
     "barrier": "collectives.operations",
+    "empty": "collectives.operations",
     "Group": "collectives.group",
     "Handle": "collectives.handle",
     "strategy": "strategies",
@@ -35,7 +36,7 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from .collectives.group import Group
     from .collectives.handle import Handle
-    from .collectives.operations import allgather, allreduce, allreduce_async, barrier, broadcast, reduce, reduce_scatter
+    from .collectives.operations import allgather, allreduce, allreduce_async, barrier, broadcast, empty, reduce, reduce_scatter
     from .collectives.world import init, shutdown
     from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
     from .strategies import strategy

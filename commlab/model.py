@@ -48,7 +48,7 @@ def _shape(name: str, seq_len: int, vocab_size: int | None, learning_rate: float
 PRESETS = {
     shape.name: shape
     for shape in (
-        _shape("gpt2-tiny", 128, None, 1e-3, n_layer=4, n_embd=128, n_head=4, n_positions=128),
+        _shape("gpt2-tiny", 128, None, 3e-3, n_layer=4, n_embd=128, n_head=4, n_positions=128),
         # The paper's (arXiv 2206.06356): trained on 512 tokens (n_ctx), with room for 1024.
         _shape("gpt2-100m", 512, 26679, 1.5e-4, n_layer=12, n_embd=768, n_head=12, n_positions=1024),
         _shape("gpt2", 1024, 50257, 1.5e-4, n_layer=12, n_embd=768, n_head=12, n_positions=1024),

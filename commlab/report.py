@@ -72,9 +72,11 @@ class Report:
             f"commlab {__version__}: strategy {config.strategy}, {group.size} rank{'s' * (group.size > 1)} on {len(group.nodes)} "
             f"node{'s' * (len(group.nodes) > 1)}, transport {group.transport.name}, progress {group.progress_mode}"
         )
+        if group.size > 1:
+            self._say("window: shared by all ranks" if group.window is not None else f"no window: {group.window_reason}")
         if engine.buckets is not None and group.size > 1:
-            case = Case("allreduce", group.size, bytes_of, config.wire is not None, group.transport.name)
-            algorithm, reason = choose(config.algorithm, case, tuple(ALGORITHMS))
+            case = Case("allreduce", group.size, bytes_of, config.wire is not None, group.transport.name, group.window is not None)
+            algorithm, reason = choose(config.algorithm, case, (*ALGORITHMS, "window"))
             self._say(
                 f"gradients: {len(engine.buckets.buckets)} buckets of at most {config.bucket_mb:g} MB, wire {config.wire or 'as is'}, "
                 f"algorithm {algorithm} ({reason})"

@@ -49,7 +49,7 @@ def train(config: Config, started_s: float) -> int:
 
     if config.trace:
         trace.enable()
-    group = world.init(config.transport, config.nodes, config.timeout)
+    group = world.init(config.transport, config.nodes, config.timeout, window=config.window)
     together(group, lambda: config.validate_for(group.size))
     together(group, lambda: config.check_outputs() if group.rank == 0 else None)
 

@@ -68,6 +68,8 @@ std::vector<Control*> pages_at(const std::vector<Address>& addresses) {
 }  // namespace
 
 void register_window(nb::module_& m) {
+  // The group of all ranks, and with it its window, lives until the interpreter ends: no leak, and no reason to say so.
+  nb::set_leak_warnings(false);
   m.attr("CONTROL_BYTES") = sizeof(Control);
   m.attr("INLINE_BYTES") = kInlineBytes;
   m.attr("MAX_SEGMENTS") = kMaxSegments;

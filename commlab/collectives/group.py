@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+import logging
 import struct
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from ..errors import DisagreementError, UsageError
 from ..topology import Topology, usable_cores
-from ..transport.base import Request, Transport
+from ..transport.base import Exchange, Request, Transport
+from ..transport.window import NOWHERE, Unavailable, Window, WindowWait
 from .execute import Execution, Pending
 from .handle import Handle
 from .progress import Progress
 from .signature import Signature, disagreement
+from .step import NodeStep
+
+log = logging.getLogger("commlab")
+
+
+class Attachment(NamedTuple):
+    """What a rank publishes with its next operation in the window: where its data lie (:class:`commlab.transport.window.Place`), or
+    the data themselves (address and size), up to 4 KB."""
+
+    segment: int = NOWHERE
+    offset: int = 0
+    address: int = 0
+    size_bytes: int = 0
+
+
+_NOTHING = Attachment()
+
+
+class _WindowExchange:
+    """The agreement check in the window: records lie in the control pages, and the wait orders what follows."""
+
+    __slots__ = ("_wait", "_window")
+
+    def __init__(self, window: Window, wait: WindowWait, record: bytes, attached: Attachment):
+        self._window, self._wait = window, wait
+        window.sync.publish(int.from_bytes(record, "little"), *attached)
+
+    def test(self) -> bool:
+        return self._wait.test()
+
+    def block(self, timeout_s: float) -> None:
+        self._wait.block(timeout_s)
+
+    def peers(self) -> Sequence[int]:
+        return self._wait.peers()
+
+    def agreed(self, record: bytes) -> bool:
+        return bool(self._window.sync.agreed())
 
 
 class Group:
@@ -39,24 +79,40 @@ class Group:
             else "inline (no core is free)"
         )
         self.bytes_sent = self.messages_sent = 0
+        self.node_bytes_read = self.node_bytes_written = 0
+        """What this rank's loops over the window read and wrote."""
+        self.window: Window | None = None
+        """Memory shared with all other ranks of this group; None until :meth:`open_window`, or where it can't be had."""
+        self.window_reason = "not asked for"
+        """Why there is no window."""
         self._sequence = 0
         self._closed = False
 
     def __repr__(self) -> str:
         return f"<Group rank {self.rank} of {self.size}, {len(self.nodes)} node(s), transport {self.transport.name}>"
 
-    def submit(self, signature: Signature, body: Iterable[Request] = (), result: Any = None) -> Handle:
-        """Queue ``body`` to run once all ranks are known to agree on ``signature``. Collective."""
+    def submit(
+        self,
+        signature: Signature,
+        body: Iterable[Request] = (),
+        result: Any = None,
+        attached: Callable[[], Attachment] | None = None,
+    ) -> Handle:
+        """Queue ``body`` to run once all ranks are known to agree on ``signature``. Collective. ``attached()`` is asked for just
+        before this rank tells the others, if they share a window."""
         if self._closed:
             raise UsageError(f"rank {self.rank}: {signature.kind} on a group that was shut down")
         self._sequence += 1
         describe = signature.text(self._sequence)
-        return self.progress.submit(Handle(self._checked(signature, self._sequence, body), result, describe, self.progress))
+        checked = self._checked(signature, self._sequence, body, attached)
+        return self.progress.submit(Handle(checked, result, describe, self.progress))
 
-    def _checked(self, signature: Signature, sequence: int, body: Iterable[Request]) -> Pending:
-        if self.size > 1 and (self.check or signature.kind in ("barrier", "subgroup")):
+    def _checked(
+        self, signature: Signature, sequence: int, body: Iterable[Request], attached: Callable[[], Attachment] | None
+    ) -> Pending:
+        if self.size > 1 and (self.check or self.window is not None or signature.kind in ("barrier", "subgroup")):
             record = signature.record(sequence)
-            exchange = self.transport.exchange(record)
+            exchange = self._announce(record, attached)
             while not exchange.test():
                 yield exchange
             if not exchange.agreed(record):
@@ -66,11 +122,55 @@ class Group:
                 raise DisagreementError(disagreement(texts.records(), self.rank))
         yield from body
 
+    def _announce(self, record: bytes, attached: Callable[[], Attachment] | None) -> Exchange | _WindowExchange:
+        if self.window is None:
+            return self.transport.exchange(record)
+        wait = WindowWait(self.window, self.rank_on_node)
+        return _WindowExchange(self.window, wait, record, _NOTHING if attached is None else attached())
+
     def execute(self, execution: Execution) -> Pending:
         """Run an execution and count what it sent."""
         yield from execution.run()
         self.bytes_sent += execution.bytes_sent
         self.messages_sent += execution.messages_sent
+
+    def account(self, step: NodeStep) -> None:
+        """Count what a native loop over the window did for this rank."""
+        self.node_bytes_read += step.bytes_read
+        self.node_bytes_written += step.bytes_written
+
+    def rank_on_node(self, local_rank: int) -> int:
+        """The rank in this group of a local rank of this node; for messages."""
+        return self.topology.node_of(self.rank)[local_rank]
+
+    def open_window(self) -> None:
+        """Share memory among all ranks of the group, which must be on one node. Collective. Where it can't be had on any rank, none
+        has it, and ``window_reason`` says why."""
+        if self.size == 1 or len(self.nodes) > 1:
+            self.window_reason = "one rank" if self.size == 1 else f"the ranks are on {len(self.nodes)} nodes"
+            return
+        made: list[Window] = []
+        cards: list[bytes] = []
+
+        def make() -> None:
+            made.append(Window(self.local_rank, self.size, 0.0 if self.progress.crowded else self.progress.spin_s * 1e6))
+
+        # Each move may fail on some ranks only; after each, all of them go on or none.
+        for move in (make, lambda: made[0].open(cards), lambda: made[0].open_staging()):
+            reason = b""
+            try:
+                move()
+            except Unavailable as error:
+                reason = str(error).encode()
+            reasons = [text.decode() for text in self.gather_bytes(reason, "reasons against a window") if text]
+            if reasons:
+                self.window_reason = reasons[0]
+                if self.rank == 0:
+                    log.warning("no window for the ranks of this node, which send messages instead: %s", reasons[0])
+                return
+            if move is make:
+                cards = self.gather_bytes(made[0].card(), "window cards")
+        self.window, self.window_reason = made[0], ""
 
     def barrier(self) -> None:
         """Return once every rank has called it. Cost: one round trip."""

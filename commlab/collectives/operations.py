@@ -13,9 +13,10 @@ import torch
 from .. import native
 from ..chunks import Range, split, whole_at
 from ..errors import UsageError
-from . import ALGORITHMS, schedules
+from ..native.arithmetic import DTYPES
+from . import ALGORITHMS, schedules, window
 from .execute import Execution, Operand, Pending
-from .group import Group
+from .group import Attachment, Group
 from .handle import Handle
 from .select import Case, choose
 from .signature import Signature
@@ -23,7 +24,6 @@ from .world import resolve
 
 OPS = ("sum", "mean", "min", "max", "prod")
 WIRES: dict[str | None, torch.dtype | None] = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -43,8 +43,36 @@ def _require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wir
 
 
 def _pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> str:
-    case = Case(kind, group.size, numel * dtype.itemsize, dtype in _HALVES, group.transport.name)
-    return choose(algorithm, case, tuple(ALGORITHMS))[0]
+    if algorithm == "window" and group.window is None:
+        raise UsageError(f"rank {group.rank}: algorithm window, but the group has none: {group.window_reason}")
+    has_window = group.window is not None
+    case = Case(kind, group.size, numel * dtype.itemsize, dtype in _HALVES, group.transport.name, has_window)
+    return choose(algorithm, case, (*ALGORITHMS, "window"))[0]
+
+
+def _attach(group: Group, flat: torch.Tensor, inline: bool = False) -> Attachment:
+    """Where ``flat`` lies in the window, if it does; or its data, where they are few and every rank wants all of them."""
+    assert group.window is not None
+    size_bytes = flat.numel() * flat.element_size()
+    if inline and size_bytes <= window.INLINE_BYTES:
+        return Attachment(address=flat.data_ptr(), size_bytes=size_bytes)
+    place = group.window.locate(flat)
+    return Attachment() if place is None else Attachment(place.segment, place.offset)
+
+
+def _place(group: Group, flat: torch.Tensor, chosen: str) -> Attachment:
+    return _attach(group, flat) if chosen == "window" else Attachment()
+
+
+def empty(shape: Sequence[int] | int, dtype: torch.dtype = torch.float32, group: Group | None = None) -> torch.Tensor:
+    """A tensor that lives in the window, zeroed: collectives on it copy nothing. Not collective; the memory is given back at
+    shutdown. Where the group shares no window, an ordinary tensor."""
+    group = resolve(group)
+    if group.window is None:
+        return torch.zeros(shape, dtype=dtype)
+    shape = torch.Size((shape,) if isinstance(shape, int) else shape)
+    memory, _ = group.window.allocate(shape.numel() * dtype.itemsize)
+    return memory.view(dtype).view(shape)
 
 
 def _staged(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -91,22 +119,37 @@ def allreduce_async(
     """
     group = resolve(group)
     _require(group, "allreduce", tensor, op, wire)
-    dtype = WIRES[wire] or tensor.dtype
-    chosen = _pick(group, "allreduce", algorithm, tensor.numel(), dtype)
+    wire_dtype = WIRES[wire] or tensor.dtype
+    chosen = _pick(group, "allreduce", algorithm, tensor.numel(), wire_dtype)
+    # The window casts fp32 to a 16-bit wire by itself; everybody else sends what is staged.
+    casts = chosen == "window" and tensor.dtype is torch.float32
+    divisor, reduction = (group.size, "sum") if op == "mean" else (1, op)
+    staged: list[torch.Tensor] = []
+
+    def stage() -> torch.Tensor:
+        if not staged:
+            staged.append(_staged(tensor, tensor.dtype if casts else wire_dtype))
+        return staged[0]
 
     def body() -> Pending:
         if group.size == 1 or tensor.numel() == 0:
             return
-        flat = _staged(tensor, dtype)
-        schedule_of = ALGORITHMS[chosen]
-        own = schedule_of.owners(flat.numel(), group.size)[group.rank]
-        operand = _operand(flat, op, chosen, group.size, own)
-        schedule = schedules.allreduce(schedule_of, group.rank, group.size, flat.numel())
-        yield from group.execute(Execution(schedule, operand, group.transport))
+        flat = stage()
+        if chosen == "window":
+            yield from window.allreduce(group, flat, wire_dtype, reduction, divisor)
+        else:
+            schedule_of = ALGORITHMS[chosen]
+            own = schedule_of.owners(flat.numel(), group.size)[group.rank]
+            operand = _operand(flat, op, chosen, group.size, own)
+            schedule = schedules.allreduce(schedule_of, group.rank, group.size, flat.numel())
+            yield from group.execute(Execution(schedule, operand, group.transport))
         _return(flat, tensor)
 
+    def attached() -> Attachment:
+        return _attach(group, stage(), inline=wire_dtype is stage().dtype) if chosen == "window" else Attachment()
+
     signature = Signature("allreduce", tuple(tensor.shape), tensor.dtype, name, f"{op}, {chosen}, wire {wire or 'as is'}")
-    return group.submit(signature, body(), tensor)
+    return group.submit(signature, body(), tensor, attached)
 
 
 def allreduce(
@@ -142,11 +185,15 @@ def reduce_chunks_async(
     chosen = _pick(group, "reduce" if rooted else "reduce_scatter", algorithm, flat.numel(), flat.dtype)
     own = chunks[group.rank]
     wide = None
-    if flat.dtype in _HALVES and chosen == "direct" and group.size > 1:
+    if flat.dtype in _HALVES and chosen in ("direct", "window") and group.size > 1:
         wide = torch.empty(own.numel, dtype=torch.float32)
 
     def body() -> Pending:
         if group.size == 1 or flat.numel() == 0:
+            return
+        if chosen == "window":
+            divisor, reduction = (group.size, "sum") if op == "mean" else (1, op)
+            yield from window.reduce_chunks(group, flat, chunks, reduction, divisor, wide)
             return
         operand = _operand(flat, op, chosen, group.size, own, wide)
         schedule = schedules.reduce_scatter(ALGORITHMS[chosen], group.rank, chunks)
@@ -154,7 +201,8 @@ def reduce_chunks_async(
 
     bounds = "" if len(chunks) < 2 else f", chunks to {[chunk.stop for chunk in chunks]}"
     signature = Signature("reduce_scatter", tuple(flat.shape), flat.dtype, name, f"{op}, {chosen}{bounds}")
-    return group.submit(signature, body(), flat[own.start : own.stop] if wide is None else wide)
+    result = flat[own.start : own.stop] if wide is None else wide
+    return group.submit(signature, body(), result, lambda: _place(group, flat, chosen))
 
 
 def gather_chunks_async(
@@ -174,12 +222,15 @@ def gather_chunks_async(
     def body() -> Pending:
         if group.size == 1 or flat.numel() == 0:
             return
+        if chosen == "window":
+            yield from window.gather_chunks(group, flat, chunks)
+            return
         schedule = schedules.allgather(ALGORITHMS[chosen], group.rank, chunks)
         yield from group.execute(Execution(schedule, Operand(flat), group.transport))
 
     bounds = "" if len(chunks) < 2 else f", chunks to {[chunk.stop for chunk in chunks]}"
     signature = Signature("allgather", tuple(flat.shape), flat.dtype, name, f"{chosen}{bounds}")
-    return group.submit(signature, body(), flat)
+    return group.submit(signature, body(), flat, lambda: _place(group, flat, chosen))
 
 
 def _chunks_of(group: Group, kind: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[Range, ...]:

@@ -33,8 +33,8 @@ class Progress:
         self._waiting = False
         # Spinning is the fastest way to wait, on a core of one's own; where ranks share cores it steals from the peer that
         # is waited for.
-        self._spin_s = 2e-3 if usable_cores() >= local_size else 20e-6
-        self._crowded = usable_cores() < local_size
+        self.spin_s = 2e-3 if usable_cores() >= local_size else 20e-6
+        self.crowded = usable_cores() < local_size
         self._work = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -99,7 +99,13 @@ class Progress:
                 if now_s - warned_s > WARN_AFTER_S:
                     warned_s = now_s
                     log.warning("%s", self._silence(head, idle_s))
-                self._pause(idle_s)
+                block = getattr(head.waits_for, "block", None)
+                if block is None:
+                    self._pause(idle_s)
+                else:
+                    # The window knows how to wait by itself. Back every 0.1 s: for signals, and to see who is silent.
+                    with self._lock:
+                        block(0.1)
         finally:
             self._waiting = False
 
@@ -111,8 +117,8 @@ class Progress:
         )
 
     def _pause(self, idle_s: float) -> None:
-        if idle_s < self._spin_s:
-            if self._crowded:
+        if idle_s < self.spin_s:
+            if self.crowded:
                 os.sched_yield()
         else:
             # A tenth of what was waited already: late by 10 % at most, and a long wait costs nothing.

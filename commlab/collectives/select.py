@@ -18,6 +18,8 @@ class Case(NamedTuple):
     bytes: int
     wire_is_16_bit: bool
     transport: str
+    window: bool = False
+    """Whether the group shares a window."""
 
 
 class Row(NamedTuple):
@@ -27,6 +29,7 @@ class Row(NamedTuple):
 
 
 TABLE: tuple[Row, ...] = (
+    Row(lambda case: case.window, "window", "on one node nobody sends: the cost of a copy, and one rounding"),
     Row(
         lambda case: case.size == 2,
         "direct",

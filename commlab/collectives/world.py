@@ -10,16 +10,20 @@ from ..transport.base import Transport
 from .group import Group
 
 TRANSPORTS = ("mpi", "torch")
+WINDOWS = ("auto", "on", "off")
 
 _world: Group | None = None
 
 
-def init(transport: str = "mpi", nodes: str | None = None, timeout_s: float = 300.0, check: bool = True) -> Group:
+def init(
+    transport: str = "mpi", nodes: str | None = None, timeout_s: float = 300.0, check: bool = True, window: str = "auto"
+) -> Group:
     """Connect all ranks of the job and return their group. Collective; later calls return the same group.
 
     ``transport``: ``"mpi"`` (under mpirun) or ``"torch"`` (gloo; under mpirun or torchrun). Without a launcher: a group of one
     rank, which needs neither. ``nodes``: which ranks share a node, declared by hand (:func:`commlab.topology.declared`); default: ranks
     with one host name. ``timeout_s``: how long a silent peer is waited for. ``check``: compare operations between ranks first.
+    ``window``: share memory between ranks of a node: ``"auto"`` (where it can be had), ``"on"`` (an error where not) or ``"off"``.
     From here on an unhandled exception in one rank ends all of them.
     """
     global _world
@@ -27,17 +31,23 @@ def init(transport: str = "mpi", nodes: str | None = None, timeout_s: float = 30
         return _world
     if transport not in TRANSPORTS:
         raise UsageError(f"unknown transport {transport!r}; there are {', '.join(TRANSPORTS)}")
+    if window not in WINDOWS:
+        raise UsageError(f"unknown window {window!r}; there are {', '.join(WINDOWS)}")
     connected = _connect(transport, timeout_s)
     bringup.install_exception_hook(connected.abort)
     alone = topology.Topology((tuple(range(connected.size)),))
     group = Group(connected, alone, timeout_s)
     if connected.size > 1:
         # Gathered even when the nodes are declared, and always checked: arguments that differ between ranks are seen here.
-        arguments = f"node keys, for init(nodes={nodes!r}, check={check})"
+        arguments = f"node keys, for init(nodes={nodes!r}, check={check}, window={window!r})"
         keys = [key.decode() for key in group.gather_bytes(topology.node_key().encode(), arguments)]
         found = topology.from_keys(keys) if nodes is None else topology.declared(nodes, connected.size)
         group.progress.close()
         group = Group(connected, found, timeout_s, check)
+        if window != "off":
+            group.open_window()
+        if window == "on" and group.window is None:
+            raise UsageError(f"rank {group.rank}: a window was asked for and can't be had: {group.window_reason}")
     _world = group
     atexit.register(group.progress.close)
     return group

@@ -18,7 +18,7 @@ import torch
 from .. import trace
 from ..chunks import Range
 from ..errors import UsageError
-from .wire import pack
+from .wire import Packer
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Bucket:
     flat: torch.Tensor = field(repr=False)
     waiting: set[int] = field(default_factory=set)
     """Indices of the parameters whose gradients are not there yet."""
+
+    def __post_init__(self) -> None:
+        self.packer = Packer(self.ranges)
 
     @property
     def numel(self) -> int:
@@ -75,11 +78,16 @@ def named_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     return named
 
 
-def plan(parameters: Iterable[NamedParameter], bucket_bytes: int, wire: torch.dtype | None) -> list[Bucket]:
+def plan(
+    parameters: Iterable[NamedParameter],
+    bucket_bytes: int,
+    wire: torch.dtype | None,
+    allocate: Callable[[int, torch.dtype], torch.Tensor] = lambda numel, dtype: torch.empty(numel, dtype=dtype),
+) -> list[Bucket]:
     """Fill buckets of at most ``bucket_bytes`` (more where one parameter is larger) in reverse registration order.
 
     A bucket holds one dtype and one optimizer group, so that a chunk of it can be updated as one. Buckets are numbered in the
-    order in which backward completes them.
+    order in which backward completes them. ``allocate(numel, dtype)`` makes their flat buffers: 1-D, CPU.
     """
     open_buckets: dict[tuple[torch.dtype, int], list[NamedParameter]] = {}
     closed: list[list[NamedParameter]] = []
@@ -94,16 +102,20 @@ def plan(parameters: Iterable[NamedParameter], bucket_bytes: int, wire: torch.dt
     closed.extend(members for members in open_buckets.values() if members)
     # Complete when its last member is: the one registered first.
     closed.sort(key=lambda members: -members[-1].index)
-    return [_bucket(index, members, wire) for index, members in enumerate(closed)]
+    buckets = []
+    for index, members in enumerate(closed):
+        ranges = _adjoining(members)
+        dtype = wire or members[0].tensor.dtype
+        buckets.append(Bucket(index, members, ranges, dtype, allocate(ranges[-1].stop, dtype)))
+    return buckets
 
 
-def _bucket(index: int, members: list[NamedParameter], wire: torch.dtype | None) -> Bucket:
+def _adjoining(members: list[NamedParameter]) -> list[Range]:
     ranges, at = [], 0
     for member in members:
         ranges.append(Range(at, at + member.tensor.numel()))
         at = ranges[-1].stop
-    dtype = wire or members[0].tensor.dtype
-    return Bucket(index, members, ranges, dtype, torch.empty(at, dtype=dtype))
+    return ranges
 
 
 class GradientBuckets:
@@ -172,7 +184,7 @@ class GradientBuckets:
             if gradient is not None and gradient.is_sparse:
                 raise UsageError(f"the gradient of {member.name!r} is sparse; use sparse=False in its embedding")
         with trace.span(f"pack {bucket.name}", "compute"):
-            pack(gradients, bucket.ranges, bucket.flat, self._step_scale)
+            bucket.packer.pack(gradients, bucket.flat, self._step_scale)
         if not self._keep_gradients:
             for member in bucket.parameters:
                 member.tensor.grad = None

@@ -14,7 +14,6 @@ import torch
 from ..chunks import split
 from ..collectives import operations
 from ..gradients.bucket import Bucket
-from ..gradients.wire import unpack
 from .base import Strategy, scale_
 
 
@@ -50,7 +49,7 @@ class AllReduce(Strategy):
                 else:
                     # Strides as the parameter's own: torch's fused optimizers walk both as plain memory.
                     copied[-1] = tensor.grad = torch.empty_like(tensor)
-            unpack(bucket.flat, bucket.ranges, copied)
+            bucket.packer.unpack(bucket.flat, copied)
             # In the parameters' precision: a 16-bit bucket must not be rounded a second time.
             gradients = [member.tensor.grad for member in bucket.parameters]
             scale_([gradient for gradient in gradients if gradient is not None], clip)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
@@ -104,16 +104,21 @@ class Strategy:
         self._backward_done = False
         self._stale = False
         self._launched: list[tuple[Bucket, Handle]] = []
+        self.in_window = group.window is not None and options.algorithm in ("auto", "window")
+        """Whether buckets lie in memory that the ranks share."""
         self._synchronize_model()
         self.buckets = self._make_buckets()
 
     # What differs between strategies.
 
     def _make_buckets(self) -> GradientBuckets | None:
-        buckets = plan(self.parameters, self.options.bucket_bytes, WIRES[self.options.wire])
+        buckets = plan(self.parameters, self.options.bucket_bytes, WIRES[self.options.wire], self._allocate)
         return GradientBuckets(
             buckets, self._launch, self._local_scale, self.group.progress.poll, keep_gradients=self.keeps_gradients
         )
+
+    def _allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return operations.empty(numel, dtype, self.group) if self.in_window else torch.empty(numel, dtype=dtype)
 
     def _launch(self, bucket: Bucket) -> None:
         """Start a packed bucket on its way; append its handle to ``_launched``."""
@@ -229,6 +234,24 @@ class Strategy:
         when a needed range is in none of them."""
         pieces.load(self._pieces(), self.optimizer, parts)
         self.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
+
+    def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
+        """Run ``change(model)``, which writes parameters in place, so that it takes effect once on every copy: under ``dps`` and ``ps``
+        ranks of a node share one. Collective."""
+        with torch.no_grad():
+            change(self.model)
+
+    def close(self) -> None:
+        """Take the hooks off the model and give the window's memory back. The model stays as it is; the engine is of no more use.
+        Collective."""
+        if self.buckets is not None:
+            self.buckets.close()
+            if self.in_window:
+                assert self.group.window is not None
+                self.zero_grad()
+                self.group.barrier()
+                for bucket in self.buckets.buckets:
+                    self.group.window.free(bucket.flat)
 
     # Shared parts.
 

@@ -25,16 +25,18 @@ _connected: Group | None = None
 def _connect(group: Group) -> None:
     """Make torch's default process group the ranks of ``group``. Collective. One that the user made stays, if it has these ranks."""
     global _connected
-    if _connected is group and dist.is_initialized():
+    if dist.is_initialized() and _connected is None:
+        if (dist.get_rank(), dist.get_world_size()) != (group.rank, group.size):
+            raise UsageError(
+                f"strategy ddp over rank {group.rank} of {group.size}, but torch.distributed was initialized before as "
+                f"rank {dist.get_rank()} of {dist.get_world_size()}; leave that to commlab, or give both the same ranks"
+            )
+        return
+    # A rank that is in two groups may have left this one's for the other's, and then all have to connect again.
+    still = dist.is_initialized() and _connected is group
+    if all(record == b"y" for record in group.exchange_records(b"y" if still else b"n", "torch's process group")):
         return
     if dist.is_initialized():
-        if _connected is None:
-            if (dist.get_rank(), dist.get_world_size()) != (group.rank, group.size):
-                raise UsageError(
-                    f"strategy ddp over rank {group.rank} of {group.size}, but torch.distributed was initialized before as rank "
-                    f"{dist.get_rank()} of {dist.get_world_size()}; leave that to commlab, or give both the same ranks"
-                )
-            return
         dist.destroy_process_group()
     server, address = open_store(group.size, group.timeout_s) if group.rank == 0 else (None, b"")
     address = group.gather_bytes(address, "address of torch's store")[0]

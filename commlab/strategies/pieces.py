@@ -29,7 +29,8 @@ ELEMENTWISE = (
     "ASGD",
     "Rprop",
 )
-"""torch.optim's optimizers that update a number from its own gradient and state alone, so that cutting a tensor changes no bit."""
+"""torch.optim's optimizers that update a number from its own gradient and state alone, so that cutting a tensor changes no bit (one,
+the last, with ``fused=True``: torch's fused loops round a vector and its remainder differently)."""
 
 
 class Piece(NamedTuple):
@@ -99,8 +100,8 @@ def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Seque
         raise UsageError("load_state_dict() needs at least one part")
     if len(parts[0]["groups"]) != len(optimizer.param_groups):
         raise UsageError(f"the saved optimizer has {len(parts[0]['groups'])} groups, this one {len(optimizer.param_groups)}")
-    # All of it first: an error must leave the optimizer as it was.
-    collected = [(piece.tensor, _collect(piece, parts)) for piece in pieces]
+    # All of it first: an error must leave the optimizer as it was. A parameter without numbers has a state too, which nobody saved.
+    collected = [(piece.tensor, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
     for entry, saved in zip(optimizer.param_groups, parts[0]["groups"], strict=True):
         entry.update({key: deepcopy(value) for key, value in saved.items() if key != "params"})
     optimizer.state.update(collected)

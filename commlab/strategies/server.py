@@ -15,6 +15,9 @@ M. Li et al., "Scaling distributed machine learning with the parameter server", 
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
+
 import torch
 
 from ..chunks import Range, split, whole_at
@@ -22,6 +25,7 @@ from ..collectives import operations
 from ..collectives.group import Group
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets
+from ..transport.window import Place
 from . import pieces
 from .base import Options, Strategy
 
@@ -30,7 +34,11 @@ SERVER = 0
 
 
 class Server(Strategy):
-    """Co-located servers in lockstep (BSP). Parameters become views of flat buffers, one per bucket; ``p.grad`` is None after step."""
+    """Co-located servers in lockstep (BSP). Parameters become views of flat buffers, one per bucket; ``p.grad`` is None after step.
+
+    In the window these buffers exist once for all ranks: an owner's update is seen by everyone, and a pull is a wait. Nobody updates
+    while another still computes: owners begin only after the agreement that follows the last bucket of every rank.
+    """
 
     keeps_gradients = False
     sharded: bool
@@ -43,9 +51,12 @@ class Server(Strategy):
         self._flat_parameters = [self._flatten(bucket) for bucket in self.buckets.buckets]
         self._shard = [piece for bucket in self.buckets.buckets for piece in self._cut(bucket)]
         pieces.rebind(optimizer, self._shard)
+        if self.in_window:
+            group.barrier()  # rank 0 has written the shared parameters
 
     def _owners(self, numel: int) -> tuple[Range, ...]:
-        return split(numel, self.group.size) if self.sharded else whole_at(SERVER, numel, self.group.size)
+        # On cache lines: in the window neighbours' shards adjoin, and two ranks must not write one line in turn.
+        return split(numel, self.group.size, align=16) if self.sharded else whole_at(SERVER, numel, self.group.size)
 
     def _make_buckets(self) -> GradientBuckets:
         made = super()._make_buckets()
@@ -53,13 +64,27 @@ class Server(Strategy):
         return made
 
     def _flatten(self, bucket: Bucket) -> torch.Tensor:
-        """Move a bucket's parameters into one flat buffer, so that a pull writes them where they are used."""
-        flat = torch.empty(bucket.numel, dtype=bucket.parameters[0].tensor.dtype)
+        """Move a bucket's parameters into one flat buffer, so that a pull writes them where they are used; in the window, into the
+        one buffer of all ranks."""
+        dtype = bucket.parameters[0].tensor.dtype
+        flat = self._shared(bucket.numel, dtype) if self.in_window else torch.empty(bucket.numel, dtype=dtype)
         for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
             view = flat[place.start : place.stop].view(member.tensor.shape)
-            view.copy_(member.tensor.data)
+            if not self.in_window or self.group.rank == 0:
+                view.copy_(member.tensor.data)
             member.tensor.data = view
         return flat
+
+    def _shared(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory of local rank 0, seen by all. Collective."""
+        window = self.group.window
+        assert window is not None
+        size_bytes = numel * dtype.itemsize
+        place = Place(0, 0)
+        if self.group.rank == 0:
+            _, place = window.allocate(size_bytes)
+        records = self.group.exchange_records(struct.pack("<qq", *place), "place of the parameters")
+        return window.view(0, Place(*struct.unpack("<qq", records[0])), size_bytes).view(dtype)
 
     def _cut(self, bucket: Bucket) -> list[pieces.Piece]:
         """This rank's pieces of the bucket's parameters."""
@@ -120,6 +145,9 @@ class Server(Strategy):
             piece.tensor.grad = None
 
     def _pull(self) -> None:
+        if self.in_window:
+            self.group.barrier()
+            return
         pulls = [
             operations.gather_chunks_async(
                 flat, chunks, f"parameters of bucket {index}", self.options.algorithm, group=self.group
@@ -128,6 +156,23 @@ class Server(Strategy):
         ]
         for pull in pulls:
             pull.wait()
+
+
+    def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
+        self.group.barrier()
+        if not self.in_window or self.group.rank == 0:
+            super().update_parameters(change)
+        self.group.barrier()
+
+    def close(self) -> None:
+        """Also gives every rank parameters of its own again."""
+        for item in self.parameters:
+            item.tensor.data = item.tensor.data.clone()
+        super().close()
+        if self.in_window and self.group.rank == 0:
+            assert self.group.window is not None
+            for flat in self._flat_parameters:
+                self.group.window.free(flat)
 
 
 class SingleServer(Server):

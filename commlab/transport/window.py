@@ -86,6 +86,8 @@ class Window:
         self._starts: list[tuple[int, int]] = []
         """(address, segment) of this rank's segments, ascending."""
         self._theirs: dict[tuple[int, int], _Mapping] = {}
+        self._free: dict[int, list[Place]] = {}
+        """Places given back, by size: the next request of that size gets them."""
         self._arena_used = _ARENA_BYTES
         self._arena = -1
         self.sync: Any = None
@@ -143,10 +145,13 @@ class Window:
         return number
 
     def allocate(self, size_bytes: int) -> tuple[torch.Tensor, Place]:
-        """``size_bytes`` of this rank's part, zeroed, as a 1-D uint8 tensor, and where they lie. Not collective. The memory is given
-        back when the window is closed. Raises Unavailable when there is no memory."""
-        rounded = -(-max(1, size_bytes) // _ALIGN_BYTES) * _ALIGN_BYTES
-        if rounded > _ARENA_BYTES // 2:
+        """``size_bytes`` of this rank's part, zeroed, as a 1-D uint8 tensor, and where they lie. Not collective. Raises
+        Unavailable when there is no memory."""
+        rounded = self._rounded(size_bytes)
+        if self._free.get(rounded):
+            place = self._free[rounded].pop()
+            self._segments[place.segment].bytes[place.offset : place.offset + rounded].zero_()
+        elif rounded > _ARENA_BYTES // 2:
             place = Place(self._new_segment(-(-rounded // mmap.PAGESIZE) * mmap.PAGESIZE), 0)
         else:
             if self._arena_used + rounded > _ARENA_BYTES:
@@ -154,6 +159,16 @@ class Window:
             place = Place(self._arena, self._arena_used)
             self._arena_used += rounded
         return self._segments[place.segment].bytes[place.offset : place.offset + size_bytes], place
+
+    @staticmethod
+    def _rounded(size_bytes: int) -> int:
+        return -(-max(1, size_bytes) // _ALIGN_BYTES) * _ALIGN_BYTES
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """Give back what :meth:`allocate` gave; for tensors of the same size later on. Nobody may use it any more, on any rank."""
+        place = self.locate(tensor)
+        assert place is not None, "not of this window"
+        self._free.setdefault(self._rounded(tensor.numel() * tensor.element_size()), []).append(place)
 
     def locate(self, tensor: torch.Tensor) -> Place | None:
         """Where the tensor's data lie in this rank's part; None for an ordinary tensor."""

@@ -18,6 +18,10 @@ namespace {
 // From this many bytes read and written on, what is written would leave the caches before anybody reads it.
 constexpr std::size_t kPastCachesBytes = 8 << 20;
 
+// What is written past the caches goes block by block, each in strands side by side.
+constexpr std::size_t kStrandNumel = 16384;
+constexpr std::size_t kBlockNumel = 4 * kStrandNumel;
+
 struct PackLoops {
   bool (*pack)(const Piece& piece, void* wire, DType wire_dtype, double scale, bool past_caches);
   void (*unpack)(const Piece& piece, const void* wire, DType wire_dtype, double scale, bool past_caches);

@@ -32,86 +32,67 @@ struct Magnitudes {
     const Bits magnitude = bits & std::numeric_limits<Integer>::max();
     largest = magnitude > largest ? magnitude : largest;
   }
-  LANES_TARGET bool finite() const {
+  LANES_TARGET __attribute__((always_inline)) inline bool finite() const {
     bool all = true;
     for (std::size_t i = 0; i < sizeof(Bits) / sizeof(Integer); ++i) all &= largest[i] < infinity<T>();
     return all;
   }
 };
 
-// dst = cast(src * factor), kStep numbers at a time.
 template <class Dst, class Src>
-struct Transfer {
-  using D = Lanes<Dst>;
-  using S = Lanes<Src>;
-  static_assert(D::kNumel == S::kNumel);
-  static constexpr std::size_t kStep = D::kNumel;
-  // Memory answers one strand of reads faster than it is asked and four faster still: blocks are read in four
-  // strands side by side, each in turn long enough to fill whole cache lines on both sides.
-  static constexpr std::size_t kStrands = 4;
-  static constexpr std::size_t kTurn = 4 * kStep;
-  static constexpr std::size_t kStrandNumel = 16384;
+LANES_INLINE auto computed(const Src* from, typename Lanes<Src>::Number factor, Magnitudes<Dst>& magnitudes) {
+  static_assert(Lanes<Dst>::kNumel == Lanes<Src>::kNumel);
+  const auto bits = Lanes<Dst>::encode(Lanes<Src>::load(from) * factor);
+  magnitudes.add(bits);
+  return bits;
+}
 
-  Dst* dst;
-  const Src* src;
-  typename S::Number factor;
-  Magnitudes<Dst> magnitudes{};
+// Fewer numbers than a register holds: through the same registers, from a padded copy.
+template <class Dst, class Src, class Number>
+LANES_INLINE void transfer_few(Dst* dst, const Src* src, std::size_t numel, Number factor,
+                               Magnitudes<Dst>& magnitudes) {
+  Src s[Lanes<Src>::kNumel] = {};
+  Dst d[Lanes<Dst>::kNumel];
+  std::memcpy(s, src, numel * sizeof(Src));
+  write(d, computed(s, factor, magnitudes));
+  std::memcpy(dst, d, numel * sizeof(Dst));
+}
 
-  LANES_TARGET __attribute__((always_inline)) inline typename D::Bits computed(const Src* from) {
-    const auto bits = D::encode(S::load(from) * factor);
-    magnitudes.add(bits);
-    return bits;
-  }
-
-  // Fewer numbers than a register holds: through the same registers, from a padded copy.
-  LANES_TARGET void ragged(std::size_t i, std::size_t count) {
-    Src s[kStep] = {};
-    Dst d[kStep];
-    std::memcpy(s, src + i, count * sizeof(Src));
-    write(d, computed(s));
-    std::memcpy(dst + i, d, count * sizeof(Dst));
-  }
-
-  // From number i on through the caches; returns where it stopped.
-  LANES_TARGET std::size_t cached(std::size_t i, std::size_t numel) {
+// Blocks past the caches. One strand of reads leaves memory idle in between, so a block is read in four strands
+// side by side, each in turn for long enough to fill whole cache lines on both sides: 1.1x the time of a copy
+// where one strand takes 1.4x.
+template <class Dst, class Src, class Number>
+LANES_INLINE void transfer_block(Dst* dst, const Src* src, Number factor, Magnitudes<Dst>& magnitudes) {
+  constexpr std::size_t kStep = Lanes<Dst>::kNumel;
+  constexpr std::size_t kTurn = 4 * kStep;
+  for (std::size_t turn = 0; turn < kStrandNumel; turn += kTurn)
+    for (std::size_t strand = turn; strand < kBlockNumel; strand += kStrandNumel)
 #pragma GCC unroll 4
-    for (; i + kStep <= numel; i += kStep) write(dst + i, computed(src + i));
-    return i;
-  }
+      for (std::size_t i = strand; i < strand + kTurn; i += kStep)
+        stream(dst + i, computed(src + i, factor, magnitudes));
+}
 
-  // From number i on past the caches; returns where it stopped. dst + i is aligned to what is written.
-  LANES_TARGET std::size_t streamed(std::size_t i, std::size_t numel) {
-    for (; i + kStrands * kStrandNumel <= numel; i += kStrands * kStrandNumel)
-      for (std::size_t turn = i; turn < i + kStrandNumel; turn += kTurn)
-        for (std::size_t strand = turn; strand < turn + kStrands * kStrandNumel; strand += kStrandNumel)
-#pragma GCC unroll 4
-          for (std::size_t k = strand; k < strand + kTurn; k += kStep) stream(dst + k, computed(src + k));
-#pragma GCC unroll 4
-    for (; i + kStep <= numel; i += kStep) stream(dst + i, computed(src + i));
-    return i;
-  }
-
-  LANES_TARGET bool run(std::size_t numel, bool past_caches) {
-    std::size_t i = 0;
-    const std::size_t beyond = reinterpret_cast<std::uintptr_t>(dst) % (kStep * sizeof(Dst));
-    // A dst that lies between two numbers is never aligned.
-    if (past_caches && beyond % sizeof(Dst) == 0) {
-      if (beyond != 0) {
-        i = std::min(numel, kStep - beyond / sizeof(Dst));
-        ragged(0, i);
-      }
-      i = streamed(i, numel);
-    } else {
-      i = cached(i, numel);
-    }
-    if (i < numel) ragged(i, numel - i);
-    return magnitudes.finite();
-  }
-};
-
+// dst = cast(src * scale); returns whether all of dst is finite.
 template <class Dst, class Src>
-bool transfer(Dst* dst, const Src* src, std::size_t numel, double scale, bool past_caches) {
-  return Transfer<Dst, Src>{dst, src, static_cast<typename Lanes<Src>::Number>(scale)}.run(numel, past_caches);
+LANES_TARGET bool transfer(Dst* dst, const Src* src, std::size_t numel, double scale, bool past_caches) {
+  constexpr std::size_t kStep = Lanes<Dst>::kNumel;
+  const auto factor = static_cast<typename Lanes<Src>::Number>(scale);
+  Magnitudes<Dst> magnitudes;
+  std::size_t i = 0;
+  const std::size_t beyond = reinterpret_cast<std::uintptr_t>(dst) % (kStep * sizeof(Dst));
+  // A dst that lies between two numbers never gets aligned.
+  if (past_caches && beyond % sizeof(Dst) == 0) {
+    if (beyond != 0) i = std::min(numel, kStep - beyond / sizeof(Dst));
+    transfer_few(dst, src, i, factor, magnitudes);
+    for (; i + kBlockNumel <= numel; i += kBlockNumel) transfer_block(dst + i, src + i, factor, magnitudes);
+#pragma GCC unroll 4
+    for (; i + kStep <= numel; i += kStep) stream(dst + i, computed(src + i, factor, magnitudes));
+  } else {
+#pragma GCC unroll 4
+    for (; i + kStep <= numel; i += kStep) write(dst + i, computed(src + i, factor, magnitudes));
+  }
+  transfer_few(dst + i, src + i, numel - i, factor, magnitudes);
+  return magnitudes.finite();
 }
 
 inline bool pack_piece(const Piece& piece, void* wire, DType wire_dtype, double scale, bool past_caches) {
