@@ -19,6 +19,7 @@ STRATEGIES: Final[dict[str, tuple[str, str]]] = {
     "ps": ("server", "SingleServer"),
     "dps": ("server", "ShardedServer"),
     "allreduce": ("allreduce", "AllReduce"),
+    "horovod": ("horovod", "Horovod"),
     "ddp": ("ddp", "Ddp"),
 }
 
@@ -32,7 +33,7 @@ def strategy(
 ) -> Strategy:
     """Couple ``model`` and ``optimizer`` to the group's other ranks; returns the engine. Collective.
 
-    ``name``: single, ps, dps, allreduce, ddp. ``options``: algorithm, precision, wire, max_grad_norm, bucket_bytes, elementwise
+    ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: algorithm, precision, wire, max_grad_norm, bucket_bytes, elementwise
     (:class:`commlab.strategies.base.Options`). ``optimizer``: the user's own; under ps and dps its ``params`` become the pieces that this
     rank owns, while groups, hyper-parameters and LR schedulers stay. Errors: UsageError.
     """

@@ -1,0 +1,75 @@
+"""``horovod``: the real Horovod, behind the same engine call and through its public API alone. A peer, not ours.
+
+Horovod's background thread negotiates which tensors are ready on all ranks, fuses them, and allreduces; its hooks start it during
+backward. ``wire="fp16"`` is its Compression.fp16, which adds in fp16 and rounds at every hop.
+A. Sergeev, M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", arXiv 1802.05799.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..collectives.group import Group
+from ..errors import UsageError
+from .base import Options
+from .local import Local
+
+
+def _import() -> Any:
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        raise UsageError(
+            f"strategy horovod needs Horovod built for this Python, torch and MPI ({error}); run `make horovod`, which builds it from "
+            "its sources, or choose strategy allreduce"
+        ) from error
+    return hvd
+
+
+class Horovod(Local):
+    """All ranks make the same update from gradients that Horovod has averaged.
+
+    Horovod's ``step()`` is ``synchronize()`` and then the optimizer's own. Here clipping comes in between, so that it sees the averaged
+    gradient, and the user's optimizer, which has the state and the scheduler, takes the step.
+    """
+
+    name = "horovod"
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
+        self._hvd = hvd = _import()
+        if options.wire == "bf16":
+            raise UsageError("strategy horovod: Horovod has no bf16 compression; use wire fp16, or strategy allreduce")
+        if not hvd.is_initialized():
+            hvd.init()
+        if (hvd.rank(), hvd.size()) != (group.rank, group.size):
+            raise UsageError(
+                f"strategy horovod: Horovod is rank {hvd.rank()} of {hvd.size()}, the group rank {group.rank} of {group.size}; Horovod "
+                "works on all ranks of an MPI job, with transport mpi"
+            )
+        super().__init__(model, optimizer, group, options)
+        self._distributed = hvd.DistributedOptimizer(
+            optimizer,
+            named_parameters=[(item.name, item.tensor) for item in self.parameters],
+            compression=hvd.Compression.fp16 if options.wire == "fp16" else hvd.Compression.none,
+        )
+
+    def _synchronize_model(self) -> None:
+        self._hvd.broadcast_parameters(self.model.state_dict(), root_rank=0)
+        # For an optimizer without state it would make one, by a step on zero gradients: weight decay would act once too often.
+        if self.optimizer.state:
+            self._hvd.broadcast_optimizer_state(self.optimizer, root_rank=0)
+
+    def _run_backward(self, loss: torch.Tensor | None) -> None:
+        # How many backward passes there are until it is to reduce: this one, or this one and more.
+        self._distributed.set_backward_passes_per_step(1 if self._syncing else 2)
+        super()._run_backward(loss)
+
+    def _agree(self) -> tuple[float, set[int]]:
+        self._distributed.synchronize()
+        return super()._agree()
+
+    def close(self) -> None:
+        self._hvd.shutdown()
+        super().close()
