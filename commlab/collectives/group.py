@@ -83,6 +83,10 @@ class Group:
         """What this rank's loops over the window read and wrote."""
         self.window: Window | None = None
         """Memory shared with all other ranks of this group; None until :meth:`open_window`, or where it can't be had."""
+        self.node: Group | None = None
+        """The ranks of this rank's node, and"""
+        self.across: Group | None = None
+        """the ranks with this rank's local rank on all nodes; for algorithm hierarchical."""
         self.window_reason = "not asked for"
         """Why there is no window."""
         self._sequence = 0
@@ -211,5 +215,8 @@ class Group:
         """Release the transport. Collective; later operations are refused."""
         if not self._closed:
             self._closed = True
+            for part in (self.node, self.across):
+                if part is not None:
+                    part.close()
             self.progress.close()
             self.transport.close()

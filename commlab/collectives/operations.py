@@ -14,7 +14,7 @@ from .. import native
 from ..chunks import Range, split, whole_at
 from ..errors import UsageError
 from ..native.arithmetic import DTYPES
-from . import ALGORITHMS, schedules, window
+from . import ALGORITHMS, hierarchical, schedules, window
 from .execute import Execution, Operand, Pending
 from .group import Attachment, Group
 from .handle import Handle
@@ -43,11 +43,21 @@ def _require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wir
 
 
 def _pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> str:
-    if algorithm == "window" and group.window is None:
-        raise UsageError(f"rank {group.rank}: algorithm window, but the group has none: {group.window_reason}")
-    has_window = group.window is not None
-    case = Case(kind, group.size, numel * dtype.itemsize, dtype in _HALVES, group.transport.name, has_window)
-    return choose(algorithm, case, (*ALGORITHMS, "window"))[0]
+    against = {"window": "" if group.window is not None else group.window_reason, "hierarchical": hierarchical.reason_against(group)}
+    if against.get(algorithm):
+        raise UsageError(f"rank {group.rank}: algorithm {algorithm} is not to be had: {against[algorithm]}")
+    if algorithm == "hierarchical" and kind != "allreduce":
+        raise UsageError(f"rank {group.rank}: algorithm hierarchical is for allreduce, not for {kind}; use auto")
+    case = Case(
+        kind,
+        group.size,
+        numel * dtype.itemsize,
+        dtype in _HALVES,
+        group.transport.name,
+        window=not against["window"],
+        hierarchical=not against["hierarchical"],
+    )
+    return choose(algorithm, case, (*ALGORITHMS, "window", "hierarchical"))[0]
 
 
 def _attach(group: Group, flat: torch.Tensor, inline: bool = False) -> Attachment:
@@ -137,6 +147,8 @@ def allreduce_async(
         flat = stage()
         if chosen == "window":
             yield from window.allreduce(group, flat, wire_dtype, reduction, divisor)
+        elif chosen == "hierarchical":
+            yield from hierarchical.allreduce(group, flat, reduction, divisor)
         else:
             schedule_of = ALGORITHMS[chosen]
             own = schedule_of.owners(flat.numel(), group.size)[group.rank]

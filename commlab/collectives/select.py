@@ -20,6 +20,8 @@ class Case(NamedTuple):
     transport: str
     window: bool = False
     """Whether the group shares a window."""
+    hierarchical: bool = False
+    """Whether it has several nodes, and each of them a window."""
 
 
 class Row(NamedTuple):
@@ -30,6 +32,11 @@ class Row(NamedTuple):
 
 TABLE: tuple[Row, ...] = (
     Row(lambda case: case.window, "window", "on one node nobody sends: the cost of a copy, and one rounding"),
+    Row(
+        lambda case: case.hierarchical and case.kind == "allreduce" and case.bytes > 64 * 1024,
+        "hierarchical",
+        "a node sends as if it were one rank, and all its ranks carry a part",
+    ),
     Row(
         lambda case: case.size == 2,
         "direct",

@@ -32,16 +32,18 @@ SHARED_BLOCK_BYTES = STAGING_BYTES // 4
 """A rank's block of an ordinary tensor: two going in and two coming out make its staging area."""
 
 
-def _wait(group: Group, window: Window) -> Pending:
-    wait = WindowWait(window, group.rank_on_node)
-    while not wait.test():
-        yield wait
+def wait(group: Group) -> Pending:
+    """Go on once all ranks have arrived as often as this one."""
+    assert group.window is not None
+    arrival = WindowWait(group.window, group.rank_on_node)
+    while not arrival.test():
+        yield arrival
 
 
 def _arrive(group: Group, window: Window) -> Pending:
     """Tell the others that this rank has read and written what it had to, and wait until they say so too."""
     window.sync.arrive()
-    yield from _wait(group, window)
+    yield from wait(group)
 
 
 class _PipedWait:
@@ -80,9 +82,9 @@ def _piped(
         "gather" in moves,
         [tuple(chunk) for chunk in chunks],
     )
-    wait = _PipedWait(group, window, piped)
+    rest = _PipedWait(group, window, piped)
     while piped.run(0.0) >= 0:
-        yield wait
+        yield rest
 
 
 def _gather_reduce(

@@ -8,6 +8,7 @@ from .. import bringup, topology
 from ..errors import UsageError
 from ..transport.base import Transport
 from .group import Group
+from .hierarchical import open_nodes
 
 TRANSPORTS = ("mpi", "torch")
 WINDOWS = ("auto", "on", "off")
@@ -45,8 +46,8 @@ def init(
         group.progress.close()
         group = Group(connected, found, timeout_s, check)
         if window != "off":
-            group.open_window()
-        if window == "on" and group.window is None:
+            group.open_window() if len(found.nodes) == 1 else open_nodes(group)
+        if window == "on" and group.window is None and group.node is None:
             raise UsageError(f"rank {group.rank}: a window was asked for and can't be had: {group.window_reason}")
     _world = group
     atexit.register(group.progress.close)

@@ -1,0 +1,85 @@
+"""Hierarchical: what can be done in memory is done in memory; between nodes, every rank carries its own shard.
+
+    1  on each node    local rank l reduces shard l out of its node's memories          (window)
+    2  between nodes   the ranks with local rank l allreduce shard l, all l at a time   (ring, direct, ... over the transport)
+    3  on each node    every rank copies the others' shards                             (window)
+
+So all ranks' cores reduce, and all their connections carry, and a number crosses the network as often as if a node were one rank.
+Cost for n elements, N nodes of L ranks: each rank sends what the algorithm sends for n/L elements among N ranks (ring: 2 n/L (N-1)/N); a
+node sends 2 n (N-1)/N.
+Rounding: all numbers of a node are added in rank order and divided by P before the first rounding; then as the algorithm between
+nodes says.
+When to use: several nodes with equally many ranks, more than one, each. It is composed of what exists and adds no loop of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UsageError
+from . import ALGORITHMS, schedules, window
+from .execute import Execution, Operand, Pending
+from .group import Attachment, Group
+from .select import Case, choose
+
+
+def reason_against(group: Group) -> str:
+    """Why this group can't; empty if it can."""
+    if group.node is not None and group.across is not None:
+        return ""
+    return group.window_reason or "all ranks are on one node, where algorithm window needs no second level"
+
+
+def open_nodes(group: Group) -> None:
+    """Make the groups of each node, with a window, and across nodes. Collective over ``group``. Where it can't be done on all nodes,
+    no rank has them."""
+    local_sizes = {len(node) for node in group.nodes}
+    if len(local_sizes) != 1 or local_sizes == {1}:
+        group.window_reason = f"nodes have {sorted(map(len, group.nodes))} ranks: hierarchical wants equally many, and more than one"
+        return
+    for ranks in group.nodes:
+        node = group.subgroup(ranks)
+        if node is not None:
+            node.open_window()
+            group.node = node
+    assert group.node is not None
+    reasons = group.gather_bytes(group.node.window_reason.encode(), "reasons against a window")
+    if any(reasons):
+        group.node, group.window_reason = None, next(reason.decode() for reason in reasons if reason)
+        return
+    for local_rank in range(group.local_size):
+        group.across = group.subgroup([node[local_rank] for node in group.nodes]) or group.across
+
+
+def allreduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pending:
+    """Reduce ``flat`` (1-D, contiguous, CPU) in place."""
+    node, across = group.node, group.across
+    if node is None or across is None or node.window is None:
+        raise UsageError(f"rank {group.rank}: algorithm hierarchical, but: {reason_against(group)}")
+    shared, place = flat, node.window.locate(flat)
+    if place is None:
+        memory, place = node.window.allocate(flat.numel() * flat.element_size())
+        shared = memory.view(flat.dtype)
+        shared.copy_(flat)
+    chunks = window.aligned_split(flat.numel(), node.size, flat.element_size())
+    own = chunks[node.rank]
+    # The nodes' own exchange: it publishes the places, and nobody reads before everybody's data are there.
+    node.window.sync.publish(0, *Attachment(*place))
+    yield from window.wait(node)
+    yield from window.reduce_chunks(node, shared, chunks, op, divisor, None)
+
+    shard = shared[own.start : own.stop]
+    case = Case("allreduce", across.size, shard.numel() * shard.element_size(), shard.element_size() == 2, group.transport.name)
+    algorithm = ALGORITHMS[choose("auto", case, tuple(ALGORITHMS))[0]]
+    owners = algorithm.owners(shard.numel(), across.size)
+    meets_at_owner = shard.element_size() == 2 and algorithm is ALGORITHMS["direct"]
+    operand = Operand(shard, op, own=owners[across.rank] if meets_at_owner else None)
+    schedule = schedules.allreduce(algorithm, across.rank, across.size, shard.numel())
+    yield from group.execute(Execution(schedule, operand, across.transport))
+
+    node.window.sync.publish(0, *Attachment(*place))
+    yield from window.wait(node)
+    yield from window.gather_chunks(node, shared, chunks)
+    if shared is not flat:
+        flat.copy_(shared)
+        node.window.free(shared)
