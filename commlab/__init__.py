@@ -31,12 +31,41 @@ _HOME = {
     "PeerTimeoutError": "errors",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "CommlabError",
+    "DisagreementError",
+    "Group",
+    "Handle",
+    "PeerLostError",
+    "PeerTimeoutError",
+    "UsageError",
+    "__version__",
+    "allgather",
+    "allreduce",
+    "allreduce_async",
+    "barrier",
+    "broadcast",
+    "empty",
+    "init",
+    "reduce",
+    "reduce_scatter",
+    "shutdown",
+    "strategy",
+]
 
 if TYPE_CHECKING:
     from .collectives.group import Group
     from .collectives.handle import Handle
-    from .collectives.operations import allgather, allreduce, allreduce_async, barrier, broadcast, empty, reduce, reduce_scatter
+    from .collectives.operations import (
+        allgather,
+        allreduce,
+        allreduce_async,
+        barrier,
+        broadcast,
+        empty,
+        reduce,
+        reduce_scatter,
+    )
     from .collectives.world import init, shutdown
     from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
     from .strategies import strategy

@@ -1,7 +1,8 @@
 """How this process was launched, and how the whole job ends when one rank fails.
 
-Under plain ``mpirun python`` an exception in one rank leaves the others waiting for ever: the interpreter exits, MPI_Finalize
-runs at exit and waits for everybody. So the hook installed here prints the traceback once and then ends the job.
+Under plain ``mpirun python`` an exception in one rank leaves the others waiting for ever: the interpreter exits,
+MPI_Finalize runs at exit and waits for everybody. So the hook installed here prints the traceback once and then ends
+the job.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
-# (launcher, rank, size, local rank, local size), in the order in which they are believed: a launcher that starts another
-# (mpirun under Slurm) leaves its own variables in the environment, and the innermost one knows best.
+# (launcher, rank, size, local rank, local size), in the order in which they are believed: a launcher that starts
+# another (mpirun under Slurm) leaves its own variables in the environment, and the innermost one knows best.
 _LAUNCHERS = (
     ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    (
+        "openmpi",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
     ("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )

@@ -34,8 +34,8 @@ EMPTY = Range(0, 0)
 def split(numel: int, parts: int, align: int = 1) -> tuple[Range, ...]:
     """Cut ``[0, numel)`` into ``parts`` adjoining chunks whose sizes differ by at most one unit of ``align`` elements.
 
-    Every boundary is a multiple of ``align`` (or ``numel``, when the last unit is ragged); the first chunks are the longer ones; chunks
-    may be empty.
+    Every boundary is a multiple of ``align`` (or ``numel``, when the last unit is ragged); the first chunks are the
+    longer ones; chunks may be empty.
     """
     short, longer = divmod(-(-numel // align), parts)
     bounds, start = [], 0
@@ -49,7 +49,9 @@ def split(numel: int, parts: int, align: int = 1) -> tuple[Range, ...]:
 def whole_at(owner: int, numel: int, parts: int) -> tuple[Range, ...]:
     """Chunks of which ``owner`` has everything and the others nothing: with these a reduce-scatter is a reduce to
     ``owner``, and an allgather is a broadcast from it."""
-    return tuple(Range(0, 0 if part < owner else numel) if part <= owner else Range(numel, numel) for part in range(parts))
+    return tuple(
+        Range(0, 0 if part < owner else numel) if part <= owner else Range(numel, numel) for part in range(parts)
+    )
 
 
 def segments(chunk: Range, segment_numel: int) -> list[Range]:
@@ -66,7 +68,8 @@ def span(chunks: Sequence[Range], first: int, last: int) -> Range:
 
 
 def pieces(ranges: Sequence[Range], window: Range) -> Iterator[tuple[int, Range]]:
-    """Which of the adjoining, ascending ``ranges`` reach into ``window``, and with what part: ``(index, common part)``."""
+    """Which of the adjoining, ascending ``ranges`` reach into ``window``, and with what part: ``(index, common
+    part)``."""
     for index, candidate in enumerate(ranges):
         common = candidate.intersect(window)
         if common.numel:

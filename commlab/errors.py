@@ -1,4 +1,5 @@
-"""The kinds of failure. Every message names rank, peer, operation and tensor where they exist, both sides of a disagreement, and what to do."""
+"""The kinds of failure. Every message names rank, peer, operation and tensor where they exist, both sides of a
+disagreement, and what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ class UsageError(CommlabError, ValueError):
 
 
 class DisagreementError(CommlabError):
-    """Ranks of one group called different operations, or the same one with different tensors. Raised on every rank, before anything is reduced."""
+    """Ranks of one group called different operations, or the same one with different tensors. Raised on every rank,
+    before anything is reduced."""
 
 
 class PeerLostError(CommlabError, ConnectionError):

@@ -219,12 +219,3 @@ def save_model(model: torch.nn.Module, folder: str) -> None:
 def bits_per_byte(loss_sum_nats: float, byte_count: int) -> float:
     """Bits needed per byte of text: comparable between tokenizers, as losses per token are not."""
     return loss_sum_nats / math.log(2) / byte_count
-
-
-def save_model(model: torch.nn.Module, folder: str) -> None:
-    """Write what `transformers.GPT2LMHeadModel.from_pretrained(folder)` opens. For one rank; the folder is made."""
-    from transformers.utils import logging
-
-    # Its bar for the one file that it writes would tear ours.
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)  # type: ignore[operator]

@@ -1,4 +1,5 @@
-"""What the user sees of a run: a few lines at the start, a progress bar, the metrics file, and a table at the end. Rank 0 speaks."""
+"""What the user sees of a run: a few lines at the start, a progress bar, the metrics file, and a table at the end. Rank
+0 speaks."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from .strategies.base import Strategy, Times
 
 @dataclass
 class _Totals:
-    """Sums over all steps, in seconds and tokens; the first step, which warms everything up, is left out of the speeds."""
+    """Sums over all steps, in seconds and tokens; the first step, which warms everything up, is left out of the
+    speeds."""
 
     steps: int = 0
     tokens: int = 0
@@ -69,16 +71,27 @@ class Report:
         bytes_of = numel * 4 // max(1, len(engine.buckets.buckets) if engine.buckets else 1)
         per_rank = config.batch_size / (group.size * config.grad_accumulation)
         self._say(
-            f"commlab {__version__}: strategy {config.strategy}, {group.size} rank{'s' * (group.size > 1)} on {len(group.nodes)} "
+            f"commlab {__version__}: strategy {config.strategy}, {group.size} "
+            f"rank{'s' * (group.size > 1)} on {len(group.nodes)} "
             f"node{'s' * (len(group.nodes) > 1)}, transport {group.transport.name}, progress {group.progress_mode}"
         )
         if group.size > 1:
-            self._say("window: shared by all ranks" if group.window is not None else f"no window: {group.window_reason}")
+            self._say(
+                "window: shared by all ranks" if group.window is not None else f"no window: {group.window_reason}"
+            )
         if engine.buckets is not None and group.size > 1:
-            case = Case("allreduce", group.size, bytes_of, config.wire is not None, group.transport.name, group.window is not None)
+            case = Case(
+                "allreduce",
+                group.size,
+                bytes_of,
+                config.wire is not None,
+                group.transport.name,
+                group.window is not None,
+            )
             algorithm, reason = choose(config.algorithm, case, (*ALGORITHMS, "window"))
             self._say(
-                f"gradients: {len(engine.buckets.buckets)} buckets of at most {config.bucket_mb:g} MB, wire {config.wire or 'as is'}, "
+                f"gradients: {len(engine.buckets.buckets)} buckets of at most "
+                f"{config.bucket_mb:g} MB, wire {config.wire or 'as is'}, "
                 f"algorithm {algorithm} ({reason})"
             )
         self._say(f"arithmetic: {native.backend()}; {threads} torch thread{'s' * (threads > 1)} per rank ({why})")
@@ -89,7 +102,9 @@ class Report:
             + (f" and micro-batch ({config.grad_accumulation} of them)" if config.grad_accumulation > 1 else "")
             + f"; {self.total_steps} steps, {self.total_steps * config.batch_size / samples:.2f} epochs"
         )
-        self._write({"config": config.as_dict(), "ranks": group.size, "nodes": len(group.nodes), "versions": versions()})
+        self._write(
+            {"config": config.as_dict(), "ranks": group.size, "nodes": len(group.nodes), "versions": versions()}
+        )
         if self._speaks:
             # mpirun's standard error is a pipe, where tqdm would say nothing of itself.
             self._bar = tqdm(total=self.total_steps, unit="step", mininterval=1.0, dynamic_ncols=True, file=sys.stderr)
@@ -109,7 +124,8 @@ class Report:
         self._phases[name] += time.perf_counter() - started_s
 
     def step_ends(self, batch: Batch, losses: torch.Tensor, total: int, lr: float) -> None:
-        """``losses``: the sum of this rank's token losses. Its global mean is known, and shown, one step later: nobody waits for it."""
+        """``losses``: the sum of this rank's token losses. Its global mean is known, and shown, one step later: nobody
+        waits for it."""
         wall_s = time.perf_counter() - self._step_started_s
         times, totals = self.engine.times, self._totals
         # What backward spent on packing and launching is exchange, not computation.
@@ -138,7 +154,11 @@ class Report:
             "bytes_sent": self.group.bytes_sent - self._bytes_before,
         }
         self._settle()
-        self._pending = (batch, operations.allreduce_async(losses.view(1) / total, "sum", "loss", group=self.group), row)
+        self._pending = (
+            batch,
+            operations.allreduce_async(losses.view(1) / total, "sum", "loss", group=self.group),
+            row,
+        )
 
     def _step_exchange(self) -> float:
         """The part of the exchange that lies in step(), not in backward."""
@@ -158,7 +178,8 @@ class Report:
             self._bar.update(1)
             share = row["exchange_s"] / row["step_s"]
             self._bar.set_postfix_str(
-                f"loss {loss:.3f}, {row['tokens'] / row['step_s']:,.0f} tokens/s, {share:.0%} communicating", refresh=False
+                f"loss {loss:.3f}, {row['tokens'] / row['step_s']:,.0f} tokens/s, {share:.0%} communicating",
+                refresh=False,
             )
 
     def evaluated(self, step: int, bits: float) -> None:
@@ -184,7 +205,8 @@ class Report:
             self._bar.close()
         steps = max(1, totals.steps)
         ms = {
-            part: 1e3 * getattr(totals, f"{part}_s") / steps for part in ("forward", "backward", "exchange", "update", "wall")
+            part: 1e3 * getattr(totals, f"{part}_s") / steps
+            for part in ("forward", "backward", "exchange", "update", "wall")
         }
         hidden = " (its exchange hides in backward)" if self.engine.buckets is None and group.size > 1 else ""
         rows = [
@@ -192,7 +214,8 @@ class Report:
             ("speed", f"{totals.tokens / max(totals.wall_s, 1e-9):,.0f} tokens/s"),
             (
                 "step",
-                f"{ms['wall']:.1f} ms = forward {ms['forward']:.1f} + backward {ms['backward']:.1f} + exchange {ms['exchange']:.1f} + "
+                f"{ms['wall']:.1f} ms = forward {ms['forward']:.1f} + backward "
+                f"{ms['backward']:.1f} + exchange {ms['exchange']:.1f} + "
                 f"update {ms['update']:.1f} + rest{hidden}",
             ),
             ("sent per rank", f"{min(sent) / 1e6:.1f} .. {max(sent) / 1e6:.1f} MB" if group.size > 1 else "nothing"),
@@ -223,7 +246,12 @@ class Report:
 
 def versions() -> dict[str, str]:
     """Of what a result depends on."""
-    found = {"commlab": __version__, "python": platform.python_version(), "torch": torch.__version__, "arithmetic": native.backend()}
+    found = {
+        "commlab": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "arithmetic": native.backend(),
+    }
     if "mpi4py.MPI" in sys.modules:
         from .transport.mpi import library
 

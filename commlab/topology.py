@@ -48,7 +48,8 @@ def from_keys(keys: Sequence[str]) -> Topology:
 
 
 def declared(text: str, size: int) -> Topology:
-    """Parse ``--nodes``: ``"2"`` = two ranks on each node, in rank order; ``"0-3,4-7"`` or ``"0,1-2"`` = one entry per node."""
+    """Parse ``--nodes``: ``"2"`` = two ranks on each node, in rank order; ``"0-3,4-7"`` or ``"0,1-2"`` = one entry per
+    node."""
     try:
         if text.isdigit():
             per_node = int(text)
@@ -64,13 +65,15 @@ def declared(text: str, size: int) -> Topology:
             f"--nodes {text!r}: give the number of ranks per node (2), or one range of ranks per node (0-3,4-7)"
         ) from None
     if not all(nodes) or sorted(rank for node in nodes for rank in node) != list(range(size)):
-        raise UsageError(f"--nodes {text!r} does not name each of the ranks 0..{size - 1} exactly once, in ranges that go upwards")
+        raise UsageError(
+            f"--nodes {text!r} does not name each of the ranks 0..{size - 1} exactly once, in ranges that go upwards"
+        )
     return Topology(tuple(sorted(nodes)))
 
 
 def node_key() -> str:
-    """A text that is equal on two ranks exactly when they run on one host: host name and the kernel's boot id (two machines
-    may both be called ``localhost``; two emulated hosts share a kernel and differ in name)."""
+    """A text that is equal on two ranks exactly when they run on one host: host name and the kernel's boot id (two
+    machines may both be called ``localhost``; two emulated hosts share a kernel and differ in name)."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot_id.read_text().strip() if boot_id.exists() else ''}"
 

@@ -1,7 +1,7 @@
 """Spans of time, kept in a fixed ring and written as Chrome / Perfetto JSON.
 
-Off (the default) a span costs one branch. On, it costs two clock reads and one list store; nothing is ever synchronized, so
-looking does not change the run. The newest ``CAPACITY`` spans are kept.
+Off (the default) a span costs one branch. On, it costs two clock reads and one list store; nothing is ever
+synchronized, so looking does not change the run. The newest ``CAPACITY`` spans are kept.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def record(name: str, lane: str, start_ns: int, stop_ns: int, **args: Any) -> No
 
 
 def dump() -> bytes:
-    """This rank's spans as a JSON array ``[name, lane, start_ns, duration_ns, args]``, in the order in which they ended."""
+    """This rank's spans as a JSON array ``[name, lane, start_ns, duration_ns, args]``, in the order in which they
+    ended."""
     # Integers: the time of day in microseconds has no room left in a float for their fractions.
     return json.dumps(
         [
@@ -69,8 +70,8 @@ def dump() -> bytes:
 
 
 def write(path: str | Path, dumps: Iterable[bytes]) -> None:
-    """Write all ranks' :func:`dump` (in rank order) as one file that Perfetto and chrome://tracing open: one process per
-    rank, one thread row per lane, times from the first span on."""
+    """Write all ranks' :func:`dump` (in rank order) as one file that Perfetto and chrome://tracing open: one process
+    per rank, one thread row per lane, times from the first span on."""
     ranks = [json.loads(dump) for dump in dumps]
     origin_ns = min((span[2] for spans in ranks for span in spans), default=0)
     events: list[dict[str, Any]] = []

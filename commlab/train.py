@@ -1,7 +1,7 @@
 """The trainer: ``mpirun -n 8 python -m commlab.train``. Reads top to bottom; every knob is in config.py.
 
-Every rank runs all of it. What may differ between ranks (files, memory) is agreed on before the first step, so that a bad input ends
-the job on every rank with one message.
+Every rank runs all of it. What may differ between ranks (files, memory) is agreed on before the first step, so that a
+bad input ends the job on every rank with one message.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from .collectives.group import Group
     from .data import Blocks
-    from .strategies.base import Strategy
 
 T = TypeVar("T")
 
@@ -130,7 +129,7 @@ def train(config: Config, started_s: float) -> int:
         with report.phase("step"):
             engine.step()
             engine.zero_grad()
-        report.step_ends(batch, losses, total, schedule.get_last_lr()[0])
+        report.step_ends(batch, losses, total, float(schedule.get_last_lr()[0]))
         schedule.step()
         if config.eval_every and (batch.step + 1) % config.eval_every == 0 and batch.step + 1 < total_steps:
             report.evaluated(batch.step + 1, held_out_bits(config, group, bare_model, held_out))

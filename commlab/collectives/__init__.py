@@ -1,4 +1,5 @@
-"""Collectives: schedules, the executor, and the operations on tensors. ``ALGORITHMS`` is the table of schedules by name."""
+"""Collectives: schedules, the executor, and the operations on tensors. ``ALGORITHMS`` is the table of schedules by
+name."""
 
 from __future__ import annotations
 

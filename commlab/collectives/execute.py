@@ -1,14 +1,15 @@
 """The executor: runs any schedule on any transport. The one place to make fast.
 
-Chunks are cut into segments. While one segment is reduced by the native kernel the next ones are on their way, and a segment
-that has been reduced may leave in the following step before the rest of its chunk has arrived: a ring of P ranks is one long
-pipeline, not 2 (P-1) rounds.
+Chunks are cut into segments. While one segment is reduced by the native kernel the next ones are on their way, and a
+segment that has been reduced may leave in the following step before the rest of its chunk has arrived: a ring of P
+ranks is one long pipeline, not 2 (P-1) rounds.
 
-Why that is safe. A rank posts its operations in schedule order and completes receives in the order of posting. Before it
+Why that is safe. A rank posts its operations in schedule order and completes receives in the order of posting. Before
+it
 - sends a segment, it completes the pending receives that overlap it (read after write);
 - writes a segment, by receiving or reducing into it, it waits for the pending sends that overlap it (write after read).
-Why it ends. Let every rank stand at a (step, segment) of its schedule. The rank that is furthest behind waits only for messages
-that its peers posted at the same place or before, so it can always go on.
+Why it ends. Let every rank stand at a (step, segment) of its schedule. The rank that is furthest behind waits only for
+messages that its peers posted at the same place or before, so it can always go on.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from ..transport.base import Bytes, Request, Transport
 from .step import AnyStep, Finish, Step
 
 SEGMENT_BYTES = 512 * 1024
-"""Small enough that a received segment is still in the cache when it is reduced, large enough that the ~15 us that Python spends
-on a segment vanish; measured in docs/executor.md."""
+"""Small enough that a received segment is still in the cache when it is reduced, large enough that the ~15 us that
+Python spends on a segment vanish; measured in docs/executor.md."""
 
 IN_FLIGHT = 4
 """Receives posted ahead. Two would do if ranks ran in step; more let a rank be late without stopping its neighbour."""
@@ -43,9 +44,9 @@ def byte_view(tensor: torch.Tensor) -> Bytes:
 class Operand:
     """The flat buffer of one rank, what is done to it, and in what precision.
 
-    ``op``: sum, prod, min or max. ``divisor``: the owner divides its chunk by it (mean). ``own``: given for a 16-bit buffer whose
-    contributions all meet at the owner: that range is summed in fp32, divided, and only then rounded into the buffer; or not
-    rounded at all but left in ``wide`` (fp32, ``own.numel``) where that is given.
+    ``op``: sum, prod, min or max. ``divisor``: the owner divides its chunk by it (mean). ``own``: given for a 16-bit
+    buffer whose contributions all meet at the owner: that range is summed in fp32, divided, and only then rounded into
+    the buffer; or not rounded at all but left in ``wide`` (fp32, ``own.numel``) where that is given.
     """
 
     def __init__(
@@ -105,7 +106,9 @@ class Execution:
     ``bytes_sent`` and ``messages_sent`` count what has left this rank; ``position`` says where it stands, for messages.
     """
 
-    def __init__(self, schedule: Iterator[AnyStep], operand: Operand, transport: Transport, segment_bytes: int | None = None):
+    def __init__(
+        self, schedule: Iterator[AnyStep], operand: Operand, transport: Transport, segment_bytes: int | None = None
+    ):
         self.schedule, self.operand, self.transport = schedule, operand, transport
         self.segment_numel = max(1, (segment_bytes or SEGMENT_BYTES) // operand.itemsize)
         self.bytes_sent = self.messages_sent = 0
@@ -165,7 +168,8 @@ class Execution:
         self.messages_sent += 1
 
     def _complete_receives(self, part: Range) -> Pending:
-        """Complete all receives up to the last one that writes into ``part``, or after which some of ``part`` is finished."""
+        """Complete all receives up to the last one that writes into ``part``, or after which some of ``part`` is
+        finished."""
         for count in range(len(self._receives), 0, -1):
             receive = self._receives[count - 1]
             if receive.part.overlaps(part) or any(finished.overlaps(part) for finished in receive.finishes):
@@ -187,7 +191,8 @@ class Execution:
             self.operand.finish(part)
 
     def _finish(self, chunk: Range) -> Pending:
-        """Each segment is finished by the last pending receive that adds to it, so that it can leave before its neighbours."""
+        """Each segment is finished by the last pending receive that adds to it, so that it can leave before its
+        neighbours."""
         for part in segments(chunk, self.segment_numel):
             for receive in reversed(self._receives):
                 if receive.part.overlaps(part):

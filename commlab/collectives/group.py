@@ -21,8 +21,8 @@ log = logging.getLogger("commlab")
 
 
 class Attachment(NamedTuple):
-    """What a rank publishes with its next operation in the window: where its data lie (:class:`commlab.transport.window.Place`), or
-    the data themselves (address and size), up to 4 KB."""
+    """What a rank publishes with its next operation in the window: where its data lie
+    (:class:`commlab.transport.window.Place`), or the data themselves (address and size), up to 4 KB."""
 
     segment: int = NOWHERE
     offset: int = 0
@@ -58,8 +58,8 @@ class _WindowExchange:
 class Group:
     """Ranks ``0 .. size - 1`` over one transport.
 
-    ``check``: whether ranks compare what they are about to do before each operation (on by default; its cost is a column of the
-    benchmark). ``timeout_s``: how long a peer may be silent before an operation fails.
+    ``check``: whether ranks compare what they are about to do before each operation (on by default; its cost is a
+    column of the benchmark). ``timeout_s``: how long a peer may be silent before an operation fails.
     """
 
     def __init__(self, transport: Transport, topology: Topology, timeout_s: float = 300.0, check: bool = True):
@@ -82,7 +82,8 @@ class Group:
         self.node_bytes_read = self.node_bytes_written = 0
         """What this rank's loops over the window read and wrote."""
         self.window: Window | None = None
-        """Memory shared with all other ranks of this group; None until :meth:`open_window`, or where it can't be had."""
+        """Memory shared with all other ranks of this group; None until :meth:`open_window`, or where it can't be
+        had."""
         self.node: Group | None = None
         """The ranks of this rank's node, and"""
         self.across: Group | None = None
@@ -102,8 +103,8 @@ class Group:
         result: Any = None,
         attached: Callable[[], Attachment] | None = None,
     ) -> Handle:
-        """Queue ``body`` to run once all ranks are known to agree on ``signature``. Collective. ``attached()`` is asked for just
-        before this rank tells the others, if they share a window."""
+        """Queue ``body`` to run once all ranks are known to agree on ``signature``. Collective. ``attached()`` is asked
+        for just before this rank tells the others, if they share a window."""
         if self._closed:
             raise UsageError(f"rank {self.rank}: {signature.kind} on a group that was shut down")
         self._sequence += 1
@@ -148,19 +149,24 @@ class Group:
         return self.topology.node_of(self.rank)[local_rank]
 
     def open_window(self) -> None:
-        """Share memory among all ranks of the group, which must be on one node. Collective. Where it can't be had on any rank, none
-        has it, and ``window_reason`` says why."""
+        """Share memory among all ranks of the group, which must be on one node. Collective. Where it can't be had on
+        any rank, none has it, and ``window_reason`` says why."""
         if self.size == 1 or len(self.nodes) > 1:
             self.window_reason = "one rank" if self.size == 1 else f"the ranks are on {len(self.nodes)} nodes"
             return
         made: list[Window] = []
         cards: list[bytes] = []
 
+        def open_all() -> None:
+            made[0].open(cards)
+
         def make() -> None:
-            made.append(Window(self.local_rank, self.size, 0.0 if self.progress.crowded else self.progress.spin_s * 1e6))
+            made.append(
+                Window(self.local_rank, self.size, 0.0 if self.progress.crowded else self.progress.spin_s * 1e6)
+            )
 
         # Each move may fail on some ranks only; after each, all of them go on or none.
-        for move in (make, lambda: made[0].open(cards), lambda: made[0].open_staging()):
+        for move in (make, open_all, lambda: made[0].open_staging()):
             reason = b""
             try:
                 move()
@@ -173,7 +179,7 @@ class Group:
                     log.warning("no window for the ranks of this node, which send messages instead: %s", reasons[0])
                 return
             if move is make:
-                cards = self.gather_bytes(made[0].card(), "window cards")
+                cards += self.gather_bytes(made[0].card(), "window cards")
         self.window, self.window_reason = made[0], ""
 
     def barrier(self) -> None:
@@ -196,20 +202,23 @@ class Group:
         return records
 
     def gather_bytes(self, data: bytes, name: str) -> list[bytes]:
-        """Every rank's ``data`` (any length, any content) on every rank, in rank order. Collective. For reports and set-up: all
-        ranks get everything."""
+        """Every rank's ``data`` (any length, any content) on every rank, in rank order. Collective. For reports and
+        set-up: all ranks get everything."""
         lengths = self.exchange_records(struct.pack("<q", len(data)), f"length of {name}")
         sizes = [struct.unpack("<q", length)[0] for length in lengths]
         records = self.exchange_records(data.ljust(max(1, *sizes, 1), b"\0"), name)
         return [record[:size] for record, size in zip(records, sizes, strict=True)]
 
     def subgroup(self, ranks: Sequence[int]) -> Group | None:
-        """A group of ``ranks`` of this one, in that order. Collective over this group; None on ranks that are not in it."""
+        """A group of ``ranks`` of this one, in that order. Collective over this group; None on ranks that are not in
+        it."""
         if len(set(ranks)) != len(ranks) or not all(0 <= rank < self.size for rank in ranks) or not ranks:
             raise UsageError(f"rank {self.rank}: {list(ranks)} is not a set of ranks of a group of {self.size}")
         self.submit(Signature("subgroup", detail=f"ranks {', '.join(map(str, ranks))}")).wait()
         transport = self.transport.split(ranks)
-        return None if transport is None else Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.check)
+        return (
+            None if transport is None else Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.check)
+        )
 
     def close(self) -> None:
         """Release the transport. Collective; later operations are refused."""

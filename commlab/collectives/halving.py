@@ -1,16 +1,17 @@
-"""Recursive halving and doubling: in each step swap half of what is left with a partner; log2 P steps at the ring's bytes.
+"""Recursive halving and doubling: in each step swap half of what is left with a partner; log2 P steps at the ring's
+bytes.
 
     reduce-scatter, P = 4      rank 0    rank 1    rank 2    rank 3
     distance 2                 0 <-> 2             1 <-> 3             halves:   0,1 keep the first, 2,3 the second
     distance 1                 0 <-> 1             2 <-> 3             quarters: rank r keeps quarter r
     allgather                  the same partners, backwards, doubling what each one has
 
-Any number of ranks: with F = P - 2^floor(log2 P) ranks too many, the first 2 F ranks pair up (0,1) (2,3) ..; the even one hands
-its contribution to the odd one, stands aside, and gets its part of the result at the end.
+Any number of ranks: with F = P - 2^floor(log2 P) ranks too many, the first 2 F ranks pair up (0,1) (2,3) ..; the even
+one hands its contribution to the odd one, stands aside, and gets its part of the result at the end.
 
-Cost of an allreduce of n elements: 2 floor(log2 P) steps and 2 n (Q-1)/Q elements per rank, Q = 2^floor(log2 P); where F > 0, 2
-steps more, and the paired ranks send n more.
-Rounding: floor(log2 P) (+1) additions, in the same order on all ranks; a 16-bit wire rounds at each.
+Cost of an allreduce of n elements: 2 floor(log2 P) steps and 2 n (Q-1)/Q elements per rank, Q = 2^floor(log2 P); where
+F > 0, 2 steps more, and the paired ranks send n more. Rounding: floor(log2 P) (+1) additions, in the same order on all
+ranks; a 16-bit wire rounds at each.
 
 R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations in MPICH", IJHPCA 2005.
 When to use: middle-sized messages, where the number of steps matters, above all on a power of two of ranks.

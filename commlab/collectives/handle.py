@@ -48,8 +48,8 @@ class Handle:
         return self.finished
 
     def wait(self, timeout_s: float | None = None) -> Any:
-        """Block until it has ended; returns the reduced tensor. Raises what went wrong; PeerTimeoutError when a peer has been
-        silent for ``timeout_s`` (default: the group's timeout)."""
+        """Block until it has ended; returns the reduced tensor. Raises what went wrong; PeerTimeoutError when a peer
+        has been silent for ``timeout_s`` (default: the group's timeout)."""
         if not self.finished:
             self._progress.drive(self, timeout_s)
         if self.error is not None:

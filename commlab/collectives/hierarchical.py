@@ -1,15 +1,14 @@
 """Hierarchical: what can be done in memory is done in memory; between nodes, every rank carries its own shard.
 
     1  on each node    local rank l reduces shard l out of its node's memories          (window)
-    2  between nodes   the ranks with local rank l allreduce shard l, all l at a time   (ring, direct, ... over the transport)
+    2  between nodes   the ranks with local rank l allreduce shard l, all l at a time   (any schedule)
     3  on each node    every rank copies the others' shards                             (window)
 
-So all ranks' cores reduce, and all their connections carry, and a number crosses the network as often as if a node were one rank.
-Cost for n elements, N nodes of L ranks: each rank sends what the algorithm sends for n/L elements among N ranks (ring: 2 n/L (N-1)/N); a
-node sends 2 n (N-1)/N.
-Rounding: all numbers of a node are added in rank order and divided by P before the first rounding; then as the algorithm between
-nodes says.
-When to use: several nodes with equally many ranks, more than one, each. It is composed of what exists and adds no loop of its own.
+So all ranks' cores reduce, and all their connections carry, and a number crosses the network as often as if a node were
+one rank. Cost for n elements, N nodes of L ranks: each rank sends what the algorithm sends for n/L elements among N
+ranks (ring: 2 n/L (N-1)/N); a node sends 2 n (N-1)/N. Rounding: all numbers of a node are added in rank order and
+divided by P before the first rounding; then as the algorithm between nodes says. When to use: several nodes with
+equally many ranks, more than one, each. It is composed of what exists and adds no loop of its own.
 """
 
 from __future__ import annotations
@@ -31,11 +30,13 @@ def reason_against(group: Group) -> str:
 
 
 def open_nodes(group: Group) -> None:
-    """Make the groups of each node, with a window, and across nodes. Collective over ``group``. Where it can't be done on all nodes,
-    no rank has them."""
+    """Make the groups of each node, with a window, and across nodes. Collective over ``group``. Where it can't be done
+    on all nodes, no rank has them."""
     local_sizes = {len(node) for node in group.nodes}
     if len(local_sizes) != 1 or local_sizes == {1}:
-        group.window_reason = f"nodes have {sorted(map(len, group.nodes))} ranks: hierarchical wants equally many, and more than one"
+        group.window_reason = (
+            f"nodes have {sorted(map(len, group.nodes))} ranks: hierarchical wants equally many, and more than one"
+        )
         return
     for ranks in group.nodes:
         node = group.subgroup(ranks)
@@ -69,7 +70,9 @@ def allreduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pend
     yield from window.reduce_chunks(node, shared, chunks, op, divisor, None)
 
     shard = shared[own.start : own.stop]
-    case = Case("allreduce", across.size, shard.numel() * shard.element_size(), shard.element_size() == 2, group.transport.name)
+    case = Case(
+        "allreduce", across.size, shard.numel() * shard.element_size(), shard.element_size() == 2, group.transport.name
+    )
     algorithm = ALGORITHMS[choose("auto", case, tuple(ALGORITHMS))[0]]
     owners = algorithm.owners(shard.numel(), across.size)
     meets_at_owner = shard.element_size() == 2 and algorithm is ALGORITHMS["direct"]

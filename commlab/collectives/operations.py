@@ -1,7 +1,8 @@
 """The collectives on tensors. All of them must be called by every rank of the group, in the same order.
 
-Tensors: CPU or CUDA; float32, float64, float16, bfloat16, int32, int64; contiguous or not; empty allowed. Results are bitwise the same
-on all ranks, and from run to run for the same algorithm and group; not across algorithms, which add in different orders.
+Tensors: CPU or CUDA; float32, float64, float16, bfloat16, int32, int64; contiguous or not; empty allowed. Results are
+bitwise the same on all ranks, and from run to run for the same algorithm and group; not across algorithms, which add in
+different orders.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def _require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wir
     """UsageError for what no rank could do; what only differs between ranks is found by the agreement check."""
     where = f"rank {group.rank}: {kind} of {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
     if tensor.dtype not in DTYPES:
-        raise UsageError(f"{where}: dtypes are {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}; cast it")
+        raise UsageError(
+            f"{where}: dtypes are {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}; cast it"
+        )
     if op not in OPS:
         raise UsageError(f"{where}: unknown op {op!r}; there are {', '.join(OPS)}")
     if op == "mean" and not tensor.dtype.is_floating_point:
@@ -43,7 +46,10 @@ def _require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wir
 
 
 def _pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> str:
-    against = {"window": "" if group.window is not None else group.window_reason, "hierarchical": hierarchical.reason_against(group)}
+    against = {
+        "window": "" if group.window is not None else group.window_reason,
+        "hierarchical": hierarchical.reason_against(group),
+    }
     if against.get(algorithm):
         raise UsageError(f"rank {group.rank}: algorithm {algorithm} is not to be had: {against[algorithm]}")
     if algorithm == "hierarchical" and kind != "allreduce":
@@ -61,7 +67,8 @@ def _pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtyp
 
 
 def _attach(group: Group, flat: torch.Tensor, inline: bool = False) -> Attachment:
-    """Where ``flat`` lies in the window, if it does; or its data, where they are few and every rank wants all of them."""
+    """Where ``flat`` lies in the window, if it does; or its data, where they are few and every rank wants all of
+    them."""
     assert group.window is not None
     size_bytes = flat.numel() * flat.element_size()
     if inline and size_bytes <= window.INLINE_BYTES:
@@ -75,8 +82,8 @@ def _place(group: Group, flat: torch.Tensor, chosen: str) -> Attachment:
 
 
 def empty(shape: Sequence[int] | int, dtype: torch.dtype = torch.float32, group: Group | None = None) -> torch.Tensor:
-    """A tensor that lives in the window, zeroed: collectives on it copy nothing. Not collective; the memory is given back at
-    shutdown. Where the group shares no window, an ordinary tensor."""
+    """A tensor that lives in the window, zeroed: collectives on it copy nothing. Not collective; the memory is given
+    back at shutdown. Where the group shares no window, an ordinary tensor."""
     group = resolve(group)
     if group.window is None:
         return torch.zeros(shape, dtype=dtype)
@@ -96,11 +103,13 @@ def _return(flat: torch.Tensor, tensor: torch.Tensor) -> None:
         tensor.detach().copy_(flat.view(tensor.shape))
 
 
-def _operand(flat: torch.Tensor, op: str, chosen: str, size: int, own: Range, wide: torch.Tensor | None = None) -> Operand:
+def _operand(
+    flat: torch.Tensor, op: str, chosen: str, size: int, own: Range, wide: torch.Tensor | None = None
+) -> Operand:
     """How the algorithm treats this buffer (DESIGN "Rounding").
 
-    16-bit: ``direct`` sums in fp32 at the owner, and divides there before it rounds; the others round at every hop, so a mean
-    is divided first, which keeps the sum in range.
+    16-bit: ``direct`` sums in fp32 at the owner, and divides there before it rounds; the others round at every hop, so
+    a mean is divided first, which keeps the sum in range.
     """
     divisor = size if op == "mean" else 1
     reduction = "sum" if op == "mean" else op
@@ -121,11 +130,12 @@ def allreduce_async(
     wire: str | None = None,
     group: Group | None = None,
 ) -> Handle:
-    """Start to reduce ``tensor`` in place over all ranks; the handle's ``wait()`` returns it. Don't touch it until then.
+    """Start to reduce ``tensor`` in place over all ranks; the handle's ``wait()`` returns it. Don't touch it until
+    then.
 
-    ``op``: sum, mean, min, max, prod. ``wire``: ``"fp16"`` or ``"bf16"`` sends 16-bit numbers: contributions and the result are
-    rounded to it. Cost and rounding: see the algorithm's page; ``auto`` is :mod:`.select`. Errors: UsageError;
-    from ``wait()``: DisagreementError, PeerLostError, PeerTimeoutError.
+    ``op``: sum, mean, min, max, prod. ``wire``: ``"fp16"`` or ``"bf16"`` sends 16-bit numbers: contributions and the
+    result are rounded to it. Cost and rounding: see the algorithm's page; ``auto`` is :mod:`.select`. Errors:
+    UsageError; from ``wait()``: DisagreementError, PeerLostError, PeerTimeoutError.
     """
     group = resolve(group)
     _require(group, "allreduce", tensor, op, wire)
@@ -160,7 +170,9 @@ def allreduce_async(
     def attached() -> Attachment:
         return _attach(group, stage(), inline=wire_dtype is stage().dtype) if chosen == "window" else Attachment()
 
-    signature = Signature("allreduce", tuple(tensor.shape), tensor.dtype, name, f"{op}, {chosen}, wire {wire or 'as is'}")
+    signature = Signature(
+        "allreduce", tuple(tensor.shape), tensor.dtype, name, f"{op}, {chosen}, wire {wire or 'as is'}"
+    )
     return group.submit(signature, body(), tensor, attached)
 
 
@@ -185,11 +197,11 @@ def reduce_chunks_async(
     algorithm: str = "auto",
     group: Group | None = None,
 ) -> Handle:
-    """Start to reduce rank r's chunk of ``flat`` on rank r, in place. ``flat``: 1-D, contiguous, CPU; afterwards only this rank's
-    chunk means anything. The parameter server's push: with all of it in one chunk, a reduce to that rank.
+    """Start to reduce rank r's chunk of ``flat`` on rank r, in place. ``flat``: 1-D, contiguous, CPU; afterwards only
+    this rank's chunk means anything. The parameter server's push: with all of it in one chunk, a reduce to that rank.
 
-    The handle returns this rank's chunk: a view of ``flat``, or for a 16-bit ``flat`` the fp32 sums that were never rounded
-    (``direct``), so the whole push rounds once, when it was packed.
+    The handle returns this rank's chunk: a view of ``flat``, or for a 16-bit ``flat`` the fp32 sums that were never
+    rounded (``direct``), so the whole push rounds once, when it was packed.
     """
     group = resolve(group)
     _require(group, "reduce_scatter", flat, op)
@@ -224,8 +236,8 @@ def gather_chunks_async(
     algorithm: str = "auto",
     group: Group | None = None,
 ) -> Handle:
-    """Start to bring rank r's chunk of ``flat`` from rank r to all ranks, in place, for all r. ``flat``: 1-D, contiguous, CPU. The
-    parameter server's pull: with all of it in one chunk, a broadcast."""
+    """Start to bring rank r's chunk of ``flat`` from rank r to all ranks, in place, for all r. ``flat``: 1-D,
+    contiguous, CPU. The parameter server's pull: with all of it in one chunk, a broadcast."""
     group = resolve(group)
     _require(group, "allgather", flat)
     rooted = any(chunk.numel == flat.numel() for chunk in chunks)
@@ -249,7 +261,8 @@ def _chunks_of(group: Group, kind: str, part: torch.Tensor, whole: torch.Tensor)
     chunks = split(whole.numel(), group.size)
     if part.dtype != whole.dtype or part.numel() != chunks[group.rank].numel:
         raise UsageError(
-            f"rank {group.rank}: {kind} cuts {whole.numel()} numbers of {whole.dtype} into {[chunk.numel for chunk in chunks]} for "
+            f"rank {group.rank}: {kind} cuts {whole.numel()} numbers of {whole.dtype} into "
+            f"{[chunk.numel for chunk in chunks]} for "
             f"{group.size} ranks; this rank's part has {part.numel()} numbers of {part.dtype}"
         )
     return chunks
@@ -265,8 +278,8 @@ def reduce_scatter(
 ) -> torch.Tensor:
     """Write this rank's part of the reduced ``tensor`` into ``out`` and return it; ``tensor`` is left as it was.
 
-    Part r of P is :func:`commlab.chunks.split`'s (the first ``numel mod P`` ranks hold one number more). Cost: half an allreduce,
-    and a copy of ``tensor``.
+    Part r of P is :func:`commlab.chunks.split`'s (the first ``numel mod P`` ranks hold one number more). Cost: half an
+    allreduce, and a copy of ``tensor``.
     """
     group = resolve(group)
     _require(group, "reduce_scatter", tensor, op)
@@ -278,10 +291,14 @@ def reduce_scatter(
 
 
 def allgather(
-    out: torch.Tensor, tensor: torch.Tensor, name: str | None = None, algorithm: str = "auto", group: Group | None = None
+    out: torch.Tensor,
+    tensor: torch.Tensor,
+    name: str | None = None,
+    algorithm: str = "auto",
+    group: Group | None = None,
 ) -> torch.Tensor:
-    """Write every rank's ``tensor``, one after the other, into ``out`` on all ranks and return it. The parts are cut as in
-    :func:`reduce_scatter`. Cost: half an allreduce."""
+    """Write every rank's ``tensor``, one after the other, into ``out`` on all ranks and return it. The parts are cut as
+    in :func:`reduce_scatter`. Cost: half an allreduce."""
     group = resolve(group)
     _require(group, "allgather", tensor)
     chunks = _chunks_of(group, "allgather", tensor, out)
@@ -301,8 +318,8 @@ def _rooted(group: Group, kind: str, root: int) -> None:
 def broadcast(
     tensor: torch.Tensor, root: int = 0, name: str | None = None, algorithm: str = "auto", group: Group | None = None
 ) -> torch.Tensor:
-    """Overwrite ``tensor`` on all ranks with ``root``'s and return it. Cost with ``tree``: ceil(log2 P) steps; the root sends n
-    ceil(log2 P); with ``ring`` (a pipelined chain): every rank but the last sends n once."""
+    """Overwrite ``tensor`` on all ranks with ``root``'s and return it. Cost with ``tree``: ceil(log2 P) steps; the root
+    sends n ceil(log2 P); with ``ring`` (a pipelined chain): every rank but the last sends n once."""
     group = resolve(group)
     _rooted(group, "broadcast", root)
     _require(group, "broadcast", tensor)
@@ -321,8 +338,8 @@ def reduce(
     algorithm: str = "auto",
     group: Group | None = None,
 ) -> torch.Tensor:
-    """Reduce ``tensor`` in place on ``root`` and return it; on the other ranks it is left as it was. Cost with ``tree``: ceil(log2 P)
-    steps, every rank but the root sends n."""
+    """Reduce ``tensor`` in place on ``root`` and return it; on the other ranks it is left as it was. Cost with
+    ``tree``: ceil(log2 P) steps, every rank but the root sends n."""
     group = resolve(group)
     _rooted(group, "reduce", root)
     _require(group, "reduce", tensor, op)
@@ -337,4 +354,3 @@ def reduce(
 def barrier(group: Group | None = None) -> None:
     """Return once every rank has called it."""
     resolve(group).barrier()
-

@@ -1,8 +1,10 @@
-"""Who moves an operation on. Operations of a group run strictly one after the other, in the order in which they were started,
-which is the same on every rank: so no message needs a name, and no two ranks can wait for each other in a circle.
+"""Who moves an operation on. Operations of a group run strictly one after the other, in the order in which they were
+started, which is the same on every rank: so no message needs a name, and no two ranks can wait for each other in a
+circle.
 
-Where a core is free (cores > local ranks) one thread per group does it, asleep when there is nothing to do. Elsewhere a thread
-would only take the core from the computation, and progress happens in ``poll`` (called from the gradient hooks) and in ``wait``.
+Where a core is free (cores > local ranks) one thread per group does it, asleep when there is nothing to do. Elsewhere a
+thread would only take the core from the computation, and progress happens in ``poll`` (called from the gradient hooks)
+and in ``wait``.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ class Progress:
         self._queue: deque[Handle] = deque()
         self._lock = threading.Lock()
         self._waiting = False
-        # Spinning is the fastest way to wait, on a core of one's own; where ranks share cores it steals from the peer that
-        # is waited for.
+        # Spinning is the fastest way to wait, on a core of one's own; where ranks share cores it steals from the peer
+        # that is waited for.
         self.spin_s = 2e-3 if usable_cores() >= local_size else 20e-6
         self.crowded = usable_cores() < local_size
         self._work = threading.Event()
@@ -95,7 +97,10 @@ class Progress:
                     continue
                 idle_s = now_s - since_s
                 if idle_s > limit_s:
-                    raise PeerTimeoutError(self._silence(head, idle_s) + "; it may be stuck or slow: see its own output, or raise the timeout")
+                    raise PeerTimeoutError(
+                        self._silence(head, idle_s)
+                        + "; it may be stuck or slow: see its own output, or raise the timeout"
+                    )
                 if now_s - warned_s > WARN_AFTER_S:
                     warned_s = now_s
                     log.warning("%s", self._silence(head, idle_s))

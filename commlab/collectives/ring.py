@@ -6,9 +6,10 @@
     step s   rank r sends chunk r-1-s, adds what it receives to chunk r-2-s
     last     rank r adds the last contribution to its own chunk r
 
-Cost of an allreduce of n elements: 2 (P-1) steps; every rank sends 2 n (P-1)/P elements, the least that any algorithm can.
-Rounding: P-1 additions in ring order, a different order for every chunk, the same on all ranks; a 16-bit wire rounds at each.
-With all elements in one chunk (:func:`commlab.chunks.whole_at`) it is a pipelined chain: reduce to, or broadcast from, one rank.
+Cost of an allreduce of n elements: 2 (P-1) steps; every rank sends 2 n (P-1)/P elements, the least that any algorithm
+can. Rounding: P-1 additions in ring order, a different order for every chunk, the same on all ranks; a 16-bit wire
+rounds at each. With all elements in one chunk (:func:`commlab.chunks.whole_at`) it is a pipelined chain: reduce to, or
+broadcast from, one rank.
 
 P. Patarasuk, X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 2009.
 When to use: large messages, and slow links between nodes.

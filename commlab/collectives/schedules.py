@@ -1,4 +1,5 @@
-"""The operations, each composed from an algorithm's two halves: a reduce-scatter to the chunks' owners, an allgather from them."""
+"""The operations, each composed from an algorithm's two halves: a reduce-scatter to the chunks' owners, an allgather
+from them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""``algorithm="auto"``: one table by size, ranks, wire and transport, each row with its reason. The figures behind the rows are in
-docs/select.md and come from ``python -m bench.allreduce``."""
+"""``algorithm="auto"``: one table by size, ranks, wire and transport, each row with its reason. The figures behind the
+rows are in docs/select.md and come from ``python -m bench.allreduce``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,11 @@ TABLE: tuple[Row, ...] = (
         "halving",
         "latency counts: 2 log2 P steps, and all ranks work on a power of two",
     ),
-    Row(lambda case: case.bytes <= 16 * 1024, "tree", "latency counts: 2 ceil(log2 P) steps, whatever the number of ranks"),
+    Row(
+        lambda case: case.bytes <= 16 * 1024,
+        "tree",
+        "latency counts: 2 ceil(log2 P) steps, whatever the number of ranks",
+    ),
     Row(lambda case: True, "ring", "bandwidth counts: the fewest bytes, only between neighbours, as one pipeline"),
 )
 

@@ -1,4 +1,5 @@
-"""What a rank says it is about to do. Ranks compare it before anything is reduced: eight bytes each way when they agree."""
+"""What a rank says it is about to do. Ranks compare it before anything is reduced: eight bytes each way when they
+agree."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _ODD = 0x9E3779B97F4A7C15  # any odd number: multiplying by it maps sequence num
 class Signature:
     """One operation on one tensor, as far as ranks have to agree on it.
 
-    Two unnamed tensors of equal shape and dtype that two ranks use in swapped order look the same here; named ones do not.
+    Two unnamed tensors of equal shape and dtype that two ranks use in swapped order look the same here; named ones do
+    not.
     """
 
     kind: str
@@ -31,7 +33,8 @@ class Signature:
         object.__setattr__(self, "_hash", int.from_bytes(digest.digest(), "little"))
 
     def record(self, sequence: int) -> bytes:
-        """Eight bytes that are equal exactly (but for a hash collision, 2^-64) when the signature and the place in order are."""
+        """Eight bytes that are equal exactly (but for a hash collision, 2^-64) when the signature and the place in
+        order are."""
         mixed: int = self._hash ^ (sequence * _ODD)  # type: ignore[attr-defined]
         return (mixed & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little")
 
@@ -54,7 +57,8 @@ def disagreement(records: Sequence[bytes], rank: int) -> str:
         sides.setdefault(record.rstrip(b"\0").decode(errors="replace"), []).append(peer)
     listed = "; ".join(f"rank{'s' if len(ranks) > 1 else ''} {_ranges(ranks)}: {text}" for text, ranks in sides.items())
     return (
-        f"ranks disagree (seen on rank {rank}): {listed}. Nothing was reduced. Every rank of the group must call the same "
+        f"ranks disagree (seen on rank {rank}): {listed}. Nothing was reduced. Every rank of the "
+        "group must call the same "
         "operations, in the same order, with the same name, shape, dtype and arguments"
     )
 

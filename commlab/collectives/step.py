@@ -9,7 +9,8 @@ from ..chunks import EMPTY, Range
 
 
 class Step(NamedTuple):
-    """Send ``send`` to rank ``to`` while ``recv`` arrives from rank ``frm``: added into the buffer (``reduce``) or written there.
+    """Send ``send`` to rank ``to`` while ``recv`` arrives from rank ``frm``: added into the buffer (``reduce``) or
+    written there.
 
     The peer has the mirror image at the same place of its schedule. ``None`` and an empty range: nothing that way.
     """

@@ -4,11 +4,11 @@
                           step 1   2 -> 0            6 -> 4
                           step 2   4 -> 0
 
-Cost of an allreduce of n elements: 2 ceil(log2 P) steps; a rank sends n once on the way up, and at most n ceil(log2 P) on the way
-down (the root). Few, large messages: good for latency, poor for bandwidth; segments fill the tree as a pipeline.
-Rounding: at most ceil(log2 P) additions on each path; a 16-bit wire rounds at each.
-With one chunk per rank (reduce-scatter, allgather) the tree ends in a scatter from, or begins with a gather to, the root: the
-chunks of a subtree adjoin.
+Cost of an allreduce of n elements: 2 ceil(log2 P) steps; a rank sends n once on the way up, and at most n ceil(log2 P)
+on the way down (the root). Few, large messages: good for latency, poor for bandwidth; segments fill the tree as a
+pipeline. Rounding: at most ceil(log2 P) additions on each path; a 16-bit wire rounds at each. With one chunk per rank
+(reduce-scatter, allgather) the tree ends in a scatter from, or begins with a gather to, the root: the chunks of a
+subtree adjoin.
 
 R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations in MPICH", IJHPCA 2005.
 When to use: small messages, many ranks.
@@ -47,7 +47,8 @@ def edges(rank: int, root: int, size: int) -> tuple[int | None, list[int]]:
 
 
 def _subtree(rank: int, root: int, chunks: Sequence[Range]) -> Iterator[Range]:
-    """What the ranks below and including ``rank`` own: one range, or two where the subtree wraps round past the last rank."""
+    """What the ranks below and including ``rank`` own: one range, or two where the subtree wraps round past the last
+    rank."""
     size = len(chunks)
     place = (rank - root) % size
     height = place & -place

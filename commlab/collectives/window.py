@@ -4,11 +4,10 @@
     ordinary data           the same in blocks, through a staging area that stays in the caches (kernels/cpu/piped.h)
     up to 4 KB              the data travel in the control page: one wait, then every rank reduces everything
 
-Cost of an allreduce of n elements: two waits; each rank reads n and writes n elements of memory, whatever P, as a copy does; ordinary
-data cross the caches once more each way. Nothing is sent.
-Rounding: all contributions are added in rank order, in fp32 where they have 16 bits, divided, and rounded once. The result is bitwise
-the same on all ranks and from run to run.
-When to use: always, for ranks of one node (docs/window.md).
+Cost of an allreduce of n elements: two waits; each rank reads n and writes n elements of memory, whatever P, as a copy
+does; ordinary data cross the caches once more each way. Nothing is sent. Rounding: all contributions are added in rank
+order, in fp32 where they have 16 bits, divided, and rounded once. The result is bitwise the same on all ranks and from
+run to run. When to use: always, for ranks of one node (docs/window.md).
 """
 
 from __future__ import annotations
@@ -65,7 +64,14 @@ class _PipedWait:
 
 
 def _piped(
-    group: Group, window: Window, data: torch.Tensor, wire: torch.dtype, op: str, divisor: float, moves: str, chunks: Sequence[Range]
+    group: Group,
+    window: Window,
+    data: torch.Tensor,
+    wire: torch.dtype,
+    op: str,
+    divisor: float,
+    moves: str,
+    chunks: Sequence[Range],
 ) -> Pending:
     """Run ordinary memory through the staging areas. ``moves``: ``"reduce"``, ``"gather"`` or both."""
     assert built is not None
@@ -115,8 +121,8 @@ def aligned_split(numel: int, parts: int, itemsize: int) -> tuple[Range, ...]:
 
 
 def allreduce(group: Group, flat: torch.Tensor, wire: torch.dtype, op: str, divisor: float) -> Pending:
-    """Reduce ``flat`` (1-D, contiguous, CPU) in place; ``wire``: its dtype, or 16-bit where it is fp32. Runs after the group's
-    exchange, which has published where ``flat`` lies, or the data themselves."""
+    """Reduce ``flat`` (1-D, contiguous, CPU) in place; ``wire``: its dtype, or 16-bit where it is fp32. Runs after the
+    group's exchange, which has published where ``flat`` lies, or the data themselves."""
     window = group.window
     assert window is not None and built is not None
     size_bytes = flat.numel() * flat.element_size()
@@ -140,8 +146,8 @@ def allreduce(group: Group, flat: torch.Tensor, wire: torch.dtype, op: str, divi
 def reduce_chunks(
     group: Group, flat: torch.Tensor, chunks: Sequence[Range], op: str, divisor: float, wide: torch.Tensor | None
 ) -> Pending:
-    """Reduce this rank's chunk of ``flat`` out of all ranks' ``flat``, into ``wide`` (fp32 sums of 16-bit numbers) where it is
-    given, else in place. Other chunks are left as they were where ``flat`` lies in the window."""
+    """Reduce this rank's chunk of ``flat`` out of all ranks' ``flat``, into ``wide`` (fp32 sums of 16-bit numbers)
+    where it is given, else in place. Other chunks are left as they were where ``flat`` lies in the window."""
     window = group.window
     assert window is not None
     own = chunks[group.rank]

@@ -21,11 +21,12 @@ def init(
 ) -> Group:
     """Connect all ranks of the job and return their group. Collective; later calls return the same group.
 
-    ``transport``: ``"mpi"`` (under mpirun) or ``"torch"`` (gloo; under mpirun or torchrun). Without a launcher: a group of one
-    rank, which needs neither. ``nodes``: which ranks share a node, declared by hand (:func:`commlab.topology.declared`); default: ranks
-    with one host name. ``timeout_s``: how long a silent peer is waited for. ``check``: compare operations between ranks first.
-    ``window``: share memory between ranks of a node: ``"auto"`` (where it can be had), ``"on"`` (an error where not) or ``"off"``.
-    From here on an unhandled exception in one rank ends all of them.
+    ``transport``: ``"mpi"`` (under mpirun) or ``"torch"`` (gloo; under mpirun or torchrun). Without a launcher: a group
+    of one rank, which needs neither. ``nodes``: which ranks share a node, declared by hand
+    (:func:`commlab.topology.declared`); default: ranks with one host name. ``timeout_s``: how long a silent peer is
+    waited for. ``check``: compare operations between ranks first. ``window``: share memory between ranks of a node:
+    ``"auto"`` (where it can be had), ``"on"`` (an error where not) or ``"off"``. From here on an unhandled exception in
+    one rank ends all of them.
     """
     global _world
     if _world is not None:
@@ -39,7 +40,8 @@ def init(
     alone = topology.Topology((tuple(range(connected.size)),))
     group = Group(connected, alone, timeout_s)
     if connected.size > 1:
-        # Gathered even when the nodes are declared, and always checked: arguments that differ between ranks are seen here.
+        # Gathered even when the nodes are declared, and always checked: arguments that differ between ranks are seen
+        # here.
         arguments = f"node keys, for init(nodes={nodes!r}, check={check}, window={window!r})"
         keys = [key.decode() for key in group.gather_bytes(topology.node_key().encode(), arguments)]
         found = topology.from_keys(keys) if nodes is None else topology.declared(nodes, connected.size)
@@ -66,18 +68,22 @@ def _connect(transport: str, timeout_s: float) -> Transport:
 
         return TorchTransport(store_for(launch, timeout_s), launch.rank, launch.size, timeout_s)
     if launch.launcher == "torchrun":
-        raise UsageError(f"rank {launch.rank}: torchrun launched this job, which MPI knows nothing of; use transport 'torch'")
+        raise UsageError(
+            f"rank {launch.rank}: torchrun launched this job, which MPI knows nothing of; use transport 'torch'"
+        )
     try:
         from ..transport.mpi import MpiTransport, library
     except ImportError as error:
         raise UsageError(
-            f"rank {launch.rank}: transport mpi needs mpi4py and an MPI library ({error}); pip install 'commlab[mpich]', or use "
+            f"rank {launch.rank}: transport mpi needs mpi4py and an MPI library ({error}); pip "
+            "install 'commlab[mpich]', or use "
             "transport 'torch'"
         ) from error
     connected = MpiTransport()
     if connected.size != launch.size:
         raise UsageError(
-            f"rank {launch.rank}: {launch.launcher} launched {launch.size} ranks, but MPI sees {connected.size}: mpirun and mpi4py's "
+            f"rank {launch.rank}: {launch.launcher} launched {launch.size} ranks, but MPI sees "
+            f"{connected.size}: mpirun and mpi4py's "
             f"library ({library()}) belong to different MPIs; use the mpirun that was installed with it"
         )
     return connected

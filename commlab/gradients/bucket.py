@@ -1,10 +1,11 @@
-"""Buckets: parameters grouped in the order in which backward finishes them, each sent as soon as all its gradients are there.
+"""Buckets: parameters grouped in the order in which backward finishes them, each sent as soon as all its gradients are
+there.
 
     registration order      wte  wpe  h.0 ...  h.11  ln_f            backward runs from the right to the left
     buckets                      [   bucket 2   ][ bucket 1 ][ 0 ]   so bucket 0 is ready first, and travels meanwhile
 
-Every rank starts its buckets strictly in index order, so no message has to say which bucket it belongs to. What one does with a
-ready bucket is not known here: it is given to ``launch``.
+Every rank starts its buckets strictly in index order, so no message has to say which bucket it belongs to. What one
+does with a ready bucket is not known here: it is given to ``launch``.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Bucket:
 def named_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[NamedParameter]:
     """The trainable parameters of ``model`` in registration order, a tied one once, with their groups in ``optimizer``.
 
-    UsageError for a parameter that the optimizer does not have, or has but the model does not, and for sparse or complex ones.
+    UsageError for a parameter that the optimizer does not have, or has but the model does not, and for sparse or
+    complex ones.
     """
     group_of = {id(tensor): group for group, entry in enumerate(optimizer.param_groups) for tensor in entry["params"]}
     named: list[NamedParameter] = []
@@ -68,13 +70,22 @@ def named_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
         if not tensor.requires_grad:
             continue
         if id(tensor) not in group_of:
-            raise UsageError(f"parameter {name!r} is trainable, but the optimizer does not have it; add it, or freeze it")
+            raise UsageError(
+                f"parameter {name!r} is trainable, but the optimizer does not have it; add it, or freeze it"
+            )
         if not tensor.dtype.is_floating_point:
             raise UsageError(f"parameter {name!r} is {tensor.dtype}; gradients travel as floating-point numbers")
         named.append(NamedParameter(name, tensor, group_of.pop(id(tensor)), len(named)))
     if group_of:
-        shapes = [list(tensor.shape) for entry in optimizer.param_groups for tensor in entry["params"] if id(tensor) in group_of]
-        raise UsageError(f"the optimizer has {len(group_of)} parameters that are not trainable ones of the model: {shapes[:5]}")
+        shapes = [
+            list(tensor.shape)
+            for entry in optimizer.param_groups
+            for tensor in entry["params"]
+            if id(tensor) in group_of
+        ]
+        raise UsageError(
+            f"the optimizer has {len(group_of)} parameters that are not trainable ones of the model: {shapes[:5]}"
+        )
     return named
 
 
@@ -86,8 +97,8 @@ def plan(
 ) -> list[Bucket]:
     """Fill buckets of at most ``bucket_bytes`` (more where one parameter is larger) in reverse registration order.
 
-    A bucket holds one dtype and one optimizer group, so that a chunk of it can be updated as one. Buckets are numbered in the
-    order in which backward completes them. ``allocate(numel, dtype)`` makes their flat buffers: 1-D, CPU.
+    A bucket holds one dtype and one optimizer group, so that a chunk of it can be updated as one. Buckets are numbered
+    in the order in which backward completes them. ``allocate(numel, dtype)`` makes their flat buffers: 1-D, CPU.
     """
     open_buckets: dict[tuple[torch.dtype, int], list[NamedParameter]] = {}
     closed: list[list[NamedParameter]] = []
@@ -121,8 +132,8 @@ def _adjoining(members: list[NamedParameter]) -> list[Range]:
 class GradientBuckets:
     """Watches backward through post-accumulate-grad hooks, packs what is complete, and launches it in index order.
 
-    ``launch(bucket)`` starts the bucket on its way. ``scale()`` is asked for when a step's first bucket is packed, and multiplies
-    all gradients of the step. ``poll()`` lets operations under way move on while backward computes.
+    ``launch(bucket)`` starts the bucket on its way. ``scale()`` is asked for when a step's first bucket is packed, and
+    multiplies all gradients of the step. ``poll()`` lets operations under way move on while backward computes.
     """
 
     def __init__(
@@ -159,7 +170,8 @@ class GradientBuckets:
                 return
             if member.index not in bucket.waiting:
                 raise UsageError(
-                    f"the gradient of {member.name!r} is ready a second time before step(): run all backward() calls but the last "
+                    f"the gradient of {member.name!r} is ready a second time before step(): run "
+                    "all backward() calls but the last "
                     "of a step inside engine.no_sync()"
                 )
             bucket.waiting.discard(member.index)

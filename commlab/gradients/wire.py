@@ -12,11 +12,13 @@ from ..native import PackPlan
 WIRES: dict[str | None, torch.dtype | None] = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def pack(sources: Sequence[torch.Tensor | None], ranges: Sequence[Range], flat: torch.Tensor, scale: float = 1.0) -> None:
+def pack(
+    sources: Sequence[torch.Tensor | None], ranges: Sequence[Range], flat: torch.Tensor, scale: float = 1.0
+) -> None:
     """Write every source, multiplied by ``scale`` and then rounded to ``flat``'s dtype, to its range of ``flat``.
 
-    ``sources``: any shape and stride; None writes zeros. The product is computed in the source's precision, 16-bit sources' in fp32.
-    ``flat``: 1-D, contiguous. Cost: one pass over the sources and ``flat``.
+    ``sources``: any shape and stride; None writes zeros. The product is computed in the source's precision, 16-bit
+    sources' in fp32. ``flat``: 1-D, contiguous. Cost: one pass over the sources and ``flat``.
     """
     for source, place in zip(sources, ranges, strict=True):
         target = flat[place.start : place.stop]
@@ -33,8 +35,9 @@ def pack(sources: Sequence[torch.Tensor | None], ranges: Sequence[Range], flat: 
 
 
 class Packer:
-    """Packs a bucket's gradients, and unpacks them, in one native pass over all of them: read, scale, round, write, look for inf and
-    NaN. :func:`pack` and :func:`unpack` are the same in plain torch, and run where a gradient is missing or not in CPU memory."""
+    """Packs a bucket's gradients, and unpacks them, in one native pass over all of them: read, scale, round, write,
+    look for inf and NaN. :func:`pack` and :func:`unpack` are the same in plain torch, and run where a gradient is
+    missing or not in CPU memory."""
 
     def __init__(self, ranges: Sequence[Range]):
         self._ranges = ranges

@@ -1,5 +1,5 @@
-"""Strategies: how gradients become agreed updates. ``STRATEGIES`` is the table, name to where its class lives; classes are loaded when
-asked for, so that a strategy whose library is missing disturbs no other."""
+"""Strategies: how gradients become agreed updates. ``STRATEGIES`` is the table, name to where its class lives; classes
+are loaded when asked for, so that a strategy whose library is missing disturbs no other."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def strategy(
 ) -> Strategy:
     """Couple ``model`` and ``optimizer`` to the group's other ranks; returns the engine. Collective.
 
-    ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: algorithm, precision, wire, max_grad_norm, bucket_bytes, elementwise
-    (:class:`commlab.strategies.base.Options`). ``optimizer``: the user's own; under ps and dps its ``params`` become the pieces that this
-    rank owns, while groups, hyper-parameters and LR schedulers stay. Errors: UsageError.
+    ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: algorithm, precision, wire, max_grad_norm,
+    bucket_bytes, elementwise (:class:`commlab.strategies.base.Options`). ``optimizer``: the user's own; under ps and
+    dps its ``params`` become the pieces that this rank owns, while groups, hyper-parameters and LR schedulers stay.
+    Errors: UsageError.
     """
     from ..collectives.world import resolve
     from .base import Options
@@ -44,7 +45,11 @@ def strategy(
         raise UsageError(f"unknown strategy {name!r}; there are {', '.join(STRATEGIES)}")
     unknown = sorted(set(options) - set(Options.__dataclass_fields__))
     if unknown:
-        raise UsageError(f"unknown option {unknown[0]!r} for a strategy; there are {', '.join(Options.__dataclass_fields__)}")
+        raise UsageError(
+            f"unknown option {unknown[0]!r} for a strategy; there are {', '.join(Options.__dataclass_fields__)}"
+        )
     module, kind = STRATEGIES[name]
-    built: Strategy = getattr(import_module(f".{module}", __name__), kind)(model, optimizer, resolve(group), Options(**options))
+    built: Strategy = getattr(import_module(f".{module}", __name__), kind)(
+        model, optimizer, resolve(group), Options(**options)
+    )
     return built

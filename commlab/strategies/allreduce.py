@@ -1,10 +1,11 @@
-"""``allreduce``: every rank gets the mean gradient and makes the same update. Any algorithm of the table moves the buckets.
+"""``allreduce``: every rank gets the mean gradient and makes the same update. Any algorithm of the table moves the
+buckets.
 
     backward | pack b0 -> allreduce b0 ...| pack b1 -> allreduce b1 ... | norm | clip | optimizer on all ranks
 
 Cost per step: one allreduce of the gradient, 2 n (P-1)/P numbers sent per rank; the optimizer's state exists P times.
-A. Sergeev, M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", arXiv 1802.05799; S. Li et al., "PyTorch
-distributed", VLDB 2020 (buckets and overlap).
+A. Sergeev, M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", arXiv 1802.05799; S. Li et
+al., "PyTorch distributed", VLDB 2020 (buckets and overlap).
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from .base import Strategy, scale_
 
 
 class AllReduce(Strategy):
-    """After the exchange ``p.grad`` is a view of its bucket (no copy), or the unpacked gradient where the wire has another dtype or the
-    parameter is not contiguous."""
+    """After the exchange ``p.grad`` is a view of its bucket (no copy), or the unpacked gradient where the wire has
+    another dtype or the parameter is not contiguous."""
 
     name = "allreduce"
 
     def _launch(self, bucket: Bucket) -> None:
-        handle = operations.allreduce_async(
-            bucket.flat, "mean", bucket.name, self.options.algorithm, group=self.group
-        )
+        handle = operations.allreduce_async(bucket.flat, "mean", bucket.name, self.options.algorithm, group=self.group)
         self._launched.append((bucket, handle))
 
     def _owned_gradients(self) -> list[torch.Tensor]:

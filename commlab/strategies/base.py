@@ -1,4 +1,5 @@
-"""What every strategy shares: one engine call for the user, buckets on their way during backward, one agreed norm and clip."""
+"""What every strategy shares: one engine call for the user, buckets on their way during backward, one agreed norm and
+clip."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from ..collectives.handle import Handle
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan
 from ..gradients.wire import WIRES
+from ..native.arithmetic import DTYPES
 from . import pieces
 
 
@@ -34,7 +36,8 @@ class Options:
     """Clip the reduced gradient to this global 2-norm; None: don't compute it."""
     bucket_bytes: int = 25 * 2**20
     elementwise: bool | None = None
-    """Say True for an optimizer of your own that updates every number from that number's own gradient and state alone."""
+    """Say True for an optimizer of your own that updates every number from that number's own gradient and state
+    alone."""
 
 
 @dataclass
@@ -48,8 +51,8 @@ class Times:
 
 
 _NORM_BLOCK = 4096
-"""torch adds the squares of a whole fp32 tensor in fp32, which at 6 M numbers is wrong by 1e-4, and by something else for each way
-of cutting the gradient; blocks of this size are right to 1e-8, and as fast."""
+"""torch adds the squares of a whole fp32 tensor in fp32, which at 6 M numbers is wrong by 1e-4, and by something else
+for each way of cutting the gradient; blocks of this size are right to 1e-8, and as fast."""
 
 
 def norm_squared(gradients: Iterable[torch.Tensor]) -> float:
@@ -72,8 +75,8 @@ def scale_(gradients: list[torch.Tensor], factor: float) -> None:
 class Strategy:
     """How gradients become agreed updates. Built by :func:`commlab.strategy`; all ranks must make the same calls.
 
-    ``model``: what to call in the training loop (the user's own model, but for ``ddp``). At construction rank 0's parameters and
-    buffers are given to all ranks.
+    ``model``: what to call in the training loop (the user's own model, but for ``ddp``). At construction rank 0's
+    parameters and buffers are given to all ranks.
     """
 
     name: ClassVar[str]
@@ -129,7 +132,8 @@ class Strategy:
         raise NotImplementedError
 
     def _update(self, clip: float, unused: set[int]) -> None:
-        """Multiply the gradient by ``clip`` and step the optimizer; parameters in ``unused`` had no gradient on any rank."""
+        """Multiply the gradient by ``clip`` and step the optimizer; parameters in ``unused`` had no gradient on any
+        rank."""
         raise NotImplementedError
 
     def _pull(self) -> None:
@@ -144,15 +148,16 @@ class Strategy:
     def backward(self, loss: torch.Tensor | None, count: int | None = None, total: int | None = None) -> None:
         """Compute gradients and start them on their way. Collective, unless inside :meth:`no_sync`.
 
-        ``loss``: a scalar. Without ``count`` the gradients of all ranks' losses are averaged. With ``count``, ``loss`` is a *sum* over
-        that many items (tokens), and the step's gradient is the sum over all ranks and micro-batches divided once by the global
-        count, so ragged batches weigh right. ``total``: the step's global count over all ranks and micro-batches, where the caller
-        knows it; else the ranks' counts are summed by one more small exchange. A rank with nothing to do passes ``None, 0``. One
-        call per step outside ``no_sync``.
+        ``loss``: a scalar. Without ``count`` the gradients of all ranks' losses are averaged. With ``count``, ``loss``
+        is a *sum* over that many items (tokens), and the step's gradient is the sum over all ranks and micro-batches
+        divided once by the global count, so ragged batches weigh right. ``total``: the step's global count over all
+        ranks and micro-batches, where the caller knows it; else the ranks' counts are summed by one more small
+        exchange. A rank with nothing to do passes ``None, 0``. One call per step outside ``no_sync``.
         """
         if self._backward_done:
             raise UsageError(
-                "a second backward() in one step: run all but the last inside engine.no_sync(), and call engine.step() after the last"
+                "a second backward() in one step: run all but the last inside engine.no_sync(), "
+                "and call engine.step() after the last"
             )
         if self._counted is not None and self._counted != (count is not None):
             raise UsageError("within one step either every backward() call is given a count, or none")
@@ -178,12 +183,12 @@ class Strategy:
     def _run_backward(self, loss: torch.Tensor | None) -> None:
         if loss is not None:
             with trace.span("backward"):
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backward() only accumulates on this rank; for all micro-batches of a step but the last. Put the forward pass inside
-        too: there ``ddp`` decides whether to exchange."""
+        """Inside, backward() only accumulates on this rank; for all micro-batches of a step but the last. Put the
+        forward pass inside too: there ``ddp`` decides whether to exchange."""
         self._syncing = False
         try:
             yield
@@ -217,33 +222,42 @@ class Strategy:
         self.steps += 1
 
     def zero_grad(self) -> None:
-        """Drop all gradients, so that the next backward starts anew; what was accumulated inside :meth:`no_sync` too."""
+        """Drop all gradients, so that the next backward starts anew; what was accumulated inside :meth:`no_sync`
+        too."""
         if self._backward_done:
-            raise UsageError("zero_grad() between backward() and step(): the gradients are on their way already; call it after step()")
+            raise UsageError(
+                "zero_grad() between backward() and step(): the gradients are on their way "
+                "already; call it after step()"
+            )
         for parameter in self.parameters:
             parameter.tensor.grad = None
         self._begin_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the optimizer's state, by parameter name and range; no communication. All ranks' parts together
-        are the whole, whatever the strategy and the number of ranks. The model's own state is ``model.state_dict()``."""
-        return {"steps": self.steps, "skipped_steps": self.skipped_steps, **pieces.state(self._pieces(), self.optimizer)}
+        """This rank's part of the optimizer's state, by parameter name and range; no communication. All ranks' parts
+        together are the whole, whatever the strategy and the number of ranks. The model's own state is
+        ``model.state_dict()``."""
+        return {
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+            **pieces.state(self._pieces(), self.optimizer),
+        }
 
     def load_state_dict(self, *parts: dict[str, Any]) -> None:
-        """Take from ``parts`` (any ranks' :meth:`state_dict`, of any strategy and number of ranks) what this rank owns. UsageError
-        when a needed range is in none of them."""
+        """Take from ``parts`` (any ranks' :meth:`state_dict`, of any strategy and number of ranks) what this rank owns.
+        UsageError when a needed range is in none of them."""
         pieces.load(self._pieces(), self.optimizer, parts)
         self.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
-        """Run ``change(model)``, which writes parameters in place, so that it takes effect once on every copy: under ``dps`` and ``ps``
-        ranks of a node share one. Collective."""
+        """Run ``change(model)``, which writes parameters in place, so that it takes effect once on every copy: under
+        ``dps`` and ``ps`` ranks of a node share one. Collective."""
         with torch.no_grad():
             change(self.model)
 
     def close(self) -> None:
-        """Take the hooks off the model and give the window's memory back. The model stays as it is; the engine is of no more use.
-        Collective."""
+        """Take the hooks off the model and give the window's memory back. The model stays as it is; the engine is of no
+        more use. Collective."""
         if self.buckets is not None:
             self.buckets.close()
             if self.in_window:
@@ -277,8 +291,9 @@ class Strategy:
         return max(1, int(self._global_count.wait().item()))
 
     def _agree(self) -> tuple[float, set[int]]:
-        """One small exchange after the last bucket: the squared norm (0 where it is not wanted), summed in rank order so that all
-        ranks get the same bits, and whether any rank has unused parameters; if so, a second one finds those unused on all."""
+        """One small exchange after the last bucket: the squared norm (0 where it is not wanted), summed in rank order
+        so that all ranks get the same bits, and whether any rank has unused parameters; if so, a second one finds those
+        unused on all."""
         assert self.buckets is not None
         squares = 0.0
         if self.options.max_grad_norm is not None:
@@ -297,16 +312,16 @@ class Strategy:
         return sum(part for part, _ in values), unused
 
     def _synchronize_model(self) -> None:
-        """Make all ranks start from rank 0's parameters and buffers. Ranks that built the model from one seed have them already: a
-        digest tells, and then nothing is sent."""
+        """Make all ranks start from rank 0's parameters and buffers. Ranks that built the model from one seed have them
+        already: a digest tells, and then nothing is sent."""
         if self.group.size == 1:
             return
         tensors = [(name, tensor.data) for name, tensor in self.model.named_parameters()]
-        tensors += [(name, tensor) for name, tensor in self.model.named_buffers() if tensor.dtype in operations.DTYPES]
+        tensors += [(name, tensor) for name, tensor in self.model.named_buffers() if tensor.dtype in DTYPES]
         digest = sha256()
         for name, tensor in tensors:
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(memoryview(byte_view(tensor.cpu().contiguous())))
+            digest.update(byte_view(tensor.cpu().contiguous()).data)
         if len(set(self.group.exchange_records(digest.digest(), "model digest"))) == 1:
             return
         for name, tensor in tensors:

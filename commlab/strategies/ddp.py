@@ -17,13 +17,13 @@ from ..transport.rendezvous import join_store, open_store
 from .base import Options
 from .local import Local
 
-
 _connected: Group | None = None
 """Whose ranks torch's default process group connects, where that was made here: torch has one at a time."""
 
 
 def _connect(group: Group) -> None:
-    """Make torch's default process group the ranks of ``group``. Collective. One that the user made stays, if it has these ranks."""
+    """Make torch's default process group the ranks of ``group``. Collective. One that the user made stays, if it has
+    these ranks."""
     global _connected
     if dist.is_initialized() and _connected is None:
         if (dist.get_rank(), dist.get_world_size()) != (group.rank, group.size):
@@ -63,6 +63,7 @@ class _Front(torch.nn.Module):
     def __init__(self, wrapped: torch.nn.Module):
         super().__init__()
         # Not a submodule: state_dict() and parameters() are to be asked of the user's own model.
+        self._wrapped: Callable[[Callable[[torch.nn.Module], Any]], Any]
         object.__setattr__(self, "_wrapped", wrapped)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

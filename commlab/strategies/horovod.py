@@ -1,8 +1,8 @@
 """``horovod``: the real Horovod, behind the same engine call and through its public API alone. A peer, not ours.
 
-Horovod's background thread negotiates which tensors are ready on all ranks, fuses them, and allreduces; its hooks start it during
-backward. ``wire="fp16"`` is its Compression.fp16, which adds in fp16 and rounds at every hop.
-A. Sergeev, M. Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", arXiv 1802.05799.
+Horovod's background thread negotiates which tensors are ready on all ranks, fuses them, and allreduces; its hooks start
+it during backward. ``wire="fp16"`` is its Compression.fp16, which adds in fp16 and rounds at every hop. A. Sergeev, M.
+Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", arXiv 1802.05799.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def _import() -> Any:
         import horovod.torch as hvd
     except ImportError as error:
         raise UsageError(
-            f"strategy horovod needs Horovod built for this Python, torch and MPI ({error}); run `make horovod`, which builds it from "
+            f"strategy horovod needs Horovod built for this Python, torch and MPI ({error}); run "
+            "`make horovod`, which builds it from "
             "its sources, or choose strategy allreduce"
         ) from error
     return hvd
@@ -31,8 +32,8 @@ def _import() -> Any:
 class Horovod(Local):
     """All ranks make the same update from gradients that Horovod has averaged.
 
-    Horovod's ``step()`` is ``synchronize()`` and then the optimizer's own. Here clipping comes in between, so that it sees the averaged
-    gradient, and the user's optimizer, which has the state and the scheduler, takes the step.
+    Horovod's ``step()`` is ``synchronize()`` and then the optimizer's own. Here clipping comes in between, so that it
+    sees the averaged gradient, and the user's optimizer, which has the state and the scheduler, takes the step.
     """
 
     name = "horovod"
@@ -45,7 +46,8 @@ class Horovod(Local):
             hvd.init()
         if (hvd.rank(), hvd.size()) != (group.rank, group.size):
             raise UsageError(
-                f"strategy horovod: Horovod is rank {hvd.rank()} of {hvd.size()}, the group rank {group.rank} of {group.size}; Horovod "
+                f"strategy horovod: Horovod is rank {hvd.rank()} of {hvd.size()}, the group rank "
+                f"{group.rank} of {group.size}; Horovod "
                 "works on all ranks of an MPI job, with transport mpi"
             )
         super().__init__(model, optimizer, group, options)
@@ -57,7 +59,8 @@ class Horovod(Local):
 
     def _synchronize_model(self) -> None:
         self._hvd.broadcast_parameters(self.model.state_dict(), root_rank=0)
-        # For an optimizer without state it would make one, by a step on zero gradients: weight decay would act once too often.
+        # For an optimizer without state it would make one, by a step on zero gradients: weight decay would act once too
+        # often.
         if self.optimizer.state:
             self._hvd.broadcast_optimizer_state(self.optimizer, root_rank=0)
 

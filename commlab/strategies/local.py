@@ -1,4 +1,5 @@
-"""What ``single``, ``ddp`` and ``horovod`` share: commlab moves nothing, ``p.grad`` is complete when backward and whoever reduces it are done."""
+"""What ``single``, ``ddp`` and ``horovod`` share: commlab moves nothing, ``p.grad`` is complete when backward and
+whoever reduces it are done."""
 
 from __future__ import annotations
 

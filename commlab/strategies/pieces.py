@@ -1,7 +1,8 @@
 """Optimizer state by parameter name and range: the one form in which it is sharded, saved and loaded.
 
-A piece is a range of one flattened parameter together with the tensor that the optimizer updates for it. Strategies without sharding
-have one piece per parameter, the whole of it; so state saved under one strategy and number of ranks loads under any other.
+A piece is a range of one flattened parameter together with the tensor that the optimizer updates for it. Strategies
+without sharding have one piece per parameter, the whole of it; so state saved under one strategy and number of ranks
+loads under any other.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ ELEMENTWISE = (
     "ASGD",
     "Rprop",
 )
-"""torch.optim's optimizers that update a number from its own gradient and state alone, so that cutting a tensor changes no bit (one,
-the last, with ``fused=True``: torch's fused loops round a vector and its remainder differently)."""
+"""torch.optim's optimizers that update a number from its own gradient and state alone, so that cutting a tensor changes
+no bit (one, the last, with ``fused=True``: torch's fused loops round a vector and its remainder differently)."""
 
 
 class Piece(NamedTuple):
@@ -43,21 +44,23 @@ class Piece(NamedTuple):
 
 
 def require_elementwise(optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
-    """UsageError for an optimizer that can't be run on pieces of tensors. torch runs Adafactor on them without complaint, and
-    the result is wrong; so the optimizers are listed."""
+    """UsageError for an optimizer that can't be run on pieces of tensors. torch runs Adafactor on them without
+    complaint, and the result is wrong; so the optimizers are listed."""
     kind = type(optimizer)
     if elementwise is None:
         elementwise = kind.__name__ in ELEMENTWISE and kind.__module__.startswith("torch.optim")
     if not elementwise:
         raise UsageError(
-            f"optimizer {kind.__name__} may need whole tensors, and a server updates pieces of them. Known to be element-wise: "
-            f"{', '.join(ELEMENTWISE)} of torch.optim. If yours is too, say elementwise=True; else use strategy allreduce"
+            f"optimizer {kind.__name__} may need whole tensors, and a server updates pieces of "
+            "them. Known to be element-wise: "
+            f"{', '.join(ELEMENTWISE)} of torch.optim. If yours is too, say elementwise=True; "
+            "else use strategy allreduce"
         )
 
 
 def rebind(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> None:
-    """Let the user's own optimizer update ``pieces`` instead of whole parameters; its groups, hyper-parameters and schedulers stay,
-    and state that it has already is cut the same way."""
+    """Let the user's own optimizer update ``pieces`` instead of whole parameters; its groups, hyper-parameters and
+    schedulers stay, and state that it has already is cut the same way."""
     before = {id(parameter): dict(state) for parameter, state in optimizer.state.items()}
     optimizer.state.clear()
     members: list[list[torch.Tensor]] = [[] for _ in optimizer.param_groups]
@@ -75,15 +78,17 @@ def rebind(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> None:
 
 
 def _cut(value: torch.Tensor, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
-    """The part of a state tensor that belongs to a piece; what is not shaped like the parameter (a step counter) belongs to all."""
+    """The part of a state tensor that belongs to a piece; what is not shaped like the parameter (a step counter)
+    belongs to all."""
     return value.reshape(-1)[start:stop] if value.shape == shape and value.dim() else value
 
 
 def state(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """``{"groups": [hyper-parameters], "pieces": {name: [{"start", "stop", "numel", "state"}]}}`` of this rank; tensors are not copied."""
+    """``{"groups": [hyper-parameters], "pieces": {name: [{"start", "stop", "numel", "state"}]}}`` of this rank; tensors
+    are not copied."""
     saved: dict[str, list[dict[str, Any]]] = {}
     for piece in pieces:
-        entry = {"start": piece.start, "stop": piece.stop, "numel": piece.parameter.tensor.numel()}
+        entry: dict[str, Any] = {"start": piece.start, "stop": piece.stop, "numel": piece.parameter.tensor.numel()}
         values = optimizer.state.get(piece.tensor, {})
         entry["state"] = {
             key: _cut(value, piece.tensor.shape, 0, piece.stop - piece.start) if torch.is_tensor(value) else value
@@ -99,8 +104,11 @@ def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Seque
     if not parts:
         raise UsageError("load_state_dict() needs at least one part")
     if len(parts[0]["groups"]) != len(optimizer.param_groups):
-        raise UsageError(f"the saved optimizer has {len(parts[0]['groups'])} groups, this one {len(optimizer.param_groups)}")
-    # All of it first: an error must leave the optimizer as it was. A parameter without numbers has a state too, which nobody saved.
+        raise UsageError(
+            f"the saved optimizer has {len(parts[0]['groups'])} groups, this one {len(optimizer.param_groups)}"
+        )
+    # All of it first: an error must leave the optimizer as it was. A parameter without numbers has a state too, which
+    # nobody saved.
     collected = [(piece.tensor, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
     for entry, saved in zip(optimizer.param_groups, parts[0]["groups"], strict=True):
         entry.update({key: deepcopy(value) for key, value in saved.items() if key != "params"})
@@ -111,7 +119,10 @@ def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     name, wanted = piece.parameter.name, Range(piece.start, piece.stop)
     saved = [entry for part in parts for entry in part["pieces"].get(name, ())]
     if saved and saved[0]["numel"] != piece.parameter.tensor.numel():
-        raise UsageError(f"parameter {name!r}: saved with {saved[0]['numel']} numbers, the model has {piece.parameter.tensor.numel()}")
+        raise UsageError(
+            f"parameter {name!r}: saved with {saved[0]['numel']} numbers, the model has "
+            f"{piece.parameter.tensor.numel()}"
+        )
     result: dict[str, Any] = {}
     # Ranks that do not shard save the same numbers each; they are taken once.
     covered = wanted.start
@@ -132,14 +143,16 @@ def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             ]
     if covered != wanted.stop:
         raise UsageError(
-            f"parameter {name!r}: this rank updates its numbers {wanted.start}..{wanted.stop - 1}, and number {covered} has no saved state; "
+            f"parameter {name!r}: this rank updates its numbers "
+            f"{wanted.start}..{wanted.stop - 1}, and number {covered} has no saved state; "
             "load the parts of all ranks that saved"
         )
     return {key: _shaped(value, piece) for key, value in result.items()}
 
 
 def _shaped(value: Any, piece: Piece) -> Any:
-    """State of a whole parameter has the parameter's shape, and its strides: torch's fused optimizers walk both as plain memory."""
+    """State of a whole parameter has the parameter's shape, and its strides: torch's fused optimizers walk both as
+    plain memory."""
     if torch.is_tensor(value) and value.dim() == 1 and value.numel() == piece.tensor.numel():
         return torch.empty_like(piece.tensor, dtype=value.dtype).copy_(value.view(piece.tensor.shape))
     return value

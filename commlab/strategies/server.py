@@ -1,16 +1,16 @@
 """``ps`` and ``dps``: gradients are pushed to the owners of the parameters, who update them; all ranks pull the result.
 
-    ps  (one shard)     push: reduce to rank 0          rank 0: norm, clip, optimizer         pull: broadcast from rank 0
-    dps (P shards)      push: reduce-scatter            rank r: the same on its shard         pull: allgather
+    ps  (one shard)     push: reduce to rank 0          rank 0: norm, clip, optimizer      pull: broadcast from rank 0
+    dps (P shards)      push: reduce-scatter            rank r: the same on its shard      pull: allgather
 
-The same code, one shard or many: each bucket is cut into chunks, one per owner; ``ps`` gives rank 0 all of it, ``dps`` gives every rank
-an equal part of every bucket, whatever the tensors' borders, so shards are balanced to one number per bucket. Optimizer state
-exists once. All ranks train.
+The same code, one shard or many: each bucket is cut into chunks, one per owner; ``ps`` gives rank 0 all of it, ``dps``
+gives every rank an equal part of every bucket, whatever the tensors' borders, so shards are balanced to one number per
+bucket. Optimizer state exists once. All ranks train.
 
-Cost per step, n numbers: dps sends 2 n (P-1)/P per rank, as an allreduce does, and updates n/P; ps sends n from every worker, and
-its server receives n (P-1), or as a chain (algorithm ring) n, and updates n.
-M. Li et al., "Scaling distributed machine learning with the parameter server", OSDI 2014; S. Rajbhandari et al., "ZeRO", SC 2020
-(stage 1: sharded optimizer state).
+Cost per step, n numbers: dps sends 2 n (P-1)/P per rank, as an allreduce does, and updates n/P; ps sends n from every
+worker, and its server receives n (P-1), or as a chain (algorithm ring) n, and updates n. M. Li et al., "Scaling
+distributed machine learning with the parameter server", OSDI 2014; S. Rajbhandari et al., "ZeRO", SC 2020 (stage 1:
+sharded optimizer state).
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ SERVER = 0
 
 
 class Server(Strategy):
-    """Co-located servers in lockstep (BSP). Parameters become views of flat buffers, one per bucket; ``p.grad`` is None after step.
+    """Co-located servers in lockstep (BSP). Parameters become views of flat buffers, one per bucket; ``p.grad`` is None
+    after step.
 
-    In the window these buffers exist once for all ranks: an owner's update is seen by everyone, and a pull is a wait. Nobody updates
-    while another still computes: owners begin only after the agreement that follows the last bucket of every rank.
+    In the window these buffers exist once for all ranks: an owner's update is seen by everyone, and a pull is a wait.
+    Nobody updates while another still computes: owners begin only after the agreement that follows the last bucket of
+    every rank.
     """
 
     keeps_gradients = False
@@ -64,8 +66,8 @@ class Server(Strategy):
         return made
 
     def _flatten(self, bucket: Bucket) -> torch.Tensor:
-        """Move a bucket's parameters into one flat buffer, so that a pull writes them where they are used; in the window, into the
-        one buffer of all ranks."""
+        """Move a bucket's parameters into one flat buffer, so that a pull writes them where they are used; in the
+        window, into the one buffer of all ranks."""
         dtype = bucket.parameters[0].tensor.dtype
         flat = self._shared(bucket.numel, dtype) if self.in_window else torch.empty(bucket.numel, dtype=dtype)
         for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
@@ -108,7 +110,8 @@ class Server(Strategy):
                 if member.tensor.numel() and member.tensor.data_ptr() != here:
                     raise UsageError(
                         f"rank {self.group.rank}: parameter {member.name!r} was given other memory after "
-                        f"commlab.strategy() (by model.to() or p.data = ?), and strategy {self.name} updates it where it "
+                        "commlab.strategy() (by model.to() or p.data = ?), and strategy "
+                        f"{self.name} updates it where it "
                         "was; do that before, and change values in place after"
                     )
 
@@ -156,7 +159,6 @@ class Server(Strategy):
         ]
         for pull in pulls:
             pull.wait()
-
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         self.group.barrier()

@@ -18,7 +18,8 @@ class Single(Local):
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         if group.size > 1:
             raise UsageError(
-                f"strategy single trains on one rank, and this job has {group.size}; start one process without mpirun, or choose another "
+                f"strategy single trains on one rank, and this job has {group.size}; start one "
+                "process without mpirun, or choose another "
                 "strategy"
             )
         super().__init__(model, optimizer, group, options)

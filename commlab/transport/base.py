@@ -1,4 +1,5 @@
-"""What a transport is: it moves bytes between two ranks, in order, without waiting. Everything above it is schedules."""
+"""What a transport is: it moves bytes between two ranks, in order, without waiting. Everything above it is
+schedules."""
 
 from __future__ import annotations
 
@@ -9,22 +10,24 @@ import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
-"""A contiguous 1-D uint8 view of somebody's memory; must stay alive and, for a send, unchanged until the request is done."""
+"""A contiguous 1-D uint8 view of somebody's memory; must stay alive and, for a send, unchanged until the request is
+done."""
 
 
 class Request(Protocol):
     """A message, or a set of them, on its way."""
 
     def test(self) -> bool:
-        """True once the message has arrived (receive) or its memory may be written again (send), and from then on. Never
-        blocks. PeerLostError when the peer is gone."""
+        """True once the message has arrived (receive) or its memory may be written again (send), and from then on.
+        Never blocks. PeerLostError when the peer is gone."""
 
     def peers(self) -> Sequence[int]:
         """The ranks that have not done their part yet; for messages to the user."""
 
 
 class Transport(Protocol):
-    """Point-to-point between ``size`` ranks. Messages of one pair are matched in the order in which they were posted."""
+    """Point-to-point between ``size`` ranks. Messages of one pair are matched in the order in which they were
+    posted."""
 
     name: str
     rank: int
@@ -40,8 +43,8 @@ class Transport(Protocol):
         """Give every rank a record of the same length and get everyone's. Collective."""
 
     def split(self, ranks: Sequence[int]) -> Transport | None:
-        """A transport among ``ranks`` of this one, messages of which never meet the others'. Collective over this transport;
-        None on the ranks that are not in the list."""
+        """A transport among ``ranks`` of this one, messages of which never meet the others'. Collective over this
+        transport; None on the ranks that are not in the list."""
 
     def abort(self, code: int) -> None:
         """End the whole job."""

@@ -1,4 +1,5 @@
-"""Transport over MPI (MPICH, Open MPI) through mpi4py: buffers only, never pickles, one duplicated communicator per purpose."""
+"""Transport over MPI (MPICH, Open MPI) through mpi4py: buffers only, never pickles, one duplicated communicator per
+purpose."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ class MpiRequest:
 class MpiExchange(Exchange):
     """Records of one fixed width over persistent requests: two MPI calls however many ranks there are."""
 
-    __slots__ = ("_mine", "_requests")
+    __slots__ = ("_incoming", "_mine", "_requests")
 
     def __init__(self, comm: MPI.Comm, rank: int, size: int, width: int):
         import numpy as np
@@ -40,12 +41,12 @@ class MpiExchange(Exchange):
         self._mine = self._table[rank]
         others = [(rank + shift) % size for shift in range(1, size)]
         # Tag 1: a record may be sent while the peer still waits for data of the operation before.
-        self._receives = [(peer, comm.Recv_init(self._table[peer], peer, 1)) for peer in others]
-        self._sends = [(peer, comm.Send_init(self._mine, peer, 1)) for peer in others]
-        self._requests = [request for _, request in self._receives + self._sends]
+        self._incoming = [(peer, comm.Recv_init(self._table[peer], peer, 1)) for peer in others]
+        self._requests = [request for _, request in self._incoming]
+        self._requests += [comm.Send_init(self._mine, peer, 1) for peer in others]
 
     def start(self, record: bytes) -> MpiExchange:
-        self._mine[:] = memoryview(record)  # type: ignore[assignment]
+        self._mine[:] = memoryview(record)
         MPI.Prequest.Startall(self._requests)
         return self
 
@@ -56,7 +57,7 @@ class MpiExchange(Exchange):
             raise PeerLostError(f"MPI lost one of the ranks {self.peers()}: {error}") from error
 
     def peers(self) -> Sequence[int]:
-        return [peer for peer, request in self._receives if not request.Get_status()]
+        return [peer for peer, request in self._incoming if not request.Get_status()]
 
     def free(self) -> None:
         for request in self._requests:
@@ -69,7 +70,8 @@ class MpiTransport:
     name = "mpi"
 
     def __init__(self, comm: MPI.Comm | None = None, *, owned: bool = False):
-        """``comm``: default COMM_WORLD. Collective over it. ``owned``: it was made for this transport, don't duplicate it."""
+        """``comm``: default COMM_WORLD. Collective over it. ``owned``: it was made for this transport, don't duplicate
+        it."""
         comm = MPI.COMM_WORLD if comm is None else comm
         self._comm: Any = comm if owned else comm.Dup()
         # Errors must come back as exceptions that can name the peer, instead of ending the process.

@@ -1,4 +1,5 @@
-"""Where ranks meet before torch.distributed can connect them: the environment's store under torchrun, MPI under mpirun."""
+"""Where ranks meet before torch.distributed can connect them: the environment's store under torchrun, MPI under
+mpirun."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def store_for(launch: Launch, timeout_s: float) -> dist.Store:
         from mpi4py import MPI
     except ImportError as error:
         raise UsageError(
-            f"rank {launch.rank}: transport torch was launched by {launch.launcher} and meets over MPI, but mpi4py is missing "
+            f"rank {launch.rank}: transport torch was launched by {launch.launcher} and meets "
+            "over MPI, but mpi4py is missing "
             f"({error}); install it, or launch with torchrun"
         ) from error
     comm = MPI.COMM_WORLD
@@ -36,11 +38,12 @@ def store_for(launch: Launch, timeout_s: float) -> dist.Store:
         server, text = open_store(launch.size, timeout_s)
         address[: len(text)] = text
     comm.Bcast([address, MPI.BYTE], root=0)
-    return server or join_store(address.rstrip(b"\0"), launch.size, timeout_s)
+    return server or join_store(bytes(address).rstrip(b"\0"), launch.size, timeout_s)
 
 
 def open_store(size: int, timeout_s: float) -> tuple[dist.Store, bytes]:
-    """A store for ``size`` ranks on a free port of this host, and the address that the others give to :func:`join_store`."""
+    """A store for ``size`` ranks on a free port of this host, and the address that the others give to
+    :func:`join_store`."""
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(_own_address(), 0, size, is_master=True, timeout=timeout, wait_for_workers=False)
     return store, f"{store.host} {store.port}".encode()
@@ -54,7 +57,8 @@ def join_store(address: bytes, size: int, timeout_s: float) -> dist.Store:
 
 
 def _own_address() -> str:
-    """The address under which other hosts reach this one: of the interface that gloo was told to use, else of the host name."""
+    """The address under which other hosts reach this one: of the interface that gloo was told to use, else of the host
+    name."""
     import os
 
     interface = os.environ.get("GLOO_SOCKET_IFNAME")

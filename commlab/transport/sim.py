@@ -1,8 +1,8 @@
 """Transport ``sim``: P ranks as mailboxes inside one process, driven by one thread. For tests, docs and the simulator.
 
-It is stricter than real networks. A send is done only when its receive has been posted, and its memory is read only then, so
-a schedule that relies on buffering, or overwrites what is still to be sent, gives a deadlock or a wrong result here. It fails
-on a deadlock (nobody can go on) and on a message that nobody read.
+It is stricter than real networks. A send is done only when its receive has been posted, and its memory is read only
+then, so a schedule that relies on buffering, or overwrites what is still to be sent, gives a deadlock or a wrong result
+here. It fails on a deadlock (nobody can go on) and on a message that nobody read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Transport over torch.distributed's gloo: works under mpirun and under torchrun, needs no MPI. Slower per message than MPI."""
+"""Transport over torch.distributed's gloo: works under mpirun and under torchrun, needs no MPI. Slower per message than
+MPI."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ class TorchRequest:
 
 
 class _Waiter:
-    """A thread that waits for requests in the order of posting. gloo's point-to-point works can be waited for but not asked
-    whether they are done, and a wait that times out closes the connection."""
+    """A thread that waits for requests in the order of posting. gloo's point-to-point works can be waited for but not
+    asked whether they are done, and a wait that times out closes the connection."""
 
     def __init__(self, name: str):
         self._posted: queue.SimpleQueue[tuple[Any, TorchRequest] | None] = queue.SimpleQueue()
@@ -95,8 +96,8 @@ class TorchTransport:
         return TorchTransport(self._store, list(ranks).index(self.rank), len(ranks), self._timeout_s, prefix)
 
     def abort(self, code: int) -> None:
-        # torchrun and mpirun both end the other ranks when one leaves with an exit code other than 0; the interpreter's own
-        # exit would wait for gloo's threads.
+        # torchrun and mpirun both end the other ranks when one leaves with an exit code other than 0; the interpreter's
+        # own exit would wait for gloo's threads.
         import os
 
         os._exit(code)

@@ -1,9 +1,9 @@
 """The window: memory shared by the ranks of a node. Not a transport: nobody sends, everyone reads.
 
-Each rank owns its part: a control page (counters, what it is about to do, small payloads) and segments of data. They are memfds:
-without a name, so they cannot leak, not bound by the size of /dev/shm, allocated before use, so memory that is missing is an error
-here and not a SIGBUS later. Peers open them through /proc and check the job's token before they touch a byte, because in another
-PID namespace the same path can be a stranger's memory.
+Each rank owns its part: a control page (counters, what it is about to do, small payloads) and segments of data. They
+are memfds: without a name, so they cannot leak, not bound by the size of /dev/shm, allocated before use, so memory that
+is missing is an error here and not a SIGBUS later. Peers open them through /proc and check the job's token before they
+touch a byte, because in another PID namespace the same path can be a stranger's memory.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def _memfd(name: str, size_bytes: int) -> int:
 
 
 class Window:
-    """This rank's part and its view of the peers'. Made in two collective moves, which the group makes: :meth:`card` of every rank
-    is given to every rank's :meth:`open`."""
+    """This rank's part and its view of the peers'. Made in two collective moves, which the group makes: :meth:`card` of
+    every rank is given to every rank's :meth:`open`."""
 
     def __init__(self, local_rank: int, local_size: int, spin_us: float):
         """Raises Unavailable. ``spin_us``: how long a waiting rank looks before it sleeps."""
         try:
-            from .. import _native  # type: ignore[attr-defined]
+            from .. import _native
         except ImportError as error:
             raise Unavailable(f"the native module is missing ({error})") from error
         if not hasattr(_native, "NodeSync"):
@@ -109,7 +109,10 @@ class Window:
                 mapping = self._map(pid, fd, self._native.CONTROL_BYTES, f"the control page of local rank {peer}")
                 wrong = self._native.wrong_page(mapping.address, peer, token)
                 if wrong:
-                    raise Unavailable(f"process {pid}, said to be local rank {peer}, shows {wrong}: ranks of one host in several PID namespaces?")
+                    raise Unavailable(
+                        f"process {pid}, said to be local rank {peer}, shows {wrong}: ranks of "
+                        "one host in several PID namespaces?"
+                    )
                 self._theirs[peer, NOWHERE] = mapping
             pages.append(mapping.address)
         self.sync = self._native.NodeSync(self.rank, pages, self._spin_us)
@@ -137,7 +140,9 @@ class Window:
     def _new_segment(self, size_bytes: int) -> int:
         number = len(self._segments)
         if number >= self._native.MAX_SEGMENTS:
-            raise Unavailable(f"this rank's window has {number} segments, the most there can be; ask for fewer, larger tensors")
+            raise Unavailable(
+                f"this rank's window has {number} segments, the most there can be; ask for fewer, larger tensors"
+            )
         fd = _memfd(f"segment {number}", size_bytes)
         self._segments.append(_Mapping(fd, size_bytes))
         self.sync.add_segment(number, fd, size_bytes)
@@ -165,7 +170,8 @@ class Window:
         return -(-max(1, size_bytes) // _ALIGN_BYTES) * _ALIGN_BYTES
 
     def free(self, tensor: torch.Tensor) -> None:
-        """Give back what :meth:`allocate` gave; for tensors of the same size later on. Nobody may use it any more, on any rank."""
+        """Give back what :meth:`allocate` gave; for tensors of the same size later on. Nobody may use it any more, on
+        any rank."""
         place = self.locate(tensor)
         assert place is not None, "not of this window"
         self._free.setdefault(self._rounded(tensor.numel() * tensor.element_size()), []).append(place)

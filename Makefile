@@ -1,0 +1,107 @@
+# make            what there is
+# make train      from a fresh clone to a trained model
+# make test       from a fresh clone to a tested one
+#
+# Needs Python >= 3.10, a C++ compiler and make. Everything else, MPI included, comes as wheels into .venv.
+
+PYTHON ?= python3
+MPI    ?= mpich
+RANKS  ?= 8
+ARGS   ?=
+PYTEST_ARGS ?=
+
+ifeq ($(MPI),mpich)
+VENV := .venv
+else ifeq ($(MPI),openmpi)
+VENV := .venv-openmpi
+# Open MPI refuses root and more ranks than cores unless told otherwise, and complains about UCX windows it then
+# does without.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+export OMPI_MCA_osc := ^ucx
+else
+$(error MPI=$(MPI): there are mpich and openmpi)
+endif
+
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# No job of this file waits for ever: both MPIs end a run after this many seconds.
+export MPIEXEC_TIMEOUT ?= 3600
+
+PIP        := $(VENV)/bin/python -m pip --disable-pip-version-check
+PIP_IN     := $(PIP) install --quiet --constraint constraints.txt
+TORCH      := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+BUILD      := scikit-build-core nanobind cmake ninja
+LINT       := ruff mypy clang-format
+NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
+CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test test-serial test-mpi horovod lint format native clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null
+	@echo
+	@echo "  RANKS=$(RANKS)  MPI=$(MPI) (or openmpi)  PYTHON=$(PYTHON)  ARGS='--strategy ps ...' for train  PYTEST_ARGS='-k ...' for test"
+
+venv: $(VENV)/.installed ## set up .venv: torch, MPI, commlab in editable mode
+
+train: venv ## train GPT-2 on real text with 8 ranks
+	mpirun -n $(RANKS) python -m commlab.train $(ARGS)
+
+test: test-serial test-mpi ## the whole test suite
+
+test-serial: venv ## the tests that need no mpirun
+	python -m pytest tests --ignore=tests/mpi $(PYTEST_ARGS)
+
+test-mpi: venv ## the tests that run on 8 ranks
+	mpirun -n $(RANKS) python -m pytest --with-mpi --color=no -p no:cacheprovider tests/mpi $(PYTEST_ARGS)
+
+horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's cache), for strategy horovod
+	python -m bench.horovod_build $(ARGS)
+
+lint: $(VENV)/.lint venv ## ruff, mypy, clang-format; changes nothing
+	ruff check .
+	ruff format --check .
+	mypy commlab
+	clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.lint ## let ruff and clang-format rewrite the sources
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP)
+
+native: $(VENV)/.tools ## build the native module again, even if nothing changed
+	rm -f $(VENV)/.installed
+	$(MAKE) venv
+
+clean: ## remove everything that was built, the environments too
+	rm -rf .venv .venv-openmpi build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps inside the environment: each step is done once, and again when what it depends on changes.
+
+# torch goes first and alone, pinned: an open range makes pip fetch several GB of CUDA packages.
+$(VENV)/.torch: constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"commlab needs Python >= 3.10, this is {v[0]}.{v[1]}: make PYTHON=...")'
+	$(PIP_IN) $(TORCH)
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.torch
+	$(PIP_IN) $(BUILD)
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch
+	$(PIP_IN) $(LINT)
+	touch $@
+
+# Python sources are used where they lie; only the native module is built. Without build isolation the next
+# build reuses this one's objects.
+$(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE_SRC)
+	$(PIP_IN) --no-build-isolation --editable '.[$(MPI),test]'
+	python -c 'from commlab import native; print("commlab runs on", native.backend())'
+	touch $@
