@@ -90,6 +90,8 @@ class Group:
         """the ranks with this rank's local rank on all nodes; for algorithm hierarchical."""
         self.window_reason = "not asked for"
         """Why there is no window."""
+        self.plans: dict[tuple[Any, ...], Any] = {}
+        """What operations have worked out once for each shape of call."""
         self._sequence = 0
         self._closed = False
 
@@ -108,9 +110,8 @@ class Group:
         if self._closed:
             raise UsageError(f"rank {self.rank}: {signature.kind} on a group that was shut down")
         self._sequence += 1
-        describe = signature.text(self._sequence)
         checked = self._checked(signature, self._sequence, body, attached)
-        return self.progress.submit(Handle(checked, result, describe, self.progress))
+        return self.progress.submit(Handle(checked, result, signature, self._sequence, self.progress))
 
     def _checked(
         self, signature: Signature, sequence: int, body: Iterable[Request], attached: Callable[[], Attachment] | None

@@ -10,28 +10,45 @@ from .execute import Pending
 
 if TYPE_CHECKING:
     from .progress import Progress
+    from .signature import Signature
 
 
 class Handle:
-    """An operation under way. ``describe`` names it in messages: operation, sequence number and tensor."""
+    """An operation under way: the ``sequence``-th of its group, on what ``signature`` says."""
 
-    __slots__ = ("_progress", "_started_ns", "describe", "error", "finished", "pending", "result", "waits_for")
+    __slots__ = (
+        "_progress",
+        "_sequence",
+        "_signature",
+        "_started_ns",
+        "error",
+        "finished",
+        "pending",
+        "result",
+        "waits_for",
+    )
 
-    def __init__(self, pending: Pending, result: Any, describe: str, progress: Progress):
-        self.pending, self.result, self.describe, self._progress = pending, result, describe, progress
+    def __init__(self, pending: Pending, result: Any, signature: Signature, sequence: int, progress: Progress):
+        self.pending, self.result, self._progress = pending, result, progress
+        self._signature, self._sequence = signature, sequence
         self.finished = False
         self.error: BaseException | None = None
         self.waits_for: Any = None
         self._started_ns = 0
 
+    def describe(self) -> str:
+        """The operation in messages: its name, sequence number and tensor."""
+        return self._signature.text(self._sequence)
+
     def advance(self) -> None:
         """Go on as far as possible without waiting. Called by :class:`Progress` only."""
-        if not self._started_ns:
+        if not self._started_ns and trace.enabled():
             self._started_ns = time.perf_counter_ns()
         try:
             self.waits_for = next(self.pending)
         except StopIteration:
-            trace.record(self.describe, "exchange", self._started_ns, time.perf_counter_ns())
+            if self._started_ns:
+                trace.record(self.describe(), "exchange", self._started_ns, time.perf_counter_ns())
             self.finished = True
         except BaseException as error:
             # In this order: a thread that sees `finished` looks for `error` next.

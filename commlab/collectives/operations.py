@@ -8,6 +8,7 @@ different orders.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -66,6 +67,42 @@ def _pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtyp
     return choose(algorithm, case, (*ALGORITHMS, "window", "hierarchical"))[0]
 
 
+class _Plan(NamedTuple):
+    """What follows from the arguments of a call alone, and need not be worked out when it is made again."""
+
+    chosen: str
+    wire_dtype: torch.dtype
+    signature: Signature
+
+
+def _plan(
+    group: Group,
+    kind: str,
+    tensor: torch.Tensor,
+    op: str,
+    name: str | None,
+    algorithm: str,
+    wire: str | None = None,
+    chunks: Sequence[Range] | None = None,
+) -> _Plan:
+    key = (kind, tensor.shape, tensor.dtype, op, name, algorithm, wire, chunks)
+    found = group.plans.get(key)
+    if found is None:
+        _require(group, kind, tensor, op, wire)
+        rooted = chunks is not None and any(chunk.numel == tensor.numel() for chunk in chunks)
+        case_kind = {"reduce_scatter": "reduce", "allgather": "broadcast"}.get(kind, kind) if rooted else kind
+        wire_dtype = WIRES[wire] or tensor.dtype
+        chosen = _pick(group, case_kind, algorithm, tensor.numel(), wire_dtype)
+        detail = f"{op}, {chosen}, wire {wire or 'as is'}"
+        if chunks is not None and len(chunks) > 1:
+            detail += f", chunks to {[chunk.stop for chunk in chunks]}"
+        if len(group.plans) > 4096:
+            group.plans.clear()
+        found = _Plan(chosen, wire_dtype, Signature(kind, tuple(tensor.shape), tensor.dtype, name, detail))
+        group.plans[key] = found
+    return found
+
+
 def _attach(group: Group, flat: torch.Tensor, inline: bool = False) -> Attachment:
     """Where ``flat`` lies in the window, if it does; or its data, where they are few and every rank wants all of
     them."""
@@ -94,12 +131,16 @@ def empty(shape: Sequence[int] | int, dtype: torch.dtype = torch.float32, group:
 
 def _staged(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The tensor as a flat CPU buffer of ``dtype``: itself where it is one already, else a copy."""
-    return tensor.detach().to("cpu", dtype).contiguous().view(-1)
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous():
+        return tensor if tensor.dim() == 1 else tensor.view(-1)
+    return tensor.to("cpu", dtype).contiguous().view(-1)
 
 
 def _return(flat: torch.Tensor, tensor: torch.Tensor) -> None:
     """Write a staged buffer back where it is a copy."""
-    if flat.data_ptr() != tensor.data_ptr() or flat.dtype != tensor.dtype:
+    if flat is not tensor and (flat.data_ptr() != tensor.data_ptr() or flat.dtype != tensor.dtype):
         tensor.detach().copy_(flat.view(tensor.shape))
 
 
@@ -138,9 +179,7 @@ def allreduce_async(
     UsageError; from ``wait()``: DisagreementError, PeerLostError, PeerTimeoutError.
     """
     group = resolve(group)
-    _require(group, "allreduce", tensor, op, wire)
-    wire_dtype = WIRES[wire] or tensor.dtype
-    chosen = _pick(group, "allreduce", algorithm, tensor.numel(), wire_dtype)
+    chosen, wire_dtype, signature = _plan(group, "allreduce", tensor, op, name, algorithm, wire)
     # The window casts fp32 to a 16-bit wire by itself; everybody else sends what is staged.
     casts = chosen == "window" and tensor.dtype is torch.float32
     divisor, reduction = (group.size, "sum") if op == "mean" else (1, op)
@@ -170,9 +209,6 @@ def allreduce_async(
     def attached() -> Attachment:
         return _attach(group, stage(), inline=wire_dtype is stage().dtype) if chosen == "window" else Attachment()
 
-    signature = Signature(
-        "allreduce", tuple(tensor.shape), tensor.dtype, name, f"{op}, {chosen}, wire {wire or 'as is'}"
-    )
     return group.submit(signature, body(), tensor, attached)
 
 
@@ -204,9 +240,8 @@ def reduce_chunks_async(
     rounded (``direct``), so the whole push rounds once, when it was packed.
     """
     group = resolve(group)
-    _require(group, "reduce_scatter", flat, op)
-    rooted = any(chunk.numel == flat.numel() for chunk in chunks)
-    chosen = _pick(group, "reduce" if rooted else "reduce_scatter", algorithm, flat.numel(), flat.dtype)
+    chunks = tuple(chunks)
+    chosen, _, signature = _plan(group, "reduce_scatter", flat, op, name, algorithm, chunks=chunks)
     own = chunks[group.rank]
     wide = None
     if flat.dtype in _HALVES and chosen in ("direct", "window") and group.size > 1:
@@ -223,8 +258,6 @@ def reduce_chunks_async(
         schedule = schedules.reduce_scatter(ALGORITHMS[chosen], group.rank, chunks)
         yield from group.execute(Execution(schedule, operand, group.transport))
 
-    bounds = "" if len(chunks) < 2 else f", chunks to {[chunk.stop for chunk in chunks]}"
-    signature = Signature("reduce_scatter", tuple(flat.shape), flat.dtype, name, f"{op}, {chosen}{bounds}")
     result = flat[own.start : own.stop] if wide is None else wide
     return group.submit(signature, body(), result, lambda: _place(group, flat, chosen))
 
@@ -239,9 +272,8 @@ def gather_chunks_async(
     """Start to bring rank r's chunk of ``flat`` from rank r to all ranks, in place, for all r. ``flat``: 1-D,
     contiguous, CPU. The parameter server's pull: with all of it in one chunk, a broadcast."""
     group = resolve(group)
-    _require(group, "allgather", flat)
-    rooted = any(chunk.numel == flat.numel() for chunk in chunks)
-    chosen = _pick(group, "broadcast" if rooted else "allgather", algorithm, flat.numel(), flat.dtype)
+    chunks = tuple(chunks)
+    chosen, _, signature = _plan(group, "allgather", flat, "sum", name, algorithm, chunks=chunks)
 
     def body() -> Pending:
         if group.size == 1 or flat.numel() == 0:
@@ -252,8 +284,6 @@ def gather_chunks_async(
         schedule = schedules.allgather(ALGORITHMS[chosen], group.rank, chunks)
         yield from group.execute(Execution(schedule, Operand(flat), group.transport))
 
-    bounds = "" if len(chunks) < 2 else f", chunks to {[chunk.stop for chunk in chunks]}"
-    signature = Signature("allgather", tuple(flat.shape), flat.dtype, name, f"{chosen}{bounds}")
     return group.submit(signature, body(), flat, lambda: _place(group, flat, chosen))
 
 

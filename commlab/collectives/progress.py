@@ -118,7 +118,7 @@ class Progress:
         peers: Sequence[int] = head.waits_for.peers() if head.waits_for is not None else ()
         return (
             f"rank {self.rank} has waited {idle_s:.1f} s for rank{'s' if len(peers) > 1 else ''} "
-            f"{', '.join(map(str, peers))} in {head.describe}"
+            f"{', '.join(map(str, peers))} in {head.describe()}"
         )
 
     def _pause(self, idle_s: float) -> None:

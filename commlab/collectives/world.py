@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 
 from .. import bringup, topology
 from ..errors import UsageError
@@ -35,6 +36,10 @@ def init(
         raise UsageError(f"unknown transport {transport!r}; there are {', '.join(TRANSPORTS)}")
     if window not in WINDOWS:
         raise UsageError(f"unknown window {window!r}; there are {', '.join(WINDOWS)}")
+    if bringup.detect().launcher is not None:
+        # While connecting, others wait already for a rank that fails; every launcher ends them when one leaves with an
+        # error.
+        bringup.install_exception_hook(os._exit)
     connected = _connect(transport, timeout_s)
     bringup.install_exception_hook(connected.abort)
     alone = topology.Topology((tuple(range(connected.size)),))
