@@ -58,7 +58,7 @@ class Config:
         "how numbers travel (default: the 16-bit format of --precision fp16 or bf16, otherwise none = as they are)",
         choices=("none", "fp16", "bf16"),
     )
-    precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=("fp32", "bf16", "fp16", "apex"))
+    precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=("fp32", "bf16", "fp16"))
     autocast: str = knob(
         "auto", _NUMBERS, "16-bit matrix products; auto = where they are fast", choices=("auto", "on", "off")
     )
@@ -135,7 +135,7 @@ class Config:
                 f"--wire {self.wire} has no meaning for --strategy single, which sends nothing; leave it out"
             )
         if self.autocast == "on" and self.precision == "fp32":
-            raise UsageError("--autocast on needs a 16-bit format: give --precision bf16, fp16 or apex")
+            raise UsageError("--autocast on needs a 16-bit format: give --precision bf16 or fp16")
         own_wire = self.precision if self.precision in ("fp16", "bf16") and self.strategy != "single" else None
         derived = {
             "seq_len": shape.seq_len if self.seq_len is None else self.seq_len,

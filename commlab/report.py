@@ -95,6 +95,8 @@ class Report:
                 f"algorithm {algorithm} ({reason})"
             )
         self._say(f"arithmetic: {native.backend()}; {threads} torch thread{'s' * (threads > 1)} per rank ({why})")
+        if config.precision != "fp32":
+            self._say(f"precision {config.precision}: {engine.precision.reason}")
         self._say(f"model {config.model}: {numel / 1e6:.2f} M parameters, sequences of {config.seq_len} tokens")
         self._say(f"data: {corpus}")
         self._say(
@@ -146,6 +148,8 @@ class Report:
             "lr": lr,
             "tokens": total,
             "grad_norm": self.engine.grad_norm,
+            "loss_scale": self.engine.precision.scale,
+            "skipped_steps": self.engine.skipped_steps,
             "step_s": wall_s,
             "forward_s": self._phases["forward"],
             "backward_s": backward_s,
@@ -199,8 +203,9 @@ class Report:
         self._settle()
         totals, group = self._totals, self.group
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-        records = group.exchange_records(struct.pack("<qq", group.bytes_sent, peak_bytes), "summary")
-        sent, peaks = zip(*(struct.unpack("<qq", record) for record in records), strict=True)
+        moved_bytes = group.node_bytes_read + group.node_bytes_written
+        records = group.exchange_records(struct.pack("<qqq", group.bytes_sent, moved_bytes, peak_bytes), "summary")
+        sent, moved, peaks = zip(*(struct.unpack("<qqq", record) for record in records), strict=True)
         if self._bar is not None:
             self._bar.close()
         steps = max(1, totals.steps)
@@ -219,12 +224,18 @@ class Report:
                 f"update {ms['update']:.1f} + rest{hidden}",
             ),
             ("sent per rank", f"{min(sent) / 1e6:.1f} .. {max(sent) / 1e6:.1f} MB" if group.size > 1 else "nothing"),
+            ("through the window", f"{max(moved) / 1e6:.1f} MB read and written by the busiest rank"),
             ("peak memory", f"{max(peaks) / 2**20:.0f} MiB on the largest rank, {sum(peaks) / 2**20:.0f} MiB in all"),
             ("loss", f"{self._first_loss:.4f} -> {self._last_loss:.4f} nats per token"),
+            ("skipped steps", f"{self.engine.skipped_steps}, loss scale {self.engine.precision.scale:g} at the end"),
             ("held-out", f"{self._held_out:.3f} bits per byte"),
             ("model", f"{self.config.output} (transformers.GPT2LMHeadModel.from_pretrained opens it)"),
             ("time", f"{time.perf_counter() - self._started_s:.1f} s in all"),
         ]
+        if group.window is None:
+            rows = [row for row in rows if row[0] != "through the window"]
+        if self.engine.precision.loss_scale is None:
+            rows = [row for row in rows if row[0] != "skipped steps"]
         width = max(len(name) for name, _ in rows)
         self._say("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
         self._write(

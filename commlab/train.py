@@ -97,6 +97,7 @@ def train(config: Config, started_s: float) -> int:
         group,
         algorithm=config.algorithm,
         precision=config.precision,
+        autocast=config.autocast,
         wire=config.wire,
         max_grad_norm=config.max_grad_norm or None,
         bucket_bytes=config.bucket_bytes,
@@ -127,10 +128,11 @@ def train(config: Config, started_s: float) -> int:
                     with engine.no_sync():
                         engine.backward(loss, count, total)
         with report.phase("step"):
-            engine.step()
+            updated = engine.step()
             engine.zero_grad()
         report.step_ends(batch, losses, total, float(schedule.get_last_lr()[0]))
-        schedule.step()
+        if updated:
+            schedule.step()
         if config.eval_every and (batch.step + 1) % config.eval_every == 0 and batch.step + 1 < total_steps:
             report.evaluated(batch.step + 1, held_out_bits(config, group, bare_model, held_out))
 

@@ -150,6 +150,8 @@ class GradientBuckets:
         """Off inside ``no_sync``: gradients accumulate on this rank and nothing is launched."""
         self.used: set[int] = set()
         """Parameters (by index) that have had a gradient since the last :meth:`reset`."""
+        self.finite = True
+        """Whether all that was packed since the last :meth:`reset` is finite."""
         self.launch_s = 0.0
         """Time spent packing, launching and polling inside backward since the last :meth:`reset`."""
         self._launch, self._scale, self._poll = launch, scale, poll
@@ -196,7 +198,7 @@ class GradientBuckets:
             if gradient is not None and gradient.is_sparse:
                 raise UsageError(f"the gradient of {member.name!r} is sparse; use sparse=False in its embedding")
         with trace.span(f"pack {bucket.name}", "compute"):
-            bucket.packer.pack(gradients, bucket.flat, self._step_scale)
+            self.finite &= bucket.packer.pack(gradients, bucket.flat, self._step_scale)
         if not self._keep_gradients:
             for member in bucket.parameters:
                 member.tensor.grad = None
@@ -209,7 +211,7 @@ class GradientBuckets:
 
     def reset(self) -> None:
         """Get ready for the next step."""
-        self._next, self._step_scale, self.launch_s = 0, None, 0.0
+        self._next, self._step_scale, self.launch_s, self.finite = 0, None, 0.0, True
         self.used.clear()
         for bucket in self.buckets:
             bucket.waiting = {member.index for member in bucket.parameters}

@@ -43,13 +43,17 @@ class Packer:
         self._ranges = ranges
         self._plan: PackPlan | None = None
 
-    def pack(self, sources: Sequence[torch.Tensor | None], flat: torch.Tensor, scale: float) -> None:
-        """Write ``scale`` x every source to its range of ``flat``, rounded once to its dtype; None writes zeros."""
+    def pack(self, sources: Sequence[torch.Tensor | None], flat: torch.Tensor, scale: float) -> bool:
+        """Write ``scale`` x every source to its range of ``flat``, rounded once to its dtype; None writes zeros.
+        Returns whether every number written is finite."""
         present = [source for source in sources if source is not None and source.is_cpu]
         if len(present) < len(sources):
             pack(sources, self._ranges, flat, scale)
-        else:
-            self._planned(present, flat.dtype).pack(flat, scale=scale)
+            return bool(flat.isfinite().all())
+        plan = self._planned(present, flat.dtype)
+        finite = plan.pack(flat, scale=scale)
+        plan.release()
+        return finite
 
     def unpack(self, flat: torch.Tensor, targets: Sequence[torch.Tensor | None]) -> None:
         """Write each range of ``flat`` into its target, cast to the target's dtype; None is passed over."""
@@ -57,7 +61,9 @@ class Packer:
         if len(present) < len(targets):
             unpack(flat, self._ranges, targets)
         else:
-            self._planned(present, flat.dtype).unpack(flat)
+            plan = self._planned(present, flat.dtype)
+            plan.unpack(flat)
+            plan.release()
 
     def _planned(self, tensors: Sequence[torch.Tensor], wire: torch.dtype) -> PackPlan:
         # Gradients are made anew in every step, in other memory, of the same shapes.

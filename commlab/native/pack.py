@@ -65,6 +65,12 @@ class PackPlan:
                 [tensor.data_ptr() if tensor.is_contiguous() else next(staged)[1].data_ptr() for tensor in tensors]
             )
 
+    def release(self) -> None:
+        """Let go of the tensors, whose memory would live as long as the plan; it wants a "
+        "`rebind` before the next use."""
+        self._tensors, self._staged = [], []
+        self._addresses = [0]  # nobody's: use without a rebind is noticed
+
     def pack(self, wire: Tensor, wire_start: int = 0, scale: float = 1.0) -> bool:
         """Write scale x tensors to wire[wire_start:]; return whether every number written is finite.
 

@@ -33,10 +33,10 @@ def strategy(
 ) -> Strategy:
     """Couple ``model`` and ``optimizer`` to the group's other ranks; returns the engine. Collective.
 
-    ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: algorithm, precision, wire, max_grad_norm,
-    bucket_bytes, elementwise (:class:`commlab.strategies.base.Options`). ``optimizer``: the user's own; under ps and
-    dps its ``params`` become the pieces that this rank owns, while groups, hyper-parameters and LR schedulers stay.
-    Errors: UsageError.
+    ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: algorithm, precision, autocast, wire,
+    max_grad_norm, bucket_bytes, elementwise (:class:`commlab.strategies.base.Options`). ``optimizer``: the user's own;
+    under ps and dps its ``params`` become the pieces that this rank owns, while groups, hyper-parameters and LR
+    schedulers stay. Errors: UsageError.
     """
     from ..collectives.world import resolve
     from .base import Options

@@ -6,10 +6,10 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan
 from ..gradients.wire import WIRES
 from ..native.arithmetic import DTYPES
+from ..precision import Precision
 from . import pieces
 
 
@@ -31,6 +32,8 @@ class Options:
 
     algorithm: str = "auto"
     precision: str = "fp32"
+    autocast: str = "auto"
+    """16-bit matrix products, for precision bf16 and fp16: auto (where they are fast), on, off."""
     wire: str | None = None
     max_grad_norm: float | None = None
     """Clip the reduced gradient to this global 2-norm; None: don't compute it."""
@@ -38,6 +41,17 @@ class Options:
     elementwise: bool | None = None
     """Say True for an optimizer of your own that updates every number from that number's own gradient and state
     alone."""
+
+
+class Agreement(NamedTuple):
+    """What all ranks know of a step's reduced gradient."""
+
+    squares: float
+    """Sum of the squares of all numbers, times the square of the loss scale; 0 where it is not wanted."""
+    finite: bool
+    """Whether no rank packed an inf or NaN."""
+    unused: set[int]
+    """Parameters (by index) without a gradient on any rank."""
 
 
 @dataclass
@@ -49,6 +63,8 @@ class Times:
     update_s: float = 0.0
     """Clipping and the optimizer."""
 
+
+_VERDICT = struct.Struct("<d??")
 
 _NORM_BLOCK = 4096
 """torch adds the squares of a whole fp32 tensor in fp32, which at 6 M numbers is wrong by 1e-4, and by something else
@@ -86,10 +102,9 @@ class Strategy:
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         if options.wire not in WIRES:
             raise UsageError(f"unknown wire {options.wire!r}; there are none, fp16, bf16")
-        if options.precision != "fp32":
-            raise UsageError(f"unknown precision {options.precision!r}; there is fp32")
-        if options.algorithm not in ("auto", *ALGORITHMS):
-            raise UsageError(f"unknown algorithm {options.algorithm!r}; there are auto, {', '.join(ALGORITHMS)}")
+        algorithms = ("auto", *ALGORITHMS, "window", "hierarchical")
+        if options.algorithm not in algorithms:
+            raise UsageError(f"unknown algorithm {options.algorithm!r}; there are {', '.join(algorithms)}")
         if options.max_grad_norm is not None and not options.max_grad_norm > 0:
             raise UsageError(f"max_grad_norm must be positive, not {options.max_grad_norm}; None turns clipping off")
         self.model, self.optimizer, self.group, self.options = model, optimizer, group, options
@@ -99,6 +114,8 @@ class Strategy:
         self.steps = 0
         self.times = Times()
         self.parameters: list[NamedParameter] = named_parameters(model, optimizer)
+        self._share = 0.0
+        """What this step's losses were divided by on their way into fp16; 0 before the first backward."""
         self._count = 0
         self._total: int | None = None
         self._counted: bool | None = None
@@ -109,12 +126,16 @@ class Strategy:
         self._launched: list[tuple[Bucket, Handle]] = []
         self.in_window = group.window is not None and options.algorithm in ("auto", "window")
         """Whether buckets lie in memory that the ranks share."""
+        device = next(iter(model.parameters())).device
+        self.precision = Precision(options.precision, options.autocast, device, group)
         self._synchronize_model()
         self.buckets = self._make_buckets()
 
     # What differs between strategies.
 
     def _make_buckets(self) -> GradientBuckets | None:
+        if self.options.algorithm == "window" and not self.in_window:
+            raise UsageError(f"algorithm window is not to be had: {self.group.window_reason}; use auto")
         buckets = plan(self.parameters, self.options.bucket_bytes, WIRES[self.options.wire], self._allocate)
         return GradientBuckets(
             buckets, self._launch, self._local_scale, self.group.progress.poll, keep_gradients=self.keeps_gradients
@@ -132,8 +153,8 @@ class Strategy:
         raise NotImplementedError
 
     def _update(self, clip: float, unused: set[int]) -> None:
-        """Multiply the gradient by ``clip`` and step the optimizer; parameters in ``unused`` had no gradient on any
-        rank."""
+        """Multiply the gradient by ``clip`` (and 1 / loss scale) and step the optimizer; parameters in ``unused`` had
+        no gradient on any rank."""
         raise NotImplementedError
 
     def _pull(self) -> None:
@@ -143,7 +164,7 @@ class Strategy:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context for the forward pass and the loss: the precision's compute dtype."""
-        return nullcontext()
+        return self.precision.autocast()
 
     def backward(self, loss: torch.Tensor | None, count: int | None = None, total: int | None = None) -> None:
         """Compute gradients and start them on their way. Collective, unless inside :meth:`no_sync`.
@@ -175,7 +196,11 @@ class Strategy:
             self._backward_done = True
         if self.buckets is not None:
             self.buckets.syncing = self._syncing
-        self._run_backward(loss)
+        if self.precision.loss_scale is not None and not self._share:
+            # A sum over thousands of tokens would leave no room for the scale: it becomes about a mean before backward.
+            self._share = max(1.0, total / self.group.size if total is not None else float(count or 1))
+        scale = self.precision.scale / (self._share or 1.0)
+        self._run_backward(loss if loss is None or scale == 1.0 else loss * scale)
         if self.buckets is not None and self._syncing:
             self.buckets.flush()
             self.times.exchange_s += self.buckets.launch_s
@@ -195,23 +220,32 @@ class Strategy:
         finally:
             self._syncing = True
 
-    def step(self) -> None:
-        """Finish the exchange, clip, update, and give every rank the new parameters. Collective."""
+    def step(self) -> bool:
+        """Finish the exchange, clip, update, and give every rank the new parameters. Collective. Returns whether there
+        was an update: with precision fp16 a step whose gradient overflowed on any rank is skipped on all of them, and a
+        scheduler should not advance then."""
         if not self._backward_done:
             raise UsageError("step() without a backward() outside no_sync(): there is no gradient to agree on")
         started_s = time.perf_counter()
         with trace.span("exchange"):
             for _, handle in self._launched:
                 handle.wait()
-            squares, unused = self._agree()
+            agreement = self._agree()
         agreed_s = time.perf_counter()
         with trace.span("update"):
+            scale, loss_scale = self.precision.scale, self.precision.loss_scale
+            updates = loss_scale is None or agreement.finite
             clip = 1.0
             if self.options.max_grad_norm is not None:
-                self.grad_norm = squares**0.5
+                self.grad_norm = agreement.squares**0.5 / scale
                 # torch.nn.utils.clip_grad_norm_'s rule, so that results compare.
                 clip = min(1.0, self.options.max_grad_norm / (self.grad_norm + 1e-6))
-            self._update(clip, unused)
+            if updates:
+                self._update(clip / scale, agreement.unused)
+            else:
+                self.skipped_steps += 1
+            if loss_scale is not None:
+                loss_scale.update(not updates)
         updated_s = time.perf_counter()
         with trace.span("pull"):
             self._pull()
@@ -220,6 +254,7 @@ class Strategy:
         self._begin_step()
         self._stale = self.keeps_gradients
         self.steps += 1
+        return updates
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward starts anew; what was accumulated inside :meth:`no_sync`
@@ -240,6 +275,7 @@ class Strategy:
         return {
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
+            "loss_scale": None if self.precision.loss_scale is None else self.precision.loss_scale.state_dict(),
             **pieces.state(self._pieces(), self.optimizer),
         }
 
@@ -248,6 +284,8 @@ class Strategy:
         UsageError when a needed range is in none of them."""
         pieces.load(self._pieces(), self.optimizer, parts)
         self.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
+        if self.precision.loss_scale is not None and parts[0]["loss_scale"] is not None:
+            self.precision.loss_scale.load_state_dict(parts[0]["loss_scale"])
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         """Run ``change(model)``, which writes parameters in place, so that it takes effect once on every copy: under
@@ -275,6 +313,7 @@ class Strategy:
             self.buckets.reset()
         self._count, self._total, self._counted, self._global_count = 0, None, None, None
         self._backward_done = self._stale = False
+        self._share = 0.0
 
     def _pieces(self) -> list[pieces.Piece]:
         """What of each parameter this rank's optimizer updates; all of everything unless the state is sharded."""
@@ -282,7 +321,7 @@ class Strategy:
 
     def _local_scale(self) -> float:
         """What this rank multiplies its gradient by, so that the mean over ranks is the step's gradient."""
-        return self.group.size / self._total_count() if self._counted else 1.0
+        return (self._share or 1.0) * (self.group.size / self._total_count() if self._counted else 1.0)
 
     def _total_count(self) -> int:
         if self._total is not None:
@@ -290,26 +329,26 @@ class Strategy:
         assert self._global_count is not None
         return max(1, int(self._global_count.wait().item()))
 
-    def _agree(self) -> tuple[float, set[int]]:
-        """One small exchange after the last bucket: the squared norm (0 where it is not wanted), summed in rank order
-        so that all ranks get the same bits, and whether any rank has unused parameters; if so, a second one finds those
-        unused on all."""
+    def _agree(self) -> Agreement:
+        """One small exchange after the last bucket: the squared norm, summed in rank order so that all ranks get the
+        same bits, whether all gradients are finite, and whether any rank has unused parameters; if so, a second one
+        finds those unused on all."""
         assert self.buckets is not None
         squares = 0.0
         if self.options.max_grad_norm is not None:
             squares = norm_squared(self._owned_gradients())
         unused = {item.index for item in self.parameters} - self.buckets.used
         if self.group.size == 1:
-            return squares, unused
-        records = self.group.exchange_records(struct.pack("<dd", squares, float(bool(unused))), "norm")
-        values = [struct.unpack("<dd", record) for record in records]
-        if any(has_unused for _, has_unused in values):
+            return Agreement(squares, self.buckets.finite, unused)
+        records = self.group.exchange_records(_VERDICT.pack(squares, self.buckets.finite, bool(unused)), "norm")
+        parts, finite, some_unused = zip(*(_VERDICT.unpack(record) for record in records), strict=True)
+        if any(some_unused):
             used = bytearray(len(self.parameters))
             for index in self.buckets.used:
                 used[index] = 1
             maps = self.group.exchange_records(bytes(used), "used parameters")
             unused = {index for index in range(len(used)) if not any(row[index] for row in maps)}
-        return sum(part for part, _ in values), unused
+        return Agreement(sum(parts), all(finite), unused)
 
     def _synchronize_model(self) -> None:
         """Make all ranks start from rank 0's parameters and buffers. Ranks that built the model from one seed have them

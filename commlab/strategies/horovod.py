@@ -13,7 +13,7 @@ import torch
 
 from ..collectives.group import Group
 from ..errors import UsageError
-from .base import Options
+from .base import Agreement, Options
 from .local import Local
 
 
@@ -69,7 +69,7 @@ class Horovod(Local):
         self._distributed.set_backward_passes_per_step(1 if self._syncing else 2)
         super()._run_backward(loss)
 
-    def _agree(self) -> tuple[float, set[int]]:
+    def _agree(self) -> Agreement:
         self._distributed.synchronize()
         return super()._agree()
 

@@ -3,10 +3,12 @@ whoever reduces it are done."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..gradients.bucket import GradientBuckets
-from .base import Strategy, norm_squared, scale_
+from .base import Agreement, Strategy, norm_squared, scale_
 
 
 class Local(Strategy):
@@ -18,10 +20,13 @@ class Local(Strategy):
     def _gradients(self) -> list[torch.Tensor]:
         return [item.tensor.grad for item in self.parameters if item.tensor.grad is not None]
 
-    def _agree(self) -> tuple[float, set[int]]:
+    def _agree(self) -> Agreement:
         gradients = self._gradients()
         scale_(gradients, self._local_scale())
-        return (0.0 if self.options.max_grad_norm is None else norm_squared(gradients)), set()
+        scaled = self.precision.loss_scale is not None
+        # Whoever reduced them spread an inf or NaN to all ranks, so all of them see the same here.
+        squares = norm_squared(gradients) if scaled or self.options.max_grad_norm is not None else 0.0
+        return Agreement(squares, math.isfinite(squares), set())
 
     def _update(self, clip: float, unused: set[int]) -> None:
         scale_(self._gradients(), clip)

@@ -4,8 +4,8 @@
     dps (P shards)      push: reduce-scatter            rank r: the same on its shard      pull: allgather
 
 The same code, one shard or many: each bucket is cut into chunks, one per owner; ``ps`` gives rank 0 all of it, ``dps``
-gives every rank an equal part of every bucket, whatever the tensors' borders, so shards are balanced to one number per
-bucket. Optimizer state exists once. All ranks train.
+gives every rank an equal part of every bucket, whatever the tensors' borders, so shards are balanced to a cache line
+per bucket. Optimizer state exists once. All ranks train.
 
 Cost per step, n numbers: dps sends 2 n (P-1)/P per rank, as an allreduce does, and updates n/P; ps sends n from every
 worker, and its server receives n (P-1), or as a chain (algorithm ring) n, and updates n. M. Li et al., "Scaling
@@ -47,6 +47,10 @@ class Server(Strategy):
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         pieces.require_elementwise(optimizer, options.elementwise)
+        if options.algorithm == "hierarchical":
+            raise UsageError(
+                f"algorithm hierarchical is for allreduce, and strategy {self.name} pushes and pulls; use auto"
+            )
         super().__init__(model, optimizer, group, options)
         assert self.buckets is not None
         self._chunks = [self._owners(bucket.numel) for bucket in self.buckets.buckets]
