@@ -39,7 +39,7 @@ NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
 CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-serial test-mpi horovod lint format native clean
+.PHONY: help venv train test test-serial test-mpi horovod lint format native clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -78,9 +78,12 @@ native: $(VENV)/.tools ## build the native module again, even if nothing changed
 	rm -f $(VENV)/.installed
 	$(MAKE) venv
 
-clean: ## remove everything that was built, the environments too
-	rm -rf .venv .venv-openmpi build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+clean: ## remove what was built and cached, not the environments
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean ## the environments too
+	rm -rf .venv .venv-openmpi
 
 # The stamps inside the environment: each step is done once, and again when what it depends on changes.
 

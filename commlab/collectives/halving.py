@@ -10,8 +10,8 @@ Any number of ranks: with F = P - 2^floor(log2 P) ranks too many, the first 2 F 
 one hands its contribution to the odd one, stands aside, and gets its part of the result at the end.
 
 Cost of an allreduce of n elements: 2 floor(log2 P) steps and 2 n (Q-1)/Q elements per rank, Q = 2^floor(log2 P); where
-F > 0, 2 steps more, and the paired ranks send n more. Rounding: floor(log2 P) (+1) additions, in the same order on all
-ranks; a 16-bit wire rounds at each.
+F > 0, 2 steps more, and of each pair the odd rank sends n more, the even one n in all.
+Rounding: floor(log2 P) (+1) additions, in the same order on all ranks; a 16-bit wire rounds at each.
 
 R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations in MPICH", IJHPCA 2005.
 When to use: middle-sized messages, where the number of steps matters, above all on a power of two of ranks.

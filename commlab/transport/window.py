@@ -172,6 +172,8 @@ class Window:
     def free(self, tensor: torch.Tensor) -> None:
         """Give back what :meth:`allocate` gave; for tensors of the same size later on. Nobody may use it any more, on
         any rank."""
+        if not tensor.numel():
+            return  # it has no address to find it by
         place = self.locate(tensor)
         assert place is not None, "not of this window"
         self._free.setdefault(self._rounded(tensor.numel() * tensor.element_size()), []).append(place)

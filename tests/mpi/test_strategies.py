@@ -1,0 +1,165 @@
+"""Every strategy on 2, 3 and 4 ranks against ``single`` at the same global batch, and the same bits on all ranks after every step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import training
+from conftest import Ranks
+from training import EVEN, RAGGED, Recipe, Run, assert_same, build, go_on, reference, train
+
+from commlab.collectives import ALGORITHMS
+from commlab.collectives.group import Group
+
+OURS = ("allreduce", "ps", "dps")
+GROUPS = ((0, 1, 2, 3), (4, 5, 6), (6, 7))
+"""4, 3 and 2 ranks of one launch, nearly all of them at once."""
+
+EVERY_ALGORITHM = ("window", *ALGORITHMS)
+
+ours = pytest.mark.parametrize("strategy", OURS)
+
+
+_opened: dict[tuple[Group, tuple[int, ...]], Group | None] = {}
+
+
+def shared_group(ranks: Ranks, members: tuple[int, ...]) -> Group | None:
+    """A group of these ranks that share a window, as all ranks of a node do; None on the others. Collective over all ranks."""
+    key = ranks.world, members
+    if key not in _opened:
+        group = ranks.world.subgroup(members)
+        if group is not None:
+            group.open_window()
+            assert group.window is not None, group.window_reason
+        _opened[key] = group
+    return _opened[key]
+
+
+def groups_of(ranks: Ranks) -> list[Group]:
+    """This rank's groups: one, two or none of them."""
+    made = [shared_group(ranks, members) for members in GROUPS]
+    return [group for group in made if group is not None]
+
+
+def assert_same_bits_everywhere(run: Run) -> None:
+    """All ranks had the same parameters after every step. Collective."""
+    everyones = run.engine.group.gather_bytes(b"".join(run.digests), "digests")
+    for step, mine in enumerate(run.digests):
+        same = {row[16 * step : 16 * step + 16] for row in everyones} == {mine}
+        assert same, f"ranks have different parameters after step {step}"
+
+
+RECIPES = {
+    "plain": Recipe(),
+    "clipped, accumulated": Recipe(max_grad_norm=0.5, accumulation=2),
+    "clipped above": Recipe(max_grad_norm=1e3),
+    "counts summed": Recipe(total_known=False, accumulation=3),
+    "no counts": Recipe(samples=EVEN, counted=False, accumulation=2, max_grad_norm=0.5),
+}
+
+
+WAYS = {"window": {"bucket_bytes": 400}, "window, tiny buckets": {"bucket_bytes": 1}, "messages": {"algorithm": "direct", "bucket_bytes": 400}}
+
+
+@ours
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_training_equals_single(ranks: Ranks, strategy: str, recipe: str, way: str) -> None:
+    """Param groups, a scheduler, tied, turned, tiny, empty, unused and sometimes used parameters, a ragged end: see training.py."""
+    for group in groups_of(ranks):
+        run = train(strategy, group, RECIPES[recipe], **WAYS[way])
+        assert_same_bits_everywhere(run)
+        assert_same(run, reference(RECIPES[recipe]))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ddp_equals_single(ranks: Ranks, recipe: str) -> None:
+    """torch's own wants every parameter used."""
+    used = replace(RECIPES[recipe], all_used=True)
+    for group in groups_of(ranks):
+        run = train("ddp", group, used)
+        assert_same_bits_everywhere(run)
+        assert_same(run, reference(used))
+
+
+@ours
+@pytest.mark.parametrize("algorithm", EVERY_ALGORITHM)
+def test_every_algorithm_equals_single_and_itself(ranks: Ranks, strategy: str, algorithm: str) -> None:
+    """Bit for bit from run to run, too."""
+    recipe = Recipe(max_grad_norm=0.5)
+    for group in groups_of(ranks):
+        first, again = (train(strategy, group, recipe, algorithm=algorithm, bucket_bytes=10**9) for _ in range(2))
+        assert first.digests == again.digests and first.norms == again.norms
+        assert_same_bits_everywhere(first)
+        assert_same(first, reference(recipe))
+
+
+@ours
+def test_64_bit_models_are_exact_to_64_bits(ranks: Ranks, strategy: str) -> None:
+    recipe = Recipe(dtype=torch.float64, max_grad_norm=0.5, accumulation=2)
+    for group in groups_of(ranks):
+        run = train(strategy, group, recipe)
+        assert_same_bits_everywhere(run)
+        # The digits of 3e-6 in fp32, in fp64.
+        assert_same(run, reference(recipe), 3e-6 * 2**-29)
+
+
+@ours
+@pytest.mark.parametrize("algorithm", ["window", "direct", "ring"])
+def test_bf16_models_stay_within_their_rounding(ranks: Ranks, strategy: str, algorithm: str) -> None:
+    recipe = Recipe(dtype=torch.bfloat16, max_grad_norm=0.5)
+    for group in groups_of(ranks):
+        run = train(strategy, group, recipe, algorithm=algorithm)
+        assert_same_bits_everywhere(run)
+        # A parameter is rounded after each of the 5 steps, to 2^-8 of it, here and in single.
+        assert_same(run, reference(recipe), 2 * 5 * 2**-8)
+
+
+def test_which_ranks_use_a_parameter(ranks: Ranks) -> None:
+    """What the recipe is there for does happen: ``some`` is used on one rank only, on none, on none that has samples."""
+    for group in groups_of(ranks):
+        run = build("allreduce", group, Recipe())
+        assert run.engine.buckets is not None
+        index = next(item.index for item in run.engine.parameters if item.name == "some.weight")
+        uses = []
+        for step in range(len(RAGGED)):
+            training.backward(run.engine, run.recipe, step)
+            used = b"y" if index in run.engine.buckets.used else b"n"
+            uses.append([row == b"y" for row in group.exchange_records(used, "uses")])
+            run.engine.step()
+            run.engine.zero_grad()
+        assert [sum(row) for row in uses] == [1, 1 if group.size == 2 else 2, 0, 0, 1]
+        assert not any(all(row) for row in uses)
+        run.engine.close()
+
+
+@ours
+def test_every_rank_starts_from_rank_0(ranks: Ranks, strategy: str) -> None:
+    recipe = Recipe(samples=RAGGED[:2])
+    for group in groups_of(ranks):
+        model = training.make_model(recipe)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(group.rank)
+        run = train(strategy, group, recipe, model)
+        assert_same_bits_everywhere(run)
+        assert_same(run, reference(recipe))
+
+
+@ours
+@pytest.mark.parametrize("wire", [None, "bf16"])
+@pytest.mark.parametrize("algorithm", ["ring", "direct", "window"])
+def test_bytes_sent_per_step(ranks: Ranks, strategy: str, wire: str | None, algorithm: str) -> None:
+    """Over all ranks: n (P-1) numbers as gradients up, n (P-1) down, as gradients or as parameters; accumulation costs nothing. In the window nobody sends."""
+    recipe = Recipe(accumulation=2, max_grad_norm=0.5)
+    for group in groups_of(ranks):
+        run = build(strategy, group, recipe, algorithm=algorithm, wire=wire)
+        numel = sum(item.tensor.numel() for item in run.engine.parameters)
+        before = group.bytes_sent
+        go_on(run, [0])
+        sent = [int(row) for row in group.gather_bytes(str(group.bytes_sent - before).encode(), "bytes sent")]
+        up, down = (4 if wire is None else 2), (4 if wire is None or strategy != "allreduce" else 2)
+        assert sum(sent) == (0 if algorithm == "window" else numel * (group.size - 1) * (up + down))
+        run.engine.close()
