@@ -18,10 +18,9 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, native, trace
-from .collectives import ALGORITHMS, operations
+from .collectives import operations
 from .collectives.group import Group
 from .collectives.handle import Handle
-from .collectives.select import Case, choose
 from .config import Config
 from .data import Batch
 from .strategies.base import Strategy, Times
@@ -68,7 +67,6 @@ class Report:
         """Who takes part, with what, and what was chosen by itself."""
         config, group, engine = self.config, self.group, self.engine
         numel = sum(item.tensor.numel() for item in engine.parameters)
-        bytes_of = numel * 4 // max(1, len(engine.buckets.buckets) if engine.buckets else 1)
         per_rank = config.batch_size / (group.size * config.grad_accumulation)
         self._say(
             f"commlab {__version__}: strategy {config.strategy}, {group.size} "
@@ -80,15 +78,10 @@ class Report:
                 "window: shared by all ranks" if group.window is not None else f"no window: {group.window_reason}"
             )
         if engine.buckets is not None and group.size > 1:
-            case = Case(
-                "allreduce",
-                group.size,
-                bytes_of,
-                config.wire is not None,
-                group.transport.name,
-                group.window is not None,
-            )
-            algorithm, reason = choose(config.algorithm, case, (*ALGORITHMS, "window"))
+            largest = max(bucket.numel for bucket in engine.buckets.buckets)
+            kind = "allreduce" if config.strategy == "allreduce" else "reduce_scatter"
+            wire = engine.buckets.buckets[0].dtype
+            algorithm, reason = operations.pick(group, kind, config.algorithm, largest, wire)
             self._say(
                 f"gradients: {len(engine.buckets.buckets)} buckets of at most "
                 f"{config.bucket_mb:g} MB, wire {config.wire or 'as is'}, "

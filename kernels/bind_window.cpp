@@ -137,16 +137,24 @@ void register_window(nb::module_& m) {
           "__init__",
           [](Piped* self, NodeSync& sync, const std::vector<Address>& staging, std::size_t block_bytes, Address data,
              int dtype, int wire, int op, double divisor, bool reduce, bool gather,
-             const std::vector<std::pair<std::size_t, std::size_t>>& chunks) {
-            PipedWork work{
-                reinterpret_cast<void*>(data), dtype_of(dtype), dtype_of(wire), op_of(op), divisor, reduce, gather, {}};
+             const std::vector<std::pair<std::size_t, std::size_t>>& chunks, Address wide) {
+            PipedWork work{reinterpret_cast<void*>(data),
+                           dtype_of(dtype),
+                           dtype_of(wire),
+                           op_of(op),
+                           divisor,
+                           reduce,
+                           gather,
+                           {},
+                           reinterpret_cast<float*>(wide)};
             for (const auto& [start, stop] : chunks) work.chunks.push_back({start, stop});
             std::vector<char*> areas;
             for (Address area : staging) areas.push_back(reinterpret_cast<char*>(area));
             new (self) Piped(sync, std::move(areas), block_bytes, std::move(work));
           },
           nb::keep_alive<1, 2>())
-      .def("run", &Piped::run, nb::call_guard<nb::gil_scoped_release>());
+      .def("run", &Piped::run, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("turn", &Piped::turn);
 
   m.def("gather_reduce", [](const std::vector<Address>& dst, int dst_dtype, const std::vector<Address>& src, int dtype,
                             std::size_t numel, int op, double divisor) {

@@ -176,6 +176,8 @@ class Group:
             reasons = [text.decode() for text in self.gather_bytes(reason, "reasons against a window") if text]
             if reasons:
                 self.window_reason = reasons[0]
+                for window in made:
+                    window.close()
                 if self.rank == 0:
                     log.warning("no window for the ranks of this node, which send messages instead: %s", reasons[0])
                 return
@@ -222,11 +224,15 @@ class Group:
         )
 
     def close(self) -> None:
-        """Release the transport. Collective; later operations are refused."""
+        """Release the transport and the window; tensors that lie there stay as they are. Collective; later operations are
+        refused."""
         if not self._closed:
             self._closed = True
             for part in (self.node, self.across):
                 if part is not None:
                     part.close()
             self.progress.close()
+            if self.window is not None:
+                self.window.close()
+                self.window, self.window_reason = None, "the group was shut down"
             self.transport.close()

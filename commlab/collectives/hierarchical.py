@@ -46,6 +46,7 @@ def open_nodes(group: Group) -> None:
     assert group.node is not None
     reasons = group.gather_bytes(group.node.window_reason.encode(), "reasons against a window")
     if any(reasons):
+        group.node.close()
         group.node, group.window_reason = None, next(reason.decode() for reason in reasons if reason)
         return
     for local_rank in range(group.local_size):
@@ -70,12 +71,11 @@ def allreduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pend
     yield from window.reduce_chunks(node, shared, chunks, op, divisor, None)
 
     shard = shared[own.start : own.stop]
-    case = Case(
-        "allreduce", across.size, shard.numel() * shard.element_size(), shard.element_size() == 2, group.transport.name
-    )
+    shard_bytes, halves = shard.numel() * shard.element_size(), shard.element_size() == 2
+    case = Case("allreduce", across.size, shard_bytes, halves, group.transport.name, nodes=across.size)
     algorithm = ALGORITHMS[choose("auto", case, tuple(ALGORITHMS))[0]]
     owners = algorithm.owners(shard.numel(), across.size)
-    meets_at_owner = shard.element_size() == 2 and algorithm is ALGORITHMS["direct"]
+    meets_at_owner = halves and algorithm is ALGORITHMS["direct"]
     operand = Operand(shard, op, own=owners[across.rank] if meets_at_owner else None)
     schedule = schedules.allreduce(algorithm, across.rank, across.size, shard.numel())
     yield from group.execute(Execution(schedule, operand, across.transport))

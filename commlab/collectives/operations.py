@@ -46,7 +46,9 @@ def _require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wir
         raise UsageError(f"{where}: a 16-bit wire is for sum and mean of floating-point tensors, not op={op!r}")
 
 
-def _pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> str:
+def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> tuple[str, str]:
+    """The algorithm that an operation on ``numel`` numbers of ``dtype`` (the wire's) will use, and why. UsageError for one
+    that this group can't."""
     against = {
         "window": "" if group.window is not None else group.window_reason,
         "hierarchical": hierarchical.reason_against(group),
@@ -63,8 +65,9 @@ def _pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtyp
         group.transport.name,
         window=not against["window"],
         hierarchical=not against["hierarchical"],
+        nodes=len(group.nodes),
     )
-    return choose(algorithm, case, (*ALGORITHMS, "window", "hierarchical"))[0]
+    return choose(algorithm, case, (*ALGORITHMS, "window", "hierarchical"))
 
 
 class _Plan(NamedTuple):
@@ -92,7 +95,7 @@ def _plan(
         rooted = chunks is not None and any(chunk.numel == tensor.numel() for chunk in chunks)
         case_kind = {"reduce_scatter": "reduce", "allgather": "broadcast"}.get(kind, kind) if rooted else kind
         wire_dtype = WIRES[wire] or tensor.dtype
-        chosen = _pick(group, case_kind, algorithm, tensor.numel(), wire_dtype)
+        chosen, _ = pick(group, case_kind, algorithm, tensor.numel(), wire_dtype)
         detail = f"{op}, {chosen}, wire {wire or 'as is'}"
         if chunks is not None and len(chunks) > 1:
             detail += f", chunks to {[chunk.stop for chunk in chunks]}"

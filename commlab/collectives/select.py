@@ -22,6 +22,7 @@ class Case(NamedTuple):
     """Whether the group shares a window."""
     hierarchical: bool = False
     """Whether it has several nodes, and each of them a window."""
+    nodes: int = 1
 
 
 class Row(NamedTuple):
@@ -48,9 +49,9 @@ TABLE: tuple[Row, ...] = (
         "one rank has everything: ceil(log2 P) steps",
     ),
     Row(
-        lambda case: case.wire_is_16_bit and case.size <= 16,
+        lambda case: case.wire_is_16_bit and case.size <= 16 and (case.nodes == 1 or case.bytes <= 2**20),
         "direct",
-        "a 16-bit wire is rounded once here and at every hop elsewhere; few peers do not crowd the network",
+        "a 16-bit wire is rounded once here and at every hop elsewhere; on a slow link its crowd costs 1.3 times the ring",
     ),
     Row(
         lambda case: case.kind in ("reduce", "broadcast"),

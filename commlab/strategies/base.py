@@ -3,6 +3,7 @@ clip."""
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +50,7 @@ class Agreement(NamedTuple):
     squares: float
     """Sum of the squares of all numbers, times the square of the loss scale; 0 where it is not wanted."""
     finite: bool
-    """Whether no rank packed an inf or NaN."""
+    """Whether there is no inf or NaN in it, nor was in what any rank packed."""
     unused: set[int]
     """Parameters (by index) without a gradient on any rank."""
 
@@ -300,7 +301,8 @@ class Strategy:
             self.buckets.close()
             if self.in_window:
                 assert self.group.window is not None
-                self.zero_grad()
+                for parameter in self.parameters:
+                    parameter.tensor.grad = None
                 self.group.barrier()
                 for bucket in self.buckets.buckets:
                     self.group.window.free(bucket.flat)
@@ -335,12 +337,14 @@ class Strategy:
         finds those unused on all."""
         assert self.buckets is not None
         squares = 0.0
-        if self.options.max_grad_norm is not None:
+        # With a loss scale also to see what overflowed only when it was added up: no rank packed an inf then.
+        if self.options.max_grad_norm is not None or self.precision.loss_scale is not None:
             squares = norm_squared(self._owned_gradients())
+        finite_here = self.buckets.finite and math.isfinite(squares)
         unused = {item.index for item in self.parameters} - self.buckets.used
         if self.group.size == 1:
-            return Agreement(squares, self.buckets.finite, unused)
-        records = self.group.exchange_records(_VERDICT.pack(squares, self.buckets.finite, bool(unused)), "norm")
+            return Agreement(squares, finite_here, unused)
+        records = self.group.exchange_records(_VERDICT.pack(squares, finite_here, bool(unused)), "norm")
         parts, finite, some_unused = zip(*(_VERDICT.unpack(record) for record in records), strict=True)
         if any(some_unused):
             used = bytearray(len(self.parameters))
@@ -364,4 +368,5 @@ class Strategy:
         if len(set(self.group.exchange_records(digest.digest(), "model digest"))) == 1:
             return
         for name, tensor in tensors:
-            operations.broadcast(tensor, 0, name=name, group=self.group)
+            # The shape in the name: a broadcast itself compares numbers of numbers only.
+            operations.broadcast(tensor, 0, name=f"{name} {list(tensor.shape)}", group=self.group)

@@ -12,6 +12,20 @@ from ..errors import PeerLostError
 from .base import Bytes, Exchange
 
 
+def lost(peers: Sequence[int], error: MPI.Exception) -> PeerLostError:
+    which = f"rank{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers))}" if peers else "a peer"
+    return PeerLostError(f"MPI lost {which}: {error}")
+
+
+def _failed(comm: MPI.Comm) -> Sequence[int]:
+    """The ranks that MPI knows to have failed, if it keeps such a list (ULFM)."""
+    try:
+        gone = comm.Get_failed()
+        return list(gone.Translate_ranks(None, comm.Get_group()))
+    except (MPI.Exception, NotImplementedError, AttributeError):
+        return ()
+
+
 class MpiRequest:
     __slots__ = ("_peer", "_request")
 
@@ -22,7 +36,7 @@ class MpiRequest:
         try:
             return self._request.Test()
         except MPI.Exception as error:
-            raise PeerLostError(f"MPI lost rank {self._peer}: {error}") from error
+            raise lost([self._peer], error) from error
 
     def peers(self) -> Sequence[int]:
         return (self._peer,)
@@ -31,12 +45,12 @@ class MpiRequest:
 class MpiExchange(Exchange):
     """Records of one fixed width over persistent requests: two MPI calls however many ranks there are."""
 
-    __slots__ = ("_incoming", "_mine", "_requests")
+    __slots__ = ("_comm", "_incoming", "_mine", "_requests")
 
     def __init__(self, comm: MPI.Comm, rank: int, size: int, width: int):
         import numpy as np
 
-        self.size = size
+        self._comm, self.size = comm, size
         self._table = np.zeros((size, width), np.uint8)
         self._mine = self._table[rank]
         others = [(rank + shift) % size for shift in range(1, size)]
@@ -47,14 +61,17 @@ class MpiExchange(Exchange):
 
     def start(self, record: bytes) -> MpiExchange:
         self._mine[:] = memoryview(record)
-        MPI.Prequest.Startall(self._requests)
+        try:
+            MPI.Prequest.Startall(self._requests)
+        except MPI.Exception as error:
+            raise lost(_failed(self._comm), error) from error
         return self
 
     def test(self) -> bool:
         try:
             return MPI.Request.Testall(self._requests)
         except MPI.Exception as error:
-            raise PeerLostError(f"MPI lost one of the ranks {self.peers()}: {error}") from error
+            raise lost(_failed(self._comm), error) from error
 
     def peers(self) -> Sequence[int]:
         return [peer for peer, request in self._incoming if not request.Get_status()]
@@ -81,10 +98,16 @@ class MpiTransport:
         self._exchanges: dict[int, MpiExchange] = {}
 
     def isend(self, data: Bytes, to: int) -> MpiRequest:
-        return MpiRequest(self._comm.Isend([data, MPI.BYTE], to, 0), to)
+        try:
+            return MpiRequest(self._comm.Isend([data, MPI.BYTE], to, 0), to)
+        except MPI.Exception as error:
+            raise lost([to], error) from error
 
     def irecv(self, data: Bytes, frm: int) -> MpiRequest:
-        return MpiRequest(self._comm.Irecv([data, MPI.BYTE], frm, 0), frm)
+        try:
+            return MpiRequest(self._comm.Irecv([data, MPI.BYTE], frm, 0), frm)
+        except MPI.Exception as error:
+            raise lost([frm], error) from error
 
     def exchange(self, record: bytes) -> Exchange:
         width = len(record)

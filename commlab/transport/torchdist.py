@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +14,10 @@ import torch.distributed as dist
 
 from ..errors import PeerLostError
 from .base import Bytes, Exchange
+
+
+def lost(peer: int, error: BaseException) -> PeerLostError:
+    return PeerLostError(f"gloo lost rank {peer}: {error}")
 
 
 class TorchRequest:
@@ -29,7 +33,7 @@ class TorchRequest:
 
     def test(self) -> bool:
         if self._error is not None:
-            raise PeerLostError(f"gloo lost rank {self.peer}: {self._error}") from self._error
+            raise lost(self.peer, self._error) from self._error
         return self._done
 
     def peers(self) -> Sequence[int]:
@@ -80,10 +84,18 @@ class TorchTransport:
         self._splits = 0
 
     def isend(self, data: Bytes, to: int) -> TorchRequest:
-        return self._waits_send.post(self._gloo.send([torch.from_numpy(data)], to, 0), TorchRequest(to))
+        return self._post(self._waits_send, self._gloo.send, data, to)
 
     def irecv(self, data: Bytes, frm: int) -> TorchRequest:
-        return self._waits_recv.post(self._gloo.recv([torch.from_numpy(data)], frm, 0), TorchRequest(frm))
+        return self._post(self._waits_recv, self._gloo.recv, data, frm)
+
+    @staticmethod
+    def _post(waiter: _Waiter, call: Callable[..., Any], data: Bytes, peer: int) -> TorchRequest:
+        try:
+            work = call([torch.from_numpy(data)], peer, 0)
+        except RuntimeError as error:  # the connection was closed before
+            raise lost(peer, error) from error
+        return waiter.post(work, TorchRequest(peer))
 
     def exchange(self, record: bytes) -> Exchange:
         return Exchange(self, record)

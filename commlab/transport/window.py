@@ -13,6 +13,7 @@ import mmap
 import os
 import secrets
 import struct
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +63,11 @@ def _memfd(name: str, size_bytes: int) -> int:
     return fd
 
 
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+
+
 class Window:
     """This rank's part and its view of the peers'. Made in two collective moves, which the group makes: :meth:`card` of
     every rank is given to every rank's :meth:`open`."""
@@ -78,7 +84,9 @@ class Window:
         self.rank, self.size = local_rank, local_size
         self._spin_us = spin_us
         self._token = secrets.token_bytes(16)
-        self._control_fd = _memfd("control page", _native.CONTROL_BYTES)
+        self._fds: list[int] = []
+        self._close = weakref.finalize(self, _close_all, self._fds)
+        self._control_fd = self._memory("control page", _native.CONTROL_BYTES)
         self._control = _Mapping(self._control_fd, _native.CONTROL_BYTES)
         _native.format_page(self._control.address, local_rank, self._token)
         self._pids: list[int] = []
@@ -93,6 +101,16 @@ class Window:
         self.sync: Any = None
         self.staging: list[int] = []
         """Addresses of every rank's staging area."""
+
+    def close(self) -> None:
+        """Close the descriptors: from here on no peer can map this part. The memory itself goes with the last of its
+        users: this window, peers that have mapped it, tensors that lie in it, operations under way. Not collective, but
+        every rank must be through with its operations; a second call does nothing."""
+        self._close()
+
+    def _memory(self, name: str, size_bytes: int) -> int:
+        self._fds.append(_memfd(name, size_bytes))
+        return self._fds[-1]
 
     def card(self) -> bytes:
         """What peers need to find this rank's control page."""
@@ -143,7 +161,7 @@ class Window:
             raise Unavailable(
                 f"this rank's window has {number} segments, the most there can be; ask for fewer, larger tensors"
             )
-        fd = _memfd(f"segment {number}", size_bytes)
+        fd = self._memory(f"segment {number}", size_bytes)
         self._segments.append(_Mapping(fd, size_bytes))
         self.sync.add_segment(number, fd, size_bytes)
         bisect.insort(self._starts, (self._segments[-1].address, number))

@@ -30,6 +30,8 @@ Piped::Piped(NodeSync& sync, std::vector<char*> staging, std::size_t block_bytes
     throw std::invalid_argument("one staging area and one chunk per rank are needed");
   if (work_.wire != work_.dtype && !(work_.dtype == DType::kFloat32 && is_16bit(work_.wire)))
     throw std::invalid_argument("a wire other than the data's own is 16-bit, for fp32 data");
+  if (!work_.gather && work_.wire != work_.dtype)
+    throw std::invalid_argument("a wire other than the data's own is for allreduce");
   std::size_t used = 0, longest = 0;
   for (const Chunk& chunk : work_.chunks) {
     used += chunk.stop > chunk.start;
@@ -74,10 +76,17 @@ void Piped::reduce(std::size_t block) {
   std::vector<const void*> from;
   for (std::size_t rank = 0; rank < sync_.size(); ++rank)
     from.push_back(element(in(rank, block), slice * slice_numel_, work_.wire));
-  const bool stays = !work_.gather;
-  void* to = stays ? element(work_.data, part.start, work_.dtype) : out(mine, block);
-  gather_reduce(&to, 1, stays ? work_.dtype : work_.wire, from.data(), from.size(), work_.wire, part.stop - part.start,
-                work_.op, work_.divisor);
+  void* to = out(mine, block);
+  DType to_dtype = work_.wire;
+  if (!work_.gather) {
+    to = element(work_.data, part.start, work_.dtype);
+    if (work_.wide) {
+      to = work_.wide + (part.start - work_.chunks[mine].start);
+      to_dtype = DType::kFloat32;
+    }
+  }
+  gather_reduce(&to, 1, to_dtype, from.data(), from.size(), work_.wire, part.stop - part.start, work_.op,
+                work_.divisor);
 }
 
 void Piped::copy_out(std::size_t block) {

@@ -34,6 +34,7 @@ struct PipedWork {
   double divisor;
   bool reduce, gather;
   std::vector<Chunk> chunks;  // chunks[r] belongs to rank r
+  float* wide;                // where reduce alone leaves the sums of 16-bit numbers, unrounded; null: in `data`
 };
 
 class Piped {
@@ -43,6 +44,9 @@ class Piped {
 
   // Goes on until done (-1) or until a rank has been waited for longer than timeout_us (that rank); call again then.
   int run(double timeout_us);
+
+  // How far it is; grows whenever all ranks have gone on.
+  std::size_t turn() const { return turn_; }
 
  private:
   Chunk block_of(std::size_t chunk, std::size_t block) const;

@@ -40,6 +40,7 @@ void relax() {
 NodeSync::NodeSync(std::size_t rank, std::vector<Control*> pages, double spin_us)
     : rank_(rank), pages_(std::move(pages)), spin_us_(spin_us) {
   if (rank_ >= pages_.size()) throw std::invalid_argument("rank outside of the node");
+  arrivals_ = pages_[rank_]->arrived.load(std::memory_order_relaxed);
 }
 
 void NodeSync::publish(std::uint64_t record, std::uint64_t segment, std::uint64_t offset, const void* data,

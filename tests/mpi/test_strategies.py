@@ -163,3 +163,23 @@ def test_bytes_sent_per_step(ranks: Ranks, strategy: str, wire: str | None, algo
         up, down = (4 if wire is None else 2), (4 if wire is None or strategy != "allreduce" else 2)
         assert sum(sent) == (0 if algorithm == "window" else numel * (group.size - 1) * (up + down))
         run.engine.close()
+
+
+@ours
+@pytest.mark.parametrize("algorithm", ["window", "direct"])
+def test_a_progress_thread_changes_no_bit(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, strategy: str, algorithm: str
+) -> None:
+    """Where a core is free, a thread moves operations on while the hooks start more of them."""
+    recipe = Recipe(max_grad_norm=0.5, accumulation=2, total_known=False)
+    inline = shared_group(ranks, (0, 1, 2))
+    with monkeypatch.context() as patched:
+        patched.setattr("commlab.collectives.group.usable_cores", lambda: 64)
+        threaded = ranks.world.subgroup((0, 1, 2))
+    if inline is not None and threaded is not None:
+        threaded.open_window()
+        assert threaded.progress.threaded
+        wanted = train(strategy, inline, recipe, algorithm=algorithm, bucket_bytes=100)
+        for _ in range(3):
+            assert train(strategy, threaded, recipe, algorithm=algorithm, bucket_bytes=100).digests == wanted.digests
+        threaded.close()

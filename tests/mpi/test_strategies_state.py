@@ -49,13 +49,13 @@ def test_state_exists_once_under_servers(ranks: Ranks, strategy: str, optimizer:
 
 
 def test_shards_are_even(ranks: Ranks) -> None:
-    """To 16 numbers, a cache line, for each bucket (two here, one for each group of the optimizer)."""
+    """To a cache line at each end of a shard of a bucket (two here, one for each group of the optimizer)."""
     for group in groups_of(ranks):
         run = build("dps", group, Recipe())
         mine = sum(tensor.numel() for entry in run.optimizer.param_groups for tensor in entry["params"])
         everyones = [int(row) for row in group.gather_bytes(str(mine).encode(), "shard numel")]
         assert sum(everyones) == sum(item.tensor.numel() for item in run.engine.parameters)
-        assert max(everyones) - min(everyones) <= 2 * 16
+        assert max(everyones) - min(everyones) < 2 * 2 * 16
         run.engine.close()
 
 
@@ -137,11 +137,12 @@ def test_a_missing_part_is_refused_on_the_ranks_that_need_it(ranks: Ranks) -> No
 
 
 def test_models_that_differ_are_found_when_the_engine_is_built(ranks: Ranks) -> None:
-    for group in [ranks.world.subgroup([0, 1, 2])]:  # of its own: its ranks part ways in the middle of an operation
-        if group is not None:
-            model = torch.nn.Linear(3, 2 if group.rank else 5)
-            with pytest.raises(DisagreementError, match=r"(?s)'weight'.*\[5, 3\].*'weight'.*\[2, 3\]"):
-                commlab.strategy("dps", model, torch.optim.SGD(model.parameters(), lr=0.1), group)
+    """Even where they have equally many numbers."""
+    group = ranks.world.subgroup([0, 1, 2])  # not one of those that other tests use: its ranks fall out of step
+    if group is not None:
+        model = torch.nn.Linear(*((3, 2) if group.rank else (2, 3)), bias=False)
+        with pytest.raises(DisagreementError, match=r"rank 0: .*'weight \[3, 2\]'.*; ranks 1-2: .*'weight \[2, 3\]'"):
+            commlab.strategy("dps", model, torch.optim.SGD(model.parameters(), lr=0.1), group)
 
 
 def test_ranks_that_disagree_on_who_knows_the_total_are_named(ranks: Ranks) -> None:
