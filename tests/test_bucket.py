@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def test_properties_of_a_plan(parameters: list[NamedParameter], bucket_bytes: in
         assert [member.index for member in bucket.parameters] == sorted(
             (member.index for member in bucket.parameters), reverse=True
         )
-    # Backward reaches the parameter registered first last: a bucket is complete with it, and the first to be complete come first.
+    # Backward reaches the parameter registered first last: a bucket is complete with it, and buckets are numbered in
+    # the order in which they are complete.
     completed = [min(member.index for member in bucket.parameters) for bucket in buckets]
     assert completed == sorted(completed, reverse=True)
 
@@ -60,7 +62,7 @@ def test_buckets_are_as_full_as_they_can_be(parameters: list[NamedParameter], bu
     for bucket in plan(parameters, bucket_bytes, None):
         of_one_kind.setdefault((bucket.dtype, bucket.parameters[0].group), []).append(bucket)
     for buckets in of_one_kind.values():
-        for bucket, following in zip(buckets, buckets[1:], strict=False):
+        for bucket, following in pairwise(buckets):
             filled = sum(map(bytes_of, bucket.parameters))
             assert filled + bytes_of(following.parameters[0]) > bucket_bytes
 
@@ -75,7 +77,12 @@ class Log:
     """Buckets of a model with a launch that only writes down what it was given."""
 
     def __init__(
-        self, model: torch.nn.Module, bucket_bytes: int, scale: float = 1.0, keep_gradients: bool = True, wire: torch.dtype | None = None
+        self,
+        model: torch.nn.Module,
+        bucket_bytes: int,
+        scale: float = 1.0,
+        keep_gradients: bool = True,
+        wire: torch.dtype | None = None,
     ):
         optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
         self.events: list[str] = []
@@ -92,7 +99,11 @@ class Log:
 
         self.parameters = named_parameters(model, optimizer)
         self.buckets = GradientBuckets(
-            plan(self.parameters, bucket_bytes, wire), launch, asked_scale, lambda: self.events.append("poll"), keep_gradients=keep_gradients
+            plan(self.parameters, bucket_bytes, wire),
+            launch,
+            asked_scale,
+            lambda: self.events.append("poll"),
+            keep_gradients=keep_gradients,
         )
 
     def launched(self) -> list[str]:
@@ -103,7 +114,7 @@ LINEAR_BYTES = (9 + 3) * 4
 
 
 def forward(layers: list[torch.nn.Module], log: Log) -> torch.Tensor:
-    """Through all layers; backward writes down when it reaches each: before that layer's own gradients, after those above."""
+    """Through all layers; backward writes down when it reaches each, just before that layer's own gradients."""
     hidden = torch.ones(2, 3)
     for index, layer in enumerate(layers):
         hidden = layer(hidden)
@@ -115,7 +126,16 @@ def test_a_bucket_leaves_during_backward_as_soon_as_it_is_complete() -> None:
     model = chain()
     log = Log(model, LINEAR_BYTES)
     forward(list(model), log).backward()
-    assert log.launched() == ["layer 3", "bucket 0", "layer 2", "bucket 1", "layer 1", "bucket 2", "layer 0", "bucket 3"]
+    assert log.launched() == [
+        "layer 3",
+        "bucket 0",
+        "layer 2",
+        "bucket 1",
+        "layer 1",
+        "bucket 2",
+        "layer 0",
+        "bucket 3",
+    ]
     assert log.events.count("poll") == 8, "operations under way move on with every gradient"
     log.buckets.flush()
     assert len(log.launched()) == 8, "nothing is left to launch"
@@ -230,7 +250,9 @@ def test_named_parameters_has_tied_ones_once_frozen_ones_not_and_knows_groups() 
     model = chain(3)
     model[2].weight = model[0].weight
     model[1].bias.requires_grad_(False)
-    optimizer = torch.optim.SGD([{"params": [model[0].bias, model[2].bias]}, {"params": [model[0].weight, model[1].weight]}], lr=1.0)
+    optimizer = torch.optim.SGD(
+        [{"params": [model[0].bias, model[2].bias]}, {"params": [model[0].weight, model[1].weight]}], lr=1.0
+    )
     named = named_parameters(model, optimizer)
     assert [(item.name, item.group, item.index) for item in named] == [
         ("0.weight", 1, 0),

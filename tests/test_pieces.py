@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ NUMEL = sum(torch.Size(shape).numel() for shape in SHAPES)
 def owners(bounds: Sequence[int]) -> list[list[Range]]:
     """One rank for each part between the bounds."""
     edges = [0, *sorted(bounds), NUMEL]
-    return [[Range(start, stop)] for start, stop in zip(edges, edges[1:], strict=False)]
+    return [[Range(start, stop)] for start, stop in pairwise(edges)]
 
 
 def assert_is_part_of(rank: Rank, reference: Rank) -> None:
@@ -199,7 +200,7 @@ def test_state_of_a_turned_parameter_lies_in_memory_as_the_parameter_does() -> N
     for rank in (reference, fresh):
         rank.pieces[0].tensor.grad = gradient.clone()
         rank.optimizer.step()
-    # torch's fused loop ignores strides: with state in another order it would silently update with other numbers' moments.
+    # torch's fused loop ignores strides: with state in another order it would update with other numbers' moments.
     assert torch.equal(fresh.pieces[0].tensor, reference.pieces[0].tensor)
 
 
@@ -227,7 +228,10 @@ def with_a_group_more(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (without_middle, r"'p0': this rank updates its numbers 0\.\.11, and number 3 has no saved state; load the parts of all ranks"),
+        (
+            without_middle,
+            r"'p0': this rank updates its numbers 0\.\.11, and number 3 has no saved state; load the parts of all",
+        ),
         (without_all, "at least one part"),
         (with_longer, "'p0': saved with 99 numbers, the model has 12"),
         (with_a_group_more, "the saved optimizer has 3 groups, this one 2"),

@@ -40,13 +40,13 @@ def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def expected(source: torch.Tensor, scale: float, wire: torch.dtype) -> torch.Tensor:
-    """One rounding for the product, in the source's precision (fp32 for 16 bits), one for the cast. In float64 the product of two fp32
-    numbers is exact."""
+    """One rounding for the product, in the source's precision (fp32 for 16 bits), one for the cast."""
+    if scale == 1.0:
+        return source.to(wire)
     if source.dtype == torch.float64:
-        product = source * scale
-    else:
-        product = (source.double() * float(np.float32(scale))).float()
-    return (product if scale != 1.0 else source).to(wire)
+        return (source * scale).to(wire)
+    # In float64 the product of two fp32 numbers is exact.
+    return (source.double() * float(np.float32(scale))).float().to(wire)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 3 / 7, 1e-3])
@@ -82,7 +82,9 @@ def test_a_packer_does_the_same_step_after_step(dtype: torch.dtype, wire: torch.
                 assert torch.equal(found, expected(source, scale, wire).reshape(-1))
             else:
                 assert torch.equal(found, expected(source.float(), scale, wire).reshape(-1))
-        targets: list[torch.Tensor | None] = [None if source is None else torch.zeros_like(source) for source in sources]
+        targets: list[torch.Tensor | None] = [
+            None if source is None else torch.zeros_like(source) for source in sources
+        ]
         packer.unpack(flat, targets)
         for target, place in zip(targets, places, strict=True):
             if target is not None:

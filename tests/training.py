@@ -1,4 +1,4 @@
-"""A small model with every kind of parameter that a strategy has to get right, its data, and the loop that trains it."""
+"""A small model with every kind of parameter that a strategy has to get right, its data, and its training loop."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from commlab.transport.sim import SimNetwork
 
 WIDTH = 6
 RAGGED = (10, 9, 1, 3, 10)
-"""Samples per step, of all ranks together: an epoch that ends with ranks that have fewer and ranks that have none, then the next one."""
+"""Samples per step, of all ranks together: an epoch that ends with ranks that have fewer and ranks that have none, then
+the next one."""
 EVEN = (24, 24, 24, 24, 24)
 """The same for 2, 3 and 4 ranks with one or two micro-batches: no count is needed."""
 
 
 class Net(torch.nn.Module):
-    """``first`` and ``last`` share their weight; ``turned`` is not contiguous; ``gain`` has one number, ``offset`` no dimension, ``empty``
-    no number. ``some`` sees only samples whose first number is above 1; ``spare`` sees none; ``fixed`` is frozen."""
+    """``first`` and ``last`` share their weight; ``turned`` is not contiguous; ``gain`` has one number, ``offset`` no
+    dimension, ``empty`` no number. ``some`` sees only samples whose first number is above 1; ``spare`` sees none;
+    ``fixed`` is frozen."""
 
     def __init__(self, all_used: bool = False):
         super().__init__()
@@ -50,7 +52,8 @@ class Net(torch.nn.Module):
         rare = (x[:, 0] > (-torch.inf if self.all_used else 1.0)).nonzero()[:, 0]
         if len(rare):
             hidden = hidden.index_add(0, rare, self.some(hidden[rare]))
-        return self.last(hidden) * self.gain + self.offset + self.empty.sum()
+        result: torch.Tensor = self.last(hidden) * self.gain + self.offset + self.empty.sum()
+        return result
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def digest(model: torch.nn.Module) -> bytes:
     """Equal exactly when all parameters have the same bits."""
     found = blake2b(digest_size=16)
     for _, tensor in model.named_parameters():
-        found.update(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.digest()
 
 
@@ -190,7 +193,8 @@ def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
 
 
 def assert_same(found: Run, wanted: Run, tolerance: float = 3e-6) -> None:
-    """Every tensor, and every gradient norm, within ``tolerance`` (norm of the difference over the norm); unused tensors untouched."""
+    """Every tensor, and every gradient norm, within ``tolerance`` (norm of the difference over the norm); what nobody
+    uses untouched."""
     worst, name = difference(tensors(found.model), tensors(wanted.model))
     assert worst <= tolerance, f"{name} differs by {worst:.2e} of its norm, more than {tolerance:.0e}"
     for step, (mine, theirs) in enumerate(zip(found.norms, wanted.norms, strict=True)):

@@ -101,7 +101,7 @@ class _Receive:
 
 
 class Execution:
-    """One schedule under way on one rank. ``list`` it away, or drive :meth:`run` request by request.
+    """One schedule under way on one rank; :meth:`run` is driven request by request.
 
     ``bytes_sent`` and ``messages_sent`` count what has left this rank; ``position`` says where it stands, for messages.
     """

@@ -59,7 +59,8 @@ class Group:
     """Ranks ``0 .. size - 1`` over one transport.
 
     ``check``: whether ranks compare what they are about to do before each operation (on by default; its cost is a
-    column of the benchmark). ``timeout_s``: how long a peer may be silent before an operation fails.
+    column of the benchmark); with a window they always do, because the same exchange tells where the data lie.
+    ``timeout_s``: how long a peer may be silent before an operation fails.
     """
 
     def __init__(self, transport: Transport, topology: Topology, timeout_s: float = 300.0, check: bool = True):
@@ -224,8 +225,8 @@ class Group:
         )
 
     def close(self) -> None:
-        """Release the transport and the window; tensors that lie there stay as they are. Collective; later operations are
-        refused."""
+        """Release the transport and the window; tensors that lie there stay as they are. Collective; later operations
+        are refused."""
         if not self._closed:
             self._closed = True
             for part in (self.node, self.across):

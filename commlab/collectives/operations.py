@@ -47,8 +47,8 @@ def _require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wir
 
 
 def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> tuple[str, str]:
-    """The algorithm that an operation on ``numel`` numbers of ``dtype`` (the wire's) will use, and why. UsageError for one
-    that this group can't."""
+    """The algorithm that an operation on ``numel`` numbers of ``dtype`` (the wire's) will use, and why. UsageError for
+    one that this group can't."""
     against = {
         "window": "" if group.window is not None else group.window_reason,
         "hierarchical": hierarchical.reason_against(group),

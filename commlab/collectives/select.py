@@ -1,5 +1,5 @@
-"""``algorithm="auto"``: one table by size, ranks, wire and transport, each row with its reason. The figures behind the
-rows are in docs/select.md and come from ``python -m bench.allreduce``."""
+"""``algorithm="auto"``: one table by operation, size, ranks, wire and nodes, each row with its reason. The figures
+behind the rows are in docs/select.md and come from ``python -m bench.allreduce``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ TABLE: tuple[Row, ...] = (
     Row(
         lambda case: case.wire_is_16_bit and case.size <= 16 and (case.nodes == 1 or case.bytes <= 2**20),
         "direct",
-        "a 16-bit wire is rounded once here and at every hop elsewhere; on a slow link its crowd costs 1.3 times the ring",
+        "a 16-bit wire is rounded once here and at every hop elsewhere; on a slow link its "
+        "crowd costs 1.3 times the ring",
     ),
     Row(
         lambda case: case.kind in ("reduce", "broadcast"),

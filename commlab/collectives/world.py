@@ -25,9 +25,9 @@ def init(
     ``transport``: ``"mpi"`` (under mpirun) or ``"torch"`` (gloo; under mpirun or torchrun). Without a launcher: a group
     of one rank, which needs neither. ``nodes``: which ranks share a node, declared by hand
     (:func:`commlab.topology.declared`); default: ranks with one host name. ``timeout_s``: how long a silent peer is
-    waited for. ``check``: compare operations between ranks first. ``window``: share memory between ranks of a node:
-    ``"auto"`` (where it can be had), ``"on"`` (an error where not) or ``"off"``. From here on an unhandled exception in
-    one rank ends all of them.
+    waited for. ``check``: compare operations between ranks first (in a window always). ``window``: share memory between
+    ranks of a node: ``"auto"`` (where it can be had), ``"on"`` (an error where not) or ``"off"``. From here on an
+    unhandled exception in one rank ends all of them.
     """
     global _world
     if _world is not None:

@@ -357,10 +357,14 @@ class Strategy:
     def _synchronize_model(self) -> None:
         """Make all ranks start from rank 0's parameters and buffers. Ranks that built the model from one seed have them
         already: a digest tells, and then nothing is sent."""
-        if self.group.size == 1:
-            return
+        if self.group.size > 1:
+            self._give_from_rank_0(self._model_tensors())
+
+    def _model_tensors(self) -> list[tuple[str, torch.Tensor]]:
         tensors = [(name, tensor.data) for name, tensor in self.model.named_parameters()]
-        tensors += [(name, tensor) for name, tensor in self.model.named_buffers() if tensor.dtype in DTYPES]
+        return tensors + [(name, tensor) for name, tensor in self.model.named_buffers() if tensor.dtype in DTYPES]
+
+    def _give_from_rank_0(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         digest = sha256()
         for name, tensor in tensors:
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -169,6 +169,10 @@ class Server(Strategy):
         if not self.in_window or self.group.rank == 0:
             super().update_parameters(change)
         self.group.barrier()
+        if self.in_window:
+            # What is not trained, and buffers, every rank has for itself.
+            shared = {item.name for item in self.parameters}
+            self._give_from_rank_0([(name, tensor) for name, tensor in self._model_tensors() if name not in shared])
 
     def close(self) -> None:
         """Also gives every rank parameters of its own again."""

@@ -2,8 +2,8 @@
 
 Each rank owns its part: a control page (counters, what it is about to do, small payloads) and segments of data. They
 are memfds: without a name, so they cannot leak, not bound by the size of /dev/shm, allocated before use, so memory that
-is missing is an error here and not a SIGBUS later. Peers open them through /proc and check the job's token before they
-touch a byte, because in another PID namespace the same path can be a stranger's memory.
+is missing is an error here and not a SIGBUS later. Peers open them through /proc and check the owner's token before
+they touch a byte, because in another PID namespace the same path can be a stranger's memory.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _close_all(fds: list[int]) -> None:
 
 
 class Window:
-    """This rank's part and its view of the peers'. Made in two collective moves, which the group makes: :meth:`card` of
-    every rank is given to every rank's :meth:`open`."""
+    """This rank's part and its view of the peers'. Made in three moves, all ranks together: this, then :meth:`open`
+    with every rank's :meth:`card`, then :meth:`open_staging`."""
 
     def __init__(self, local_rank: int, local_size: int, spin_us: float):
         """Raises Unavailable. ``spin_us``: how long a waiting rank looks before it sleeps."""

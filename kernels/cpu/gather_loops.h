@@ -1,4 +1,4 @@
-// The loops behind gather.h. Included once per instruction set, after reduce_loops.h's arithmetic, as lanes.h tells.
+// The loops behind gather.h. Included once per instruction set, after lanes.h and operations.h.
 
 // One cache line of results at a time: kRows registers, all sources read side by side. More would not fit the registers
 // with 16-bit types; fewer would leave a line half written when a non-temporal store wants it whole.

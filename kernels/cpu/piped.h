@@ -8,8 +8,8 @@
 //
 // One wait a turn suffices with two of each buffer, used in turn: what turn t writes (in[t%2], out[(t-1)%2]) was last
 // read in turn t-1 (in by the reduction of block t-2, out by the copy of block t-3), and everyone has left turn t-1.
-// The first turn of the next operation may begin while a peer is still in the last turn of this one, which only copies
-// out: `out` is next written in the second turn, one wait later.
+// After the last turn nobody waits here; but the next operation begins with a wait of its own, its agreement check, so
+// no peer still copies out of what its first turn overwrites.
 #pragma once
 
 #include <cstddef>

@@ -17,7 +17,7 @@ constexpr std::size_t kMaxSegments = 1024;
 // What a rank says of its next operation before it arrives at it.
 struct Slot {
   std::uint64_t record;   // hash of (sequence, operation, dtype, shape, name)
-  std::uint64_t segment;  // where its data lie: segment and byte offset; kNowhere for an ordinary tensor
+  std::uint64_t segment;  // where its data lie: segment and byte offset; all ones: an ordinary tensor
   std::uint64_t offset;
 };
 

@@ -52,6 +52,7 @@ class Ranks:
 
     def halves(self, first: int) -> Group:
         """This rank's group when the first ``first`` ranks and the others go separate ways."""
+        first = min(first, self.size)
         parts = [ranks for ranks in (range(first), range(first, self.size)) if ranks]
         groups = [self.group(*ranks) for ranks in parts]
         return next(group for group in groups if group is not None)

@@ -15,6 +15,8 @@ from commlab.chunks import split
 from commlab.collectives.group import Group
 from commlab.collectives.operations import gather_chunks_async
 
+pytestmark = pytest.mark.mpi(min_size=2)
+
 Call = Callable[[Group, torch.Tensor], object]
 
 # What most ranks do, what one does instead, and what the message must say of the two sides.

@@ -1,8 +1,10 @@
-"""Every strategy on 2, 3 and 4 ranks against ``single`` at the same global batch, and the same bits on all ranks after every step."""
+"""Every strategy on 2, 3 and 4 ranks against ``single`` at the same global batch, and the same bits on all ranks after
+every step."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ _opened: dict[tuple[Group, tuple[int, ...]], Group | None] = {}
 
 
 def shared_group(ranks: Ranks, members: tuple[int, ...]) -> Group | None:
-    """A group of these ranks that share a window, as all ranks of a node do; None on the others. Collective over all ranks."""
+    """A group of these ranks that share a window, as all ranks of a node do; None on the others. Collective over all
+    ranks."""
     key = ranks.world, members
     if key not in _opened:
         group = ranks.world.subgroup(members)
@@ -60,14 +63,19 @@ RECIPES = {
 }
 
 
-WAYS = {"window": {"bucket_bytes": 400}, "window, tiny buckets": {"bucket_bytes": 1}, "messages": {"algorithm": "direct", "bucket_bytes": 400}}
+WAYS: dict[str, dict[str, Any]] = {
+    "window": {"bucket_bytes": 400},
+    "window, tiny buckets": {"bucket_bytes": 1},
+    "messages": {"algorithm": "direct", "bucket_bytes": 400},
+}
 
 
 @ours
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_training_equals_single(ranks: Ranks, strategy: str, recipe: str, way: str) -> None:
-    """Param groups, a scheduler, tied, turned, tiny, empty, unused and sometimes used parameters, a ragged end: see training.py."""
+    """Param groups, a scheduler, tied, turned, tiny, empty, unused and sometimes used parameters, a ragged end: see
+    training.py."""
     for group in groups_of(ranks):
         run = train(strategy, group, RECIPES[recipe], **WAYS[way])
         assert_same_bits_everywhere(run)
@@ -118,7 +126,7 @@ def test_bf16_models_stay_within_their_rounding(ranks: Ranks, strategy: str, alg
 
 
 def test_which_ranks_use_a_parameter(ranks: Ranks) -> None:
-    """What the recipe is there for does happen: ``some`` is used on one rank only, on none, on none that has samples."""
+    """What the recipe is there for does happen: ``some`` is used on one rank only, on two, on none."""
     for group in groups_of(ranks):
         run = build("allreduce", group, Recipe())
         assert run.engine.buckets is not None
@@ -152,7 +160,8 @@ def test_every_rank_starts_from_rank_0(ranks: Ranks, strategy: str) -> None:
 @pytest.mark.parametrize("wire", [None, "bf16"])
 @pytest.mark.parametrize("algorithm", ["ring", "direct", "window"])
 def test_bytes_sent_per_step(ranks: Ranks, strategy: str, wire: str | None, algorithm: str) -> None:
-    """Over all ranks: n (P-1) numbers as gradients up, n (P-1) down, as gradients or as parameters; accumulation costs nothing. In the window nobody sends."""
+    """Over all ranks: n (P-1) numbers as gradients up, n (P-1) down, as gradients or as parameters; accumulation costs
+    nothing. In the window nobody sends."""
     recipe = Recipe(accumulation=2, max_grad_norm=0.5)
     for group in groups_of(ranks):
         run = build(strategy, group, recipe, algorithm=algorithm, wire=wire)

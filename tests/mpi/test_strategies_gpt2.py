@@ -1,6 +1,7 @@
 """GPT-2 with AdamW on real text: every strategy has the loss curve of ``single``.
 
-Curves and not parameters, because some of GPT-2's gradients (its key biases') are rounding noise, which Adam turns into full steps.
+Curves and not parameters, because some of GPT-2's gradients (its key biases') are rounding noise, which Adam turns into
+full steps.
 """
 
 from __future__ import annotations

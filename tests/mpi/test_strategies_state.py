@@ -1,4 +1,4 @@
-"""Optimizer state under strategies: it exists once where it is sharded, and moves between strategies and numbers of ranks."""
+"""Optimizer state: it exists once where it is sharded, and moves between strategies and numbers of ranks."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def test_a_missing_part_is_refused_on_the_ranks_that_need_it(ranks: Ranks) -> No
     recipe = Recipe()
     for group in groups_of(ranks):
         run = go_on(build("dps", group, recipe), range(1))
-        parts = [torch.load(io.BytesIO(part), weights_only=True)[0] for part in group.gather_bytes(saved(run), "checkpoint")]
+        parts = [
+            torch.load(io.BytesIO(part), weights_only=True)[0] for part in group.gather_bytes(saved(run), "checkpoint")
+        ]
         fresh = build("dps", group, recipe)
         # The first rank's part: enough for the first rank alone.
         if group.rank == 0:
@@ -150,6 +152,8 @@ def test_ranks_that_disagree_on_who_knows_the_total_are_named(ranks: Ranks) -> N
     if group is not None:
         run = build("allreduce", group, Recipe())
         loss = run.model(torch.ones(2, training.WIDTH)).sum()
-        with pytest.raises(DisagreementError, match=r"rank 0: allreduce .*'bucket 0'.*ranks 1-2: allreduce .*'token count'"):
+        with pytest.raises(
+            DisagreementError, match=r"rank 0: allreduce .*'bucket 0'.*ranks 1-2: allreduce .*'token count'"
+        ):
             run.engine.backward(loss, 2, 6 if group.rank == 0 else None)
             run.engine.step()

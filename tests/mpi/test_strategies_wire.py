@@ -1,6 +1,8 @@
-"""16-bit wires: every number of a step's gradient within what rounding allows, the same bits on all ranks all the way."""
+"""16-bit wires: every number of a step's gradient within what rounding allows, the same bits on all ranks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from conftest import Ranks
 from test_strategies import EVERY_ALGORITHM, assert_same_bits_everywhere, groups_of, ours
 from training import Recipe, reference, train
 
+import commlab
 from commlab.chunks import split
+from commlab.collectives.group import Group
 
 UNIT_ROUNDOFF = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 TINIEST = {"fp16": 2.0**-25, "bf16": 0.0}
@@ -19,7 +23,7 @@ wires = pytest.mark.parametrize("wire", UNIT_ROUNDOFF)
 
 
 class KeepGradients(torch.optim.SGD):
-    """Instead of updating parameters, replaces them by their gradients, so that what a server got can be seen on all ranks."""
+    """Instead of updating parameters, replaces them by their gradients, so that all ranks see what an owner got."""
 
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override]
@@ -28,12 +32,18 @@ class KeepGradients(torch.optim.SGD):
                 parameter.copy_(torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad)
 
 
-def exchanged(strategy: str, group: training.Group, recipe: Recipe, **options: object) -> dict[str, torch.Tensor]:
+def exchanged(strategy: str, group: Group, recipe: Recipe, **options: Any) -> dict[str, torch.Tensor]:
     """The gradient of the first step as the strategy gives it to the optimizer, by parameter."""
     model = training.make_model(recipe)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine = training.commlab.strategy(
-        strategy, model, KeepGradients(trained, lr=1.0), group, max_grad_norm=recipe.max_grad_norm, elementwise=True, **options
+    engine = commlab.strategy(
+        strategy,
+        model,
+        KeepGradients(trained, lr=1.0),
+        group,
+        max_grad_norm=recipe.max_grad_norm,
+        elementwise=True,
+        **options,
     )
     training.backward(engine, recipe, 0)
     engine.step()
@@ -66,15 +76,22 @@ def test_every_number_is_within_its_rounding(ranks: Ranks, strategy: str, wire: 
         found = exchanged(strategy, group, recipe, algorithm=algorithm, wire=wire)
         gradient, absolute = contributions(recipe, group.size)
         once = algorithm in ("window", "direct")
-        # Window and direct: each contribution is rounded when it is packed; then the owner divides, in fp32. An allreduce rounds what it gives back.
+        # Window and direct: each contribution is rounded when it is packed; then the owner divides, in fp32. An
+        # allreduce rounds what it gives back.
         # The others: packed, divided by P before they are added, and rounded at each of at most P - 1 additions.
         roundings = 1 + (strategy == "allreduce") if once else group.size + 1
         unit, tiniest = UNIT_ROUNDOFF[wire], TINIEST[wire]
         different = 0
         for name, tensor in gradient.items():
-            limit = absolute[name] * ((1 + unit) ** roundings - 1 + 1e-5) + tiniest * (group.size + 1) + 1e-6 * absolute[name].norm()
+            limit = (
+                absolute[name] * ((1 + unit) ** roundings - 1 + 1e-5)
+                + tiniest * (group.size + 1)
+                + 1e-6 * absolute[name].norm()
+            )
             apart = (found[name].double() - tensor).abs()
-            assert (apart <= limit).all(), f"{group.size} ranks, {name}: off by {float((apart / limit).max()):.2f} of what is allowed"
+            assert (apart <= limit).all(), (
+                f"{group.size} ranks, {name}: off by {float((apart / limit).max()):.2f} of what is allowed"
+            )
             different += int((apart > unit * absolute[name] / 16).sum())
         assert different > 50, "the wire was not used: nothing was rounded"
 
@@ -86,7 +103,9 @@ def test_clipping_does_not_round_again(ranks: Ranks, strategy: str, wire: str) -
     for group in groups_of(ranks):
         for algorithm in ("window", "ring"):
             plain = exchanged(strategy, group, Recipe(all_used=True), algorithm=algorithm, wire=wire)
-            clipped = exchanged(strategy, group, Recipe(all_used=True, max_grad_norm=0.37), algorithm=algorithm, wire=wire)
+            clipped = exchanged(
+                strategy, group, Recipe(all_used=True, max_grad_norm=0.37), algorithm=algorithm, wire=wire
+            )
             norm = sum(float(tensor.double().square().sum()) for tensor in plain.values()) ** 0.5
             for name, tensor in plain.items():
                 torch.testing.assert_close(clipped[name], tensor * (0.37 / (norm + 1e-6)), rtol=1e-6, atol=0)
@@ -98,11 +117,14 @@ def test_clipping_does_not_round_again(ranks: Ranks, strategy: str, wire: str) -
 def test_training_stays_close_and_ranks_equal(ranks: Ranks, strategy: str, wire: str, algorithm: str) -> None:
     recipe = Recipe(accumulation=2, max_grad_norm=0.5)
     for group in groups_of(ranks):
-        run, again = (train(strategy, group, recipe, wire=wire, algorithm=algorithm, bucket_bytes=300) for _ in range(2))
+        run, again = (
+            train(strategy, group, recipe, wire=wire, algorithm=algorithm, bucket_bytes=300) for _ in range(2)
+        )
         assert run.digests == again.digests
         assert_same_bits_everywhere(run)
         worst, name = training.difference(training.tensors(run.model), training.tensors(reference(recipe).model))
-        # Gradients are rounded P + 1 times at most; clipped to norm 0.5, they move a tensor by less than its own norm in 5 steps.
+        # Gradients are rounded P + 1 times at most; clipped to norm 0.5, they move a tensor by less than its own norm
+        # in 5 steps.
         assert 0 < worst <= (group.size + 1) * 5 * UNIT_ROUNDOFF[wire], name
 
 

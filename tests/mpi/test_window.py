@@ -1,0 +1,472 @@
+"""Collectives in the window on 2..8 ranks: exact wherever the data lie, the same bits always, and nobody sends."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from closed_form import DTYPES, HALVES, expected, numbers, ops_for, same_bits
+from conftest import Ranks
+from mpi_windows import close_all, in_window, window_group, window_groups
+from torch import Tensor
+
+import commlab
+from commlab.chunks import Range, split, whole_at
+from commlab.collectives.group import Group
+from commlab.collectives.operations import gather_chunks_async, reduce_chunks_async
+from commlab.collectives.window import INLINE_BYTES
+from commlab.transport.window import _CARD, Window
+
+LARGE = 100_003
+MANY_BLOCKS = 1_300_001
+
+halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_groups() -> Iterator[None]:
+    yield
+    close_all()
+
+
+def ordinary(group: Group, data: Tensor) -> Tensor:
+    return data.clone()
+
+
+def odd(group: Group, data: Tensor) -> Tensor:
+    """Behind a cache line's begin, on every rank somewhere else."""
+    return in_window(group, data, 1 + group.rank % 5)
+
+
+def mixed(group: Group, data: Tensor) -> Tensor:
+    """Every third rank's data are ordinary memory."""
+    return data.clone() if group.rank % 3 == 1 else in_window(group, data)
+
+
+PLACES: dict[str, Callable[[Group, Tensor], Tensor]] = {
+    "in the window": in_window,
+    "ordinary": ordinary,
+    "odd offsets": odd,
+    "mixed": mixed,
+}
+places = pytest.mark.parametrize("place", PLACES)
+
+
+def rounding(rank: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """Numbers whose sums round, distinct per rank and index."""
+    generator = torch.Generator().manual_seed(rank)
+    return (torch.randn(numel, generator=generator) * 10 ** (rank % 3)).to(dtype)
+
+
+def in_rank_order(size: int, numel: int, dtype: torch.dtype, divisor: float, into: torch.dtype | None = None) -> Tensor:
+    """The documented rounding: added in rank order, 16-bit numbers in fp32, divided, rounded once."""
+    total = rounding(0, numel, dtype).to(torch.float32 if dtype in HALVES else dtype)
+    for rank in range(1, size):
+        total = total + rounding(rank, numel, dtype).to(total.dtype)
+    return (total / divisor).to(into or dtype)
+
+
+@places
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_allreduce(ranks: Ranks, place: str, dtype: torch.dtype) -> None:
+    """Around the 4 KB that travel in the control page, and far above."""
+    wrong = []
+    at_once = INLINE_BYTES // dtype.itemsize
+    turn = list(PLACES).index(place) + DTYPES.index(dtype)
+    for group in window_groups(ranks):
+        sent = group.bytes_sent
+        for at, op in enumerate(ops_for(dtype)):
+            numels = [0, 1, 2, 5, 64, 1000, at_once, at_once + 1]
+            # One op of each dtype and place with a large tensor; all of them in some dtype and place.
+            numels += [LARGE] if at == turn % len(ops_for(dtype)) else []
+            for numel in numels:
+                mine = PLACES[place](group, numbers(group.rank, numel, dtype, op))
+                got = commlab.allreduce(mine, op, group=group)
+                if got is not mine or not torch.equal(got, expected(op, group.size, numel, dtype)):
+                    wrong.append((group.size, op, numel))
+        assert group.bytes_sent == sent, "somebody sent something"
+    assert not wrong
+
+
+@places
+def test_many_blocks(ranks: Ranks, place: str) -> None:
+    """More than the staging area holds at a time."""
+    for group in (window_group(ranks, *range(ranks.size)), *window_groups(ranks)[-1:]):
+        assert group is not None
+        got = commlab.allreduce(PLACES[place](group, numbers(group.rank, MANY_BLOCKS, torch.int32)), "sum", group=group)
+        assert torch.equal(got, expected("sum", group.size, MANY_BLOCKS, torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+@pytest.mark.parametrize("numel", [777, 5001])
+def test_the_same_bits_on_all_ranks_in_every_place_every_time(ranks: Ranks, dtype: torch.dtype, numel: int) -> None:
+    for group in window_groups(ranks):
+        want = in_rank_order(group.size, numel, dtype, group.size)
+        for place in (*PLACES.values(), in_window):
+            got = commlab.allreduce(place(group, rounding(group.rank, numel, dtype)), group=group)
+            assert same_bits(got, want), (group.size, place)
+
+
+@pytest.mark.parametrize("wire", ["fp16", "bf16"])
+@places
+def test_a_wire_rounds_once_on_each_side(ranks: Ranks, wire: str, place: str) -> None:
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}[wire]
+    for group in window_groups(ranks):
+        for dtype, numel in ((torch.float32, 5), (torch.float32, 5001), (torch.float64, 777)):
+            everyone = [rounding(rank, numel, dtype).to(half).float() for rank in range(group.size)]
+            total = everyone[0]
+            for other in everyone[1:]:
+                total = total + other
+            for op, divisor in (("sum", 1), ("mean", group.size)):
+                mine = PLACES[place](group, rounding(group.rank, numel, dtype))
+                got = commlab.allreduce(mine, op, wire=wire, group=group)
+                assert got is mine
+                assert same_bits(got, (total / divisor).to(half).to(dtype)), (group.size, op, numel)
+
+
+def test_the_mean_of_60000s_is_60000(ranks: Ranks) -> None:
+    for group in window_groups(ranks):
+        for numel in (10, 3000):
+            for mine, wire in (
+                (torch.full((numel,), 60000.0), "fp16"),
+                (torch.full((numel,), 60000.0, dtype=torch.float64), "fp16"),
+                (torch.full((numel,), 60000.0, dtype=torch.float16), None),
+                (in_window(group, torch.full((numel,), 60000.0, dtype=torch.float16)), None),
+            ):
+                assert (commlab.allreduce(mine, wire=wire, group=group) == 60000).all(), (group.size, mine.dtype)
+            # bf16 has no 60000; its nearest number stays as it is.
+            got = commlab.allreduce(torch.full((numel,), 60000.0), wire="bf16", group=group)
+            assert (got == torch.tensor(60000.0).bfloat16().float()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64], ids=str)
+def test_reduce_scatter_and_allgather(ranks: Ranks, dtype: torch.dtype) -> None:
+    for group in window_groups(ranks):
+        for numel in (0, 1, 5, 64, 1025, 20_011):
+            own = split(numel, group.size)[group.rank]
+            for op in ("sum", "mean", "min") if dtype.is_floating_point else ("sum", "prod"):
+                mine = numbers(group.rank, numel, dtype, op)
+                part = torch.full((own.numel,), 99, dtype=dtype)
+                assert commlab.reduce_scatter(part, mine, op, group=group) is part
+                assert torch.equal(part, expected(op, group.size, numel, dtype)[slice(*own)]), (group.size, numel, op)
+                assert torch.equal(mine, numbers(group.rank, numel, dtype, op)), "the contribution was changed"
+            parts = [numbers(rank, numel, dtype)[slice(*chunk)] for rank, chunk in enumerate(split(numel, group.size))]
+            for whole in (torch.full((numel,), 99, dtype=dtype), in_window(group, torch.full((numel,), 99, dtype=dtype))):
+                assert commlab.allgather(whole, parts[group.rank], group=group) is whole
+                assert torch.equal(whole, torch.cat(parts)), (group.size, numel)
+
+
+@places
+def test_every_root(ranks: Ranks, place: str) -> None:
+    for group in window_groups(ranks):
+        for root in range(group.size):
+            for numel in (1, 1025) if root else (0, 1, 1025, LARGE):
+                mine = PLACES[place](group, numbers(group.rank, numel, torch.float32))
+                assert commlab.broadcast(mine, root, group=group) is mine
+                assert torch.equal(mine, numbers(root, numel, torch.float32)), (group.size, root, numel)
+
+                given = numbers(group.rank, numel, torch.float32)
+                mine = PLACES[place](group, given)
+                assert commlab.reduce(mine, root, "mean", group=group) is mine
+                want = expected("mean", group.size, numel, torch.float32) if group.rank == root else given
+                assert torch.equal(mine, want), (group.size, root, numel)
+
+
+@places
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_push_and_a_pull(ranks: Ranks, place: str, dtype: torch.dtype) -> None:
+    """Any chunks, some of them empty. Sums of 16-bit numbers arrive in fp32, and were never rounded."""
+    for group in window_groups(ranks):
+        numel = 4001
+        uneven = [Range(0, 0) if rank == 0 else Range((rank - 1) * 17, rank * 17) for rank in range(group.size - 1)]
+        uneven.append(Range(uneven[-1].stop, numel))
+        for chunks in (split(numel, group.size, align=16), tuple(uneven), whole_at(group.size - 1, numel, group.size)):
+            own = chunks[group.rank]
+            given = rounding(group.rank, numel, dtype)
+            mine = PLACES[place](group, given)
+            part = reduce_chunks_async(mine, chunks, "mean", group=group).wait()
+            want = in_rank_order(group.size, numel, dtype, group.size, torch.float32)
+            assert same_bits(part, want[own.start : own.stop]), (group.size, chunks)
+            others = torch.ones(numel, dtype=torch.bool)
+            others[own.start : own.stop] = False
+            assert torch.equal(mine[others], given[others]), "another's chunk was written"
+
+            mine = PLACES[place](group, given)
+            gather_chunks_async(mine, chunks, group=group).wait()
+            for rank, chunk in enumerate(chunks):
+                assert torch.equal(mine[slice(*chunk)], rounding(rank, numel, dtype)[slice(*chunk)]), (group.size, rank)
+
+
+def test_any_strides(ranks: Ranks) -> None:
+    """What is not flat is copied, on the ranks where it is not."""
+    for group in window_groups(ranks):
+        for numel in (24, 24_000):
+            mine = in_window(group, numbers(group.rank, numel, torch.float32)).view(4, -1)
+            if group.rank % 3 == 1:
+                mine = mine.t().contiguous().t()
+            elif group.rank % 3 == 2:
+                mine = torch.nn.functional.pad(mine, (0, 1))[:, :-1]
+            commlab.allreduce(mine, "sum", group=group)
+            assert torch.equal(mine, expected("sum", group.size, numel, torch.float32).view(4, -1))
+        point = in_window(group, torch.tensor(float(group.rank)))
+        assert commlab.allreduce(point, "max", group=group) == group.size - 1
+        weight = torch.nn.Parameter(torch.full((40, 50), float(group.rank)))
+        commlab.allreduce(weight, "sum", group=group)
+        assert (weight == group.size * (group.size - 1) / 2).all()
+
+
+Call = Callable[[Group, Tensor], object]
+CASES: dict[str, tuple[Call, Call, str, str]] = {
+    "op": (
+        lambda group, x: commlab.allreduce(x, "max", group=group),
+        lambda group, x: commlab.allreduce(x, "min", group=group),
+        r"\(max, window,",
+        r"\(min, window,",
+    ),
+    "dtype": (
+        lambda group, x: commlab.allreduce(x, "sum", group=group),
+        lambda group, x: commlab.allreduce(x.view(torch.int32), "sum", group=group),
+        r"of float32\[",
+        r"of int32\[",
+    ),
+    "shape": (
+        lambda group, x: commlab.allreduce(x.view(2, -1), group=group),
+        lambda group, x: commlab.allreduce(x.view(-1, 2), group=group),
+        r"of float32\[2, ",
+        r"of float32\[\d+, 2\]",
+    ),
+    "count": (
+        lambda group, x: commlab.allreduce(x, group=group),
+        lambda group, x: commlab.allreduce(x[:-1], group=group),
+        r"of float32\[\d*[02468]\]",
+        r"of float32\[\d*[13579]\]",
+    ),
+    "name": (
+        lambda group, x: commlab.allreduce(x, name="weight", group=group),
+        lambda group, x: commlab.allreduce(x, name="bias", group=group),
+        r"'weight' of",
+        r"'bias' of",
+    ),
+    "kind": (
+        lambda group, x: commlab.allreduce(x, group=group),
+        lambda group, x: commlab.broadcast(x, group=group),
+        r"allreduce #\d+ of",
+        r"allgather #\d+ of",
+    ),
+    "wire": (
+        lambda group, x: commlab.allreduce(x, group=group),
+        lambda group, x: commlab.allreduce(x, wire="fp16", group=group),
+        r"wire as is",
+        r"wire fp16",
+    ),
+    "algorithm": (
+        lambda group, x: commlab.allreduce(x, group=group),
+        lambda group, x: commlab.allreduce(x, algorithm="tree", group=group),
+        r"\(mean, window,",
+        r"\(mean, tree,",
+    ),
+    "nothing but a barrier": (
+        lambda group, x: commlab.allreduce(x, group=group),
+        lambda group, x: group.barrier(),
+        r"allreduce #\d+ of",
+        r"barrier #\d+",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_disagreement(ranks: Ranks, case: str) -> None:
+    """Found in the window, told by messages; nothing is reduced, and the next operation is sound."""
+    usual, strange, usual_words, strange_words = CASES[case]
+    for group in window_groups(ranks):
+        for numel, place in ((6, in_window), (6, ordinary), (4000, in_window), (4000, mixed)):
+            outsider = (numel + group.size) % group.size
+            given = numbers(group.rank, numel, torch.float32)
+            mine = place(group, given)
+            with pytest.raises(commlab.DisagreementError) as caught:
+                (strange if group.rank == outsider else usual)(group, mine)
+            message = str(caught.value)
+            assert message.startswith(f"ranks disagree (seen on rank {group.rank}): ")
+            assert re.search(rf"ranks? [^;]*: [^;]*{usual_words}", message), message
+            assert re.search(rf"rank {outsider}: [^;]*{strange_words}", message), message
+            assert torch.equal(mine, given), "it was touched"
+            got = commlab.allreduce(mine, "sum", group=group)
+            assert torch.equal(got, expected("sum", group.size, numel, torch.float32))
+
+
+def test_handles_in_any_order(ranks: Ranks) -> None:
+    for group in window_groups(ranks):
+        numels = [1000, 1, LARGE, 0, 64, 5000]
+        shared = in_window(group, numbers(group.rank, 5000, torch.float64))
+        data = [shared if numel == 5000 else numbers(group.rank, numel, torch.float64) for numel in numels]
+        handles = [
+            commlab.allreduce_async(each, "sum", f"t{at}", group=group) for at, each in enumerate(data)
+        ]
+        order = [3, 5, 0, 4, 1, 2] if group.rank % 2 else [4, 2, 3, 5, 0, 1]
+        for at in order:
+            assert torch.equal(handles[at].wait(), expected("sum", group.size, numels[at], torch.float64)), at
+        assert all(handle.done() for handle in handles)
+
+
+def test_done_helps_operations_on(ranks: Ranks) -> None:
+    """Without ever waiting: ranks that share a core go on in turn."""
+    for group in window_groups(ranks):
+        handles = [
+            commlab.allreduce_async(numbers(group.rank, numel, torch.float32), "sum", group=group)
+            for numel in (5, 5000, 300_000, 64)
+        ]
+        while not all(handle.done() for handle in handles):
+            os.sched_yield()
+        for handle, numel in zip(handles, (5, 5000, 300_000, 64), strict=True):
+            assert torch.equal(handle.wait(), expected("sum", group.size, numel, torch.float32))
+
+
+def test_500_operations_in_a_row(ranks: Ranks) -> None:
+    """Small and large, of every kind, in every place, in an order drawn alike on all ranks."""
+    group = window_group(ranks, *range(ranks.size))
+    assert group is not None
+    draw = random.Random(7)
+    size, mine = group.size, float(group.rank + 1)
+    total = size * (size + 1) / 2
+    pending: list[tuple[commlab.Handle, float]] = []
+    memories = [commlab.empty(20_000, group=group) for _ in range(3)]
+    for turn in range(500):
+        numel = draw.choice((1, 3, 700, 1024, 1025)) if draw.random() < 0.9 else draw.randrange(2000, 20_000)
+        kind, where, wait = draw.randrange(5), draw.randrange(3), draw.random() < 0.6
+        # A memory of its own for each operation under way.
+        tensor = torch.empty(numel) if where == 2 else memories[len(pending)][:numel]
+        tensor.fill_(mine + turn)
+        if kind <= 1:
+            handle = commlab.allreduce_async(tensor, "sum" if kind else "max", group=group)
+            pending.append((handle, total + size * turn if kind else size + turn))
+        elif kind == 2:
+            root = turn % size
+            handle = gather_chunks_async(tensor, whole_at(root, numel, size), group=group)
+            pending.append((handle, root + 1.0 + turn))
+        elif kind == 3:
+            handle = reduce_chunks_async(tensor, split(numel, size), "sum", group=group)
+            pending.append((handle, total + size * turn))
+        else:
+            group.barrier()
+        while len(pending) == 3 or (wait and pending):
+            handle, want = pending.pop(0)
+            assert (handle.wait() == want).all(), turn
+            memories.append(memories.pop(0))
+    for handle, want in pending:
+        assert (handle.wait() == want).all()
+
+
+def test_memory_is_given_back_and_used_again(ranks: Ranks) -> None:
+    for group in window_groups(ranks):
+        window = group.window
+        assert window is not None
+        seen = set()
+        for turn in range(5):
+            memory, place = window.allocate(100_000)
+            seen.add(place)
+            numel = 25_000 - turn
+            mine = memory.view(torch.float32)[:numel].copy_(numbers(group.rank, numel, torch.float32))
+            commlab.allreduce(mine, "sum", group=group)
+            assert torch.equal(mine, expected("sum", group.size, numel, torch.float32))
+            window.free(memory)
+        assert len(seen) == 1
+
+
+def test_what_the_loops_read_and_write_is_counted(ranks: Ranks) -> None:
+    numel = 4096
+    size_bytes = 4 * numel
+    for group in window_groups(ranks):
+        for place, factor in ((in_window, 1), (ordinary, 3)):
+            before = group.node_bytes_read, group.node_bytes_written
+            commlab.allreduce(place(group, torch.ones(numel)), group=group)
+            mine = group.node_bytes_read - before[0], group.node_bytes_written - before[1]
+            everyone = torch.tensor([json.loads(row) for row in group.gather_bytes(json.dumps(mine).encode(), "counts")])
+            # In place each rank reads its shard P times and writes it P times: over all ranks P times the tensor.
+            assert everyone.sum(0).tolist() == [factor * group.size * size_bytes] * 2
+
+
+def wrong_token(window: Window, card: bytes) -> bytes:
+    return _CARD.pack(*_CARD.unpack(card)[:3], b"not the token...")
+
+
+def no_process(window: Window, card: bytes) -> bytes:
+    return _CARD.pack(2**22 + 1, *_CARD.unpack(card)[1:])
+
+
+def anothers(window: Window, card: bytes) -> bytes:
+    """This rank says that it is what it is not."""
+    window._native.format_page(window._control.address, 0, _CARD.unpack(card)[3])
+    return card
+
+
+UNAVAILABLE = {
+    "wrong token": (wrong_token, r"process \d+, said to be local rank 1, shows another job's window"),
+    "no such process": (no_process, r"cannot open the control page of local rank 1 of process 4194305"),
+    "another rank": (anothers, r"process \d+, said to be local rank 1, shows the window of local rank 0"),
+    "no memory": (None, r"no 4 MiB of shared memory for segment 0: No space left on device"),
+}
+
+
+@pytest.mark.parametrize("case", UNAVAILABLE)
+def test_where_one_rank_has_no_window_none_has(ranks: Ranks, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    doctor, message = UNAVAILABLE[case]
+    group = ranks.world.subgroup(range(ranks.size))
+    assert group is not None
+    before = mappings()
+    if group.rank == 1:
+        if doctor is None:
+
+            def allocate(fd: int, offset: int, size_bytes: int) -> None:
+                if size_bytes > 2**20:
+                    raise OSError(28, os.strerror(28))
+
+            monkeypatch.setattr(os, "posix_fallocate", allocate)
+        else:
+            card = Window.card
+            monkeypatch.setattr(Window, "card", lambda window: doctor(window, card(window)))
+    group.open_window()
+    assert group.window is None
+    assert re.fullmatch(f"{message}.*", group.window_reason), group.window_reason
+    assert mappings() == before, "what was made is given back"
+    for numel in (5, 5000):
+        got = commlab.allreduce(commlab.empty(numel, group=group) + group.rank, "sum", group=group)
+        assert (got == group.size * (group.size - 1) / 2).all()
+    with pytest.raises(commlab.UsageError, match=f"rank {group.rank}: algorithm window is not to be had: {message}"):
+        commlab.allreduce(torch.ones(5), algorithm="window", group=group)
+    group.close()
+
+
+def mappings() -> int:
+    gc.collect()
+    return Path("/proc/self/maps").read_text().count("memfd:commlab")
+
+
+def test_closed_groups_leave_nothing_behind(ranks: Ranks) -> None:
+    """Five times; a tensor that somebody keeps stays what it was, and goes when it is let go."""
+    before = mappings(), len(os.listdir("/proc/self/fd"))
+    for turn in range(5):
+        group = ranks.world.subgroup(range(ranks.size))
+        assert group is not None
+        group.open_window()
+        kept = commlab.empty(10_000, group=group).fill_(turn + group.rank)
+        large = commlab.empty(3 * 2**20, group=group).fill_(1.0)
+        for tensor in (kept, large):
+            commlab.allreduce(tensor, "sum", group=group)
+        group.close()
+        group.close()
+        with pytest.raises(commlab.UsageError, match="on a group that was shut down"):
+            commlab.allreduce(kept, group=group)
+        del large, tensor
+        assert mappings() == before[0] + 1, "the one that holds `kept`"
+        assert (kept == group.size * turn + group.size * (group.size - 1) / 2).all()
+        kept.fill_(5.0)
+        del kept
+        del group
+        assert (mappings(), len(os.listdir("/proc/self/fd"))) == before

@@ -1,0 +1,70 @@
+"""The documentation cannot rot: its examples run, its pictures are those of the schedules, its links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pictures import costs, picture
+
+import commlab
+from commlab.collectives import ALGORITHMS
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+names = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+
+
+def examples() -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", (DOCS / "api.md").read_text(), re.S | re.M))
+
+
+def test_the_examples_run() -> None:
+    """In a process of their own: they connect, and from there on exceptions end the process."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    environment["PYTHONPATH"] = os.pathsep.join([str(DOCS.parent), environment.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", examples()], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "rank 0 of 1, 1 node(s)" in run.stdout
+    assert "unknown op 'average'" in run.stdout
+
+
+@pytest.mark.parametrize("name", commlab.__all__)
+def test_every_public_name_has_an_example(name: str) -> None:
+    page = (DOCS / "api.md").read_text()
+    assert f"`{name}" in page or f"`commlab.{name}" in page
+    assert re.search(rf"\bcommlab\.{name}\b", examples())
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("ring", 4), ("halving", 4), ("halving", 6), ("tree", 8), ("direct", 4)], ids=str
+)
+def test_pictures_are_those_of_the_schedules(name: str, size: int) -> None:
+    drawn = picture(name, size)
+    assert drawn in (DOCS / "algorithms" / f"{name}.md").read_text(), f"{name} on {size} ranks is now\n{drawn}"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_costs_are_those_of_the_schedules(name: str) -> None:
+    counted = costs(name)
+    assert counted in (DOCS / "algorithms" / f"{name}.md").read_text(), f"{name} costs now\n{counted}"
+
+
+@names
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
+    dead = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not dead, f"{page.name} links to {dead}"
+
+
+@names
+def test_the_index_has_every_page(page: Path) -> None:
+    assert page.name == "README.md" or f"]({page.relative_to(DOCS)})" in (DOCS / "README.md").read_text()
