@@ -65,7 +65,9 @@ def assert_nothing_beside(*tensors: Tensor) -> None:
     for tensor in tensors:
         whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
         start = tensor.storage_offset()
-        assert (whole[:start] == 77).all() and (whole[start + tensor.numel() :] == 77).all(), "memory beside was written"
+        assert (whole[:start] == 77).all() and (whole[start + tensor.numel() :] == 77).all(), (
+            "memory beside was written"
+        )
 
 
 @backends
@@ -180,8 +182,10 @@ def test_misuse_is_refused() -> None:
         module.built.gather_reduce([one.data_ptr()], 6, [one.data_ptr()], 6, 8, 0, 1.0)
     with pytest.raises(ValueError, match="op code 4"):
         module.built.gather_reduce([one.data_ptr()], 0, [one.data_ptr()], 0, 8, 4, 1.0)
-    with pytest.raises(ValueError, match="dtype"):
+    with pytest.raises(ValueError, match="writes the sources' dtype"):
         module.built.gather_reduce([one.data_ptr()], 1, [one.data_ptr()], 0, 4, 0, 1.0)
+    with pytest.raises(ValueError, match="divides floating-point numbers only"):
+        gather_reduce([one.view(torch.int32)], [one.view(torch.int32)], "sum", 2)
     assert (one == 1).all()
 
 

@@ -146,7 +146,9 @@ def test_a_part_cannot_be_opened_once_it_is_closed() -> None:
     first, second = pair()
     _, place = first.allocate(100)
     closed(first)
-    with pytest.raises(Unavailable, match=f"cannot open segment {place.segment} of local rank 0 of process {os.getpid()}"):
+    with pytest.raises(
+        Unavailable, match=f"cannot open segment {place.segment} of local rank 0 of process {os.getpid()}"
+    ):
         second.view(0, place, 100)
     closed(second)
 
@@ -155,7 +157,10 @@ Card = tuple[int, int, int, bytes]
 
 WRONG: dict[str, tuple[Callable[[Card, Window], Card], str]] = {
     "a stranger's token": (lambda card, _: (*card[:3], b"x" * 16), "shows another job's window: ranks of one host in"),
-    "no process": (lambda card, _: (2**22 + 1, *card[1:]), "cannot open the control page of local rank 1 of process 4194305"),
+    "no process": (
+        lambda card, _: (2**22 + 1, *card[1:]),
+        "cannot open the control page of local rank 1 of process 4194305",
+    ),
     "no descriptor": (lambda card, _: (card[0], 999_999, *card[2:]), "cannot open .*: No such file"),
     "another rank's": (lambda card, third: _CARD.unpack(third.card()), "shows the window of local rank 2"),
     "a file of another size": (lambda card, _: (card[0], 0, *card[2:]), "cannot open|has .* bytes, not"),

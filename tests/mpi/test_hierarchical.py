@@ -176,7 +176,9 @@ def test_auto_chooses_it_for_large_allreduces_alone(ranks: Ranks, layout: str) -
         before = group.node.node_bytes_read
         mine = numbers(group.rank, numel, torch.float32)
         if kind == "allreduce":
-            assert torch.equal(commlab.allreduce(mine, "sum", group=group), expected("sum", group.size, numel, mine.dtype))
+            assert torch.equal(
+                commlab.allreduce(mine, "sum", group=group), expected("sum", group.size, numel, mine.dtype)
+            )
         elif kind == "broadcast":
             assert torch.equal(commlab.broadcast(mine, 1, group=group), numbers(1, numel, mine.dtype))
         else:
@@ -275,7 +277,9 @@ def test_training_equals_single(ranks: Ranks, layout: str) -> None:
         assert len(set(everyone)) == 1
         assert_same(run, training.reference(recipe))
     for strategy in ("dps", "ps"):
-        with pytest.raises(UsageError, match=f"hierarchical is for allreduce, and strategy {strategy} pushes and pulls"):
+        with pytest.raises(
+            UsageError, match=f"hierarchical is for allreduce, and strategy {strategy} pushes and pulls"
+        ):
             train(strategy, group, recipe, algorithm="hierarchical")
 
 

@@ -158,7 +158,10 @@ def test_reduce_scatter_and_allgather(ranks: Ranks, dtype: torch.dtype) -> None:
                 assert torch.equal(part, expected(op, group.size, numel, dtype)[slice(*own)]), (group.size, numel, op)
                 assert torch.equal(mine, numbers(group.rank, numel, dtype, op)), "the contribution was changed"
             parts = [numbers(rank, numel, dtype)[slice(*chunk)] for rank, chunk in enumerate(split(numel, group.size))]
-            for whole in (torch.full((numel,), 99, dtype=dtype), in_window(group, torch.full((numel,), 99, dtype=dtype))):
+            for whole in (
+                torch.full((numel,), 99, dtype=dtype),
+                in_window(group, torch.full((numel,), 99, dtype=dtype)),
+            ):
                 assert commlab.allgather(whole, parts[group.rank], group=group) is whole
                 assert torch.equal(whole, torch.cat(parts)), (group.size, numel)
 
@@ -306,9 +309,7 @@ def test_handles_in_any_order(ranks: Ranks) -> None:
         numels = [1000, 1, LARGE, 0, 64, 5000]
         shared = in_window(group, numbers(group.rank, 5000, torch.float64))
         data = [shared if numel == 5000 else numbers(group.rank, numel, torch.float64) for numel in numels]
-        handles = [
-            commlab.allreduce_async(each, "sum", f"t{at}", group=group) for at, each in enumerate(data)
-        ]
+        handles = [commlab.allreduce_async(each, "sum", f"t{at}", group=group) for at, each in enumerate(data)]
         order = [3, 5, 0, 4, 1, 2] if group.rank % 2 else [4, 2, 3, 5, 0, 1]
         for at in order:
             assert torch.equal(handles[at].wait(), expected("sum", group.size, numels[at], torch.float64)), at
@@ -387,7 +388,9 @@ def test_what_the_loops_read_and_write_is_counted(ranks: Ranks) -> None:
             before = group.node_bytes_read, group.node_bytes_written
             commlab.allreduce(place(group, torch.ones(numel)), group=group)
             mine = group.node_bytes_read - before[0], group.node_bytes_written - before[1]
-            everyone = torch.tensor([json.loads(row) for row in group.gather_bytes(json.dumps(mine).encode(), "counts")])
+            everyone = torch.tensor(
+                [json.loads(row) for row in group.gather_bytes(json.dumps(mine).encode(), "counts")]
+            )
             # In place each rank reads its shard P times and writes it P times: over all ranks P times the tensor.
             assert everyone.sum(0).tolist() == [factor * group.size * size_bytes] * 2
 

@@ -1,0 +1,248 @@
+"""Precisions on 2, 3 and 4 ranks: 16 bits follow fp32's loss, and a step that overflows anywhere happens nowhere."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import training
+from conftest import Ranks
+from mpi_windows import close_all, window_group
+
+import commlab
+from commlab.chunks import split
+from commlab.collectives.group import Group
+from commlab.errors import DisagreementError
+from commlab.strategies.base import Strategy
+
+GROUPS = ((0, 1, 2, 3), (4, 5, 6), (6, 7))
+OURS = ("allreduce", "ps", "dps")
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+STEPS, SAMPLES, WIDTH = 20, 24, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_groups() -> Iterator[None]:
+    yield
+    close_all()
+
+
+def groups_of(ranks: Ranks) -> list[Group]:
+    """This rank's groups of 4, 3 and 2 ranks that share a window."""
+    made = [window_group(ranks, *members) for members in GROUPS]
+    return [group for group in made if group is not None]
+
+
+def learner() -> torch.nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return torch.nn.Sequential(
+            torch.nn.Linear(WIDTH, 32), torch.nn.LayerNorm(32), torch.nn.GELU(), torch.nn.Linear(32, 4)
+        )
+
+
+def lesson(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs, and targets that can be learned from them."""
+    inputs = torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(step))
+    return inputs, torch.stack([inputs[:, :3].sum(1), inputs[:, 3], inputs[:, 4] * 2, inputs[:, 5:7].mean(1)], 1)
+
+
+Tamper = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def taught(
+    strategy: str,
+    group: Group,
+    skip: int | None = None,
+    tamper: Tamper = lambda loss, step: loss,
+    scale: float = 2.0**10,
+    growth_interval: int = 2000,
+    optimizer: str = "AdamW",
+    **options: Any,
+) -> tuple[Strategy, list[float], list[bytes], list[bool]]:
+    """The engine, each step's loss over all ranks, the parameters' digests, and whether there was an update.
+
+    ``skip``: a step that is not taken at all, as if it had overflowed. ``tamper(loss, step)`` on this rank's loss.
+    """
+    model = learner()
+    made = getattr(torch.optim, optimizer)(model.parameters(), lr=0.02)
+    engine = commlab.strategy(strategy, model, made, group, **options)
+    loss_scale = engine.precision.loss_scale
+    if loss_scale is not None:
+        loss_scale.value, loss_scale.growth_interval = scale, growth_interval
+    losses, digests, updates = [], [], []
+    for step in range(STEPS):
+        inputs, targets = lesson(step)
+        own = split(SAMPLES, group.size)[group.rank]
+        with engine.autocast():
+            got = engine.model(inputs[own.start : own.stop])
+            loss = (got.float() - targets[own.start : own.stop]).square().sum()
+        losses.append(float(loss.detach()))
+        if step == skip:
+            assert loss_scale is not None
+            loss_scale.update(True)
+            updates.append(False)
+        else:
+            engine.backward(tamper(loss, step), own.numel, SAMPLES)
+            updates.append(engine.step())
+            engine.zero_grad()
+        digests.append(training.digest(model))
+    engine.close()
+    rows = group.gather_bytes(torch.tensor(losses).numpy().tobytes(), "losses")
+    total = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0) / SAMPLES
+    same = group.gather_bytes(b"".join(digests), "digests")
+    assert len(set(same)) == 1, "ranks have different parameters"
+    return engine, total.tolist(), digests, updates
+
+
+@pytest.mark.parametrize("strategy", [*OURS, "ddp"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("wire", ["as is", "the precision's"])
+def test_16_bits_follow_the_loss_of_fp32(ranks: Ranks, strategy: str, precision: str, wire: str) -> None:
+    if strategy == "ddp" and wire != "as is":
+        pytest.skip("torch's own sends gradients as they are")
+    options = {"wire": precision} if wire != "as is" else {}
+    for group in groups_of(ranks):
+        _, wanted, fp32, _ = taught(strategy, group, max_grad_norm=5.0)
+        engine, got, digests, updates = taught(
+            strategy, group, precision=precision, autocast="on", max_grad_norm=5.0, **options
+        )
+        assert engine.precision.casts and engine.precision.reason == "autocast on"
+        assert all(updates) and engine.skipped_steps == 0
+        assert wanted[-1] < wanted[0] / 3, "there was nothing to follow"
+        for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+            assert abs(mine - theirs) <= 0.02 * theirs, f"step {step}: {mine:.4f}, in fp32 {theirs:.4f}"
+        assert digests[0] != fp32[0], "nothing was computed in 16 bits"
+
+
+@pytest.mark.parametrize("strategy", [*OURS, "ddp"])
+@pytest.mark.parametrize("optimizer, clip", [("AdamW", None), ("SGD", 1.0)])
+@pytest.mark.parametrize("factor", [math.inf, math.nan, 1e38], ids=str)
+def test_an_inf_on_one_rank_skips_the_step_on_all(
+    ranks: Ranks, strategy: str, optimizer: str, clip: float | None, factor: float
+) -> None:
+    """Bit for bit what comes out when the step is left out; the scale halves, and grows again after 4 good steps."""
+    if strategy == "ddp" and (optimizer == "SGD" or factor == 1e38):
+        pytest.skip("one case of torch's own is enough")
+    for group in groups_of(ranks):
+        bad = 7
+        wires = (None,) if strategy == "ddp" else (None, "fp16")
+        for wire in wires:
+            options: dict[str, Any] = {
+                "precision": "fp16",
+                "autocast": "off",
+                "max_grad_norm": clip,
+                "optimizer": optimizer,
+                "wire": wire,
+                "scale": 16.0,
+                "growth_interval": 4,
+            }
+
+            def tamper(loss: torch.Tensor, step: int) -> torch.Tensor:
+                return loss * factor if step == bad and group.rank == group.size - 1 else loss  # noqa: B023
+
+            hurt, _, digests, updates = taught(strategy, group, tamper=tamper, **options)
+            flagged, _, wanted, _ = taught(strategy, group, skip=bad, **options)
+            assert updates == [step != bad for step in range(STEPS)]
+            assert hurt.skipped_steps == 1
+            assert digests == wanted, f"different from step {[a == b for a, b in zip(digests, wanted)].index(False)} on"
+            assert digests[bad] == digests[bad - 1]
+            assert hurt.precision.scale == flagged.precision.scale == 16.0 * 2 * 0.5 * 2 * 2 * 2
+
+
+@pytest.mark.parametrize("strategy", OURS)
+def test_a_scale_that_is_too_high_comes_down_by_itself(ranks: Ranks, strategy: str) -> None:
+    for group in groups_of(ranks):
+        engine, losses, digests, updates = taught(
+            strategy, group, precision="fp16", autocast="on", wire="fp16", scale=2.0**24
+        )
+        first = updates.index(True)
+        assert 2 <= first <= 16
+        assert len(set(digests[:first])) == 1, "a skipped step changed something"
+        assert engine.skipped_steps == updates.count(False)
+        assert losses[-1] < losses[0]
+        assert engine.precision.scale < 2.0**24
+
+
+WORST = (math.inf, -math.inf, math.nan, 65504.0, 65520.0, 1e6, 3e38, -3e38)
+NUMELS = (3, 40, 1, 700)
+
+
+@pytest.mark.parametrize("strategy", OURS)
+@pytest.mark.parametrize("wire", [None, "fp16", "bf16"])
+def test_any_gradients_are_judged_alike(ranks: Ranks, strategy: str, wire: str | None) -> None:
+    """60 steps in a row of gradients with the worst numbers anywhere on any rank. Drawn from one seed on all ranks."""
+    for group in groups_of(ranks):
+        draw = random.Random(11 + group.size)
+        model = torch.nn.ParameterList([torch.full((numel,), 2.0) for numel in NUMELS])
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        engine = commlab.strategy(
+            strategy,
+            model,
+            optimizer,
+            group,
+            precision="fp16",
+            autocast="off",
+            wire=wire,
+            bucket_bytes=170,
+            max_grad_norm=draw.choice((None, 1.0)),
+        )
+        loss_scale = engine.precision.loss_scale
+        assert loss_scale is not None
+        decisions, wanted = [], []
+        for step in range(60):
+            loss_scale.value = 2.0 ** draw.randrange(8)
+            everyone = torch.randn(group.size, sum(NUMELS), generator=torch.Generator().manual_seed(step))
+            for _ in range(draw.choice((0, 0, 1, 3))):
+                everyone[draw.randrange(group.size), draw.randrange(sum(NUMELS))] = draw.choice(WORST)
+            packed = everyone * loss_scale.value
+            packed = packed if wire is None else packed.to(HALVES[wire])
+            # The squares of what is beyond 2^63 do not fit fp32.
+            sound = packed.isfinite().all() and packed.float().abs().sum(0).max() < 2.0**60
+            wanted.append(bool(sound))
+            before = training.digest(model)
+            gradients = everyone[group.rank].split(NUMELS)
+            engine.backward(sum((p * gradient).sum() for p, gradient in zip(model, gradients, strict=True)))
+            decisions.append(engine.step())
+            engine.zero_grad()
+            assert (training.digest(model) != before) is decisions[-1]
+        assert decisions == wanted
+        assert 10 < decisions.count(True) < 50
+        assert engine.skipped_steps == decisions.count(False)
+        assert all(parameter.isfinite().all() for parameter in model)
+        everyones = group.gather_bytes(bytes(decisions) + training.digest(model), "decisions")
+        assert len(set(everyones)) == 1
+        engine.close()
+
+
+def test_all_ranks_decide_alike_on_autocast(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On where 16-bit products are faster on all ranks; one where they are slow switches it off for all."""
+    from commlab import precision
+
+    for group in groups_of(ranks):
+        for slow_rank, casts in ((None, True), (0, False), (group.size - 1, False)):
+            monkeypatch.setattr(precision, "_slowdown", lambda *_: 3.0 if group.rank == slow_rank else 0.5)  # noqa: B023
+            made = precision.Precision("bf16", "auto", torch.device("cpu"), group)
+            assert made.casts is casts
+            assert made.reason == (
+                f"16-bit products take {3 if group.rank == slow_rank else 0.5} times as long as fp32 ones here: "
+                f"autocast {'on' if casts else 'off'}"
+            )
+
+
+def test_ranks_of_different_precisions_are_told(ranks: Ranks) -> None:
+    for group in [ranks.world.subgroup([0, 1, 2])]:  # of its own: its ranks part ways in the middle of an operation
+        if group is not None:
+            model = learner()
+            with pytest.raises(DisagreementError, match="fast 16-bit products"):
+                commlab.strategy(
+                    "dps",
+                    model,
+                    torch.optim.SGD(model.parameters(), lr=0.1),
+                    group,
+                    precision="bf16" if group.rank else "fp32",
+                )
