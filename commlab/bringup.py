@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -69,6 +70,7 @@ def end_job(code: int = 1) -> None:
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
     if _abort is not None:
+        time.sleep(0.1)  # MPICH's launcher drops what was written in the moment before
         _abort(code)
 
 

@@ -5,7 +5,7 @@ buffer > bucket > chunk > segment: a bucket is cut into one chunk per rank, a ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -65,26 +65,3 @@ def segments(chunk: Range, segment_numel: int) -> list[Range]:
 def span(chunks: Sequence[Range], first: int, last: int) -> Range:
     """The range covered by the adjoining chunks ``first .. last - 1``."""
     return Range(chunks[first].start, chunks[last - 1].stop)
-
-
-def pieces(ranges: Sequence[Range], window: Range) -> Iterator[tuple[int, Range]]:
-    """Which of the adjoining, ascending ``ranges`` reach into ``window``, and with what part: ``(index, common
-    part)``."""
-    for index, candidate in enumerate(ranges):
-        common = candidate.intersect(window)
-        if common.numel:
-            yield index, common
-
-
-def group_by_bytes(sizes_bytes: Sequence[int], limit_bytes: int) -> list[list[int]]:
-    """Group neighbouring items so that a group holds at least one item and, unless that item alone is larger, at most
-    ``limit_bytes``; returns the indices of each group, in order."""
-    groups: list[list[int]] = []
-    filled_bytes = 0
-    for index, size_bytes in enumerate(sizes_bytes):
-        if not groups or filled_bytes + size_bytes > limit_bytes:
-            groups.append([])
-            filled_bytes = 0
-        groups[-1].append(index)
-        filled_bytes += size_bytes
-    return groups

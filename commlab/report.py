@@ -75,11 +75,15 @@ class Report:
         )
         if group.size > 1:
             self._say(
-                "window: shared by all ranks" if group.window is not None else f"no window: {group.window_reason}"
+                "window: shared by all ranks"
+                if group.window is not None
+                else "window: one on each node"
+                if group.node is not None
+                else f"no window: {group.window_reason}"
             )
         if engine.buckets is not None and group.size > 1:
             largest = max(bucket.numel for bucket in engine.buckets.buckets)
-            kind = "allreduce" if config.strategy == "allreduce" else "reduce_scatter"
+            kind = {"allreduce": "allreduce", "ps": "reduce"}.get(config.strategy, "reduce_scatter")
             wire = engine.buckets.buckets[0].dtype
             algorithm, reason = operations.pick(group, kind, config.algorithm, largest, wire)
             self._say(
@@ -206,7 +210,8 @@ class Report:
             part: 1e3 * getattr(totals, f"{part}_s") / steps
             for part in ("forward", "backward", "exchange", "update", "wall")
         }
-        hidden = " (its exchange hides in backward)" if self.engine.buckets is None and group.size > 1 else ""
+        engine_sends_itself = self.engine.buckets is None and group.size > 1
+        hidden = " (its exchange hides in backward)" if engine_sends_itself else ""
         rows = [
             ("strategy", f"{self.config.strategy}, {group.size} ranks"),
             ("speed", f"{totals.tokens / max(totals.wall_s, 1e-9):,.0f} tokens/s"),
@@ -216,7 +221,12 @@ class Report:
                 f"{ms['backward']:.1f} + exchange {ms['exchange']:.1f} + "
                 f"update {ms['update']:.1f} + rest{hidden}",
             ),
-            ("sent per rank", f"{min(sent) / 1e6:.1f} .. {max(sent) / 1e6:.1f} MB" if group.size > 1 else "nothing"),
+            ("sent per rank", "by torch or Horovod, not counted here")
+            if engine_sends_itself
+            else (
+                "sent per rank",
+                f"{min(sent) / 1e6:.1f} .. {max(sent) / 1e6:.1f} MB" if group.size > 1 else "nothing",
+            ),
             ("through the window", f"{max(moved) / 1e6:.1f} MB read and written by the busiest rank"),
             ("peak memory", f"{max(peaks) / 2**20:.0f} MiB on the largest rank, {sum(peaks) / 2**20:.0f} MiB in all"),
             ("loss", f"{self._first_loss:.4f} -> {self._last_loss:.4f} nats per token"),
@@ -225,7 +235,7 @@ class Report:
             ("model", f"{self.config.output} (transformers.GPT2LMHeadModel.from_pretrained opens it)"),
             ("time", f"{time.perf_counter() - self._started_s:.1f} s in all"),
         ]
-        if group.window is None:
+        if not any(moved):
             rows = [row for row in rows if row[0] != "through the window"]
         if self.engine.precision.loss_scale is None:
             rows = [row for row in rows if row[0] != "skipped steps"]

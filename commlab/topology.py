@@ -78,6 +78,19 @@ def node_key() -> str:
     return f"{socket.gethostname()} {boot_id.read_text().strip() if boot_id.exists() else ''}"
 
 
+def cores_of_node(keys: Sequence[str], nodes: Sequence[Sequence[int]], rank: int) -> int:
+    """Cores that the ranks of ``rank``'s node may use together: a launcher may have bound each of them to some only.
+    ``keys``: every rank's :func:`bound_cores`."""
+    node = next(node for node in nodes if rank in node)
+    return len({core for peer in node for core in keys[peer].split(",")})
+
+
+def bound_cores() -> str:
+    """The cores this process may run on, as text."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return ",".join(map(str, sorted(cores)))
+
+
 def usable_cores() -> int:
     """Cores this process may run on: the affinity mask where there is one."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from . import bringup, trace
-from .config import Config
+from .config import ADAMW_BETAS, Config
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from .data import Blocks
 
 T = TypeVar("T")
+
+
+class AgreedError(UsageError):
+    """A UsageError that every rank has raised."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,9 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return train(config, started_s)
-    except UsageError as error:
+    except AgreedError as error:
         if launch.rank == 0:
             print(f"commlab: {error}", file=sys.stderr)
+        return 2
+    except UsageError as error:
+        # Perhaps on this rank alone: the others may wait for it already.
+        print(f"commlab: [rank {launch.rank} of {launch.size}] {error}", file=sys.stderr)
+        bringup.end_job(2)
         return 2
 
 
@@ -89,7 +99,9 @@ def train(config: Config, started_s: float) -> int:
         ),
     )
     torch.manual_seed(config.seed * 1_000_003 + group.rank)  # dropout differs between ranks, weights do not
-    optimizer = torch.optim.AdamW(decay_groups(bare_model, config.weight_decay), lr=config.lr, fused=True)
+    optimizer = torch.optim.AdamW(
+        decay_groups(bare_model, config.weight_decay), lr=config.lr, betas=ADAMW_BETAS, fused=True
+    )
     engine = strategy(
         config.strategy,
         bare_model,
@@ -117,16 +129,13 @@ def train(config: Config, started_s: float) -> int:
         losses = torch.zeros((), dtype=torch.float64)
         for index, micro_batch in enumerate(batch.micro_batches):
             input_ids, labels, _ = blocks.batch(micro_batch)
-            with report.phase("forward"), engine.autocast():
-                loss, count = loss_sum(model, input_ids, labels)
-            losses += loss.detach().double()
             last = index == len(batch.micro_batches) - 1
-            with report.phase("backward"):
-                if last:
+            with nullcontext() if last else engine.no_sync():
+                with report.phase("forward"), engine.autocast():
+                    loss, count = loss_sum(model, input_ids, labels)
+                losses += loss.detach().double()
+                with report.phase("backward"):
                     engine.backward(loss, count, total)
-                else:
-                    with engine.no_sync():
-                        engine.backward(loss, count, total)
         with report.phase("step"):
             updated = engine.step()
             engine.zero_grad()
@@ -149,7 +158,8 @@ def train(config: Config, started_s: float) -> int:
 
 
 def together(group: Group, build: Callable[[], T]) -> T:
-    """``build()`` on every rank; where it raises UsageError on any, all ranks raise it, with the ranks' numbers."""
+    """``build()`` on every rank; where it raises UsageError on any, all ranks raise "
+    "AgreedError, with the ranks' numbers."""
     result: T | None = None
     message = b""
     try:
@@ -161,7 +171,7 @@ def together(group: Group, build: Callable[[], T]) -> T:
         texts = sorted({text.decode() for text in messages if text})
         ranks = [rank for rank, text in enumerate(messages) if text]
         where = "" if len(ranks) == group.size else f" (on ranks {', '.join(map(str, ranks))} of {group.size})"
-        raise UsageError("; ".join(texts) + where)
+        raise AgreedError("; ".join(texts) + where)
     return result  # type: ignore[return-value]
 
 

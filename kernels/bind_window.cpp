@@ -97,12 +97,6 @@ void register_window(nb::module_& m) {
                if (self.slot(rank).record != self.slot(0).record) return false;
              return true;
            })
-      .def("records",
-           [](const NodeSync& self) {
-             std::vector<std::uint64_t> records;
-             for (std::size_t rank = 0; rank < self.size(); ++rank) records.push_back(self.slot(rank).record);
-             return records;
-           })
       .def("places",
            [](const NodeSync& self) {
              std::vector<std::pair<std::uint64_t, std::uint64_t>> places;
@@ -127,10 +121,7 @@ void register_window(nb::module_& m) {
              void* to = reinterpret_cast<void*>(dst);
              gather_reduce(&to, 1, dtype_of(dtype), from.data(), from.size(), dtype_of(dtype), numel, op_of(op),
                            divisor);
-           })
-      .def("copy_inline", [](const NodeSync& self, Address dst, std::size_t rank, std::size_t bytes) {
-        std::memcpy(reinterpret_cast<void*>(dst), self.inline_data(rank), bytes);
-      });
+           });
 
   nb::class_<Piped>(m, "Piped")
       .def(

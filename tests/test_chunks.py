@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commlab.chunks import EMPTY, Range, group_by_bytes, pieces, segments, span, split, whole_at
+from commlab.chunks import EMPTY, Range, segments, span, split, whole_at
 
 small = st.integers(0, 300)
 
@@ -57,17 +57,11 @@ def test_segments(start: int, numel: int, segment_numel: int) -> None:
 
 
 @given(numel=small, parts=st.integers(1, 20), data=st.data())
-def test_span_and_pieces(numel: int, parts: int, data: st.DataObject) -> None:
+def test_span(numel: int, parts: int, data: st.DataObject) -> None:
     chunks = split(numel, parts)
     first = data.draw(st.integers(0, parts - 1))
     last = data.draw(st.integers(first + 1, parts))
     assert covers(chunks[first:last], span(chunks, first, last))
-
-    start = data.draw(st.integers(0, numel))
-    window = Range(start, data.draw(st.integers(start, numel)))
-    found = list(pieces(chunks, window))
-    assert covers([part for _, part in found], window) or (not found and not window.numel)
-    assert all(part == chunks[index].intersect(window) and part.numel for index, part in found)
 
 
 @given(first=st.tuples(small, small), second=st.tuples(small, small))
@@ -78,17 +72,6 @@ def test_ranges_are_sets(first: tuple[int, int], second: tuple[int, int]) -> Non
     assert one.intersect(other).numel == len(common)
     if one.numel and other.numel:
         assert one.overlaps(other) == other.overlaps(one) == bool(common)
-
-
-@given(sizes=st.lists(st.integers(0, 100)), limit=st.integers(1, 150))
-def test_group_by_bytes(sizes: list[int], limit: int) -> None:
-    groups = group_by_bytes(sizes, limit)
-    assert [index for group in groups for index in group] == list(range(len(sizes)))
-    for group, following in zip(groups, [*groups[1:], *[None][: len(groups)]], strict=True):
-        filled = sum(sizes[index] for index in group)
-        assert filled <= limit or len(group) == 1
-        if following is not None:
-            assert filled + sizes[following[0]] > limit, "the next item would still have fitted"
 
 
 @pytest.mark.parametrize("empty", [Range(5, 5), EMPTY])

@@ -1,4 +1,5 @@
-"""The loop that reduces out of many memories at once, against torch in rank order: bit for bit, everywhere, in place."""
+"""The loop that reduces out of many memories at once, against torch in rank order: bit for "
+"bit, everywhere, in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How the ranks of a node wait for each other: real processes over shared memory, the counters' ends, sleep and death."""
+"""How the ranks of a node wait for each other: real processes over shared memory, the "
+"counters' ends, sleep and death."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ TOKEN = b"0123456789abcdef"
 
 
 class Node:
-    """Ranks whose pages lie in anonymous shared memory, at the same addresses in all processes that are forked later."""
+    """Ranks whose pages lie in anonymous shared memory, at the same addresses in all processes "
+    "that are forked later."""
 
     def __init__(self, size: int, arrived: int = 0):
         self.size = size
@@ -234,14 +236,10 @@ def test_what_ranks_publish(node: Any) -> None:
         for sync in syncs:
             assert sync.wait(0.0) == -1
             assert sync.agreed() is (turn != 4)
-            assert sync.records() == ([turn] * 3 if turn != 4 else [0, 1, 2])
             assert sync.places() == [(7 * rank, turn + rank) for rank in range(3)]
             total = torch.zeros(turn * 8, dtype=torch.int64)
             sync.reduce_inline(total.data_ptr(), total.numel(), 5, 0, 1.0)
             assert torch.equal(total, payloads[0] + payloads[1] + payloads[2])
-            copy = torch.zeros(turn * 8, dtype=torch.int64)
-            sync.copy_inline(copy.data_ptr(), 2, copy.numel() * 8)
-            assert torch.equal(copy, payloads[2])
     full = torch.ones(module.built.INLINE_BYTES + 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match="too much inline data"):
         syncs[0].publish(0, 0, 0, full.data_ptr(), full.numel())

@@ -103,7 +103,7 @@ class _Receive:
 class Execution:
     """One schedule under way on one rank; :meth:`run` is driven request by request.
 
-    ``bytes_sent`` and ``messages_sent`` count what has left this rank; ``position`` says where it stands, for messages.
+    ``bytes_sent`` and ``messages_sent`` count what has left this rank.
     """
 
     def __init__(
@@ -112,16 +112,14 @@ class Execution:
         self.schedule, self.operand, self.transport = schedule, operand, transport
         self.segment_numel = max(1, (segment_bytes or SEGMENT_BYTES) // operand.itemsize)
         self.bytes_sent = self.messages_sent = 0
-        self.position = "before its first step"
         self._receives: deque[_Receive] = deque()
         self._sends: deque[tuple[Range, Request]] = deque()
         self._scratch: list[torch.Tensor] = []
         self._slots = 0
 
     def run(self) -> Pending:
-        for index, item in enumerate(self.schedule):
+        for item in self.schedule:
             if isinstance(item, Step):
-                self.position = f"step {index}"
                 yield from self._step(item)
             elif isinstance(item, Finish):
                 yield from self._finish(item.chunk)

@@ -63,15 +63,26 @@ class Group:
     ``timeout_s``: how long a peer may be silent before an operation fails.
     """
 
-    def __init__(self, transport: Transport, topology: Topology, timeout_s: float = 300.0, check: bool = True):
+    def __init__(
+        self,
+        transport: Transport,
+        topology: Topology,
+        timeout_s: float = 300.0,
+        check: bool = True,
+        cores: int | None = None,
+    ):
         assert topology.size == transport.size
         self.transport, self.topology, self.timeout_s, self.check = transport, topology, timeout_s, check
         self.rank, self.size = transport.rank, transport.size
         self.nodes = topology.nodes
         self.local_rank = topology.local_rank(self.rank)
         self.local_size = len(topology.node_of(self.rank))
-        free_core = usable_cores() > self.local_size and self.size > 1
-        self.progress = Progress(self.rank, self.local_size, timeout_s, threaded=free_core and transport.threads)
+        self.cores = usable_cores() if cores is None else cores
+        """Cores that the ranks of this node share."""
+        free_core = self.cores > self.local_size and usable_cores() > 1 and self.size > 1
+        self.progress = Progress(
+            self.rank, self.cores < self.local_size, timeout_s, threaded=free_core and transport.threads
+        )
         self.progress_mode = (
             "a thread of its own"
             if self.progress.threaded
@@ -221,7 +232,9 @@ class Group:
         self.submit(Signature("subgroup", detail=f"ranks {', '.join(map(str, ranks))}")).wait()
         transport = self.transport.split(ranks)
         return (
-            None if transport is None else Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.check)
+            None
+            if transport is None
+            else Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.check, self.cores)
         )
 
     def close(self) -> None:

@@ -83,6 +83,7 @@ def allreduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pend
     node.window.sync.publish(0, *Attachment(*place))
     yield from window.wait(node)
     yield from window.gather_chunks(node, shared, chunks)
+    group.node_bytes_read, group.node_bytes_written = node.node_bytes_read, node.node_bytes_written
     if shared is not flat:
         flat.copy_(shared)
         node.window.free(shared)

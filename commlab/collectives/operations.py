@@ -15,6 +15,7 @@ import torch
 from .. import native
 from ..chunks import Range, split, whole_at
 from ..errors import UsageError
+from ..gradients.wire import WIRES
 from ..native.arithmetic import DTYPES
 from . import ALGORITHMS, hierarchical, schedules, window
 from .execute import Execution, Operand, Pending
@@ -25,7 +26,6 @@ from .signature import Signature
 from .world import resolve
 
 OPS = ("sum", "mean", "min", "max", "prod")
-WIRES: dict[str | None, torch.dtype | None] = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
 _HALVES = (torch.float16, torch.bfloat16)
 
 

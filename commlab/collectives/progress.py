@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..errors import PeerTimeoutError
-from ..topology import usable_cores
 from .handle import Handle
 
 log = logging.getLogger("commlab")
@@ -26,17 +25,17 @@ WARN_AFTER_S = 10.0
 
 
 class Progress:
-    """The queue of one group. ``rank`` is for messages: the group's own, like the peers that they name."""
+    """The queue of one group. ``rank`` is for messages: the group's own, like the peers that they name.
+    ``crowded``: ranks share cores."""
 
-    def __init__(self, rank: int, local_size: int, timeout_s: float, threaded: bool):
+    def __init__(self, rank: int, crowded: bool, timeout_s: float, threaded: bool):
         self.rank, self.timeout_s = rank, timeout_s
         self._queue: deque[Handle] = deque()
         self._lock = threading.Lock()
         self._waiting = False
         # Spinning is the fastest way to wait, on a core of one's own; where ranks share cores it steals from the peer
         # that is waited for.
-        self.spin_s = 2e-3 if usable_cores() >= local_size else 20e-6
-        self.crowded = usable_cores() < local_size
+        self.crowded, self.spin_s = crowded, 20e-6 if crowded else 2e-3
         self._work = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None

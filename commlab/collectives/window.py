@@ -25,7 +25,8 @@ from .execute import Pending
 from .group import Group
 from .step import NodeStep
 
-INLINE_BYTES = 4096
+INLINE_BYTES: int = 0 if built is None else getattr(built, "INLINE_BYTES", 0)
+"""What fits in a control page."""
 
 SHARED_BLOCK_BYTES = STAGING_BYTES // 4
 """A rank's block of an ordinary tensor: two going in and two coming out make its staging area."""
@@ -72,8 +73,10 @@ def _piped(
     divisor: float,
     moves: str,
     chunks: Sequence[Range],
+    wide: torch.Tensor | None = None,
 ) -> Pending:
-    """Run ordinary memory through the staging areas. ``moves``: ``"reduce"``, ``"gather"`` or both."""
+    """Run ordinary memory through the staging areas. ``moves``: ``"reduce"``, ``"gather"`` or both. ``wide``: where a
+    reduction alone leaves its fp32 sums of 16-bit numbers, which are exact there; else in ``data``."""
     assert built is not None
     piped = built.Piped(
         window.sync,
@@ -87,9 +90,13 @@ def _piped(
         "reduce" in moves,
         "gather" in moves,
         [tuple(chunk) for chunk in chunks],
+        0 if wide is None else wide.data_ptr(),
     )
-    rest = _PipedWait(group, window, piped)
+    turn = -1
     while piped.run(0.0) >= 0:
+        if piped.turn != turn:
+            # Another request, so that whoever waits knows that peers are not silent, however long all of it takes.
+            rest, turn = _PipedWait(group, window, piped), piped.turn
         yield rest
 
 
@@ -140,7 +147,7 @@ def allreduce(group: Group, flat: torch.Tensor, wire: torch.dtype, op: str, divi
             group.account(NodeStep("allreduce in place", own_bytes * group.size, own_bytes * group.size))
         else:
             yield from _piped(group, window, flat, wire, op, divisor, "reduce gather", chunks)
-            group.account(NodeStep("allreduce through blocks", 3 * size_bytes, 3 * size_bytes))
+            group.account(NodeStep("allreduce through blocks", 3 * size_bytes, 2 * size_bytes + own_bytes))
 
 
 def reduce_chunks(
@@ -161,11 +168,9 @@ def reduce_chunks(
             yield from _arrive(group, window)
             group.account(NodeStep("reduce", read_bytes, own.numel * target.element_size()))
             return
-        yield from _piped(group, window, flat, flat.dtype, op, divisor, "reduce", chunks)
+        yield from _piped(group, window, flat, flat.dtype, op, divisor, "reduce", chunks, wide)
         size_bytes = flat.numel() * flat.element_size()
         group.account(NodeStep("reduce through blocks", size_bytes + read_bytes, size_bytes + read_bytes // group.size))
-    if wide is not None:
-        wide.copy_(flat[own.start : own.stop])
 
 
 def gather_chunks(group: Group, flat: torch.Tensor, chunks: Sequence[Range]) -> Pending:

@@ -50,8 +50,10 @@ def init(
         arguments = f"node keys, for init(nodes={nodes!r}, check={check}, window={window!r})"
         keys = [key.decode() for key in group.gather_bytes(topology.node_key().encode(), arguments)]
         found = topology.from_keys(keys) if nodes is None else topology.declared(nodes, connected.size)
+        bound = [cores.decode() for cores in group.gather_bytes(topology.bound_cores().encode(), "cores")]
         group.progress.close()
-        group = Group(connected, found, timeout_s, check)
+        cores = topology.cores_of_node(bound, found.nodes, connected.rank)
+        group = Group(connected, found, timeout_s, check, cores)
         if window != "off":
             group.open_window() if len(found.nodes) == 1 else open_nodes(group)
         if window == "on" and group.window is None and group.node is None:

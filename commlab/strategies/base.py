@@ -19,7 +19,7 @@ from ..collectives import ALGORITHMS, operations
 from ..collectives.execute import byte_view
 from ..collectives.group import Group
 from ..collectives.handle import Handle
-from ..errors import UsageError
+from ..errors import CommlabError, UsageError
 from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan
 from ..gradients.wire import WIRES
 from ..native.arithmetic import DTYPES
@@ -199,7 +199,7 @@ class Strategy:
             self.buckets.syncing = self._syncing
         if self.precision.loss_scale is not None and not self._share:
             # A sum over thousands of tokens would leave no room for the scale: it becomes about a mean before backward.
-            self._share = max(1.0, total / self.group.size if total is not None else float(count or 1))
+            self._share = max(1.0, total / self.group.size if total is not None else 1.0)
         scale = self.precision.scale / (self._share or 1.0)
         self._run_backward(loss if loss is None or scale == 1.0 else loss * scale)
         if self.buckets is not None and self._syncing:
@@ -236,6 +236,12 @@ class Strategy:
         with trace.span("update"):
             scale, loss_scale = self.precision.scale, self.precision.loss_scale
             updates = loss_scale is None or agreement.finite
+            if loss_scale is None and not agreement.finite and self.options.wire is not None:
+                raise CommlabError(
+                    f"rank {self.group.rank}: in step {self.steps} the gradient of some rank is not finite on wire "
+                    f"{self.options.wire} (an overflow, inf or NaN); nothing was updated. Use precision fp16, which "
+                    "scales the loss and skips such steps, or wire bf16 or none"
+                )
             clip = 1.0
             if self.options.max_grad_norm is not None:
                 self.grad_norm = agreement.squares**0.5 / scale

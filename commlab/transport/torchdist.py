@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,8 +35,8 @@ class TorchRequest:
         self._under_way.release()
 
     def block(self, timeout_s: float) -> None:
-        """Wait until it is done, or for ``timeout_s``, without the GIL: who looks again and again keeps the GIL from the
-        thread that would finish the request, for 5 ms a message."""
+        """Wait until it is done, or for ``timeout_s``, without the GIL: who looks again and again keeps the GIL from
+        the thread that would finish the request, for 5 ms a message."""
         if self._under_way.acquire(timeout=timeout_s):
             self._under_way.release()
 
@@ -51,8 +51,9 @@ class TorchRequest:
 
 class TorchExchange(Exchange):
     def block(self, timeout_s: float) -> None:
+        """Wait for the oldest message each way."""
         for _, request in (*self._receives[:1], *self._sends[:1]):
-            request.block(timeout_s)
+            cast(TorchRequest, request).block(timeout_s)
 
 
 class _Waiter:

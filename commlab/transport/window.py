@@ -9,12 +9,14 @@ they touch a byte, because in another PID namespace the same path can be a stran
 from __future__ import annotations
 
 import bisect
+import contextlib
 import mmap
 import os
 import secrets
 import struct
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +54,25 @@ class _Mapping:
         self.address, self.size_bytes = self.bytes.data_ptr(), size_bytes
 
 
+def _available_bytes() -> int:
+    """Memory that can be had without pushing anybody out, as the kernel and this process's cgroup say."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        used, most = (int(Path(f"/sys/fs/cgroup/memory.{what}").read_text()) for what in ("current", "max"))
+        limits.append(most - used)
+    return min(limits, default=2**63)
+
+
 def _memfd(name: str, size_bytes: int) -> int:
+    # The kernel would rather kill a process, anybody's, than refuse.
+    available = _available_bytes()
+    if size_bytes > available:
+        raise Unavailable(
+            f"no {size_bytes / 2**20:.0f} MiB of shared memory for {name}: {available / 2**20:.0f} MiB are left"
+        )
     fd = os.memfd_create(f"commlab {name}", os.MFD_CLOEXEC)
     try:
         # Truncating alone would promise memory; the first touch of a page that is not there is a SIGBUS.

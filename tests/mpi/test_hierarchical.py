@@ -43,7 +43,8 @@ _made: dict[tuple[Group, str], Group | None] = {}
 
 
 def declared(ranks: Ranks, members: tuple[int, ...], nodes: str) -> Group | None:
-    """A group of these ranks on nodes that are declared, as ``commlab.init(nodes=...)`` makes it. Collective over all."""
+    """A group of these ranks on nodes that are declared, as ``commlab.init(nodes=...)`` makes "
+    "it. Collective over all."""
     part = ranks.world.subgroup(members)
     if part is None:
         return None

@@ -149,7 +149,9 @@ def test_an_inf_on_one_rank_skips_the_step_on_all(
             flagged, _, wanted, _ = taught(strategy, group, skip=bad, **options)
             assert updates == [step != bad for step in range(STEPS)]
             assert hurt.skipped_steps == 1
-            assert digests == wanted, f"different from step {[a == b for a, b in zip(digests, wanted)].index(False)} on"
+            assert digests == wanted, (
+                f"different from step {[a == b for a, b in zip(digests, wanted, strict=True)].index(False)} on"
+            )
             assert digests[bad] == digests[bad - 1]
             assert hurt.precision.scale == flagged.precision.scale == 16.0 * 2 * 0.5 * 2 * 2 * 2
 

@@ -1,4 +1,5 @@
-"""What is particular to strategies in the window: ONE copy of the parameters, who may write it and when, and what is left."""
+"""What is particular to strategies in the window: ONE copy of the parameters, who may write it "
+"and when, and what is left."""
 
 from __future__ import annotations
 
@@ -200,7 +201,7 @@ def test_ways_to_move_a_parameter(ranks: Ranks, strategy: str) -> None:
             run = build(strategy, group, Recipe())
             training.backward(run.engine, run.recipe, 0)
             move(run.model)
-            with pytest.raises(UsageError, match="was given other memory after commlab.strategy"):
+            with pytest.raises(UsageError, match=r"was given other memory after commlab\.strategy"):
                 run.engine.step()
             run.engine.close()
 
