@@ -114,14 +114,13 @@ void register_window(nb::module_& m) {
              const SegmentEntry& entry = self.page(rank).segments[segment];
              return std::make_tuple(entry.fd, entry.bytes);
            })
-      .def("reduce_inline",
-           [](const NodeSync& self, Address dst, std::size_t numel, int dtype, int op, double divisor) {
-             std::vector<const void*> from;
-             for (std::size_t rank = 0; rank < self.size(); ++rank) from.push_back(self.inline_data(rank));
-             void* to = reinterpret_cast<void*>(dst);
-             gather_reduce(&to, 1, dtype_of(dtype), from.data(), from.size(), dtype_of(dtype), numel, op_of(op),
-                           divisor);
-           });
+      .def("reduce_inline", [](const NodeSync& self, Address dst, std::size_t numel, int dtype, int op,
+                               double divisor) {
+        std::vector<const void*> from;
+        for (std::size_t rank = 0; rank < self.size(); ++rank) from.push_back(self.inline_data(rank));
+        void* to = reinterpret_cast<void*>(dst);
+        gather_reduce(&to, 1, dtype_of(dtype), from.data(), from.size(), dtype_of(dtype), numel, op_of(op), divisor);
+      });
 
   nb::class_<Piped>(m, "Piped")
       .def(
@@ -129,15 +128,9 @@ void register_window(nb::module_& m) {
           [](Piped* self, NodeSync& sync, const std::vector<Address>& staging, std::size_t block_bytes, Address data,
              int dtype, int wire, int op, double divisor, bool reduce, bool gather,
              const std::vector<std::pair<std::size_t, std::size_t>>& chunks, Address wide) {
-            PipedWork work{reinterpret_cast<void*>(data),
-                           dtype_of(dtype),
-                           dtype_of(wire),
-                           op_of(op),
-                           divisor,
-                           reduce,
-                           gather,
-                           {},
-                           reinterpret_cast<float*>(wide)};
+            PipedWork work{
+                reinterpret_cast<void*>(data), dtype_of(dtype), dtype_of(wire), op_of(op), divisor, reduce, gather, {},
+                reinterpret_cast<float*>(wide)};
             for (const auto& [start, stop] : chunks) work.chunks.push_back({start, stop});
             std::vector<char*> areas;
             for (Address area : staging) areas.push_back(reinterpret_cast<char*>(area));

@@ -15,8 +15,8 @@ done."""
 
 
 class Request(Protocol):
-    """A message, or a set of them, on its way. It may also have ``block(timeout_s)``, where it knows a better way to wait
-    than to be asked again and again."""
+    """A message, or a set of them, on its way. It may also have ``block(timeout_s)``, where it knows a better way to
+    wait than to be asked again and again."""
 
     def test(self) -> bool:
         """True once the message has arrived (receive) or its memory may be written again (send), and from then on.

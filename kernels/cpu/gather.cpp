@@ -64,7 +64,8 @@ void gather_reduce(void* const* dst, std::size_t destinations, DType dst_dtype, 
     throw std::invalid_argument("gather_reduce takes 1 to 512 sources and up to 512 destinations");
   if (dst_dtype != dtype && !(is_16bit(dtype) && dst_dtype == DType::kFloat32))
     throw std::invalid_argument("gather_reduce writes the sources' dtype, or fp32 where they have 16 bits");
-  if (divisor != 1 && !is_float(dtype)) throw std::invalid_argument("gather_reduce divides floating-point numbers only");
+  if (divisor != 1 && !is_float(dtype))
+    throw std::invalid_argument("gather_reduce divides floating-point numbers only");
   bool streaming = numel * dtype_bytes(dtype) * destinations >= kStreamFromBytes;
   for (std::size_t d = 0; d < destinations; ++d)
     streaming = streaming && reinterpret_cast<std::uintptr_t>(dst[d]) % 64 == 0;
