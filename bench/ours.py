@@ -10,9 +10,9 @@ import torch
 
 import commlab
 from commlab.collectives import ALGORITHMS
-from commlab.collectives.operations import WIRES
 from commlab.collectives.select import Case as Choice
 from commlab.collectives.select import choose
+from commlab.gradients.wire import WIRES
 
 from .cases import Case
 from .harness import Block, Contestant, missing

@@ -93,7 +93,7 @@ def test_where_tensors_lie() -> None:
 def test_memory_is_reused() -> None:
     first, second = pair()
     places = []
-    for turn in range(40):
+    for turn in range(10):
         for size_bytes in (1000, 6 * 2**20, 12 * 2**20):
             memory, place = first.allocate(size_bytes)
             assert not memory.any(), "memory that was used before is zeroed again"
@@ -212,6 +212,18 @@ def test_missing_memory_is_an_error_and_no_sigbus(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(Unavailable, match="for control page"):
             Window(0, 2, 0.0)
         assert descriptors() == before
+
+    def none_left(name: str, flags: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "memfd_create", none_left)
+        with pytest.raises(Unavailable, match="no 0 MiB of shared memory for control page: Too many open files"):
+            Window(0, 2, 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(window_module, "_available_bytes", lambda: 8 * 2**20)
+        with pytest.raises(Unavailable, match="no 9 MiB of shared memory for segment 1: 8 MiB are left"):
+            first.allocate(9 * 2**20)
     assert first.allocate(9 * 2**20)[0].numel() == 9 * 2**20, "and it can be had later"
     closed(first, second)
 

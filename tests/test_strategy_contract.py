@@ -145,6 +145,42 @@ def test_an_exception_inside_no_sync_does_not_leave_it_on(strategy: str) -> None
     engine.step()
 
 
+class Fails(torch.autograd.Function):
+    """Backward ends in an exception, as one out of memory does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("as if")
+
+
+@pytest.mark.parametrize("strategy", CONTRACT)
+def test_a_backward_that_failed_can_be_dropped(strategy: str) -> None:
+    def build() -> tuple[Strategy, torch.nn.Sequential]:
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.arange(parameter.numel()).sin().view(parameter.shape))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return commlab.strategy(strategy, model, optimizer, alone(), bucket_bytes=1), model
+
+    engine, model = build()
+    twin_engine, twin = build()
+    with pytest.raises(MemoryError):
+        # The last layer's gradients are on their way when the first layer's fail.
+        engine.backward(model[1](Fails.apply(model[0](torch.ones(4, 3)))).square().sum(), 4)
+    with pytest.raises(UsageError, match="without a backward"):
+        engine.step()
+    engine.zero_grad()
+    for each, net in ((engine, model), (twin_engine, twin)):
+        each.backward(loss_of(net), 4)
+        each.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     "strategy, options, message",
     [

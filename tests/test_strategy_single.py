@@ -14,14 +14,16 @@ from commlab.strategies import STRATEGIES
 from commlab.strategies.base import Strategy, norm_squared
 
 OURS = ("allreduce", "ps", "dps")
-RECIPES = (
-    Recipe(),
-    Recipe(accumulation=3, max_grad_norm=0.5),
-    Recipe(total_known=False, max_grad_norm=1e6),
-    Recipe(samples=EVEN, counted=False, accumulation=2),
-    Recipe(dtype=torch.float64, max_grad_norm=0.5),
-    Recipe(optimizer="Adagrad"),
-)
+RECIPES = {
+    "plain": Recipe(),
+    "clipped, accumulated": Recipe(accumulation=3, max_grad_norm=0.5),
+    "counts summed": Recipe(total_known=False, max_grad_norm=1e6),
+    "no counts": Recipe(samples=EVEN, counted=False, accumulation=2),
+    "fp64": Recipe(dtype=torch.float64, max_grad_norm=0.5),
+    "Adagrad": Recipe(optimizer="Adagrad"),
+}
+
+recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 
 
 def by_hand(recipe: Recipe) -> tuple[Net, list[float]]:
@@ -42,7 +44,7 @@ def by_hand(recipe: Recipe) -> tuple[Net, list[float]]:
     return model, norms
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@recipes
 def test_single_is_what_torch_does(recipe: Recipe) -> None:
     model, norms = by_hand(recipe)
     run = reference(recipe)
@@ -62,7 +64,7 @@ def test_single_is_what_torch_does(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("strategy", OURS)
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@recipes
 def test_one_rank_trains_like_single(strategy: str, recipe: Recipe) -> None:
     for bucket_bytes in (1, 300, 10**9):
         assert_same(train(strategy, alone(), recipe, bucket_bytes=bucket_bytes), reference(recipe), 1e-6)

@@ -68,15 +68,17 @@ def allreduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pend
     # The nodes' own exchange: it publishes the places, and nobody reads before everybody's data are there.
     node.window.sync.publish(0, *Attachment(*place))
     yield from window.wait(node)
-    yield from window.reduce_chunks(node, shared, chunks, op, divisor, None)
-
     shard = shared[own.start : own.stop]
-    shard_bytes, halves = shard.numel() * shard.element_size(), shard.element_size() == 2
+    halves = shard.element_size() == 2
+    # 16-bit sums are divided before they are rounded to travel, which keeps them in range; others once, at the end.
+    yield from window.reduce_chunks(node, shared, chunks, op, divisor if halves else 1, None)
+
+    shard_bytes = shard.numel() * shard.element_size()
     case = Case("allreduce", across.size, shard_bytes, halves, group.transport.name, nodes=across.size)
     algorithm = ALGORITHMS[choose("auto", case, tuple(ALGORITHMS))[0]]
     owners = algorithm.owners(shard.numel(), across.size)
     meets_at_owner = halves and algorithm is ALGORITHMS["direct"]
-    operand = Operand(shard, op, own=owners[across.rank] if meets_at_owner else None)
+    operand = Operand(shard, op, 1 if halves else divisor, own=owners[across.rank] if meets_at_owner else None)
     schedule = schedules.allreduce(algorithm, across.rank, across.size, shard.numel())
     yield from group.execute(Execution(schedule, operand, across.transport))
 

@@ -190,11 +190,9 @@ class Strategy:
         self._counted = count is not None
         self._count += count or 0
         self._total = total
-        if self._syncing:
-            if self._counted and total is None:
-                counted = torch.tensor([self._count], dtype=torch.int64)
-                self._global_count = operations.allreduce_async(counted, "sum", "token count", group=self.group)
-            self._backward_done = True
+        if self._syncing and self._counted and total is None:
+            counted = torch.tensor([self._count], dtype=torch.int64)
+            self._global_count = operations.allreduce_async(counted, "sum", "token count", group=self.group)
         if self.buckets is not None:
             self.buckets.syncing = self._syncing
         if self.precision.loss_scale is not None and not self._share:
@@ -205,6 +203,8 @@ class Strategy:
         if self.buckets is not None and self._syncing:
             self.buckets.flush()
             self.times.exchange_s += self.buckets.launch_s
+        # Last: a backward pass that ended in an exception can be dropped, by zero_grad().
+        self._backward_done = self._syncing
 
     def _run_backward(self, loss: torch.Tensor | None) -> None:
         if loss is not None:
@@ -264,13 +264,15 @@ class Strategy:
         return updates
 
     def zero_grad(self) -> None:
-        """Drop all gradients, so that the next backward starts anew; what was accumulated inside :meth:`no_sync`
-        too."""
+        """Drop all gradients, so that the next backward starts anew; what was accumulated inside :meth:`no_sync`, and
+        what a backward pass has left that ended in an exception on all ranks, too."""
         if self._backward_done:
             raise UsageError(
                 "zero_grad() between backward() and step(): the gradients are on their way "
                 "already; call it after step()"
             )
+        for _, handle in self._launched:
+            handle.wait()
         for parameter in self.parameters:
             parameter.tensor.grad = None
         self._begin_step()

@@ -52,8 +52,10 @@ class _Calls(torch.nn.Module):
     def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model = model
+        self.called = False
 
     def forward(self, call: Callable[[torch.nn.Module], Any]) -> Any:
+        self.called = True
         return call(self.model)
 
 
@@ -80,7 +82,8 @@ class Ddp(Local):
             raise UsageError("strategy ddp sends gradients as they are; a 16-bit wire is for allreduce, ps, dps")
         super().__init__(model, optimizer, group, options)
         _connect(group)
-        self._ddp = DistributedDataParallel(_Calls(model), bucket_cap_mb=options.bucket_bytes / 2**20)
+        self._calls = _Calls(model)
+        self._ddp = DistributedDataParallel(self._calls, bucket_cap_mb=options.bucket_bytes / 2**20)
         self.model = _Front(self._ddp)
 
     @contextmanager
@@ -92,4 +95,10 @@ class Ddp(Local):
         if loss is None:
             # A rank without samples must still meet its peers in torch's reducer.
             loss = self._ddp(lambda model: sum(parameter.sum() for parameter in model.parameters()) * 0.0)
+        if not self._calls.called:
+            raise UsageError(
+                "strategy ddp: the loss does not come from engine.model, without which torch exchanges nothing; call "
+                "engine.model instead of the model itself"
+            )
+        self._calls.called = False
         super()._run_backward(loss)

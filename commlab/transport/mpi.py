@@ -135,4 +135,5 @@ class MpiTransport:
 
 def library() -> str:
     """Name and version of the MPI library in use, for reports."""
-    return " ".join(MPI.Get_library_version().split("\n")[0].split()[:4]).rstrip(",")
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}"

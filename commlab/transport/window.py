@@ -77,9 +77,9 @@ def _memfd(name: str, size_bytes: int) -> int:
     try:
         # Truncating alone would promise memory; the first touch of a page that is not there is a SIGBUS.
         os.posix_fallocate(fd, 0, size_bytes)
-    except OSError as error:
+    except OSError:
         os.close(fd)
-        raise Unavailable(f"no {size_bytes / 2**20:.0f} MiB of shared memory for {name}: {error.strerror}") from error
+        raise
     return fd
 
 
@@ -106,8 +106,7 @@ class Window:
         self._token = secrets.token_bytes(16)
         self._fds: list[int] = []
         self._close = weakref.finalize(self, _close_all, self._fds)
-        self._control_fd = self._memory("control page", _native.CONTROL_BYTES)
-        self._control = _Mapping(self._control_fd, _native.CONTROL_BYTES)
+        self._control_fd, self._control = self._memory("control page", _native.CONTROL_BYTES)
         _native.format_page(self._control.address, local_rank, self._token)
         self._pids: list[int] = []
         self._segments: list[_Mapping] = []
@@ -128,9 +127,15 @@ class Window:
         every rank must be through with its operations; a second call does nothing."""
         self._close()
 
-    def _memory(self, name: str, size_bytes: int) -> int:
-        self._fds.append(_memfd(name, size_bytes))
-        return self._fds[-1]
+    def _memory(self, name: str, size_bytes: int) -> tuple[int, _Mapping]:
+        """New memory: its descriptor, which peers open, and where it lies. Raises Unavailable, whatever the reason: a
+        kernel without memfds, no memory, no descriptor left."""
+        try:
+            self._fds.append(_memfd(name, size_bytes))
+            return self._fds[-1], _Mapping(self._fds[-1], size_bytes)
+        except OSError as error:
+            megabytes = f"{size_bytes / 2**20:.0f} MiB"
+            raise Unavailable(f"no {megabytes} of shared memory for {name}: {error.strerror}") from error
 
     def card(self) -> bytes:
         """What peers need to find this rank's control page."""
@@ -181,8 +186,8 @@ class Window:
             raise Unavailable(
                 f"this rank's window has {number} segments, the most there can be; ask for fewer, larger tensors"
             )
-        fd = self._memory(f"segment {number}", size_bytes)
-        self._segments.append(_Mapping(fd, size_bytes))
+        fd, mapping = self._memory(f"segment {number}", size_bytes)
+        self._segments.append(mapping)
         self.sync.add_segment(number, fd, size_bytes)
         bisect.insort(self._starts, (self._segments[-1].address, number))
         return number

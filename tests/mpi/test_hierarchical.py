@@ -134,7 +134,7 @@ def test_wire(ranks: Ranks, layout: str, wire: str) -> None:
     for op, divisor in (("sum", 1), ("mean", group.size)):
         for dtype in (torch.float32, torch.float64):
             got = commlab.allreduce(
-                everyone[group.rank].to(dtype), op, algorithm="hierarchical", wire=wire, group=group
+                everyone[group.rank].to(dtype, copy=True), op, algorithm="hierarchical", wire=wire, group=group
             )
             rounded = everyone.to(half)
             want = reference(list(rounded), op).double()

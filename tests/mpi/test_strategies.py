@@ -3,6 +3,7 @@ every step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 import training
 from conftest import Ranks
+from mpi_windows import close_all, window_group
 from training import EVEN, RAGGED, Recipe, Run, assert_same, build, go_on, reference, train
 
 from commlab.collectives import ALGORITHMS
 from commlab.collectives.group import Group
+from commlab.errors import UsageError
 
 OURS = ("allreduce", "ps", "dps")
 GROUPS = ((0, 1, 2, 3), (4, 5, 6), (6, 7))
@@ -24,25 +27,15 @@ EVERY_ALGORITHM = ("window", *ALGORITHMS)
 ours = pytest.mark.parametrize("strategy", OURS)
 
 
-_opened: dict[tuple[Group, tuple[int, ...]], Group | None] = {}
-
-
-def shared_group(ranks: Ranks, members: tuple[int, ...]) -> Group | None:
-    """A group of these ranks that share a window, as all ranks of a node do; None on the others. Collective over all
-    ranks."""
-    key = ranks.world, members
-    if key not in _opened:
-        group = ranks.world.subgroup(members)
-        if group is not None:
-            group.open_window()
-            assert group.window is not None, group.window_reason
-        _opened[key] = group
-    return _opened[key]
+@pytest.fixture(scope="module", autouse=True)
+def close_groups() -> Iterator[None]:
+    yield
+    close_all()
 
 
 def groups_of(ranks: Ranks) -> list[Group]:
     """This rank's groups: one, two or none of them."""
-    made = [shared_group(ranks, members) for members in GROUPS]
+    made = [window_group(ranks, *members) for members in GROUPS]
     return [group for group in made if group is not None]
 
 
@@ -64,8 +57,7 @@ RECIPES = {
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "window": {"bucket_bytes": 400},
-    "window, tiny buckets": {"bucket_bytes": 1},
+    "window, tiny buckets": {"algorithm": "window", "bucket_bytes": 1},
     "messages": {"algorithm": "direct", "bucket_bytes": 400},
 }
 
@@ -90,6 +82,18 @@ def test_ddp_equals_single(ranks: Ranks, recipe: str) -> None:
         run = train("ddp", group, used)
         assert_same_bits_everywhere(run)
         assert_same(run, reference(used))
+
+
+def test_ddp_wants_engine_model(ranks: Ranks) -> None:
+    """torch would exchange nothing, and say nothing."""
+    for group in groups_of(ranks):
+        run = build("ddp", group, Recipe(all_used=True))
+        inputs = torch.ones(2, training.WIDTH)
+        with pytest.raises(UsageError, match=r"call engine\.model instead of the model itself"):
+            run.engine.backward(run.model(inputs).sum(), 2, 2 * group.size)
+        run.engine.zero_grad()
+        run.engine.backward(run.engine.model(inputs).sum(), 2, 2 * group.size)
+        run.engine.step()
 
 
 @ours
@@ -181,11 +185,10 @@ def test_a_progress_thread_changes_no_bit(
 ) -> None:
     """Where a core is free, a thread moves operations on while the hooks start more of them."""
     recipe = Recipe(max_grad_norm=0.5, accumulation=2, total_known=False)
-    inline = shared_group(ranks, (0, 1, 2))
-    with monkeypatch.context() as patched:
-        patched.setattr("commlab.collectives.group.usable_cores", lambda: 64)
-        threaded = ranks.world.subgroup((0, 1, 2))
-    if inline is not None and threaded is not None:
+    inline, plain = window_group(ranks, 0, 1, 2), ranks.world.subgroup((0, 1, 2))
+    if inline is not None and plain is not None:
+        monkeypatch.setattr("commlab.collectives.group.usable_cores", lambda: 64)
+        threaded = Group(plain.transport, plain.topology, plain.timeout_s, cores=64)
         threaded.open_window()
         assert threaded.progress.threaded
         wanted = train(strategy, inline, recipe, algorithm=algorithm, bucket_bytes=100)

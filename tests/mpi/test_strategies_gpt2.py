@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import pytest
 import torch
 import training
 from conftest import Ranks
-from test_strategies import OURS, shared_group
+from mpi_windows import close_all, window_group
+from test_strategies import OURS
 
 import commlab
 from commlab.collectives.group import Group
@@ -30,6 +32,12 @@ NUM_SAMPLES, BATCH_SIZE, STEPS = 43, 8, 12
 """6 steps an epoch, the last of 3 samples: of 4 ranks one has none."""
 MEMBERS = ((0, 1, 2, 3), (0, 1, 2), (0, 1))
 """Overlapping, so that only 4 processes import transformers."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_groups() -> Iterator[None]:
+    yield
+    close_all()
 
 
 @cache
@@ -84,7 +92,7 @@ def apart(mine: list[float], theirs: list[float]) -> float:
 @pytest.mark.parametrize("strategy", [*OURS, "ddp"])
 def test_the_loss_curve_is_singles(ranks: Ranks, strategy: str, grad_accumulation: int, algorithm: str) -> None:
     for members in MEMBERS:
-        group = shared_group(ranks, members)
+        group = window_group(ranks, *members)
         if group is not None:
             wanted = losses("single", None, 1, "auto")
             assert wanted[0] - wanted[-1] > 1, "it learns"
@@ -95,7 +103,7 @@ def test_the_loss_curve_is_singles(ranks: Ranks, strategy: str, grad_accumulatio
 def test_ddp_and_allreduce_have_the_same_curve(ranks: Ranks) -> None:
     """To what adding in another order changes."""
     for members in MEMBERS:
-        group = shared_group(ranks, members)
+        group = window_group(ranks, *members)
         if group is not None:
             ddp, allreduce = (losses(strategy, group, 1, "auto") for strategy in ("ddp", "allreduce"))
             assert apart(ddp, allreduce) <= 1e-5

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import training
 from conftest import Ranks
-from test_strategies import GROUPS, OURS, assert_same_bits_everywhere, groups_of, ours, shared_group
+from mpi_windows import close_all, window_group
+from test_strategies import GROUPS, OURS, assert_same_bits_everywhere, groups_of, ours
 from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference, train
 
 import commlab
@@ -19,6 +21,12 @@ from commlab.errors import DisagreementError
 
 STOP = 3
 """Steps before the stop; a scheduler step and ranks without samples lie on both sides of it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_groups() -> Iterator[None]:
+    yield
+    close_all()
 
 
 def state_numel(run: Run) -> int:
@@ -94,7 +102,7 @@ def resumed(parts: list[Any], strategy: str, group: Group, recipe: Recipe, **opt
 def test_training_goes_on_under_another_strategy_and_number_of_ranks(ranks: Ranks, before: str) -> None:
     """Saved at 4 ranks; loaded at 3, at 2, at 1, as if it had never stopped."""
     recipe = Recipe(max_grad_norm=0.5)
-    first, second, third = (shared_group(ranks, members) for members in GROUPS)
+    first, second, third = (window_group(ranks, *members) for members in GROUPS)
     run = None if first is None else go_on(build(before, first, recipe, bucket_bytes=300), range(STOP))
     checkpoints = ranks.world.gather_bytes(b"" if run is None else saved(run), "checkpoint")
     parts = [torch.load(io.BytesIO(part), weights_only=True) for part in checkpoints if part]

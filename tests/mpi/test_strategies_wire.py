@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import training
 from conftest import Ranks
+from mpi_windows import close_all
 from test_strategies import EVERY_ALGORITHM, assert_same_bits_everywhere, groups_of, ours
 from training import Recipe, reference, train
 
@@ -20,6 +22,12 @@ TINIEST = {"fp16": 2.0**-25, "bf16": 0.0}
 """Half the distance of the smallest fp16 numbers: the error of what is smaller than they."""
 
 wires = pytest.mark.parametrize("wire", UNIT_ROUNDOFF)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_groups() -> Iterator[None]:
+    yield
+    close_all()
 
 
 class KeepGradients(torch.optim.SGD):
@@ -113,7 +121,7 @@ def test_clipping_does_not_round_again(ranks: Ranks, strategy: str, wire: str) -
 
 @ours
 @wires
-@pytest.mark.parametrize("algorithm", ["window", "direct", "ring"])
+@pytest.mark.parametrize("algorithm", ["window", "ring"])
 def test_training_stays_close_and_ranks_equal(ranks: Ranks, strategy: str, wire: str, algorithm: str) -> None:
     recipe = Recipe(accumulation=2, max_grad_norm=0.5)
     for group in groups_of(ranks):
