@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 
@@ -91,6 +92,20 @@ def exact_up_to(options: argparse.Namespace) -> int:
     )
 
 
+def one_size(
+    size_bytes: int, at: int, groups: ours.Groups, ranks: Ranks, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Measure, and on rank 0 print the table. Its memory is given back before the next size asks for more."""
+    numel = max(1, size_bytes // DTYPES[options.dtype].itemsize)
+    case = Case(options.op, numel, DTYPES[options.dtype], ranks.rank, ranks.size, exact_up_to(options))
+    show = progress_line(ranks, f"{options.op} {format_bytes(case.bytes)} ({at + 1} of {len(options.sizes)})")
+    blocks = contestants(case, groups, options)
+    found = rows(measure(blocks, ranks, options.rounds, options.seed + at, options.timeout, show), case)
+    if ranks.rank == 0:
+        print(f"{title(case, found)}\n{table.render(HEAD, [cells(record) for record in found])}\n", flush=True)
+    return found
+
+
 def main() -> int:
     options = parser().parse_args()
     # As a training process would: all cores, shared among the ranks of this host.
@@ -103,16 +118,10 @@ def main() -> int:
     run = records.describe(ranks, "bench.allreduce", progress=groups.world.progress_mode)
     wrong = 0
     for at, size_bytes in enumerate(options.sizes):
-        numel = max(1, size_bytes // DTYPES[options.dtype].itemsize)
-        case = Case(options.op, numel, DTYPES[options.dtype], ranks.rank, ranks.size, exact_up_to(options))
-        show = progress_line(ranks, f"{options.op} {format_bytes(case.bytes)} ({at + 1} of {len(options.sizes)})")
-        blocks = contestants(case, groups, options)
-        found = rows(measure(blocks, ranks, options.rounds, options.seed + at, options.timeout, show), case)
+        found = one_size(size_bytes, at, groups, ranks, options)
         wrong += sum(record.get("wrong", 0) for record in found)
-        if ranks.rank == 0:
-            print(f"{title(case, found)}\n{table.render(HEAD, [cells(record) for record in found])}\n", flush=True)
-            if options.json:
-                records.append(options.json, [run, *found] if at == 0 else found)
+        if ranks.rank == 0 and options.json:
+            records.append(options.json, [run, *found] if at == 0 else found)
     if wrong and ranks.rank == 0:
         print(f"{wrong} numbers are wrong", file=sys.stderr)
     commlab.shutdown()

@@ -107,16 +107,18 @@ class Server(Strategy):
         return found
 
     def _require_in_place(self) -> None:
-        """UsageError where a parameter no longer lies in its flat buffer: updates would not reach it any more."""
+        """UsageError where a parameter of the model no longer lies in its flat buffer, or is another one by now:
+        updates would not reach it any more."""
+        present = dict(self.model.named_parameters())
         for (bucket, _), flat in zip(self._launched, self._flat_parameters, strict=True):
             for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
                 here = flat.data_ptr() + place.start * flat.element_size()
-                if member.tensor.numel() and member.tensor.data_ptr() != here:
+                moved = member.tensor.numel() and member.tensor.data_ptr() != here
+                if moved or present.get(member.name) is not member.tensor:
                     raise UsageError(
                         f"rank {self.group.rank}: parameter {member.name!r} was given other memory after "
-                        "commlab.strategy() (by model.to() or p.data = ?), and strategy "
-                        f"{self.name} updates it where it "
-                        "was; do that before, and change values in place after"
+                        "commlab.strategy() (by model.to(), load_state_dict(assign=True) or p.data = ?), and strategy "
+                        f"{self.name} updates it where it was; do that before, and change values in place after"
                     )
 
     def _pieces(self) -> list[pieces.Piece]:

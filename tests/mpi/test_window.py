@@ -428,7 +428,6 @@ def test_where_one_rank_has_no_window_none_has(ranks: Ranks, case: str, monkeypa
     before = mappings()
     if group.rank == 1:
         if doctor is None:
-
             really = os.posix_fallocate
 
             def allocate(fd: int, offset: int, size_bytes: int) -> None:
