@@ -196,7 +196,8 @@ def test_ways_to_move_a_parameter(ranks: Ranks, strategy: str) -> None:
         for move in (
             lambda model: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),
             lambda model: model.double(),
-            lambda model: model.last.bias.data.set_(model.last.bias.data.clone()),
+            lambda model: setattr(model.last.bias, "data", model.last.bias.data.clone()),
+            lambda model: setattr(model.last, "bias", torch.nn.Parameter(model.last.bias.data)),
         ):
             run = build(strategy, group, Recipe())
             training.backward(run.engine, run.recipe, 0)
