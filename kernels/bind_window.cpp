@@ -65,6 +65,23 @@ std::vector<Control*> pages_at(const std::vector<Address>& addresses) {
   return pages;
 }
 
+bool agreed(const NodeSync& sync) {
+  for (std::size_t rank = 1; rank < sync.size(); ++rank)
+    if (sync.slot(rank).record != sync.slot(0).record) return false;
+  return true;
+}
+
+void reduce_inline(const NodeSync& sync, Address data, std::size_t numel, int dtype, int op, double divisor) {
+  const void* from[kMaxRanks];
+  for (std::size_t rank = 0; rank < sync.size(); ++rank) from[rank] = sync.inline_data(rank);
+  void* to = reinterpret_cast<void*>(data);
+  gather_reduce(&to, 1, dtype_of(dtype), from, sync.size(), dtype_of(dtype), numel, op_of(op), divisor,
+                /*cached=*/true);
+}
+
+// How allreduce_inline ended. Late: it is announced, but not all ranks have arrived.
+constexpr int kDone = 0, kLate = 1, kDisagree = 2;
+
 }  // namespace
 
 void register_window(nb::module_& m) {
@@ -72,6 +89,7 @@ void register_window(nb::module_& m) {
   nb::set_leak_warnings(false);
   m.attr("CONTROL_BYTES") = sizeof(Control);
   m.attr("INLINE_BYTES") = kInlineBytes;
+  m.attr("INLINE_DONE") = kDone;
   m.attr("MAX_SEGMENTS") = kMaxSegments;
   m.def("format_page", &format_page);
   m.def("wrong_page", [](Address page, std::uint32_t local_rank, nb::bytes token) {
@@ -90,13 +108,10 @@ void register_window(nb::module_& m) {
            })
       .def("arrive", &NodeSync::arrive)
       .def("lagging", &NodeSync::lagging)
-      .def("wait", &NodeSync::wait, nb::call_guard<nb::gil_scoped_release>())
-      .def("agreed",
-           [](const NodeSync& self) {
-             for (std::size_t rank = 1; rank < self.size(); ++rank)
-               if (self.slot(rank).record != self.slot(0).record) return false;
-             return true;
-           })
+      .def(
+          "wait", [](NodeSync& self, double timeout_us) { return self.wait(timeout_us); },
+          nb::call_guard<nb::gil_scoped_release>())
+      .def("agreed", &agreed)
       .def("places",
            [](const NodeSync& self) {
              std::vector<std::pair<std::uint64_t, std::uint64_t>> places;
@@ -114,12 +129,20 @@ void register_window(nb::module_& m) {
              const SegmentEntry& entry = self.page(rank).segments[segment];
              return std::make_tuple(entry.fd, entry.bytes);
            })
-      .def("reduce_inline", [](const NodeSync& self, Address dst, std::size_t numel, int dtype, int op,
-                               double divisor) {
-        std::vector<const void*> from;
-        for (std::size_t rank = 0; rank < self.size(); ++rank) from.push_back(self.inline_data(rank));
-        void* to = reinterpret_cast<void*>(dst);
-        gather_reduce(&to, 1, dtype_of(dtype), from.data(), from.size(), dtype_of(dtype), numel, op_of(op), divisor);
+      .def("reduce_inline", &reduce_inline)
+      .def("allreduce_inline", [](NodeSync& self, std::uint64_t record, Address data, std::size_t numel, int dtype,
+                                  int op, double divisor, double timeout_us) {
+        self.publish(record, ~0ull, 0, reinterpret_cast<const void*>(data), numel * dtype_bytes(dtype_of(dtype)));
+        self.arrive();
+        int late;
+        {
+          nb::gil_scoped_release released;
+          late = self.wait(timeout_us, /*soon=*/true);
+        }
+        if (late >= 0) return kLate;
+        if (!agreed(self)) return kDisagree;
+        reduce_inline(self, data, numel, dtype, op, divisor);
+        return kDone;
       });
 
   nb::class_<Piped>(m, "Piped")

@@ -173,7 +173,10 @@ def test_a_command_out_of_time_is_ended(made: set[str]) -> None:
 
 
 RUNNER = """
+import signal
 import sys
+# Started from a background job, it would inherit a signal that is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from bench.cluster_hosts import Cluster
 from bench.cluster_plan import Link
 with Cluster(2, Link.parse("1gbit")) as cluster:

@@ -84,11 +84,14 @@ class Node:
 
 def counter_offset() -> int:
     """Where a page counts its arrivals: an arrival changes nothing else."""
-    page = torch.zeros(module.built.CONTROL_BYTES + 64, dtype=torch.uint8)
+    size = module.built.CONTROL_BYTES
+    page = torch.zeros(2 * size + 64, dtype=torch.uint8)
     start = -page.data_ptr() % 64
-    module.built.format_page(page.data_ptr() + start, 0, TOKEN)
+    pages = [page.data_ptr() + start, page.data_ptr() + start + size]
+    for rank in (0, 1):
+        module.built.format_page(pages[rank], rank, TOKEN)
     before = page.clone()
-    module.built.NodeSync(0, [page.data_ptr() + start], 0.0).arrive()
+    module.built.NodeSync(0, pages, 0.0).arrive()
     (changed,) = (page != before).nonzero().flatten().tolist()
     return int(changed) - start
 

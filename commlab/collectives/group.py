@@ -7,7 +7,11 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
+from .. import trace
 from ..errors import DisagreementError, UsageError
+from ..native import module as native
 from ..topology import Topology, usable_cores
 from ..transport.base import Exchange, Request, Transport
 from ..transport.window import NOWHERE, Unavailable, Window, WindowWait
@@ -22,7 +26,7 @@ log = logging.getLogger("commlab")
 
 class Attachment(NamedTuple):
     """What a rank publishes with its next operation in the window: where its data lie
-    (:class:`commlab.transport.window.Place`), or the data themselves (address and size), up to 4 KB."""
+    (:class:`commlab.transport.window.Place`), or the data themselves (address and size), up to 64 KB."""
 
     segment: int = NOWHERE
     offset: int = 0
@@ -32,15 +36,30 @@ class Attachment(NamedTuple):
 
 _NOTHING = Attachment()
 
+_INLINE_WAIT_US = 1e5
+"""Back after this long: for signals, and to see who is silent."""
+_INLINE_DONE = getattr(native.built, "INLINE_DONE", 0)
+
+
+class Inline(NamedTuple):
+    """What the native side has to know of an inline allreduce, but for where its data lie."""
+
+    numel: int
+    dtype: int
+    op: int
+    divisor: float
+
 
 class _WindowExchange:
     """The agreement check in the window: records lie in the control pages, and the wait orders what follows."""
 
     __slots__ = ("_wait", "_window")
 
-    def __init__(self, window: Window, wait: WindowWait, record: bytes, attached: Attachment):
+    def __init__(self, window: Window, wait: WindowWait, number: int, attached: Attachment | None):
+        """``attached``: None where all of it is published already."""
         self._window, self._wait = window, wait
-        window.sync.publish(int.from_bytes(record, "little"), *attached)
+        if attached is not None:
+            window.sync.publish(number, *attached)
 
     def test(self) -> bool:
         return self._wait.test()
@@ -122,11 +141,44 @@ class Group:
         if self._closed:
             raise UsageError(f"rank {self.rank}: {signature.kind} on a group that was shut down")
         self._sequence += 1
+        return self._queue(signature, body, result, attached or (lambda: _NOTHING))
+
+    def _queue(
+        self, signature: Signature, body: Iterable[Request], result: Any, attached: Callable[[], Attachment | None]
+    ) -> Handle:
         checked = self._checked(signature, self._sequence, body, attached)
         return self.progress.submit(Handle(checked, result, signature, self._sequence, self.progress))
 
+    def allreduce_inline(
+        self, signature: Signature, data: Inline, result: torch.Tensor, otherwise: Callable[[], Pending]
+    ) -> bool:
+        """The shortest way through the window for an allreduce of a few numbers: agreement, wait and reduction in one
+        native call, where nothing else is under way. Collective with :meth:`submit`: ranks may differ in which of the
+        two they take. False: not possible now, nothing was done. ``otherwise()`` makes the body that goes on when a
+        peer lets this rank wait, or disagrees."""
+        assert self.window is not None
+        if self._closed or trace.enabled() or not self.progress.take():
+            return False
+        try:
+            self._sequence += 1
+            number = signature.number(self._sequence)
+            ended = self.window.sync.allreduce_inline(number, result.data_ptr(), *data, _INLINE_WAIT_US)
+        finally:
+            self.progress.leave()
+        if ended == _INLINE_DONE:
+            size_bytes = result.numel() * result.element_size()
+            self.node_bytes_read += size_bytes * self.size
+            self.node_bytes_written += size_bytes
+        else:
+            self._queue(signature, otherwise(), result, lambda: None).wait()
+        return True
+
     def _checked(
-        self, signature: Signature, sequence: int, body: Iterable[Request], attached: Callable[[], Attachment] | None
+        self,
+        signature: Signature,
+        sequence: int,
+        body: Iterable[Request],
+        attached: Callable[[], Attachment | None],
     ) -> Pending:
         if self.size > 1 and (self.check or self.window is not None or signature.kind in ("barrier", "subgroup")):
             record = signature.record(sequence)
@@ -140,11 +192,11 @@ class Group:
                 raise DisagreementError(disagreement(texts.records(), self.rank))
         yield from body
 
-    def _announce(self, record: bytes, attached: Callable[[], Attachment] | None) -> Exchange | _WindowExchange:
+    def _announce(self, record: bytes, attached: Callable[[], Attachment | None]) -> Exchange | _WindowExchange:
         if self.window is None:
             return self.transport.exchange(record)
         wait = WindowWait(self.window, self.rank_on_node)
-        return _WindowExchange(self.window, wait, record, _NOTHING if attached is None else attached())
+        return _WindowExchange(self.window, wait, int.from_bytes(record, "little"), attached())
 
     def execute(self, execution: Execution) -> Pending:
         """Run an execution and count what it sent."""

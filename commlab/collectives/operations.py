@@ -16,10 +16,10 @@ from .. import native
 from ..chunks import Range, split, whole_at
 from ..errors import UsageError
 from ..gradients.wire import WIRES
-from ..native.arithmetic import DTYPES
+from ..native.arithmetic import DTYPES, OP_CODES
 from . import ALGORITHMS, hierarchical, schedules, window
 from .execute import Execution, Operand, Pending
-from .group import Attachment, Group
+from .group import Attachment, Group, Inline
 from .handle import Handle
 from .select import Case, choose
 from .signature import Signature
@@ -44,6 +44,11 @@ def _require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wir
         raise UsageError(f"{where}: unknown wire {wire!r}; there are None, fp16, bf16")
     if wire is not None and (not tensor.dtype.is_floating_point or op not in ("sum", "mean")):
         raise UsageError(f"{where}: a 16-bit wire is for sum and mean of floating-point tensors, not op={op!r}")
+
+
+def _divided(op: str, size: int) -> tuple[int, str]:
+    """What the reduced numbers are divided by, and how they are reduced."""
+    return (size, "sum") if op == "mean" else (1, op)
 
 
 def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> tuple[str, str]:
@@ -76,6 +81,8 @@ class _Plan(NamedTuple):
     chosen: str
     wire_dtype: torch.dtype
     signature: Signature
+    inline: Inline | None
+    """Of an allreduce whose data travel with the agreement check."""
 
 
 def _plan(
@@ -101,7 +108,13 @@ def _plan(
             detail += f", chunks to {[chunk.stop for chunk in chunks]}"
         if len(group.plans) > 4096:
             group.plans.clear()
-        found = _Plan(chosen, wire_dtype, Signature(kind, tuple(tensor.shape), tensor.dtype, name, detail))
+        inline = None
+        as_is = chosen == "window" and wire_dtype is tensor.dtype
+        if kind == "allreduce" and as_is and 0 < tensor.numel() * tensor.element_size() <= window.INLINE_BYTES:
+            divisor, reduction = _divided(op, group.size)
+            inline = Inline(tensor.numel(), DTYPES[tensor.dtype][0], OP_CODES[reduction], divisor)
+        signature = Signature(kind, tuple(tensor.shape), tensor.dtype, name, detail)
+        found = _Plan(chosen, wire_dtype, signature, inline)
         group.plans[key] = found
     return found
 
@@ -155,8 +168,7 @@ def _operand(
     16-bit: ``direct`` sums in fp32 at the owner, and divides there before it rounds; the others round at every hop, so
     a mean is divided first, which keeps the sum in range.
     """
-    divisor = size if op == "mean" else 1
-    reduction = "sum" if op == "mean" else op
+    divisor, reduction = _divided(op, size)
     if flat.dtype not in _HALVES:
         return Operand(flat, reduction, divisor)
     if chosen == "direct":
@@ -182,10 +194,10 @@ def allreduce_async(
     UsageError; from ``wait()``: DisagreementError, PeerLostError, PeerTimeoutError.
     """
     group = resolve(group)
-    chosen, wire_dtype, signature = _plan(group, "allreduce", tensor, op, name, algorithm, wire)
+    chosen, wire_dtype, signature, _ = _plan(group, "allreduce", tensor, op, name, algorithm, wire)
     # The window casts fp32 to a 16-bit wire by itself; everybody else sends what is staged.
     casts = chosen == "window" and tensor.dtype is torch.float32
-    divisor, reduction = (group.size, "sum") if op == "mean" else (1, op)
+    divisor, reduction = _divided(op, group.size)
     staged: list[torch.Tensor] = []
 
     def stage() -> torch.Tensor:
@@ -224,6 +236,16 @@ def allreduce(
     group: Group | None = None,
 ) -> torch.Tensor:
     """Reduce ``tensor`` in place over all ranks and return it; see :func:`allreduce_async`."""
+    group = resolve(group)
+    plan = _plan(group, "allreduce", tensor, op, name, algorithm, wire)
+    if plan.inline is not None and tensor.is_cpu and tensor.is_contiguous():
+        divisor, reduction = _divided(op, group.size)
+
+        def otherwise() -> Pending:
+            return window.allreduce(group, tensor.detach().view(-1), tensor.dtype, reduction, divisor)
+
+        if group.allreduce_inline(plan.signature, plan.inline, tensor, otherwise):
+            return tensor
     result: torch.Tensor = allreduce_async(tensor, op, name, algorithm, wire, group).wait()
     return result
 
@@ -244,7 +266,7 @@ def reduce_chunks_async(
     """
     group = resolve(group)
     chunks = tuple(chunks)
-    chosen, _, signature = _plan(group, "reduce_scatter", flat, op, name, algorithm, chunks=chunks)
+    chosen, _, signature, _ = _plan(group, "reduce_scatter", flat, op, name, algorithm, chunks=chunks)
     own = chunks[group.rank]
     wide = None
     if flat.dtype in _HALVES and chosen in ("direct", "window") and group.size > 1:
@@ -254,7 +276,7 @@ def reduce_chunks_async(
         if group.size == 1 or flat.numel() == 0:
             return
         if chosen == "window":
-            divisor, reduction = (group.size, "sum") if op == "mean" else (1, op)
+            divisor, reduction = _divided(op, group.size)
             yield from window.reduce_chunks(group, flat, chunks, reduction, divisor, wide)
             return
         operand = _operand(flat, op, chosen, group.size, own, wide)
@@ -276,7 +298,7 @@ def gather_chunks_async(
     contiguous, CPU. The parameter server's pull: with all of it in one chunk, a broadcast."""
     group = resolve(group)
     chunks = tuple(chunks)
-    chosen, _, signature = _plan(group, "allgather", flat, "sum", name, algorithm, chunks=chunks)
+    chosen, _, signature, _ = _plan(group, "allgather", flat, "sum", name, algorithm, chunks=chunks)
 
     def body() -> Pending:
         if group.size == 1 or flat.numel() == 0:

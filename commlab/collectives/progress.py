@@ -54,6 +54,19 @@ class Progress:
         self._work.set()
         return handle
 
+    def take(self) -> bool:
+        """Whether nothing is under way; then nothing starts before :meth:`leave`."""
+        if self._queue or not self._lock.acquire(blocking=False):
+            return False
+        if self._queue:
+            self._lock.release()
+            return False
+        return True
+
+    def leave(self) -> None:
+        """End what :meth:`take` began."""
+        self._lock.release()
+
     def poll(self) -> None:
         """Move on without waiting."""
         if self._lock.acquire(blocking=False):

@@ -32,11 +32,15 @@ class Signature:
         digest = blake2b(repr((self.kind, self.shape, self.dtype, self.name, self.detail)).encode(), digest_size=8)
         object.__setattr__(self, "_hash", int.from_bytes(digest.digest(), "little"))
 
-    def record(self, sequence: int) -> bytes:
-        """Eight bytes that are equal exactly (but for a hash collision, 2^-64) when the signature and the place in
-        order are."""
+    def number(self, sequence: int) -> int:
+        """64 bits that are equal exactly (but for a hash collision, 2^-64) when the signature and the place in order
+        are."""
         mixed: int = self._hash ^ (sequence * _ODD)  # type: ignore[attr-defined]
-        return (mixed & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little")
+        return mixed & 0xFFFFFFFFFFFFFFFF
+
+    def record(self, sequence: int) -> bytes:
+        """The same as eight bytes."""
+        return self.number(sequence).to_bytes(8, "little")
 
     def text(self, sequence: int) -> str:
         what = f"{self.kind} #{sequence}"

@@ -2,12 +2,12 @@
 
     data in the window      publish where mine lie | wait | reduce shard r of all parts, write it into all parts | wait
     ordinary data           the same in blocks, through a staging area that stays in the caches (kernels/cpu/piped.h)
-    up to 4 KB              the data travel in the control page: one wait, then every rank reduces everything
+    up to 64 KB             the data travel in the control page: one wait, then every rank reduces everything
 
 Cost of an allreduce of n elements: two waits; each rank reads n and writes n elements of memory, whatever P, as a copy
-does; ordinary data cross the caches once more each way. Nothing is sent. Rounding: all contributions are added in rank
-order, in fp32 where they have 16 bits, divided, and rounded once. The result is bitwise the same on all ranks and from
-run to run. When to use: always, for ranks of one node (docs/window.md).
+does; ordinary data, but for a rank's own shard, cross the caches once more each way. Nothing is sent. Rounding: all
+contributions are added in rank order, in fp32 where they have 16 bits, divided, and rounded once. The result is bitwise
+the same on all ranks and from run to run. When to use: always, for ranks of one node (docs/window.md).
 """
 
 from __future__ import annotations
@@ -147,7 +147,10 @@ def allreduce(group: Group, flat: torch.Tensor, wire: torch.dtype, op: str, divi
             group.account(NodeStep("allreduce in place", own_bytes * group.size, own_bytes * group.size))
         else:
             yield from _piped(group, window, flat, wire, op, divisor, "reduce gather", chunks)
-            group.account(NodeStep("allreduce through blocks", 3 * size_bytes, 2 * size_bytes + own_bytes))
+            # Where the wire casts, a rank's own shard passes through the blocks as well.
+            own_too = own_bytes * (wire is not flat.dtype)
+            read_bytes = 2 * (size_bytes - own_bytes + own_too) + own_bytes * group.size
+            group.account(NodeStep("allreduce through blocks", read_bytes, 2 * size_bytes + own_too))
 
 
 def reduce_chunks(
@@ -170,7 +173,8 @@ def reduce_chunks(
             return
         yield from _piped(group, window, flat, flat.dtype, op, divisor, "reduce", chunks, wide)
         size_bytes = flat.numel() * flat.element_size()
-        group.account(NodeStep("reduce through blocks", size_bytes + read_bytes, size_bytes + read_bytes // group.size))
+        own_bytes = read_bytes // group.size
+        group.account(NodeStep("reduce through blocks", size_bytes - own_bytes + read_bytes, size_bytes))
 
 
 def gather_chunks(group: Group, flat: torch.Tensor, chunks: Sequence[Range]) -> Pending:

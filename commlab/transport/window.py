@@ -113,6 +113,10 @@ class Window:
         self._starts: list[tuple[int, int]] = []
         """(address, segment) of this rank's segments, ascending."""
         self._theirs: dict[tuple[int, int], _Mapping] = {}
+        self._stagger = local_rank * max(_ALIGN_BYTES, mmap.PAGESIZE // local_size // _ALIGN_BYTES * _ALIGN_BYTES)
+        self._stagger %= mmap.PAGESIZE
+        """Where in a page this rank's data begin. Caches choose a line's set by its address within a page or so: if all
+        ranks' began at the same, the loops that read them side by side would have them all in one set."""
         self._free: dict[int, list[Place]] = {}
         """Places given back, by size: the next request of that size gets them."""
         self._arena_used = _ARENA_BYTES
@@ -200,10 +204,11 @@ class Window:
             place = self._free[rounded].pop()
             self._segments[place.segment].bytes[place.offset : place.offset + rounded].zero_()
         elif rounded > _ARENA_BYTES // 2:
-            place = Place(self._new_segment(-(-rounded // mmap.PAGESIZE) * mmap.PAGESIZE), 0)
+            pages = -(-(self._stagger + rounded) // mmap.PAGESIZE)
+            place = Place(self._new_segment(pages * mmap.PAGESIZE), self._stagger)
         else:
             if self._arena_used + rounded > _ARENA_BYTES:
-                self._arena, self._arena_used = self._new_segment(_ARENA_BYTES), 0
+                self._arena, self._arena_used = self._new_segment(_ARENA_BYTES), self._stagger
             place = Place(self._arena, self._arena_used)
             self._arena_used += rounded
         return self._segments[place.segment].bytes[place.offset : place.offset + size_bytes], place

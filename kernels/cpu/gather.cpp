@@ -15,9 +15,6 @@
 namespace commlab {
 namespace {
 
-// Ranks of one node; bounds an array on the stack.
-constexpr std::size_t kMaxRanks = 512;
-
 // Below this the results are still in the caches when the other ranks come to read them.
 constexpr std::size_t kStreamFromBytes = 1 << 20;
 
@@ -59,14 +56,14 @@ namespace avx512 {
 }  // namespace
 
 void gather_reduce(void* const* dst, std::size_t destinations, DType dst_dtype, const void* const* src,
-                   std::size_t sources, DType dtype, std::size_t numel, Op op, double divisor) {
+                   std::size_t sources, DType dtype, std::size_t numel, Op op, double divisor, bool cached) {
   if (sources == 0 || sources > kMaxRanks || destinations > kMaxRanks)
     throw std::invalid_argument("gather_reduce takes 1 to 512 sources and up to 512 destinations");
   if (dst_dtype != dtype && !(is_16bit(dtype) && dst_dtype == DType::kFloat32))
     throw std::invalid_argument("gather_reduce writes the sources' dtype, or fp32 where they have 16 bits");
   if (divisor != 1 && !is_float(dtype))
     throw std::invalid_argument("gather_reduce divides floating-point numbers only");
-  bool streaming = numel * dtype_bytes(dtype) * destinations >= kStreamFromBytes;
+  bool streaming = !cached && numel * dtype_bytes(dtype) * destinations >= kStreamFromBytes;
   for (std::size_t d = 0; d < destinations; ++d)
     streaming = streaming && reinterpret_cast<std::uintptr_t>(dst[d]) % 64 == 0;
 #if defined(__x86_64__)

@@ -37,6 +37,7 @@ Piped::Piped(NodeSync& sync, std::vector<char*> staging, std::size_t block_bytes
     used += chunk.stop > chunk.start;
     longest = std::max(longest, chunk.stop - chunk.start);
   }
+  reads_own_ = work_.reduce && work_.wire == work_.dtype;
   // A block is the same slice of every chunk; slices are whole cache lines.
   const std::size_t slices = work_.reduce ? std::max<std::size_t>(used, 1) : 1;
   slice_numel_ = block_bytes_ / slices / 64 * 64 / dtype_bytes(work_.wire);
@@ -61,6 +62,10 @@ void Piped::copy_in(std::size_t block) {
   std::size_t slice = 0;
   for (std::size_t chunk = 0; chunk < work_.chunks.size(); ++chunk) {
     if (work_.chunks[chunk].stop == work_.chunks[chunk].start) continue;
+    if (chunk == mine && reads_own_) {
+      ++slice;
+      continue;
+    }
     const Chunk part = block_of(chunk, block);
     convert(element(in(mine, block), slice++ * slice_numel_, work_.wire), work_.wire,
             element(work_.data, part.start, work_.dtype), work_.dtype, part.stop - part.start);
@@ -73,28 +78,31 @@ void Piped::reduce(std::size_t block) {
   if (part.start == part.stop) return;
   std::size_t slice = 0;
   for (std::size_t chunk = 0; chunk < mine; ++chunk) slice += work_.chunks[chunk].stop > work_.chunks[chunk].start;
-  std::vector<const void*> from;
+  void* own = element(work_.data, part.start, work_.dtype);
+  from_.clear();
   for (std::size_t rank = 0; rank < sync_.size(); ++rank)
-    from.push_back(element(in(rank, block), slice * slice_numel_, work_.wire));
-  void* to = out(mine, block);
+    from_.push_back(rank == mine && reads_own_ ? own : element(in(rank, block), slice * slice_numel_, work_.wire));
+  void* to[2] = {out(mine, block), own};
+  std::size_t destinations = reads_own_ ? 2 : 1;
   DType to_dtype = work_.wire;
   if (!work_.gather) {
-    to = element(work_.data, part.start, work_.dtype);
+    to[0] = own;
+    destinations = 1;
     if (work_.wide) {
-      to = work_.wide + (part.start - work_.chunks[mine].start);
+      to[0] = work_.wide + (part.start - work_.chunks[mine].start);
       to_dtype = DType::kFloat32;
     }
   }
-  gather_reduce(&to, 1, to_dtype, from.data(), from.size(), work_.wire, part.stop - part.start, work_.op,
-                work_.divisor);
+  gather_reduce(to, destinations, to_dtype, from_.data(), from_.size(), work_.wire, part.stop - part.start, work_.op,
+                work_.divisor, /*cached=*/true);
 }
 
 void Piped::copy_out(std::size_t block) {
   for (std::size_t shift = 0; shift < work_.chunks.size(); ++shift) {
-    // Everyone starts with its own shard: no two ranks read the same memory at a time.
+    // Everyone starts with its own shard, or the one after it: no two ranks read the same memory at a time.
     const std::size_t rank = (sync_.rank() + shift) % work_.chunks.size();
     const Chunk part = block_of(rank, block);
-    if (part.start == part.stop || (!work_.reduce && rank == sync_.rank())) continue;
+    if (part.start == part.stop || (rank == sync_.rank() && (!work_.reduce || reads_own_))) continue;
     convert(element(work_.data, part.start, work_.dtype), work_.dtype, out(rank, block), work_.wire,
             part.stop - part.start);
   }

@@ -1,10 +1,12 @@
 // Collectives of a node's ranks on ordinary memory: each rank's data pass, block by block, through a small staging area
 // of the window that stays in the caches, so that memory sees one read and one write.
 //
-//   turn t        copy in          block t      to my `in`          (cast to the wire)
-//                 reduce my shard  block t-1    out of all `in`s    to my `out`
-//                 copy out         block t-2    from all `out`s     (cast from the wire)
+//   turn t        copy in          block t      the others' shards to my `in`           (cast to the wire)
+//                 reduce my shard  block t-1    out of all other `in`s and my own data  to my `out` and my own data
+//                 copy out         block t-2    from all other `out`s                   (cast from the wire)
 //                 wait for all ranks
+//
+// My own shard goes through my `in` and `out`, too, where there is a cast: its numbers must be the wire's.
 //
 // One wait a turn suffices with two of each buffer, used in turn: what turn t writes (in[t%2], out[(t-1)%2]) was last
 // read in turn t-1 (in by the reduction of block t-2, out by the copy of block t-3), and everyone has left turn t-1.
@@ -59,7 +61,8 @@ class Piped {
   NodeSync& sync_;
   std::vector<char*> staging_;
   std::size_t block_bytes_, slice_numel_, blocks_, turn_ = 0;
-  bool waiting_ = false;
+  bool waiting_ = false, reads_own_ = false;
+  std::vector<const void*> from_;
   PipedWork work_;
 };
 

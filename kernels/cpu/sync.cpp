@@ -1,6 +1,7 @@
 #include "sync.h"
 
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -15,6 +16,9 @@ namespace commlab {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+// Long enough for 8 ranks to pass on 2 cores; too short to matter to anyone when it was in vain.
+constexpr double kYieldUs = 100;
 
 // Not FUTEX_PRIVATE: the waiters are other processes.
 void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t seen, double timeout_us) {
@@ -53,23 +57,26 @@ void NodeSync::publish(std::uint64_t record, std::uint64_t segment, std::uint64_
 }
 
 void NodeSync::arrive() {
-  Control& mine = *pages_[rank_];
-  // seq_cst against the sleeper's own pair of operations: either it sees the new count, or we see the sleeper.
-  mine.arrived.store(++arrivals_, std::memory_order_seq_cst);
-  if (mine.sleepers.load(std::memory_order_seq_cst)) futex_wake_all(mine.arrived);
+  // seq_cst, as are the loads of lagging(): of the ranks that arrive last, at least one sees that all have. A second
+  // one does no harm: until it arrives again, nobody gets any further.
+  pages_[rank_]->arrived.store(++arrivals_, std::memory_order_seq_cst);
   first_unseen_ = 0;
+  if (lagging() >= 0) return;
+  Control& first = *pages_[0];
+  first.released.store(arrivals_, std::memory_order_seq_cst);
+  if (first.sleepers.load(std::memory_order_seq_cst)) futex_wake_all(first.released);
 }
 
 int NodeSync::lagging() {
   for (; first_unseen_ < pages_.size(); ++first_unseen_) {
-    const std::uint32_t theirs = pages_[first_unseen_]->arrived.load(std::memory_order_acquire);
+    const std::uint32_t theirs = pages_[first_unseen_]->arrived.load(std::memory_order_seq_cst);
     // Counters wrap; their difference does not.
     if (static_cast<std::int32_t>(theirs - arrivals_) < 0) return static_cast<int>(first_unseen_);
   }
   return -1;
 }
 
-int NodeSync::wait(double timeout_us) {
+int NodeSync::wait(double timeout_us, bool soon) {
   int late = lagging();
   if (late < 0) return late;
   const auto start = Clock::now();
@@ -83,13 +90,20 @@ int NodeSync::wait(double timeout_us) {
       }
     } while (waited_us() < limit_us);
   }
+  if (soon && spin_us_ <= 0) {
+    for (const double limit_us = std::min(kYieldUs, timeout_us); waited_us() < limit_us;) {
+      sched_yield();
+      if ((late = lagging()) < 0) return late;
+    }
+  }
+  Control& first = *pages_[0];
   for (double left_us; (late = lagging()) >= 0 && (left_us = timeout_us - waited_us()) > 0;) {
-    Control& theirs = *pages_[late];
-    const std::uint32_t seen = theirs.arrived.load(std::memory_order_seq_cst);
-    theirs.sleepers.fetch_add(1, std::memory_order_seq_cst);
-    if (static_cast<std::int32_t>(theirs.arrived.load(std::memory_order_seq_cst) - arrivals_) < 0)
-      futex_wait(theirs.arrived, seen, left_us);
-    theirs.sleepers.fetch_sub(1, std::memory_order_seq_cst);
+    // Whoever arrives last writes `released` before it looks for sleepers, and we look at the arrivals after we have
+    // announced ourselves: so either we see them all here, or the word is no longer what it was, or we are woken.
+    const std::uint32_t seen = first.released.load(std::memory_order_seq_cst);
+    first.sleepers.fetch_add(1, std::memory_order_seq_cst);
+    if (lagging() >= 0) futex_wait(first.released, seen, left_us);
+    first.sleepers.fetch_sub(1, std::memory_order_seq_cst);
   }
   return late;
 }

@@ -1,5 +1,7 @@
-// How the ranks of a node wait for each other: one page per rank, written by that rank alone (but for the count of
-// sleepers), read by all. Counters only grow; nothing is ever locked, so a rank that dies leaves nothing held.
+// How the ranks of a node wait for each other: one page per rank, written by that rank alone, read by all. Only the
+// first rank's page has a place where everyone sleeps, and whoever arrives last wakes them all: with more ranks than
+// cores a sleeper wakes once an operation, not once a peer. Counters only grow; nothing is ever locked, so a rank that
+// dies leaves nothing held.
 #pragma once
 
 #include <atomic>
@@ -10,8 +12,8 @@
 namespace commlab {
 
 constexpr std::uint64_t kMagic = 0x31776c6d6d6f63ull;  // "commlw1"
-constexpr std::uint32_t kAbi = 1;
-constexpr std::size_t kInlineBytes = 4096;
+constexpr std::uint32_t kAbi = 2;
+constexpr std::size_t kInlineBytes = 64 * 1024;
 constexpr std::size_t kMaxSegments = 1024;
 
 // What a rank says of its next operation before it arrives at it.
@@ -35,7 +37,8 @@ struct Control {
   std::uint8_t token[16];
   std::uint64_t commit_word;  // reserved: steps that survive the death of a rank
   alignas(64) std::atomic<std::uint32_t> arrived;
-  alignas(64) std::atomic<std::uint32_t> sleepers;
+  alignas(64) std::atomic<std::uint32_t> released;  // of the first rank: how often all have arrived, the futex
+  alignas(64) std::atomic<std::uint32_t> sleepers;  // of the first rank: who waits for it
   alignas(64) Slot slots[2];
   alignas(64) std::uint8_t inline_data[2][kInlineBytes];
   alignas(64) SegmentEntry segments[kMaxSegments];
@@ -60,8 +63,9 @@ class NodeSync {
   void arrive();
   // The lowest rank that has not arrived as often as this one, or -1.
   int lagging();
-  // The same after waiting up to timeout_us.
-  int wait(double timeout_us);
+  // The same after waiting up to timeout_us. soon: all there is to do before the others arrive is next to nothing, so
+  // where ranks share cores this one hands its core on for a moment before it goes to sleep.
+  int wait(double timeout_us, bool soon = false);
 
   // Slot and inline data of the last publish(), by rank.
   const Slot& slot(std::size_t rank) const { return pages_[rank]->slots[published_ % 2]; }
