@@ -25,9 +25,9 @@ from ..chunks import Range, segments
 from ..transport.base import Bytes, Request, Transport
 from .step import AnyStep, Finish, Step
 
-SEGMENT_BYTES = 512 * 1024
-"""Small enough that a received segment is still in the cache when it is reduced, large enough that the ~15 us that
-Python spends on a segment vanish; measured in docs/executor.md."""
+SEGMENT_BYTES = 2 * 2**20
+"""Small enough that a received segment is still in a cache when it is reduced, large enough that where ranks share
+cores, and take turns at every segment, the turns vanish; measured in docs/executor.md."""
 
 IN_FLIGHT = 4
 """Receives posted ahead. Two would do if ranks ran in step; more let a rank be late without stopping its neighbour."""
