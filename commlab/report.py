@@ -9,9 +9,10 @@ import resource
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -50,7 +51,9 @@ class Report:
         self._bar: Any = None
         self._metrics: IO[str] | None = None
         if config.metrics and self._speaks:
-            self._metrics = open(config.metrics, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+            # A resumed run goes on in the file of the one before.
+            mode = "a" if config.resume else "w"
+            self._metrics = open(config.metrics, mode, encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._totals = _Totals()
         self._phases: dict[str, float] = {}
         self._pending: tuple[Batch, Handle, dict[str, Any]] | None = None
@@ -63,8 +66,10 @@ class Report:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def opening(self, corpus: str, threads: int, why: str, samples: int) -> None:
-        """Who takes part, with what, and what was chosen by itself."""
+    def opening(
+        self, corpus: str, threads: int, why: str, samples: int, start_step: int = 0, refused: Sequence[str] = ()
+    ) -> None:
+        """Who takes part, with what, and what was chosen by itself. ``refused``: checkpoints that were not whole."""
         config, group, engine = self.config, self.group, self.engine
         numel = sum(item.tensor.numel() for item in engine.parameters)
         per_rank = config.batch_size / (group.size * config.grad_accumulation)
@@ -101,12 +106,31 @@ class Report:
             + (f" and micro-batch ({config.grad_accumulation} of them)" if config.grad_accumulation > 1 else "")
             + f"; {self.total_steps} steps, {self.total_steps * config.batch_size / samples:.2f} epochs"
         )
+        self._start_step = start_step
+        for reason in refused:
+            self._say(f"checkpoint REFUSED: {reason}; the one before it is used")
+        if config.resume:
+            found = f"from step {start_step}" if start_step else "at the beginning: there is no checkpoint"
+            self._say(f"resume: {found} in {config.checkpoint_folder}")
         self._write(
-            {"config": config.as_dict(), "ranks": group.size, "nodes": len(group.nodes), "versions": versions()}
+            {
+                "config": config.as_dict(),
+                "start_step": start_step,
+                "ranks": group.size,
+                "nodes": len(group.nodes),
+                "versions": versions(),
+            }
         )
         if self._speaks:
             # mpirun's standard error is a pipe, where tqdm would say nothing of itself.
-            self._bar = tqdm(total=self.total_steps, unit="step", mininterval=1.0, dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(
+                total=self.total_steps,
+                initial=start_step,
+                unit="step",
+                mininterval=1.0,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
 
     def step_begins(self) -> None:
         self._phases = dict.fromkeys(("forward", "backward", "step"), 0.0)
@@ -129,9 +153,9 @@ class Report:
         times, totals = self.engine.times, self._totals
         # What backward spent on packing and launching is exchange, not computation.
         backward_s = self._phases["backward"] - (times.exchange_s - self._step_exchange())
-        if batch.step == 0:
+        if batch.step == self._start_step:
             self._say(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
-        if batch.step > 0 or self.total_steps == 1:
+        if batch.step > self._start_step or self.total_steps == self._start_step + 1:
             totals.steps += 1
             totals.tokens += total
             totals.wall_s += wall_s
@@ -172,7 +196,7 @@ class Report:
         batch, handle, row = self._pending
         self._pending = None
         loss = float(handle.wait())
-        self._first_loss = loss if batch.step == 0 else self._first_loss
+        self._first_loss = loss if batch.step == self._start_step else self._first_loss
         self._last_loss = loss
         self._write({**row, "loss": loss})
         if self._bar is not None:
@@ -182,6 +206,11 @@ class Report:
                 f"loss {loss:.3f}, {row['tokens'] / row['step_s']:,.0f} tokens/s, {share:.0%} communicating",
                 refresh=False,
             )
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint is on disk."""
+        self._settle()
+        self._say(f"checkpoint {path}")
 
     def evaluated(self, step: int, bits: float) -> None:
         """Held-out bits per byte after ``step`` steps."""
