@@ -50,10 +50,6 @@ class Report:
         self._speaks = group.rank == 0
         self._bar: Any = None
         self._metrics: IO[str] | None = None
-        if config.metrics and self._speaks:
-            # A resumed run goes on in the file of the one before.
-            mode = "a" if config.resume else "w"
-            self._metrics = open(config.metrics, mode, encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._totals = _Totals()
         self._phases: dict[str, float] = {}
         self._pending: tuple[Batch, Handle, dict[str, Any]] | None = None
@@ -107,6 +103,10 @@ class Report:
             + f"; {self.total_steps} steps, {self.total_steps * config.batch_size / samples:.2f} epochs"
         )
         self._start_step = start_step
+        if config.metrics and self._speaks:
+            # A resumed run goes on in the file of the one before.
+            mode = "a" if config.resume else "w"
+            self._metrics = open(config.metrics, mode, encoding="utf-8")  # noqa: SIM115 - open as long as the run
         for reason in refused:
             self._say(f"checkpoint REFUSED: {reason}; the one before it is used")
         if config.resume:
