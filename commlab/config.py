@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ class Config:
     )
     output: str = knob("commlab-model", _SHOW, "folder that the trained model is written to")
     metrics: str | None = knob(None, _SHOW, "file for one JSON line per step and evaluation (default: none)")
+    tensorboard: str | None = knob(None, _SHOW, "folder for TensorBoard's event files (default: none)")
     checkpoint_every: int = knob(0, _SHOW, "steps between two checkpoints; 0 = none", int, least=0)
     checkpoint_dir: str | None = knob(
         None, _SHOW, "folder of the checkpoints, which all hosts see (default: checkpoints in --output)"
@@ -227,6 +229,8 @@ class Config:
             raise UsageError(
                 f"--output {self.output!r} is a file; give a folder, which is made where it does not exist"
             )
+        if self.tensorboard is not None and find_spec("tensorboard") is None:
+            raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out")
         for flag, path in (("--metrics", self.metrics), ("--trace", self.trace)):
             if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
                 what = (

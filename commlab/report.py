@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import struct
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,15 +23,17 @@ from .collectives.group import Group
 from .collectives.handle import Handle
 from .config import Config
 from .data import Batch
+from .metrics import Metrics, memory_bytes, versions
 from .strategies.base import Strategy, Times
 
 
 @dataclass
 class _Totals:
-    """Sums over all steps, in seconds and tokens; the first step, which warms everything up, is left out of the
-    speeds."""
+    """Sums over steps, in seconds, tokens and bytes. The first step, which warms everything up, is left out, and so is
+    the second, in which memory is looked at, unless there are no others."""
 
     steps: int = 0
+    bytes_sent: int = 0
     tokens: int = 0
     wall_s: float = 0.0
     forward_s: float = 0.0
@@ -49,13 +50,16 @@ class Report:
         self._started_s = started_s
         self._speaks = group.rank == 0
         self._bar: Any = None
-        self._metrics: IO[str] | None = None
+        self._metrics = Metrics(None, None, False)
         self._totals = _Totals()
         self._phases: dict[str, float] = {}
         self._pending: tuple[Batch, Handle, dict[str, Any]] | None = None
         self._first_loss = self._last_loss = float("nan")
         self._held_out = float("nan")
         self._bytes_before = 0
+        self._looks = False
+        """Whether memory is looked at in this step: its largest parts are there once an optimizer step was made."""
+        self._memory_bytes = 0
 
     def _say(self, text: str) -> None:
         if self._speaks:
@@ -102,17 +106,16 @@ class Report:
             + (f" and micro-batch ({config.grad_accumulation} of them)" if config.grad_accumulation > 1 else "")
             + f"; {self.total_steps} steps, {self.total_steps * config.batch_size / samples:.2f} epochs"
         )
-        self._start_step = start_step
-        if config.metrics and self._speaks:
+        self._start_step, self._steps_done = start_step, 0
+        if self._speaks:
             # A resumed run goes on in the file of the one before.
-            mode = "a" if config.resume else "w"
-            self._metrics = open(config.metrics, mode, encoding="utf-8")  # noqa: SIM115 - open as long as the run
+            self._metrics = Metrics(config.metrics, config.tensorboard, append=config.resume)
         for reason in refused:
             self._say(f"checkpoint REFUSED: {reason}; the one before it is used")
         if config.resume:
             found = f"from step {start_step}" if start_step else "at the beginning: there is no checkpoint"
             self._say(f"resume: {found} in {config.checkpoint_folder}")
-        self._write(
+        self._metrics.write(
             {
                 "config": config.as_dict(),
                 "start_step": start_step,
@@ -135,6 +138,7 @@ class Report:
     def step_begins(self) -> None:
         self._phases = dict.fromkeys(("forward", "backward", "step"), 0.0)
         self.engine.times = Times()
+        self._looks = self._steps_done == 1
         self._bytes_before = self.group.bytes_sent
         self._step_started_s = time.perf_counter()
 
@@ -145,6 +149,8 @@ class Report:
         with trace.span(name):
             yield
         self._phases[name] += time.perf_counter() - started_s
+        if self._looks:
+            self._memory_bytes = max(self._memory_bytes, memory_bytes())
 
     def step_ends(self, batch: Batch, losses: torch.Tensor, total: int, lr: float) -> None:
         """``losses``: the sum of this rank's token losses. Its global mean is known, and shown, one step later: nobody
@@ -155,8 +161,10 @@ class Report:
         backward_s = self._phases["backward"] - (times.exchange_s - self._step_exchange())
         if batch.step == self._start_step:
             self._say(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
-        if batch.step > self._start_step or self.total_steps == self._start_step + 1:
+        self._steps_done += 1
+        if self._steps_done > min(2, self.total_steps - self._start_step - 1):
             totals.steps += 1
+            totals.bytes_sent += self.group.bytes_sent - self._bytes_before
             totals.tokens += total
             totals.wall_s += wall_s
             totals.forward_s += self._phases["forward"]
@@ -198,7 +206,7 @@ class Report:
         loss = float(handle.wait())
         self._first_loss = loss if batch.step == self._start_step else self._first_loss
         self._last_loss = loss
-        self._write({**row, "loss": loss})
+        self._metrics.write({**row, "loss": loss})
         if self._bar is not None:
             self._bar.update(1)
             share = row["exchange_s"] / row["step_s"]
@@ -216,13 +224,8 @@ class Report:
         """Held-out bits per byte after ``step`` steps."""
         self._settle()
         self._held_out = bits
-        self._write({"step": step, "held_out_bits_per_byte": bits})
+        self._metrics.write({"step": step, "held_out_bits_per_byte": bits})
         self._say(f"after step {step}: held-out {bits:.3f} bits per byte")
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(json.dumps(row) + "\n")
-            self._metrics.flush()
 
     def closing(self) -> None:
         """The summary table. Collective: peaks and sums over all ranks."""
@@ -230,11 +233,14 @@ class Report:
         totals, group = self._totals, self.group
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
         moved_bytes = group.node_bytes_read + group.node_bytes_written
-        records = group.exchange_records(struct.pack("<qqq", group.bytes_sent, moved_bytes, peak_bytes), "summary")
-        sent, moved, peaks = zip(*(struct.unpack("<qqq", record) for record in records), strict=True)
+        steps = max(1, totals.steps)
+        mine = (group.bytes_sent, totals.bytes_sent // steps, moved_bytes, peak_bytes, self._memory_bytes)
+        records = group.exchange_records(struct.pack("<5q", *mine), "summary")
+        sent, sent_in_step, moved, peaks, memory = zip(
+            *(struct.unpack("<5q", record) for record in records), strict=True
+        )
         if self._bar is not None:
             self._bar.close()
-        steps = max(1, totals.steps)
         ms = {
             part: 1e3 * getattr(totals, f"{part}_s") / steps
             for part in ("forward", "backward", "exchange", "update", "wall")
@@ -257,7 +263,11 @@ class Report:
                 f"{min(sent) / 1e6:.1f} .. {max(sent) / 1e6:.1f} MB" if group.size > 1 else "nothing",
             ),
             ("through the window", f"{max(moved) / 1e6:.1f} MB read and written by the busiest rank"),
-            ("peak memory", f"{max(peaks) / 2**20:.0f} MiB on the largest rank, {sum(peaks) / 2**20:.0f} MiB in all"),
+            (
+                "memory",
+                f"{sum(memory) / 2**20:.0f} MiB in all, what ranks share counted once; at most "
+                f"{max(peaks) / 2**20:.0f} MiB of addresses in use by a rank",
+            ),
             ("loss", f"{self._first_loss:.4f} -> {self._last_loss:.4f} nats per token"),
             ("skipped steps", f"{self.engine.skipped_steps}, loss scale {self.engine.precision.scale:g} at the end"),
             ("held-out", f"{self._held_out:.3f} bits per byte"),
@@ -270,33 +280,20 @@ class Report:
             rows = [row for row in rows if row[0] != "skipped steps"]
         width = max(len(name) for name, _ in rows)
         self._say("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-        self._write(
+        self._metrics.write(
             {
                 "summary": {
                     "tokens_per_s": totals.tokens / max(totals.wall_s, 1e-9),
                     **{f"{part}_ms": value for part, value in ms.items()},
                     "bytes_sent_per_rank": sent,
+                    "bytes_sent_per_rank_and_step": sent_in_step,
+                    "node_bytes_moved_per_rank": moved,
                     "peak_bytes_per_rank": peaks,
+                    "memory_bytes_per_rank": memory,
                     "first_loss": self._first_loss,
                     "last_loss": self._last_loss,
                     "held_out_bits_per_byte": self._held_out,
                 }
             }
         )
-        if self._metrics is not None:
-            self._metrics.close()
-
-
-def versions() -> dict[str, str]:
-    """Of what a result depends on."""
-    found = {
-        "commlab": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "arithmetic": native.backend(),
-    }
-    if "mpi4py.MPI" in sys.modules:
-        from .transport.mpi import library
-
-        found["mpi"] = library()
-    return found
+        self._metrics.close()

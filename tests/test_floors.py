@@ -16,7 +16,7 @@ FILES = sorted(HOME.rglob("*.py"))
 # A folder has one floor; so has each file outside of folders. A new one has to be given its place here.
 FLOORS = {
     "__init__": 7,
-    **dict.fromkeys(("train", "config", "flags", "report", "checkpoint"), 6),
+    **dict.fromkeys(("train", "config", "flags", "report", "metrics", "checkpoint"), 6),
     "strategies": 5,
     "precision": 4,
     **dict.fromkeys(("collectives", "ps"), 3),
@@ -26,7 +26,7 @@ FLOORS = {
 }
 # The wing's own folder on its own floor: the trainer's files are one room, and so are the leaves that feed it.
 ROOMS = (
-    frozenset({"train", "config", "flags", "report", "checkpoint"}),
+    frozenset({"train", "config", "flags", "report", "metrics", "checkpoint"}),
     frozenset({"model", "data", "corpus", "tokenizer"}),
 )
 

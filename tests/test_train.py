@@ -88,3 +88,16 @@ def test_another_run_is_refused(more: str, words: str, capsys: pytest.CaptureFix
 def test_no_checkpoint_means_the_beginning(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--output", "new", "--resume") == 0
     assert "resume: at the beginning: there is no checkpoint in new/checkpoints" in capsys.readouterr().out
+
+
+def test_tensorboard_shows_what_the_metrics_say() -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run("--output", "new", "--tensorboard", "board", "--eval-every", "3") == 0
+    shown = EventAccumulator("board").Reload()
+    losses = [(event.step, event.value) for event in shown.Scalars("loss/train, nats per token")]
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
+    assert [loss for _, loss in losses] == pytest.approx([row["loss"] for row in rows()])
+    assert [event.step for event in shown.Scalars("loss/held-out, bits per byte")] == [3, 6]
+    assert "step/exchange, s" in shown.Tags()["scalars"]
