@@ -23,7 +23,7 @@ from .collectives.group import Group
 from .collectives.handle import Handle
 from .config import Config
 from .data import Batch
-from .metrics import Metrics, memory_bytes, versions
+from .metrics import Metrics, interface_bytes_sent, memory_bytes, versions
 from .strategies.base import Strategy, Times
 
 
@@ -140,6 +140,8 @@ class Report:
         self.engine.times = Times()
         self._looks = self._steps_done == 1
         self._bytes_before = self.group.bytes_sent
+        # On one node nothing that ranks send comes past an interface.
+        self._on_links_before = interface_bytes_sent() if len(self.group.nodes) > 1 else 0
         self._step_started_s = time.perf_counter()
 
     @contextmanager
@@ -186,6 +188,8 @@ class Report:
             "update_s": times.update_s,
             "bytes_sent": self.group.bytes_sent - self._bytes_before,
         }
+        if len(self.group.nodes) > 1:
+            row["interface_bytes_sent"] = interface_bytes_sent() - self._on_links_before
         self._settle()
         self._pending = (
             batch,
