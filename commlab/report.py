@@ -219,10 +219,11 @@ class Report:
                 refresh=False,
             )
 
-    def saved(self, path: Path) -> None:
-        """A checkpoint is on disk."""
+    def saved(self, step: int, path: Path, took_s: float) -> None:
+        """The checkpoint after ``step`` steps is on disk."""
         self._settle()
-        self._say(f"checkpoint {path}")
+        self._metrics.write({"step": step, "checkpoint_s": took_s})
+        self._say(f"checkpoint {path} ({took_s:.2f} s)")
 
     def evaluated(self, step: int, bits: float) -> None:
         """Held-out bits per byte after ``step`` steps."""

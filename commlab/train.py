@@ -143,7 +143,9 @@ def train(config: Config, started_s: float) -> int:
         if updated:
             schedule.step()
         if config.checkpoint_every and (batch.step + 1) % config.checkpoint_every == 0:
-            report.saved(checkpoints.save(batch.step + 1, {**cursor, **sampler.state_dict(batch.step + 1)}))
+            begun_s = time.perf_counter()
+            path = checkpoints.save(batch.step + 1, {**cursor, **sampler.state_dict(batch.step + 1)})
+            report.saved(batch.step + 1, path, time.perf_counter() - begun_s)
         if config.eval_every and (batch.step + 1) % config.eval_every == 0 and batch.step + 1 < total_steps:
             report.evaluated(batch.step + 1, held_out_bits(config, group, bare_model, held_out))
 
