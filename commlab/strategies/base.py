@@ -99,6 +99,8 @@ class Strategy:
     name: ClassVar[str]
     keeps_gradients: ClassVar[bool] = True
     """Whether ``p.grad`` holds the reduced gradient after :meth:`step`."""
+    shards_state: ClassVar[bool] = False
+    """Whether ranks hold different pieces of the optimizer's state; else every rank holds all of it."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         if options.wire not in WIRES:
@@ -290,7 +292,14 @@ class Strategy:
 
     def load_state_dict(self, *parts: dict[str, Any]) -> None:
         """Take from ``parts`` (any ranks' :meth:`state_dict`, of any strategy and number of ranks) what this rank owns.
-        UsageError when a needed range is in none of them."""
+        UsageError when a needed range is in none of them, or when they are not all of one step."""
+        for key in ("steps", "skipped_steps", "loss_scale"):
+            values = [part[key] for part in parts]
+            if any(value != values[0] for value in values):
+                raise UsageError(
+                    f"rank {self.group.rank}: the parts to load differ in {key!r}: {', '.join(map(str, values))}; they "
+                    "were not saved together. Load the parts of one checkpoint"
+                )
         pieces.load(self._pieces(), self.optimizer, parts)
         self.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
         if self.precision.loss_scale is not None and parts[0]["loss_scale"] is not None:
