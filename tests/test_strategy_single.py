@@ -11,7 +11,8 @@ from training import EVEN, Net, Recipe, alone, assert_same, build, go_on, refere
 
 import commlab
 from commlab.strategies import STRATEGIES
-from commlab.strategies.base import Strategy, norm_squared
+from commlab.gradients.norm import norm_squared
+from commlab.strategies.base import Strategy
 
 OURS = ("allreduce", "ps", "dps")
 RECIPES = {

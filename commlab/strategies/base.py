@@ -21,6 +21,7 @@ from ..collectives.group import Group
 from ..collectives.handle import Handle
 from ..errors import CommlabError, UsageError
 from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan
+from ..gradients.norm import clip_factor, norm_squared
 from ..gradients.wire import WIRES
 from ..native.arithmetic import DTYPES
 from ..precision import Precision
@@ -66,22 +67,6 @@ class Times:
 
 
 _VERDICT = struct.Struct("<d??")
-
-_NORM_BLOCK = 4096
-"""torch adds the squares of a whole fp32 tensor in fp32, which at 6 M numbers is wrong by 1e-4, and by something else
-for each way of cutting the gradient; blocks of this size are right to 1e-8, and as fast."""
-
-
-def norm_squared(gradients: Iterable[torch.Tensor]) -> float:
-    """Sum of the squares of all numbers; blocks in fp32 (fp64 gradients in fp64), their sum in float64."""
-    total = 0.0
-    for gradient in gradients:
-        flat = gradient.reshape(-1) if gradient.dtype == torch.float64 else gradient.float().reshape(-1)
-        even = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
-        for block in (flat[:even].view(-1, _NORM_BLOCK), flat[even:].view(1, -1)):
-            total += float(torch.linalg.vector_norm(block, dim=1).double().square().sum())
-    return total
-
 
 def scale_(gradients: list[torch.Tensor], factor: float) -> None:
     """Multiply all of them in place."""
@@ -245,8 +230,7 @@ class Strategy:
             clip = 1.0
             if self.options.max_grad_norm is not None:
                 self.grad_norm = agreement.squares**0.5 / scale
-                # torch.nn.utils.clip_grad_norm_'s rule, so that results compare.
-                clip = min(1.0, self.options.max_grad_norm / (self.grad_norm + 1e-6))
+                clip = clip_factor(self.grad_norm, self.options.max_grad_norm)
             if updates:
                 self._update(clip / scale, agreement.unused)
             else:

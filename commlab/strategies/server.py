@@ -25,6 +25,7 @@ from ..collectives import operations
 from ..collectives.group import Group
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets
+from ..ps.elementwise import require_elementwise
 from ..transport.window import Place
 from . import pieces
 from .base import Options, Strategy
@@ -46,7 +47,7 @@ class Server(Strategy):
     sharded: bool
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
-        pieces.require_elementwise(optimizer, options.elementwise)
+        require_elementwise(optimizer, options.elementwise)
         if options.algorithm == "hierarchical":
             raise UsageError(
                 f"algorithm hierarchical is for allreduce, and strategy {self.name} pushes and pulls; use auto"
