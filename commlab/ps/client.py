@@ -183,9 +183,8 @@ class Client:
                 continue
             silent_s = now_s - max(since_s, self._heard_s)
             if silent_s > limit_s:
-                raise PeerTimeoutError(
-                    f"{self._silence(handle, silent_s)}; it may be stuck or slow: see its own output, or raise the timeout"
-                )
+                advice = "it may be stuck or slow: see its own output, or raise the timeout"
+                raise PeerTimeoutError(f"{self._silence(handle, silent_s)}; {advice}")
             if silent_s > WARN_AFTER_S and now_s - warned_s > WARN_AFTER_S:
                 warned_s = now_s
                 log.warning("%s", self._silence(handle, silent_s))

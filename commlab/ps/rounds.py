@@ -15,7 +15,7 @@ import torch
 
 from .. import native
 from ..chunks import Range
-from .messages import WIRE_CODES, Header
+from .messages import Header
 from .shard import Shard
 
 

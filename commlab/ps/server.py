@@ -376,9 +376,7 @@ class Server:
     def _pull(self, peer: int, header: Header) -> None:
         refused = self._against(header, sized=False)
         if not refused and not all(self.versions[header.key : header.key + header.count]):
-            refused = (
-                f"{self.shard.names[header.key]!r} was pulled by {self.names[peer]} before it had a first value"
-            )
+            refused = f"{self.shard.names[header.key]!r} was pulled by {self.names[peer]} before it had a first value"
         if refused:
             self._answer_text(peer, header, Kind.ERROR, refused)
             return
@@ -410,7 +408,10 @@ class Server:
     def _encode(self, header: Header) -> torch.Tensor:
         """The parts' values as they travel: a copy, because they may be updated while it is on its way; one for all who
         read the same versions."""
-        key, versions = (header.key, header.count, header.wire), sum(self.versions[header.key : header.key + header.count])
+        key, versions = (
+            (header.key, header.count, header.wire),
+            sum(self.versions[header.key : header.key + header.count]),
+        )
         found = self._encoded.get(key)
         if found is None or found[0] != versions:
             run = self.shard.run(header.key, header.count)

@@ -118,7 +118,9 @@ class Serving:
                 f"{name} {'has left' if state.left else f'at clock {state.clock}'}"
                 for name, state in zip(self.server.names, self.server.workers, strict=True)
             )
-            raise PeerLostError(f"server {self.server.index} of {self.server.rules.servers}: {error} ({clocks})") from error
+            raise PeerLostError(
+                f"server {self.server.index} of {self.server.rules.servers}: {error} ({clocks})"
+            ) from error
 
 
 def pause(idle_s: float, crowded: bool) -> None:

@@ -1,7 +1,7 @@
 """The parameter server as one object: ``ParameterServer`` on every rank; some of them serve, the others use it.
 
-    servers (dedicated)     own the values, run the optimizer          values of ``named_params`` at first: worker 0's
-    workers                 push gradients, pull values, step()        a group of their own: ``store.group``
+servers (dedicated)     own the values, run the optimizer          values of ``named_params`` at first: worker 0's
+workers                 push gradients, pull values, step()        a group of their own: ``store.group``
 """
 
 from __future__ import annotations
@@ -270,7 +270,9 @@ class ParameterServer:
                 raise UsageError(f"two tensors are named {name!r}; a key names one")
             if tensor.dtype not in WIRE_CODES:
                 kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in WIRE_CODES)
-                raise UsageError(f"{name!r} is {tensor.dtype}; a parameter server has {kinds}: cast it, or leave it out")
+                raise UsageError(
+                    f"{name!r} is {tensor.dtype}; a parameter server has {kinds}: cast it, or leave it out"
+                )
             # Tied: the same numbers under two names.
             same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
             if same not in known:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -67,6 +67,7 @@ class Times:
 
 
 _VERDICT = struct.Struct("<d??")
+
 
 def scale_(gradients: list[torch.Tensor], factor: float) -> None:
     """Multiply all of them in place."""

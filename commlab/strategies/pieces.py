@@ -17,6 +17,7 @@ from ..chunks import Range
 from ..errors import UsageError
 from ..gradients.bucket import NamedParameter
 
+
 class Piece(NamedTuple):
     """Elements ``start .. stop - 1`` of ``parameter`` (flattened), updated through ``tensor``."""
 
