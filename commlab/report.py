@@ -25,6 +25,8 @@ from .config import Config
 from .data import Batch
 from .strategies.base import Strategy, Times
 
+_SUMMARY = struct.Struct("<qqqqd")
+
 
 @dataclass
 class _Totals:
@@ -53,8 +55,11 @@ class Report:
             self._metrics = open(config.metrics, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._totals = _Totals()
         self._phases: dict[str, float] = {}
-        self._pending: tuple[Batch, Handle, dict[str, Any]] | None = None
-        self._first_loss = self._last_loss = float("nan")
+        self._pending: tuple[Batch, Handle | None, dict[str, Any]] | None = None
+        self._steps = 0
+        """That this rank has made."""
+        self._first_loss: float | None = None
+        self._last_loss = float("nan")
         self._held_out = float("nan")
         self._bytes_before = 0
 
@@ -81,7 +86,9 @@ class Report:
                 if group.node is not None
                 else f"no window: {group.window_reason}"
             )
-        if engine.buckets is not None and group.size > 1:
+        if engine.serving:
+            self._say(engine.serving)
+        elif engine.buckets is not None and group.size > 1:
             largest = max(bucket.numel for bucket in engine.buckets.buckets)
             kind = {"allreduce": "allreduce", "ps": "reduce"}.get(config.strategy, "reduce_scatter")
             wire = engine.buckets.buckets[0].dtype
@@ -129,9 +136,11 @@ class Report:
         times, totals = self.engine.times, self._totals
         # What backward spent on packing and launching is exchange, not computation.
         backward_s = self._phases["backward"] - (times.exchange_s - self._step_exchange())
-        if batch.step == 0:
+        first = self._steps == 0
+        self._steps += 1
+        if first:
             self._say(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
-        if batch.step > 0 or self.total_steps == 1:
+        if not first or self.total_steps == 1:
             totals.steps += 1
             totals.tokens += total
             totals.wall_s += wall_s
@@ -155,11 +164,10 @@ class Report:
             "bytes_sent": self.group.bytes_sent - self._bytes_before,
         }
         self._settle()
-        self._pending = (
-            batch,
-            operations.allreduce_async(losses.view(1) / total, "sum", "loss", group=self.group),
-            row,
-        )
+        mean = losses.view(1) / total
+        # Where ranks do not wait for each other, they do not for this either: rank 0 shows its own.
+        handle = operations.allreduce_async(mean, "sum", "loss", group=self.group) if self.engine.averages else None
+        self._pending = batch, handle, {**row, "loss": float(mean)}
 
     def _step_exchange(self) -> float:
         """The part of the exchange that lies in step(), not in backward."""
@@ -171,12 +179,13 @@ class Report:
             return
         batch, handle, row = self._pending
         self._pending = None
-        loss = float(handle.wait())
-        self._first_loss = loss if batch.step == 0 else self._first_loss
+        loss = row["loss"] if handle is None else float(handle.wait())
+        if self._first_loss is None:
+            self._first_loss = loss
         self._last_loss = loss
         self._write({**row, "loss": loss})
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.update(batch.step + 1 - self._bar.n)
             share = row["exchange_s"] / row["step_s"]
             self._bar.set_postfix_str(
                 f"loss {loss:.3f}, {row['tokens'] / row['step_s']:,.0f} tokens/s, {share:.0%} communicating",
@@ -201,8 +210,13 @@ class Report:
         totals, group = self._totals, self.group
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
         moved_bytes = group.node_bytes_read + group.node_bytes_written
-        records = group.exchange_records(struct.pack("<qqq", group.bytes_sent, moved_bytes, peak_bytes), "summary")
-        sent, moved, peaks = zip(*(struct.unpack("<qqq", record) for record in records), strict=True)
+        mine = _SUMMARY.pack(group.bytes_sent, moved_bytes, peak_bytes, totals.tokens, totals.wall_s)
+        records = group.exchange_records(mine, "summary")
+        sent, moved, peaks, tokens, walls = zip(*(_SUMMARY.unpack(record) for record in records), strict=True)
+        # In lockstep all ranks count all tokens; else each its own.
+        speed = (totals.tokens if self.engine.averages else sum(tokens)) / max(*walls, 1e-9)
+        serving = self.engine.serving_report()
+        first_loss = float("nan") if self._first_loss is None else self._first_loss
         if self._bar is not None:
             self._bar.close()
         steps = max(1, totals.steps)
@@ -214,7 +228,8 @@ class Report:
         hidden = " (its exchange hides in backward)" if engine_sends_itself else ""
         rows = [
             ("strategy", f"{self.config.strategy}, {group.size} ranks"),
-            ("speed", f"{totals.tokens / max(totals.wall_s, 1e-9):,.0f} tokens/s"),
+            *serving.items(),
+            ("speed", f"{speed:,.0f} tokens/s"),
             (
                 "step",
                 f"{ms['wall']:.1f} ms = forward {ms['forward']:.1f} + backward "
@@ -229,7 +244,7 @@ class Report:
             ),
             ("through the window", f"{max(moved) / 1e6:.1f} MB read and written by the busiest rank"),
             ("peak memory", f"{max(peaks) / 2**20:.0f} MiB on the largest rank, {sum(peaks) / 2**20:.0f} MiB in all"),
-            ("loss", f"{self._first_loss:.4f} -> {self._last_loss:.4f} nats per token"),
+            ("loss", f"{first_loss:.4f} -> {self._last_loss:.4f} nats per token"),
             ("skipped steps", f"{self.engine.skipped_steps}, loss scale {self.engine.precision.scale:g} at the end"),
             ("held-out", f"{self._held_out:.3f} bits per byte"),
             ("model", f"{self.config.output} (transformers.GPT2LMHeadModel.from_pretrained opens it)"),
@@ -244,11 +259,12 @@ class Report:
         self._write(
             {
                 "summary": {
-                    "tokens_per_s": totals.tokens / max(totals.wall_s, 1e-9),
+                    "tokens_per_s": speed,
+                    **serving,
                     **{f"{part}_ms": value for part, value in ms.items()},
                     "bytes_sent_per_rank": sent,
                     "peak_bytes_per_rank": peaks,
-                    "first_loss": self._first_loss,
+                    "first_loss": first_loss,
                     "last_loss": self._last_loss,
                     "held_out_bits_per_byte": self._held_out,
                 }

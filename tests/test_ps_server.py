@@ -149,7 +149,7 @@ def test_without_the_wait_the_servers_own_check_fails() -> None:
     caught = 0
     for seed in range(10):
         try:
-            Run(Story(seed, "ssp:1", clocks=6), HastyServer).run()
+            Run(Story(seed, "ssp:1", clocks=6, slow=1), HastyServer).run()
         except CommlabError as error:
             assert "which ssp:1 does not allow" in str(error)
             caught += 1
@@ -161,7 +161,7 @@ def test_without_the_wait_values_lack_what_ssp_promises() -> None:
     lacking = 0
     for seed in range(10):
         try:
-            Run(Story(seed, "ssp:1", clocks=6), BlindServer).run()
+            Run(Story(seed, "ssp:1", clocks=6, slow=1), BlindServer).run()
         except AssertionError as error:
             lacking += "lacks" in str(error)
     assert lacking >= 8

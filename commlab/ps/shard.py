@@ -40,6 +40,8 @@ class Shard:
         self.optimizer: torch.optim.Optimizer | None = None
         if factory is not None and self.parts:
             self.optimizer = self._make_optimizer(factory)
+            # It may have groups in which no server has anything.
+            self._members += [[] for _ in range(len(self.optimizer.param_groups) - groups)]
 
     def _make_optimizer(self, factory: Factory) -> torch.optim.Optimizer:
         if len(self._members) == 1:

@@ -94,7 +94,7 @@ def place(entries: Iterable[Entry], servers: int) -> Placement:
 
     def give(server: int, entry: int, part: Range) -> None:
         itemsize = entries[entry].dtype.itemsize
-        pieces = -(-part.numel * itemsize // MESSAGE_BYTES)
+        pieces = max(1, -(-part.numel * itemsize // MESSAGE_BYTES))
         for piece in split(part.numel, pieces, _ALIGN):
             if piece.numel:
                 ranges[entry].append((server, Range(part.start + piece.start, part.start + piece.stop)))

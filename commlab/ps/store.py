@@ -105,6 +105,8 @@ class ParameterServer:
         updates nothing itself."""
         alone = everyone.size == 1 and servers is None
         ranks = (1,) if alone else server_ranks(everyone.nodes, 1 if servers is None else servers)
+        self.servers = ranks
+        """Ranks of the group that serve."""
         workers = [rank for rank in range(max(2, everyone.size)) if rank not in ranks]
         self.placement: Placement = place(entries, len(ranks))
         self._every_server = range(len(ranks))
@@ -117,9 +119,13 @@ class ParameterServer:
         self.grad_scale = 1.0
         """What this worker's gradients have been multiplied by; servers divide by it. It goes with the first push of a
         clock."""
+        self.lr_factor = 1.0
+        """What the learning rates of ``optimizer`` are multiplied by on their way to the servers."""
         self.server: Server | None = None
         """On server ranks, and in a group of one rank."""
-        self._wire, self._agrees = WIRES[wire], agrees
+        self._wire = WIRES[wire]
+        self.agrees = agrees
+        """Whether servers agree on a clock's norm before they update."""
         self._runs: dict[tuple[str, ...], list[Run]] = {}
         self._told, self._told_at = b"", -1
         self._versions: dict[str, int] = {}
@@ -147,7 +153,7 @@ class ParameterServer:
         atexit.register(self.close)
         if self.group.rank == 0:
             for name, tensor in self._tensors.items():
-                self._send(Kind.INIT, (name,), tensor.detach(), None, f"first value of {name!r}").wait()
+                self.assign_flat((name,), tensor.detach().reshape(-1)).wait()
         if self.group.size > 1:
             self.group.barrier()
 
@@ -186,6 +192,16 @@ class ParameterServer:
         """:meth:`pull` of several tensors of one dtype into ``flat`` (1-D, contiguous, CPU). ``exact``: as they are on
         the servers, whatever the wire."""
         return self._pull_flat(tuple(keys), flat, self.clock, None if exact else self._wire)
+
+    def assign_flat(self, keys: Sequence[str], flat: torch.Tensor) -> Handle:
+        """Overwrite values, from any worker, while nobody pushes or pulls them."""
+        keys = tuple(keys)
+        return self._send(Kind.INIT, keys, flat, None, f"first value of {_named(keys)}")
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this worker, to all servers."""
+        return self._client.bytes_sent
 
     def step(self, *, finite: bool = True) -> Handle:
         """End this worker's clock: what it pushed in it is complete. Not collective, and does not wait. ``finite``:
@@ -258,7 +274,6 @@ class ParameterServer:
             self._closed = True
             atexit.unregister(self.close)
             self._tell_all(Kind.CLOSE, (_LAST, 0, 0))
-            self.messages_sent, self.bytes_sent = self._client.messages_sent, self._client.bytes_sent
 
     # Inside.
 
@@ -409,6 +424,8 @@ class ParameterServer:
                 {key: _plain(value) for key, value in entry.items() if key not in ("params", "param_names")}
                 for entry in self.optimizer.param_groups
             ]
+            for entry in groups:
+                entry["lr"] *= self.lr_factor
         text = json.dumps({"groups": groups, "scale": self.grad_scale}).encode()
         self._told_at = self.clock
         if text != self._told:
@@ -420,7 +437,7 @@ class ParameterServer:
                     self._client.request(server, (self.clock, -1, 0), Header(Kind.HYPER), handle, data)
 
     def _take_verdict(self, ended: Handle) -> None:
-        if self._agrees:
+        if self.agrees:
             answer = ended.answers[0]
             ended.result = Verdict(answer.value**0.5 / self.grad_scale, answer.flag)
 

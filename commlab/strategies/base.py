@@ -43,6 +43,10 @@ class Options:
     elementwise: bool | None = None
     """Say True for an optimizer of your own that updates every number from that number's own gradient and state
     alone."""
+    servers: int | None = None
+    """Ranks that only serve, for ps (1) and dps (2 and more); None: every rank trains, and serves."""
+    consistency: str = "bsp"
+    """When a worker may read, where there are such servers: bsp, ssp:S, asp."""
 
 
 class Agreement(NamedTuple):
@@ -82,9 +86,13 @@ class Strategy:
     parameters and buffers are given to all ranks.
     """
 
-    name: ClassVar[str]
+    name: str
     keeps_gradients: ClassVar[bool] = True
     """Whether ``p.grad`` holds the reduced gradient after :meth:`step`."""
+    averages: bool = True
+    """Whether the ranks' gradients of a step become one; under ssp and asp they do not."""
+    role: str = "worker"
+    """"server" on a rank that only served."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         if options.wire not in WIRES:
@@ -100,7 +108,7 @@ class Strategy:
         self.skipped_steps = 0
         self.steps = 0
         self.times = Times()
-        self.parameters: list[NamedParameter] = named_parameters(model, optimizer)
+        self.parameters: list[NamedParameter] = self._named_parameters()
         self._share = 0.0
         """What this step's losses were divided by on their way into fp16; 0 before the first backward."""
         self._count = 0
@@ -119,6 +127,9 @@ class Strategy:
         self.buckets = self._make_buckets()
 
     # What differs between strategies.
+
+    def _named_parameters(self) -> list[NamedParameter]:
+        return named_parameters(self.model, self.optimizer)
 
     def _make_buckets(self) -> GradientBuckets | None:
         if self.options.algorithm == "window" and not self.in_window:
@@ -176,7 +187,7 @@ class Strategy:
         self._counted = count is not None
         self._count += count or 0
         self._total = total
-        if self._syncing and self._counted and total is None:
+        if self._syncing and self._counted and total is None and self.averages:
             counted = torch.tensor([self._count], dtype=torch.int64)
             self._global_count = operations.allreduce_async(counted, "sum", "token count", group=self.group)
         if self.buckets is not None:
@@ -280,6 +291,25 @@ class Strategy:
         self.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
         if self.precision.loss_scale is not None and parts[0]["loss_scale"] is not None:
             self.precision.loss_scale.load_state_dict(parts[0]["loss_scale"])
+
+    @property
+    def serving(self) -> str:
+        """How parameters are served, in a line for the user; empty where no ranks only serve."""
+        return ""
+
+    def serving_report(self) -> dict[str, str]:
+        """What servers have to say at the end: rows of the summary. Collective."""
+        return {}
+
+    def turns(self, steps: int) -> Iterator[tuple[int, int]]:
+        """(step, whose share of it), in the order in which this rank is to train on them, until all shares of all
+        ``steps`` are given out. In lockstep each rank has its own share of every step; where ranks do not wait for
+        each other, whoever is free gets the next one that nobody has."""
+        yield from ((step, self.group.rank) for step in range(steps))
+
+    def settle(self, last: bool = False) -> None:
+        """Make every rank's parameters the newest, in full precision, before they are evaluated or saved. Collective.
+        ``last``: this rank will train no more. Where every step ends so by itself, nothing is done."""
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         """Run ``change(model)``, which writes parameters in place, so that it takes effect once on every copy: under
