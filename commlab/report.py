@@ -78,7 +78,9 @@ class Report:
             f"rank{'s' * (group.size > 1)} on {len(group.nodes)} "
             f"node{'s' * (len(group.nodes) > 1)}, transport {group.transport.name}, progress {group.progress_mode}"
         )
-        if group.size > 1:
+        if engine.serving:
+            self._say(engine.serving)
+        elif group.size > 1:
             self._say(
                 "window: shared by all ranks"
                 if group.window is not None
@@ -86,9 +88,7 @@ class Report:
                 if group.node is not None
                 else f"no window: {group.window_reason}"
             )
-        if engine.serving:
-            self._say(engine.serving)
-        elif engine.buckets is not None and group.size > 1:
+        if not engine.serving and engine.buckets is not None and group.size > 1:
             largest = max(bucket.numel for bucket in engine.buckets.buckets)
             kind = {"allreduce": "allreduce", "ps": "reduce"}.get(config.strategy, "reduce_scatter")
             wire = engine.buckets.buckets[0].dtype

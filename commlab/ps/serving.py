@@ -46,7 +46,8 @@ class Serving:
         }
         for link in self._links.values():
             link.listen()
-        self._open_servers = {self._peers[rank] for rank in others}
+        self._others = [self._peers[rank] for rank in others]
+        self._open_servers = set(self._others)
         self._said_close = False
         self._looked_s = self._warned_s = time.perf_counter()
         self.finished = False
@@ -87,7 +88,7 @@ class Serving:
         if self.server.closed and not self.finished:
             if not self._said_close:
                 self._said_close = True
-                for peer in self._open_servers:
+                for peer in self._others:
                     self._links[peer].send((2, 0, 0), Header(Kind.CLOSE))
             self.finished = not self._open_servers and all(link.idle for link in self._links.values())
         return moved

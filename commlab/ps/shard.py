@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -15,6 +15,14 @@ Factory: TypeAlias = Callable[[Any], torch.optim.Optimizer]
 optimizer that updates them."""
 Hyper: TypeAlias = Sequence[Mapping[str, Any]]
 """Hyper-parameters of each group of the optimizer."""
+
+
+@runtime_checkable
+class OnParts(Protocol):
+    """A factory that wants to know which numbers of which tensor it is given."""
+
+    def on_parts(self, parts: Sequence[tuple[str, int, int, torch.Tensor]]) -> torch.optim.Optimizer:
+        """The optimizer of ``(name, start, stop, tensor)``: numbers start .. stop - 1 of a flattened tensor."""
 
 
 class Shard:
@@ -44,6 +52,9 @@ class Shard:
             self._members += [[] for _ in range(len(self.optimizer.param_groups) - groups)]
 
     def _make_optimizer(self, factory: Factory) -> torch.optim.Optimizer:
+        if isinstance(factory, OnParts):
+            origins = zip(self.names, self.parts, self.pieces, strict=True)
+            return factory.on_parts([(name, part.start, part.stop, piece) for name, part, piece in origins])
         if len(self._members) == 1:
             return factory(self.pieces)
         return factory([{"params": [self.pieces[index] for index in members]} for members in self._members])

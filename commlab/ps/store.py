@@ -459,7 +459,7 @@ def _transports(everyone: Group, alone: bool) -> tuple[Any, Any]:
     if alone:
         near, far = SimNetwork(2).transports()
         return near, far
-    transport = everyone.transport.split(range(everyone.size))
+    transport = everyone.transport.split(range(everyone.size), any_order=True)
     return transport, transport
 
 

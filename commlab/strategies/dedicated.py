@@ -14,7 +14,7 @@ M. Li et al., "Scaling distributed machine learning with the parameter server", 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..ps.client import Handle
 from ..ps.consistency import parse
 from ..ps.messages import MESSAGE_BYTES
 from ..ps.store import ParameterServer
+from . import pieces
 from .base import Agreement, Options, Strategy
 from .flat import flatten, require_in_place
 
@@ -55,8 +56,6 @@ class Dedicated(Strategy):
             raise UsageError(
                 f"algorithm {options.algorithm} is for collectives, and dedicated servers are sent messages; use auto"
             )
-        if optimizer.state:
-            raise UsageError("the optimizer has state already, which dedicated servers can't take over; make a new one")
         consistency = parse(options.consistency)
         self._named = named = named_parameters(model, optimizer)
         averages = consistency.averages
@@ -67,7 +66,7 @@ class Dedicated(Strategy):
             )
         self.store = ParameterServer(
             [(item.name, item.tensor) for item in named],
-            lambda groups: _rebound(optimizer, groups),
+            _UsersOwn(optimizer, named),
             options.consistency,
             options.servers,
             group=group,
@@ -83,6 +82,7 @@ class Dedicated(Strategy):
             self.model, self.optimizer, self.group, self.options = model, optimizer, group, options
             self.parameters = named
             return
+        optimizer.state.clear()  # the servers have it
         super().__init__(model, optimizer, self.store.group, options)
         assert self.buckets is not None
         if not averages:
@@ -90,6 +90,7 @@ class Dedicated(Strategy):
         self._names = [tuple(member.name for member in bucket.parameters) for bucket in self.buckets.buckets]
         self._flat_parameters = [flatten(bucket) for bucket in self.buckets.buckets]
         self._pulls: dict[int, Handle] = {}
+        self._accounted_bytes = 0
 
     def _named_parameters(self) -> list[NamedParameter]:
         return self._named  # the optimizer has them no more
@@ -149,11 +150,12 @@ class Dedicated(Strategy):
 
     def _pull(self) -> None:
         require_in_place(self, self._flat_parameters)
-        before = self.store.bytes_sent
         self._ask()
         for index in list(self._pulls):
             self._pulls.pop(index).wait()
-        self.group.bytes_sent += self.store.bytes_sent - before
+        sent = self.store.bytes_sent
+        self.group.bytes_sent += sent - self._accounted_bytes
+        self._accounted_bytes = sent
 
     def _ask(self, *, exact: bool = False) -> None:
         """Ask for all parameters, those first that forward needs first."""
@@ -226,9 +228,18 @@ class Dedicated(Strategy):
         self.store.close()
 
 
-def _rebound(optimizer: torch.optim.Optimizer, groups: Any) -> torch.optim.Optimizer:
-    """The user's own optimizer, with its groups, hyper-parameters and schedulers, on other tensors."""
-    tensors = [group["params"] for group in groups] if isinstance(groups[0], dict) else [groups]
-    for at, entry in enumerate(optimizer.param_groups):
-        entry["params"] = tensors[at] if at < len(tensors) else []
-    return optimizer
+class _UsersOwn:
+    """The user's own optimizer, with its groups, hyper-parameters, schedulers and state, on other tensors."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter]):
+        self._optimizer, self._named = optimizer, {item.name: item for item in named}
+
+    def __call__(self, groups: Any) -> torch.optim.Optimizer:
+        tensors = [group["params"] for group in groups] if isinstance(groups[0], dict) else [groups]
+        for at, entry in enumerate(self._optimizer.param_groups):
+            entry["params"] = tensors[at] if at < len(tensors) else []
+        return self._optimizer
+
+    def on_parts(self, parts: Sequence[tuple[str, int, int, torch.Tensor]]) -> torch.optim.Optimizer:
+        pieces.rebind(self._optimizer, [pieces.Piece(self._named[name], *rest) for name, *rest in parts])
+        return self._optimizer
