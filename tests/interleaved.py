@@ -95,7 +95,7 @@ class Run:
         for server in self.servers:
             for part in server.shard.parts:
                 first = self.first_value(part)
-                header = Header(Kind.INIT, part.index, 1, wire=WIRE_CODES[first.dtype])
+                header = Header(Kind.INIT, part.number, 1, wire=WIRE_CODES[first.dtype])
                 self._deliver(0, server.index, header._replace(length=first.numel() * first.element_size()), first)
             server.outbox.clear()
 
@@ -130,9 +130,9 @@ class Run:
             parts = [part for parts in self.placement.of_entry for part in parts]
             self.coin.shuffle(parts)
             for part in parts:
-                header = Header(Kind.PULL, part.index, 1, clock=clock, wire=WIRE_CODES[ENTRIES[part.entry].dtype])
+                header = Header(Kind.PULL, part.number, 1, clock=clock, wire=WIRE_CODES[ENTRIES[part.entry].dtype])
                 reads.append(self.send(me, part.server, header))
-                self._asked[reads[-1]] = (part.server, me, clock, part.index)
+                self._asked[reads[-1]] = (part.server, me, clock, part.number)
             yield reads
             wanted = self.plan[me, clock] = [
                 at for at in range(len(ENTRIES)) if not story.skipping or self.coin.random() < 0.7
@@ -142,9 +142,9 @@ class Run:
                 if part.entry in wanted:
                     dtype = story.wire or ENTRIES[part.entry].dtype
                     numbers = gradient(me, clock, part.entry, part.start, part.stop, dtype)
-                    header = Header(Kind.PUSH, part.index, 1, clock=clock, wire=WIRE_CODES[dtype])
+                    header = Header(Kind.PUSH, part.number, 1, clock=clock, wire=WIRE_CODES[dtype])
                     writes.append(self.send(me, part.server, header, numbers))
-                    self.pushed[part.server, me, writes[-1]] = clock, part.index
+                    self.pushed[part.server, me, writes[-1]] = clock, part.number
             if self.coin.random() < 0.5:
                 yield writes
             ends = [self.send(me, server, Header(Kind.CLOCK, clock=clock)) for server in everywhere]

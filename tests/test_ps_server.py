@@ -66,7 +66,7 @@ def test_any_interleaving_equals_a_replay_of_its_log(kind: str, seed: int) -> No
     run = Run(replace(KINDS[kind], seed=1000 * seed + len(kind))).run()
     for server in run.servers:
         for part, value in zip(server.shard.parts, replayed(run, server.index), strict=True):
-            assert torch.equal(server.shard.pieces[part.index], value), (server.index, part)
+            assert torch.equal(server.shard.pieces[part.number], value), (server.index, part)
         made = Counter(
             (worker, clock, part)
             for record in server.log or ()

@@ -26,7 +26,7 @@ def test_every_number_has_exactly_one_owner(sizes: list[int], servers: int) -> N
         numbers = [number for part in parts for number in range(part.start, part.stop)]
         assert sorted(numbers) == list(range(entry.numel))
     for server, parts in enumerate(placement.of_server):
-        assert [part.index for part in parts] == list(range(len(parts)))
+        assert [part.number for part in parts] == list(range(len(parts)))
         assert all(part.server == server for part in parts)
         assert sorted(part.entry for part in parts) == [part.entry for part in parts], "in forward order"
         for dtype in DTYPES:

@@ -1,11 +1,11 @@
 """What workers and servers say to each other: fixed binary headers, and every size and limit. Nothing is pickled.
 
     header (48 bytes, little-endian)                                                       then `length` bytes
-    magic version kind wire flag | key count | sequence | clock | length | value           numbers, or JSON
+    magic version kind wire flag | key parts | sequence | clock | length | value           numbers, or JSON
 
 All messages of a pair of ranks travel in order on a communicator of their own, so none of them needs a tag: the header
 says what follows. ``key`` is the index of a part among those of its server (:mod:`commlab.ps.shards`); one message may
-carry ``count`` parts that adjoin.
+carry several ``parts`` that adjoin.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ WIRE_DTYPES = {code: dtype for dtype, code in WIRE_CODES.items()}
 class Header(NamedTuple):
     kind: Kind
     key: int = 0
-    count: int = 0
+    parts: int = 0
+    """How many, from part ``key`` on."""
     sequence: int = 0
     """Of the request, counted by the worker; its answer repeats it."""
     clock: int = 0
@@ -86,7 +87,7 @@ class Header(NamedTuple):
             self.wire,
             self.flag,
             self.key,
-            self.count,
+            self.parts,
             self.sequence,
             self.clock,
             self.length,

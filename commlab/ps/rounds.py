@@ -49,7 +49,7 @@ class Rounds:
 
     def against(self, worker: int, header: Header, hypers: Hypers) -> str:
         """Why a push can't belong to the round of its clock; empty if it can."""
-        run = range(header.key, header.key + header.count)
+        run = range(header.key, header.key + header.parts)
         what = f"{self._shard.names[header.key]!r} was pushed by {self._names[worker]}"
         if any(self.completed[part] > header.clock or worker in self._now(part, header.clock) for part in run):
             return f"{what} twice in clock {header.clock}; add the two first, or call step() in between"
@@ -67,7 +67,7 @@ class Rounds:
 
     def is_ahead(self, header: Header) -> bool:
         """Whether the push belongs to a round that is not open yet."""
-        return any(self.completed[part] < header.clock for part in range(header.key, header.key + header.count))
+        return any(self.completed[part] < header.clock for part in range(header.key, header.key + header.parts))
 
     def slot(self, worker: int, wire: torch.dtype, dtype: torch.dtype, place: Range) -> torch.Tensor:
         """Where a worker's numbers wait."""
@@ -79,7 +79,7 @@ class Rounds:
     def take(self, worker: int, header: Header, hypers: Hypers) -> None:
         """Note that the numbers of this push are in their slot."""
         self.hypers.setdefault(header.clock, (worker, hypers))
-        for part in range(header.key, header.key + header.count):
+        for part in range(header.key, header.key + header.parts):
             self._pushed[part][worker] = header
 
     def add(self, parts: Iterable[int], clocks: Sequence[int]) -> list[int]:

@@ -130,7 +130,7 @@ class Server:
             if not state.refused:
                 if self.rounds.is_ahead(header):
                     return None
-                run = self.shard.run(header.key, header.count)
+                run = self.shard.run(header.key, header.parts)
                 assert run is not None and header.dtype is not None
                 return self.rounds.slot(peer, header.dtype, *run).view(torch.uint8)
         if header.length > self._scratch.get(peer, torch.empty(0)).numel():
@@ -175,9 +175,9 @@ class Server:
             self._answer_text(peer, header, Kind.ERROR, refused)
             return
         assert header.dtype is not None
-        run = range(header.key, header.key + header.count)
+        run = range(header.key, header.key + header.parts)
         if header.kind == Kind.INIT:
-            found = self.shard.run(header.key, header.count)
+            found = self.shard.run(header.key, header.parts)
             assert found is not None
             dtype, place = found
             self.shard.values[dtype][place.start : place.stop].copy_(data.view(header.dtype))
@@ -192,10 +192,10 @@ class Server:
 
     def _against(self, header: Header, *, sized: bool = True) -> str:
         """Why a message about these parts can't be what it says; empty if it can."""
-        run = self.shard.run(header.key, header.count)
+        run = self.shard.run(header.key, header.parts)
         if run is None:
             return (
-                f"parts {header.key}..{header.key + header.count - 1} do not lie side by side on server {self.index}, "
+                f"parts {header.key}..{header.key + header.parts - 1} do not lie side by side on server {self.index}, "
                 f"which has {len(self.shard.parts)}"
             )
         dtype, place = run
@@ -212,7 +212,7 @@ class Server:
         if refused:
             return refused
         what, state = repr(self.shard.names[header.key]), self.workers[peer]
-        if not all(self.versions[header.key : header.key + header.count]):
+        if not all(self.versions[header.key : header.key + header.parts]):
             return f"{what} was pushed by {self.names[peer]} before it had a first value"
         if state.left:
             return f"{what} was pushed by {self.names[peer]}, which has left"
@@ -223,7 +223,7 @@ class Server:
     def _update_at_once(self, peer: int, header: Header, numbers: torch.Tensor) -> None:
         hypers = self.workers[peer].hypers
         gradients, at = {}, 0
-        for part in range(header.key, header.key + header.count):
+        for part in range(header.key, header.key + header.parts):
             numel = self.shard.parts[part].numel
             gradients[part] = self._gradient(part, numbers[at : at + numel], 1 / hypers.scale)
             at += numel
@@ -370,12 +370,12 @@ class Server:
     def _contained(self, header: Header) -> int:
         """Clocks that the parts of a read have of every worker that is still there."""
         if self.rounds is not None:
-            return min(self.rounds.completed[header.key : header.key + header.count])
+            return min(self.rounds.completed[header.key : header.key + header.parts])
         return min((state.clock for state in self.workers if not state.left), default=header.clock)
 
     def _pull(self, peer: int, header: Header) -> None:
         refused = self._against(header, sized=False)
-        if not refused and not all(self.versions[header.key : header.key + header.count]):
+        if not refused and not all(self.versions[header.key : header.key + header.parts]):
             refused = f"{self.shard.names[header.key]!r} was pulled by {self.names[peer]} before it had a first value"
         if refused:
             self._answer_text(peer, header, Kind.ERROR, refused)
@@ -389,7 +389,7 @@ class Server:
         if not self.rules.consistency.may_read(header.clock, self._contained(header)):
             at = -1
             if self.rounds is not None:
-                run = range(header.key, header.key + header.count)
+                run = range(header.key, header.key + header.parts)
                 at = min(run, key=self.rounds.completed.__getitem__)
             self._reads.setdefault(at, deque()).append(waiting)
             return
@@ -401,7 +401,7 @@ class Server:
             )
         self.workers[waiting.worker].staleness[stale] += 1
         numbers = self._encode(header)
-        version = min(self.versions[header.key : header.key + header.count])
+        version = min(self.versions[header.key : header.key + header.parts])
         answer = header._replace(kind=Kind.VALUES, length=numbers.numel(), value=float(stale), clock=version)
         self.outbox.append((waiting.worker, answer, numbers))
 
@@ -409,12 +409,12 @@ class Server:
         """The parts' values as they travel: a copy, because they may be updated while it is on its way; one for all who
         read the same versions."""
         key, versions = (
-            (header.key, header.count, header.wire),
-            sum(self.versions[header.key : header.key + header.count]),
+            (header.key, header.parts, header.wire),
+            sum(self.versions[header.key : header.key + header.parts]),
         )
         found = self._encoded.get(key)
         if found is None or found[0] != versions:
-            run = self.shard.run(header.key, header.count)
+            run = self.shard.run(header.key, header.parts)
             assert run is not None and header.dtype is not None
             dtype, place = run
             numbers = self.shard.values[dtype][place.start : place.stop].to(header.dtype, copy=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from ..chunks import Range
-from .shards import Placement
+from .shards import Part, Placement
 
 Factory: TypeAlias = Callable[[Any], torch.optim.Optimizer]
 """Given a list of flat tensors (where the store has several groups: a list of ``{"params": [...]}``), makes the
@@ -17,12 +17,13 @@ Hyper: TypeAlias = Sequence[Mapping[str, Any]]
 """Hyper-parameters of each group of the optimizer."""
 
 
-@runtime_checkable
-class OnParts(Protocol):
-    """A factory that wants to know which numbers of which tensor it is given."""
+class Own(NamedTuple):
+    """A part of the tensor ``name`` as its owner has it. A factory with a method ``on_parts`` is given these, instead
+    of being called with tensors that say nothing of where they come from."""
 
-    def on_parts(self, parts: Sequence[tuple[str, int, int, torch.Tensor]]) -> torch.optim.Optimizer:
-        """The optimizer of ``(name, start, stop, tensor)``: numbers start .. stop - 1 of a flattened tensor."""
+    name: str
+    part: Part
+    tensor: torch.Tensor
 
 
 class Shard:
@@ -44,7 +45,7 @@ class Shard:
             entry = placement.entries[part.entry]
             # So that its state has no dimension either, like that of the whole.
             self.pieces.append(piece if entry.shape else piece.view(()))
-            self._members[entry.group].append(part.index)
+            self._members[entry.group].append(part.number)
         self.optimizer: torch.optim.Optimizer | None = None
         if factory is not None and self.parts:
             self.optimizer = self._make_optimizer(factory)
@@ -52,9 +53,11 @@ class Shard:
             self._members += [[] for _ in range(len(self.optimizer.param_groups) - groups)]
 
     def _make_optimizer(self, factory: Factory) -> torch.optim.Optimizer:
-        if isinstance(factory, OnParts):
-            origins = zip(self.names, self.parts, self.pieces, strict=True)
-            return factory.on_parts([(name, part.start, part.stop, piece) for name, part, piece in origins])
+        on_parts: Any = getattr(factory, "on_parts", None)
+        if on_parts is not None:
+            own = [Own(*these) for these in zip(self.names, self.parts, self.pieces, strict=True)]
+            made: torch.optim.Optimizer = on_parts(own)
+            return made
         if len(self._members) == 1:
             return factory(self.pieces)
         return factory([{"params": [self.pieces[index] for index in members]} for members in self._members])

@@ -5,7 +5,7 @@
     server     0  1  2  3             2        0  1  3  2       0             always on those with the least so far
 
 So at every moment of backward, and of the pull that follows, all servers are busy, and every server's parts are in
-forward order: the smaller a part's index, the sooner it is needed.
+forward order: the smaller a part's number, the sooner it is needed.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Entry(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Numbers ``start .. stop - 1`` of tensor ``entry`` (flattened). They are the server's part ``index``, and lie from
-    ``offset`` on in its flat tensor of the dtype."""
+    """Numbers ``start .. stop - 1`` of tensor ``entry`` (flattened). They are the server's part ``number``, and lie
+    from ``offset`` on in its flat tensor of the dtype."""
 
     entry: int
     start: int
     stop: int
     server: int
-    index: int
+    number: int
     offset: int
 
     @property

@@ -41,11 +41,11 @@ class Verdict(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Parts ``first .. first + count - 1`` of a server, and where they lie in a flat tensor on this side."""
+    """Parts ``first .. first + parts - 1`` of a server, and where they lie in a flat tensor on this side."""
 
     server: int
     first: int
-    count: int
+    parts: int
     start: int
     stop: int
 
@@ -354,12 +354,12 @@ class ParameterServer:
                     last = runs[-1] if runs else None
                     if (
                         last is not None
-                        and (last.server, last.first + last.count, last.stop) == (part.server, part.index, start)
+                        and (last.server, last.first + last.parts, last.stop) == (part.server, part.number, start)
                         and (stop - last.start) * itemsize <= MESSAGE_BYTES
                     ):
-                        runs[-1] = last._replace(count=last.count + 1, stop=stop)
+                        runs[-1] = last._replace(parts=last.parts + 1, stop=stop)
                     else:
-                        runs.append(Run(part.server, part.index, 1, start, stop))
+                        runs.append(Run(part.server, part.number, 1, start, stop))
                 base += self.placement.entries[at].numel
             self._runs[keys] = runs
         return self._runs[keys]
@@ -373,7 +373,7 @@ class ParameterServer:
         clock = self.clock if kind == Kind.PUSH else -1
         with self._client.lock:
             for run in self._runs_of(keys):
-                header = Header(kind, run.first, run.count, clock=max(0, clock), wire=WIRE_CODES[flat.dtype])
+                header = Header(kind, run.first, run.parts, clock=max(0, clock), wire=WIRE_CODES[flat.dtype])
                 numbers = data[run.start * itemsize : run.stop * itemsize]
                 self._client.request(run.server, (clock, 0, run.first), header, handle, numbers)
         self._client.poll()
@@ -410,7 +410,7 @@ class ParameterServer:
         handle.after = arrived
         with self._client.lock:
             for run in self._runs_of(keys):
-                header = Header(Kind.PULL, run.first, run.count, clock=clock, wire=WIRE_CODES[landing.dtype])
+                header = Header(Kind.PULL, run.first, run.parts, clock=clock, wire=WIRE_CODES[landing.dtype])
                 target = data[run.start * itemsize : run.stop * itemsize]
                 self._client.request(run.server, (clock, 0, run.first), header, handle, target=target)
         self._client.poll()

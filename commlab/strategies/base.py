@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -70,6 +70,15 @@ class Times:
     """Clipping and the optimizer."""
 
 
+class Waitable(Protocol):
+    """A bucket's exchange under way."""
+
+    @property
+    def result(self) -> Any: ...
+
+    def wait(self, timeout_s: float | None = None) -> Any: ...
+
+
 _VERDICT = struct.Struct("<d??")
 
 
@@ -118,7 +127,7 @@ class Strategy:
         self._syncing = True
         self._backward_done = False
         self._stale = False
-        self._launched: list[tuple[Bucket, Handle]] = []
+        self._launched: list[tuple[Bucket, Waitable]] = []
         self.in_window = group.window is not None and options.algorithm in ("auto", "window")
         """Whether buckets lie in memory that the ranks share."""
         device = next(iter(model.parameters())).device

@@ -27,6 +27,7 @@ from ..gradients.wire import WIRES
 from ..ps.client import Handle
 from ..ps.consistency import parse
 from ..ps.messages import MESSAGE_BYTES
+from ..ps.shard import Own
 from ..ps.store import ParameterServer
 from . import pieces
 from .base import Agreement, Options, Strategy
@@ -240,6 +241,7 @@ class _UsersOwn:
             entry["params"] = tensors[at] if at < len(tensors) else []
         return self._optimizer
 
-    def on_parts(self, parts: Sequence[tuple[str, int, int, torch.Tensor]]) -> torch.optim.Optimizer:
-        pieces.rebind(self._optimizer, [pieces.Piece(self._named[name], *rest) for name, *rest in parts])
+    def on_parts(self, parts: Sequence[Own]) -> torch.optim.Optimizer:
+        own = [pieces.Piece(self._named[name], part.start, part.stop, tensor) for name, part, tensor in parts]
+        pieces.rebind(self._optimizer, own)
         return self._optimizer

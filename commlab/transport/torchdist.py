@@ -104,7 +104,7 @@ class TorchTransport:
         self._gloo: Any = dist.ProcessGroupGloo(
             dist.PrefixStore(prefix, store), rank, size, timedelta(seconds=2 * timeout_s + 60)
         )
-        # A thread that waits for one peer sees nothing of another: where peers may answer in any order each has its own.
+        # A thread that waits for one peer sees nothing of another: where they may answer in any order each has its own.
         self._any_order = any_order
         self._waiters: dict[tuple[str, int], _Waiter] = {}
         self._splits = 0
