@@ -76,3 +76,26 @@ for step in range(100):
     if who == "server":
         assert "[rank 2 of 3] ValueError: five messages" in job.output
     gone_soon(job, float(job.said("dying")[0]))
+
+
+def test_over_gloo(tmp_path: Path) -> None:
+    """Where every message is waited for by a thread; workers may be heard in any order."""
+    program = """
+group = commlab.init("torch", timeout_s=60)
+store = commlab.ParameterServer([("w", torch.zeros(70000))], consistency="ssp:1", servers=1)
+out = torch.zeros(70000)
+if store.role == "worker":
+    if store.group.rank == 0:
+        time.sleep(0.3)
+    for step in range(5):
+        store.push("w", torch.arange(70000.0)).wait()
+        store.step()
+        store.pull("w", out).wait()
+    store.leave()
+    store.group.barrier()
+    store.pull("w", out).wait()
+    say("right", bool((out == 10 * torch.arange(70000.0)).all()), max(store.report()["staleness"]) <= 1)
+commlab.shutdown()
+"""
+    job = finish(start(mpirun(3), program, tmp_path, PYTHONWARNINGS="error::UserWarning"))
+    assert job.code == 0 and job.said("right") == ["True True"] * 2, job.output

@@ -48,7 +48,7 @@ class Link:
 
     def send(self, order: Order, header: Header, data: torch.Tensor | None = None) -> None:
         """Queue a message; ``data`` (bytes) must stay as they are until it has left."""
-        head = np.frombuffer(header.pack(), np.uint8)
+        head = np.frombuffer(bytearray(header.pack()), np.uint8)
         follows = data.numpy() if data is not None and data.numel() else None
         heapq.heappush(self._queue, (order, self._queued, head, follows))
         self._queued += 1
