@@ -24,15 +24,22 @@ def describe(ranks: Ranks, module: str, **more: Any) -> dict[str, Any]:
     """The ``run`` line. Not collective: rank 0 describes its own host."""
     import torch
 
-    import commlab
     from commlab import native
+
+    found = run_line(module, f"mpirun -n {ranks.size} ", ranks.mpi)
+    found["versions"] |= {"torch": torch.__version__, "native": native.backend()}
+    return {**found, "ranks": ranks.size, **more}
+
+
+def run_line(module: str, launcher: str, mpi: str) -> dict[str, Any]:
+    """What a ``run`` line says without knowing what is measured. ``launcher``: what stands before ``python``."""
+    import commlab
 
     return {
         "type": "run",
         "bench": module,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join([f"mpirun -n {ranks.size} python -m {module}", *_arguments()]),
-        "ranks": ranks.size,
+        "command": " ".join([f"{launcher}python -m {module}", *_arguments()]),
         "hardware": {
             "cpu": _cpu_model(),
             "cores": usable_cores(),
@@ -44,12 +51,9 @@ def describe(ranks: Ranks, module: str, **more: Any) -> dict[str, Any]:
             "commlab": commlab.__version__,
             "commit": _commit(),
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "mpi": ranks.mpi,
-            "native": native.backend(),
+            "mpi": mpi,
         },
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_TELLING)},
-        **more,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,15 @@ class Config:
     )
     output: str = knob("commlab-model", _SHOW, "folder that the trained model is written to")
     metrics: str | None = knob(None, _SHOW, "file for one JSON line per step and evaluation (default: none)")
+    tensorboard: str | None = knob(None, _SHOW, "folder for TensorBoard's event files (default: none)")
+    checkpoint_every: int = knob(0, _SHOW, "steps between two checkpoints; 0 = none", int, least=0)
+    checkpoint_dir: str | None = knob(
+        None, _SHOW, "folder of the checkpoints, which all hosts see (default: checkpoints in --output)"
+    )
+    checkpoint_keep: int = knob(2, _SHOW, "how many of the newest checkpoints stay", int, least=1)
+    resume: bool = knob(
+        False, _SHOW, "go on from the newest whole checkpoint; with none at all, start at the beginning", bool
+    )
     trace: str | None = knob(None, _SHOW, "file for the timeline of all ranks, for Perfetto (default: none)")
     timeout: float = knob(300.0, _MACHINE, "seconds of silence after which a peer counts as lost", float, above=0)
     threads: int | None = knob(None, _MACHINE, "torch threads per rank (default: cores / local ranks)", int, least=1)
@@ -188,6 +198,11 @@ class Config:
         if self.algorithm != "auto":
             raise UsageError(
                 f"--algorithm {self.algorithm} is for collectives, and workers send --servers messages; leave it out"
+            )
+        if self.checkpoint_every or self.resume:
+            flag = "--resume" if self.resume else f"--checkpoint-every {self.checkpoint_every}"
+            raise UsageError(
+                f"{flag} with --servers {self.servers}: the optimizer's state lies on the servers, and is not saved"
             )
         if consistency.averages:
             return True
@@ -263,12 +278,24 @@ class Config:
         cores = usable_cores()
         return max(1, cores // local_size), f"{cores} cores / {local_size} local ranks"
 
+    @property
+    def checkpoint_folder(self) -> str:
+        return self.checkpoint_dir if self.checkpoint_dir is not None else str(Path(self.output, "checkpoints"))
+
+    def shaping(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that was saved, beside the text and its order; how ranks
+        communicate, and when to stop, may change."""
+        names = ("model", "tokenizer", "seq_len", "dropout", "lr", "warmup_steps", "weight_decay", "max_grad_norm")
+        return {name: getattr(self, name) for name in names}
+
     def check_outputs(self) -> None:
         """Whether the output paths can be written: found before training, on the rank that writes, not after it."""
         if Path(self.output).exists() and not Path(self.output).is_dir():
             raise UsageError(
                 f"--output {self.output!r} is a file; give a folder, which is made where it does not exist"
             )
+        if self.tensorboard is not None and find_spec("tensorboard") is None:
+            raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out")
         for flag, path in (("--metrics", self.metrics), ("--trace", self.trace)):
             if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
                 what = (

@@ -7,6 +7,7 @@ import os
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,10 @@ class Corpus:
     documents: int
     text_bytes: int
     skipped_files: int
+
+    def digest(self) -> str:
+        """Equal exactly for equal training tokens; 30 ms for 12 MB."""
+        return blake2b(np.ascontiguousarray(self.train).view(np.uint8).data, digest_size=16).hexdigest()
 
     def summary(self) -> str:
         """One line for the log: where the text is from, how much of it, and what was left out."""

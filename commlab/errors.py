@@ -12,6 +12,10 @@ class UsageError(CommlabError, ValueError):
     """The caller asked for something that cannot be; found on this rank alone, before anything is sent."""
 
 
+class AgreedError(UsageError):
+    """A UsageError that every rank of the group has raised: nobody waits for anybody."""
+
+
 class DisagreementError(CommlabError):
     """Ranks of one group called different operations, or the same one with different tensors. Raised on every rank,
     before anything is reduced."""

@@ -26,7 +26,8 @@ class _Knob:
 
 
 def knob(default: Any, group: str, help: str, kind: type = str, **limits: Any) -> Any:
-    """A dataclass field that is also a flag of the field's name; `kind` is str, int or float.
+    """A dataclass field that is also a flag of the field's name; `kind` is str, int, float, or bool for a flag that
+    takes no value and is False by default.
 
     `limits`: `choices` of a text; `least` (itself allowed), `above` and `below` (themselves not) of a number. A default
     of None is described in `help`, any other is added to it.
@@ -44,9 +45,12 @@ def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str
         knob = knobs[field.name]
         shown = (
             ""
-            if field.default is None
+            if field.default is None or knob.kind is bool
             else f" (default: {field.default if knob.kind is not float else format(field.default, 'g')})"
         )
+        if knob.kind is bool:
+            groups[knob.group].add_argument(_flag(field.name), action="store_const", const="yes", help=knob.help)
+            continue
         metavar = "|".join(knob.choices) or {int: "N", float: "X", str: field.name.upper()}[knob.kind]
         # Values stay text here: what a number must be is said by _value and check_fields, better than argparse says it.
         groups[knob.group].add_argument(_flag(field.name), metavar=metavar, help=knob.help.replace("%", "%%") + shown)
@@ -80,6 +84,8 @@ def _check(flag: str, knob: _Knob, value: Any) -> None:
     if knob.kind is str:
         if not value:
             raise UsageError(f"{flag} is empty; leave it out, or give a value")
+        return
+    if knob.kind is bool:
         return
     if not math.isfinite(value):
         raise UsageError(f"{flag} must be a finite number, got {value}")

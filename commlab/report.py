@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,17 +23,19 @@ from .collectives.group import Group
 from .collectives.handle import Handle
 from .config import Config
 from .data import Batch
+from .metrics import Metrics, interface_bytes_sent, memory_bytes, versions
 from .strategies.base import Strategy, Times
 
-_SUMMARY = struct.Struct("<qqqqd")
+_SUMMARY = struct.Struct("<6qd")
 
 
 @dataclass
 class _Totals:
-    """Sums over all steps, in seconds and tokens; the first step, which warms everything up, is left out of the
-    speeds."""
+    """Sums over steps, in seconds, tokens and bytes. The first step, which warms everything up, is left out, and so is
+    the second, in which memory is looked at, unless there are no others."""
 
     steps: int = 0
+    bytes_sent: int = 0
     tokens: int = 0
     wall_s: float = 0.0
     forward_s: float = 0.0
@@ -50,26 +52,27 @@ class Report:
         self._started_s = started_s
         self._speaks = group.rank == 0
         self._bar: Any = None
-        self._metrics: IO[str] | None = None
-        if config.metrics and self._speaks:
-            self._metrics = open(config.metrics, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._metrics = Metrics(None, None, False)
         self._totals = _Totals()
         self._phases: dict[str, float] = {}
         self._pending: tuple[Batch, Handle | None, dict[str, Any]] | None = None
-        self._steps = 0
-        """That this rank has made."""
         self._first_loss: float | None = None
         self._last_loss = float("nan")
         self._held_out = float("nan")
         self._bytes_before = 0
+        self._looks = False
+        """Whether memory is looked at in this step: its largest parts are there once an optimizer step was made."""
+        self._memory_bytes = 0
 
     def _say(self, text: str) -> None:
         if self._speaks:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def opening(self, corpus: str, threads: int, why: str, samples: int) -> None:
-        """Who takes part, with what, and what was chosen by itself."""
+    def opening(
+        self, corpus: str, threads: int, why: str, samples: int, start_step: int = 0, refused: Sequence[str] = ()
+    ) -> None:
+        """Who takes part, with what, and what was chosen by itself. ``refused``: checkpoints that were not whole."""
         config, group, engine = self.config, self.group, self.engine
         numel = sum(item.tensor.numel() for item in engine.parameters)
         per_rank = config.batch_size / (group.size * config.grad_accumulation)
@@ -108,17 +111,42 @@ class Report:
             + (f" and micro-batch ({config.grad_accumulation} of them)" if config.grad_accumulation > 1 else "")
             + f"; {self.total_steps} steps, {self.total_steps * config.batch_size / samples:.2f} epochs"
         )
-        self._write(
-            {"config": config.as_dict(), "ranks": group.size, "nodes": len(group.nodes), "versions": versions()}
+        self._start_step, self._steps_done = start_step, 0
+        if self._speaks:
+            # A resumed run goes on in the file of the one before.
+            self._metrics = Metrics(config.metrics, config.tensorboard, append=config.resume)
+        for reason in refused:
+            self._say(f"checkpoint REFUSED: {reason}; the one before it is used")
+        if config.resume:
+            found = f"from step {start_step}" if start_step else "at the beginning: there is no checkpoint"
+            self._say(f"resume: {found} in {config.checkpoint_folder}")
+        self._metrics.write(
+            {
+                "config": config.as_dict(),
+                "start_step": start_step,
+                "ranks": group.size,
+                "nodes": len(group.nodes),
+                "versions": versions(),
+            }
         )
         if self._speaks:
             # mpirun's standard error is a pipe, where tqdm would say nothing of itself.
-            self._bar = tqdm(total=self.total_steps, unit="step", mininterval=1.0, dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(
+                total=self.total_steps,
+                initial=start_step,
+                unit="step",
+                mininterval=1.0,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
 
     def step_begins(self) -> None:
         self._phases = dict.fromkeys(("forward", "backward", "step"), 0.0)
         self.engine.times = Times()
+        self._looks = self._steps_done == 1
         self._bytes_before = self.group.bytes_sent
+        # On one node nothing that ranks send comes past an interface.
+        self._on_links_before = interface_bytes_sent() if len(self.group.nodes) > 1 else 0
         self._step_started_s = time.perf_counter()
 
     @contextmanager
@@ -128,6 +156,8 @@ class Report:
         with trace.span(name):
             yield
         self._phases[name] += time.perf_counter() - started_s
+        if self._looks:
+            self._memory_bytes = max(self._memory_bytes, memory_bytes())
 
     def step_ends(self, batch: Batch, losses: torch.Tensor, total: int, lr: float) -> None:
         """``losses``: the sum of this rank's token losses. Its global mean is known, and shown, one step later: nobody
@@ -136,12 +166,12 @@ class Report:
         times, totals = self.engine.times, self._totals
         # What backward spent on packing and launching is exchange, not computation.
         backward_s = self._phases["backward"] - (times.exchange_s - self._step_exchange())
-        first = self._steps == 0
-        self._steps += 1
-        if first:
+        self._steps_done += 1
+        if self._steps_done == 1:
             self._say(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
-        if not first or self.total_steps == 1:
+        if self._steps_done > min(2, self.total_steps - self._start_step - 1):
             totals.steps += 1
+            totals.bytes_sent += self.group.bytes_sent - self._bytes_before
             totals.tokens += total
             totals.wall_s += wall_s
             totals.forward_s += self._phases["forward"]
@@ -163,6 +193,8 @@ class Report:
             "update_s": times.update_s,
             "bytes_sent": self.group.bytes_sent - self._bytes_before,
         }
+        if len(self.group.nodes) > 1:
+            row["interface_bytes_sent"] = interface_bytes_sent() - self._on_links_before
         self._settle()
         mean = losses.view(1) / total
         # Where ranks do not wait for each other, they do not for this either: rank 0 shows its own.
@@ -183,7 +215,7 @@ class Report:
         if self._first_loss is None:
             self._first_loss = loss
         self._last_loss = loss
-        self._write({**row, "loss": loss})
+        self._metrics.write({**row, "loss": loss})
         if self._bar is not None:
             self._bar.update(batch.step + 1 - self._bar.n)
             share = row["exchange_s"] / row["step_s"]
@@ -192,17 +224,18 @@ class Report:
                 refresh=False,
             )
 
+    def saved(self, step: int, path: Path, took_s: float) -> None:
+        """The checkpoint after ``step`` steps is on disk."""
+        self._settle()
+        self._metrics.write({"step": step, "checkpoint_s": took_s})
+        self._say(f"checkpoint {path} ({took_s:.2f} s)")
+
     def evaluated(self, step: int, bits: float) -> None:
         """Held-out bits per byte after ``step`` steps."""
         self._settle()
         self._held_out = bits
-        self._write({"step": step, "held_out_bits_per_byte": bits})
+        self._metrics.write({"step": step, "held_out_bits_per_byte": bits})
         self._say(f"after step {step}: held-out {bits:.3f} bits per byte")
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(json.dumps(row) + "\n")
-            self._metrics.flush()
 
     def closing(self) -> None:
         """The summary table. Collective: peaks and sums over all ranks."""
@@ -210,16 +243,18 @@ class Report:
         totals, group = self._totals, self.group
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
         moved_bytes = group.node_bytes_read + group.node_bytes_written
-        mine = _SUMMARY.pack(group.bytes_sent, moved_bytes, peak_bytes, totals.tokens, totals.wall_s)
-        records = group.exchange_records(mine, "summary")
-        sent, moved, peaks, tokens, walls = zip(*(_SUMMARY.unpack(record) for record in records), strict=True)
+        steps = max(1, totals.steps)
+        mine = (group.bytes_sent, totals.bytes_sent // steps, moved_bytes, peak_bytes, self._memory_bytes)
+        records = group.exchange_records(_SUMMARY.pack(*mine, totals.tokens, totals.wall_s), "summary")
+        sent, sent_in_step, moved, peaks, memory, tokens, walls = zip(
+            *(_SUMMARY.unpack(record) for record in records), strict=True
+        )
         # In lockstep all ranks count all tokens; else each its own.
         speed = (totals.tokens if self.engine.averages else sum(tokens)) / max(*walls, 1e-9)
         serving = self.engine.serving_report()
         first_loss = float("nan") if self._first_loss is None else self._first_loss
         if self._bar is not None:
             self._bar.close()
-        steps = max(1, totals.steps)
         ms = {
             part: 1e3 * getattr(totals, f"{part}_s") / steps
             for part in ("forward", "backward", "exchange", "update", "wall")
@@ -243,7 +278,11 @@ class Report:
                 f"{min(sent) / 1e6:.1f} .. {max(sent) / 1e6:.1f} MB" if group.size > 1 else "nothing",
             ),
             ("through the window", f"{max(moved) / 1e6:.1f} MB read and written by the busiest rank"),
-            ("peak memory", f"{max(peaks) / 2**20:.0f} MiB on the largest rank, {sum(peaks) / 2**20:.0f} MiB in all"),
+            (
+                "memory",
+                f"{sum(memory) / 2**20:.0f} MiB in all, what ranks share counted once; at most "
+                f"{max(peaks) / 2**20:.0f} MiB of addresses in use by a rank",
+            ),
             ("loss", f"{first_loss:.4f} -> {self._last_loss:.4f} nats per token"),
             ("skipped steps", f"{self.engine.skipped_steps}, loss scale {self.engine.precision.scale:g} at the end"),
             ("held-out", f"{self._held_out:.3f} bits per byte"),
@@ -256,34 +295,21 @@ class Report:
             rows = [row for row in rows if row[0] != "skipped steps"]
         width = max(len(name) for name, _ in rows)
         self._say("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-        self._write(
+        self._metrics.write(
             {
                 "summary": {
                     "tokens_per_s": speed,
                     **serving,
                     **{f"{part}_ms": value for part, value in ms.items()},
                     "bytes_sent_per_rank": sent,
+                    "bytes_sent_per_rank_and_step": sent_in_step,
+                    "node_bytes_moved_per_rank": moved,
                     "peak_bytes_per_rank": peaks,
+                    "memory_bytes_per_rank": memory,
                     "first_loss": first_loss,
                     "last_loss": self._last_loss,
                     "held_out_bits_per_byte": self._held_out,
                 }
             }
         )
-        if self._metrics is not None:
-            self._metrics.close()
-
-
-def versions() -> dict[str, str]:
-    """Of what a result depends on."""
-    found = {
-        "commlab": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "arithmetic": native.backend(),
-    }
-    if "mpi4py.MPI" in sys.modules:
-        from .transport.mpi import library
-
-        found["mpi"] = library()
-    return found
+        self._metrics.close()

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from . import bringup, trace
 from .config import ADAMW_BETAS, Config
-from .errors import UsageError
+from .errors import AgreedError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
+    from .checkpoint import Checkpoints
     from .collectives.group import Group
     from .data import Blocks
-
-T = TypeVar("T")
-
-
-class AgreedError(UsageError):
-    """A UsageError that every rank has raised."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, started_s: float) -> int:
     from .collectives import world
+    from .collectives.together import together
 
     if config.trace:
         trace.enable()
@@ -64,6 +60,7 @@ def train(config: Config, started_s: float) -> int:
 
     import torch
 
+    from .checkpoint import Checkpoints
     from .corpus import load_corpus
     from .data import BatchSampler, Blocks
     from .model import build_model, loss_sum, save_model
@@ -123,9 +120,12 @@ def train(config: Config, started_s: float) -> int:
     total_steps = config.total_steps(sampler.steps_per_epoch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.lr_factor(step, total_steps))
     report = Report(config, group, engine, total_steps, started_s)
-    report.opening(corpus.summary(), threads, why, len(blocks))
+    checkpoints = Checkpoints(config.checkpoint_folder, bare_model, engine, schedule, config.checkpoint_keep)
+    cursor = {**sampler.state_dict(0), "text": corpus.digest(), **config.shaping()}
+    start_step = resume(config, group, checkpoints, cursor, total_steps)
+    report.opening(corpus.summary(), threads, why, len(blocks), start_step, checkpoints.refused)
 
-    for step, share in engine.turns(total_steps):
+    for step, share in engine.turns(start_step, total_steps):
         batch = sampler.batch(step, share)
         if not engine.averages:
             # Each worker is where it is; what it takes is trained on by nobody else.
@@ -152,6 +152,10 @@ def train(config: Config, started_s: float) -> int:
         report.step_ends(batch, losses, total, float(optimizer.param_groups[0]["lr"]))
         if updated and engine.averages:
             schedule.step()
+        if config.checkpoint_every and (batch.step + 1) % config.checkpoint_every == 0:
+            begun_s = time.perf_counter()
+            path = checkpoints.save(batch.step + 1, {**cursor, **sampler.state_dict(batch.step + 1)})
+            report.saved(batch.step + 1, path, time.perf_counter() - begun_s)
         if config.eval_every and (batch.step + 1) % config.eval_every == 0 and batch.step + 1 < total_steps:
             engine.settle()
             report.evaluated(batch.step + 1, held_out_bits(config, group, bare_model, held_out))
@@ -177,22 +181,33 @@ def end(config: Config, group: Group) -> None:
     world.shutdown()
 
 
-def together(group: Group, build: Callable[[], T]) -> T:
-    """``build()`` on every rank; where it raises UsageError on any, all ranks raise "
-    "AgreedError, with the ranks' numbers."""
-    result: T | None = None
-    message = b""
-    try:
-        result = build()
-    except UsageError as error:
-        message = str(error).encode()
-    messages = group.gather_bytes(message, "set-up errors")
-    if any(messages):
-        texts = sorted({text.decode() for text in messages if text})
-        ranks = [rank for rank, text in enumerate(messages) if text]
-        where = "" if len(ranks) == group.size else f" (on ranks {', '.join(map(str, ranks))} of {group.size})"
-        raise AgreedError("; ".join(texts) + where)
-    return result  # type: ignore[return-value]
+def resume(config: Config, group: Group, checkpoints: Checkpoints, cursor: dict[str, object], total_steps: int) -> int:
+    """The step to start with: 0, or where the newest whole checkpoint ended. Collective."""
+    from .collectives.together import together
+
+    if not config.resume:
+        if config.checkpoint_every:
+            checkpoints.require_none()
+        return 0
+    found = checkpoints.restore()
+    if found is None:
+        return 0
+    step, saved = found
+
+    def compare() -> None:
+        for name, value in cursor.items():
+            if name != "step" and saved.get(name) != value:
+                raise UsageError(
+                    f"the checkpoint of step {step} was made with {name} {saved.get(name)}, and this run has {value}; "
+                    "give what it was made with, or start anew in another --checkpoint-dir"
+                )
+        if step > total_steps:
+            raise UsageError(
+                f"the checkpoint is of step {step}, and this run ends after {total_steps}; give more steps"
+            )
+
+    together(group, compare)
+    return step
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -40,12 +40,12 @@ def test_every_field_can_be_given(tmp_path: Path) -> None:
         "tokenizer": "tokenizer.json", "seq_len": 77, "dropout": 0.1, "batch_size": 24, "grad_accumulation": 3,
         "steps": 7, "lr": 1e-2, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0, "seed": 11,
         "eval_every": 5, "eval_batches": 0, "output": "out", "metrics": "m.jsonl", "trace": "t.json", "timeout": 1.5,
-        "threads": 3,
+        "threads": 3, "checkpoint_every": 4, "checkpoint_dir": "c", "checkpoint_keep": 5, "tensorboard": "b",
     }  # fmt: skip
     argv = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
-    others = {"epochs": None, "servers": None, "consistency": "bsp"}
-    assert Config.from_argv(argv).as_dict() == {**given, **others}
-    assert json.loads(json.dumps(Config.from_argv(argv).as_dict())) == {**given, **others}
+    wanted = {**given, "epochs": None, "resume": True, "servers": None, "consistency": "bsp"}
+    assert Config.from_argv([*argv, "--resume"]).as_dict() == wanted
+    assert json.loads(json.dumps(Config.from_argv([*argv, "--resume"]).as_dict())) == wanted
     assert flags("--epochs 2").steps is None
 
 
@@ -73,6 +73,7 @@ def test_servers() -> None:
         ("--servers 2 --consistency sps", ["unknown consistency 'sps'", "bsp", "ssp:4", "asp"]),
         ("--servers 2 --algorithm ring", ["--algorithm ring", "leave it out"]),
         ("--servers 2 --consistency asp --max-grad-norm 1", ["--max-grad-norm", "no global norm", "give 0"]),
+        ("--servers 2 --checkpoint-every 5", ["--checkpoint-every 5 with --servers 2", "lies on the servers"]),
         ("--servers 2 --consistency asp --eval-every 5", ["--eval-every", "give 0"]),
         ("--servers 2 --consistency asp --precision fp16", ["--precision fp16", "give bf16"]),
         ("--transport tcp", ["unknown transport 'tcp'", "mpi, torch"]),
@@ -195,7 +196,7 @@ def test_help_shows_every_flag_with_its_default_once(capsys: pytest.CaptureFixtu
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')} " in shown
         default = f"{field.default:g}" if isinstance(field.default, float) else field.default
-        assert default is None or f"(default: {default})" in shown, field.name
+        assert default in (None, False) or f"(default: {default})" in shown, field.name
     assert "commlab" in shown
 
 

@@ -16,7 +16,7 @@ FILES = sorted(HOME.rglob("*.py"))
 # A folder has one floor; so has each file outside of folders. A new one has to be given its place here.
 FLOORS = {
     "__init__": 7,
-    **dict.fromkeys(("train", "config", "flags", "report"), 6),
+    **dict.fromkeys(("train", "config", "flags", "report", "metrics", "checkpoint"), 6),
     "strategies": 5,
     **dict.fromkeys(("precision", "ps"), 4),
     "collectives": 3,
@@ -25,7 +25,10 @@ FLOORS = {
     **dict.fromkeys(("errors", "trace"), 0),
 }
 # The wing's own folder on its own floor: the trainer's files are one room, and so are the leaves that feed it.
-ROOMS = (frozenset({"train", "config", "flags", "report"}), frozenset({"model", "data", "corpus", "tokenizer"}))
+ROOMS = (
+    frozenset({"train", "config", "flags", "report", "metrics", "checkpoint"}),
+    frozenset({"model", "data", "corpus", "tokenizer"}),
+)
 
 
 def module_of(file: Path) -> tuple[str, ...]:

@@ -102,6 +102,8 @@ class Strategy:
     """Whether the ranks' gradients of a step become one; under ssp and asp they do not."""
     role: str = "worker"
     """"server" on a rank that only served."""
+    shards_state: ClassVar[bool] = False
+    """Whether ranks hold different pieces of the optimizer's state; else every rank holds all of it."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         if options.wire not in WIRES:
@@ -295,7 +297,14 @@ class Strategy:
 
     def load_state_dict(self, *parts: dict[str, Any]) -> None:
         """Take from ``parts`` (any ranks' :meth:`state_dict`, of any strategy and number of ranks) what this rank owns.
-        UsageError when a needed range is in none of them."""
+        UsageError when a needed range is in none of them, or when they are not all of one step."""
+        for key in ("steps", "skipped_steps", "loss_scale"):
+            values = [part[key] for part in parts]
+            if any(value != values[0] for value in values):
+                raise UsageError(
+                    f"rank {self.group.rank}: the parts to load differ in {key!r}: {', '.join(map(str, values))}; they "
+                    "were not saved together. Load the parts of one checkpoint"
+                )
         pieces.load(self._pieces(), self.optimizer, parts)
         self.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
         if self.precision.loss_scale is not None and parts[0]["loss_scale"] is not None:
@@ -310,11 +319,11 @@ class Strategy:
         """What servers have to say at the end: rows of the summary. Collective."""
         return {}
 
-    def turns(self, steps: int) -> Iterator[tuple[int, int]]:
-        """(step, whose share of it), in the order in which this rank is to train on them, until all shares of all
-        ``steps`` are given out. In lockstep each rank has its own share of every step; where ranks do not wait for
-        each other, whoever is free gets the next one that nobody has."""
-        yield from ((step, self.group.rank) for step in range(steps))
+    def turns(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(step, whose share of it), in the order in which this rank is to train on them, until all shares of steps
+        ``start .. stop - 1`` are given out. In lockstep each rank has its own share of every step; where ranks do not
+        wait for each other, whoever is free gets the next one that nobody has."""
+        yield from ((step, self.group.rank) for step in range(start, stop))
 
     def settle(self, last: bool = False) -> None:
         """Make every rank's parameters the newest, in full precision, before they are evaluated or saved. Collective.

@@ -181,11 +181,11 @@ class Dedicated(Strategy):
             "clocks": " ".join(map(str, said["clocks"])) + " (steps that each worker made)",
         }
 
-    def turns(self, steps: int) -> Iterator[tuple[int, int]]:
+    def turns(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         if self.averages:
-            yield from super().turns(steps)
+            yield from super().turns(start, stop)
             return
-        while (turn := self.store.ticket()) < steps * self.group.size:
+        while (turn := start * self.group.size + self.store.ticket()) < stop * self.group.size:
             yield divmod(turn, self.group.size)
 
     def settle(self, last: bool = False) -> None:

@@ -45,6 +45,7 @@ class Server(Strategy):
     """
 
     keeps_gradients = False
+    shards_state = True
     sharded: bool
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):

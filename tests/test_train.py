@@ -1,0 +1,104 @@
+"""The trainer in one process: what it leaves behind, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commlab.train import main
+
+MODEL = {"model_type": "gpt2", "vocab_size": 256, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model and a text of 6 kB, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.json").write_text(json.dumps(MODEL))
+    Path("text.txt").write_text("".join(f"line {number} of the text, and {number**2}\n" for number in range(150)))
+
+
+def run(*more: str) -> int:
+    flags = "--strategy single --model model.json --data text.txt --batch-size 8 --dropout 0.1 --eval-every 0"
+    return main([*flags.split(), "--steps", str(STEPS), "--metrics", "m.jsonl", *more])
+
+
+def weights(folder: str) -> bytes:
+    return Path(folder, "model.safetensors").read_bytes()
+
+
+def rows(path: str = "m.jsonl") -> list[dict[str, Any]]:
+    """The steps' lines of the metrics file, without what is measured."""
+    lines = map(json.loads, Path(path).read_text().splitlines())
+    return [{key: line[key] for key in ("step", "lr", "loss", "grad_norm")} for line in lines if "loss" in line]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--output", "whole") == 0
+    whole = rows()
+    assert run("--output", "parts", "--checkpoint-every", "2", "--checkpoint-keep", "3") == 0
+    assert weights("parts") == weights("whole"), "saving changes nothing"
+    # As if it had ended after the fourth step.
+    lines = Path("m.jsonl").read_text().splitlines(keepends=True)
+    written = next(at for at, line in enumerate(lines) if '"checkpoint_s"' in line and '"step": 4' in line)
+    Path("m.jsonl").write_text("".join(lines[: written + 1]))
+    Path("parts/checkpoints/step-0000000006").rename("last")
+    Path("parts/model.safetensors").unlink()
+    capsys.readouterr()
+    assert run("--output", "parts", "--checkpoint-every", "2", "--resume") == 0
+    assert "resume: from step 4 in parts/checkpoints" in capsys.readouterr().out
+    assert rows() == whole, "losses, gradient norms and learning rates too; the file goes on"
+    assert weights("parts") == weights("whole")
+    assert Path("parts/checkpoints/step-0000000006/manifest.json").exists()
+
+
+def test_what_is_damaged_is_said_and_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--output", "whole", "--checkpoint-every", "2") == 0
+    part = Path("whole/checkpoints/step-0000000006/rank-0-of-1.safetensors")
+    part.write_bytes(part.read_bytes()[:-1])
+    before = weights("whole")
+    assert run("--output", "whole", "--checkpoint-every", "2", "--resume") == 0
+    said = capsys.readouterr().out
+    assert "checkpoint REFUSED: step-0000000006: rank-0-of-1.safetensors has" in said
+    assert "resume: from step 4" in said
+    assert weights("whole") == before
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--checkpoint-every 2", "there are checkpoints already, the newest o/checkpoints/step-0000000006; --resume"),
+        ("--resume --steps 5", "the checkpoint is of step 6, and this run ends after 5; give more steps"),
+        ("--resume --seed 3", "was made with seed 0, and this run has 3"),
+        ("--resume --lr 0.5", "was made with lr 0.00015, and this run has 0.5"),
+        ("--resume --data other.txt", "was made with text "),
+    ],
+)
+def test_another_run_is_refused(more: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--output", "o", "--checkpoint-every", "6") == 0
+    text = Path("text.txt").read_text()
+    Path("other.txt").write_text(text.replace("7", "8"))
+    assert run("--output", "o", *more.split()) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_no_checkpoint_means_the_beginning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--output", "new", "--resume") == 0
+    assert "resume: at the beginning: there is no checkpoint in new/checkpoints" in capsys.readouterr().out
+
+
+def test_tensorboard_shows_what_the_metrics_say() -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run("--output", "new", "--tensorboard", "board", "--eval-every", "3") == 0
+    shown = EventAccumulator("board").Reload()
+    losses = [(event.step, event.value) for event in shown.Scalars("loss/train, nats per token")]
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
+    assert [loss for _, loss in losses] == pytest.approx([row["loss"] for row in rows()])
+    assert [event.step for event in shown.Scalars("loss/held-out, bits per byte")] == [3, 6]
+    assert "step/exchange, s" in shown.Tags()["scalars"]
