@@ -115,13 +115,14 @@ def plan(
     closed.sort(key=lambda members: -members[-1].index)
     buckets = []
     for index, members in enumerate(closed):
-        ranges = _adjoining(members)
+        ranges = adjoining(members)
         dtype = wire or members[0].tensor.dtype
         buckets.append(Bucket(index, members, ranges, dtype, allocate(ranges[-1].stop, dtype)))
     return buckets
 
 
-def _adjoining(members: list[NamedParameter]) -> list[Range]:
+def adjoining(members: Iterable[NamedParameter]) -> list[Range]:
+    """Where each lies when all lie side by side."""
     ranges, at = [], 0
     for member in members:
         ranges.append(Range(at, at + member.tensor.numel()))

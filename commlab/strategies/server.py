@@ -25,9 +25,11 @@ from ..collectives import operations
 from ..collectives.group import Group
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets
+from ..ps.elementwise import require_elementwise
 from ..transport.window import Place
 from . import pieces
 from .base import Options, Strategy
+from .flat import flatten, require_in_place
 
 SERVER = 0
 """The rank that owns everything under ``ps``."""
@@ -47,7 +49,7 @@ class Server(Strategy):
     sharded: bool
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
-        pieces.require_elementwise(optimizer, options.elementwise)
+        require_elementwise(optimizer, options.elementwise)
         if options.algorithm == "hierarchical":
             raise UsageError(
                 f"algorithm hierarchical is for allreduce, and strategy {self.name} pushes and pulls; use auto"
@@ -73,14 +75,10 @@ class Server(Strategy):
     def _flatten(self, bucket: Bucket) -> torch.Tensor:
         """Move a bucket's parameters into one flat buffer, so that a pull writes them where they are used; in the
         window, into the one buffer of all ranks."""
-        dtype = bucket.parameters[0].tensor.dtype
-        flat = self._shared(bucket.numel, dtype) if self.in_window else torch.empty(bucket.numel, dtype=dtype)
-        for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
-            view = flat[place.start : place.stop].view(member.tensor.shape)
-            if not self.in_window or self.group.rank == 0:
-                view.copy_(member.tensor.data)
-            member.tensor.data = view
-        return flat
+        if not self.in_window:
+            return flatten(bucket)
+        flat = self._shared(bucket.numel, bucket.parameters[0].tensor.dtype)
+        return flatten(bucket, flat, fill=self.group.rank == 0)
 
     def _shared(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory of local rank 0, seen by all. Collective."""
@@ -107,21 +105,6 @@ class Server(Strategy):
                 found.append(pieces.Piece(member, common.start - place.start, common.stop - place.start, tensor))
         return found
 
-    def _require_in_place(self) -> None:
-        """UsageError where a parameter of the model no longer lies in its flat buffer, or is another one by now:
-        updates would not reach it any more."""
-        present = dict(self.model.named_parameters())
-        for (bucket, _), flat in zip(self._launched, self._flat_parameters, strict=True):
-            for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
-                here = flat.data_ptr() + place.start * flat.element_size()
-                moved = member.tensor.numel() and member.tensor.data_ptr() != here
-                if moved or present.get(member.name) is not member.tensor:
-                    raise UsageError(
-                        f"rank {self.group.rank}: parameter {member.name!r} was given other memory after "
-                        "commlab.strategy() (by model.to(), load_state_dict(assign=True) or p.data = ?), and strategy "
-                        f"{self.name} updates it where it was; do that before, and change values in place after"
-                    )
-
     def _pieces(self) -> list[pieces.Piece]:
         return self._shard
 
@@ -136,7 +119,7 @@ class Server(Strategy):
         return [handle.result for _, handle in self._launched]
 
     def _update(self, clip: float, unused: set[int]) -> None:
-        self._require_in_place()
+        require_in_place(self, self._flat_parameters)
         shard = iter(self._shard)
         # A fused optimizer divides by a scale as it goes, which saves a pass over the gradient.
         scales = clip != 1.0 and getattr(self.optimizer, "_step_supports_amp_scaling", False)
