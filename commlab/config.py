@@ -60,7 +60,13 @@ class Config:
         "how numbers travel (default: the 16-bit format of --precision fp16 or bf16, otherwise none = as they are)",
         choices=("none", "fp16", "bf16"),
     )
-    precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=("fp32", "bf16", "fp16"))
+    precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=("fp32", "bf16", "fp16", "apex"))
+    apex_level: str | None = knob(
+        None,
+        _NUMBERS,
+        "for --precision apex: of apex.amp, where Apex has it (default: none)",
+        choices=("O1", "O2"),
+    )
     autocast: str = knob(
         "auto", _NUMBERS, "16-bit matrix products; auto = where they are fast", choices=("auto", "on", "off")
     )
@@ -118,6 +124,9 @@ class Config:
     )
     trace: str | None = knob(None, _SHOW, "file for the timeline of all ranks, for Perfetto (default: none)")
     timeout: float = knob(300.0, _MACHINE, "seconds of silence after which a peer counts as lost", float, above=0)
+    device: str = knob(
+        "auto", _MACHINE, "where the model is; auto = a GPU where torch sees one", choices=("auto", "cpu", "cuda")
+    )
     threads: int | None = knob(None, _MACHINE, "torch threads per rank (default: cores / local ranks)", int, least=1)
 
     def __post_init__(self) -> None:
@@ -145,8 +154,10 @@ class Config:
             raise UsageError(
                 f"--wire {self.wire} has no meaning for --strategy single, which sends nothing; leave it out"
             )
-        if self.autocast == "on" and self.precision == "fp32":
+        if self.autocast == "on" and self.precision in ("fp32", "apex"):
             raise UsageError("--autocast on needs a 16-bit format: give --precision bf16 or fp16")
+        if self.apex_level is not None and self.precision != "apex":
+            raise UsageError(f"--apex-level {self.apex_level} has no meaning for --precision {self.precision}")
         own_wire = self.precision if self.precision in ("fp16", "bf16") and self.strategy != "single" else None
         derived = {
             "seq_len": shape.seq_len if self.seq_len is None else self.seq_len,

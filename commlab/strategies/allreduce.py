@@ -49,7 +49,15 @@ class AllReduce(Strategy):
                     # Strides as the parameter's own: torch's fused optimizers walk both as plain memory.
                     copied[-1] = tensor.grad = torch.empty_like(tensor)
             bucket.packer.unpack(bucket.flat, copied)
+            if self.masters is not None:
+                continue
             # In the parameters' precision: a 16-bit bucket must not be rounded a second time.
             gradients = [member.tensor.grad for member in bucket.parameters]
             scale_([gradient for gradient in gradients if gradient is not None], clip)
+        if self.masters is not None:
+            used = [item for item in self.parameters if item.tensor.grad is not None]
+            masters = [self.masters.whole[item.index] for item in used]
+            self.masters.unscale([item.tensor.grad for item in used if item.tensor.grad is not None], masters, clip)
+            self._update_masters(1.0)
+            return
         self.optimizer.step()

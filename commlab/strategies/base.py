@@ -35,6 +35,8 @@ class Options:
     precision: str = "fp32"
     autocast: str = "auto"
     """16-bit matrix products, for precision bf16 and fp16: auto (where they are fast), on, off."""
+    apex_level: str | None = None
+    """For precision apex: O1 or O2 of apex.amp, where Apex still has it; None: without apex.amp, as O2."""
     wire: str | None = None
     max_grad_norm: float | None = None
     """Clip the reduced gradient to this global 2-norm; None: don't compute it."""
@@ -132,7 +134,11 @@ class Strategy:
         device = next(iter(model.parameters())).device
         self.precision = Precision(options.precision, options.autocast, device, group)
         self._synchronize_model()
+        self.masters = self.precision.masters(model, self.parameters, optimizer, options.apex_level)
+        """What the optimizer updates in the parameters' place, for precision apex."""
         self.buckets = self._make_buckets()
+        if self.masters is not None:
+            self._bind_masters()
 
     # What differs between strategies.
 
@@ -310,6 +316,15 @@ class Strategy:
         ``dps`` and ``ps`` ranks of a node share one. Collective."""
         with torch.no_grad():
             change(self.model)
+            self._follow_parameters()
+
+    def _follow_parameters(self) -> None:
+        """Masters of parameters that somebody else has written take the new value."""
+        if self.masters is not None and self.masters.separate:
+            for piece in self._pieces():
+                parameter = pieces.parameter_of(piece)
+                changed = piece.tensor.to(parameter.dtype) != parameter
+                piece.tensor.copy_(torch.where(changed, parameter.float(), piece.tensor))
 
     def close(self) -> None:
         """Take the hooks off the model and give the window's memory back. The model stays as it is; the engine is of no
@@ -336,7 +351,33 @@ class Strategy:
 
     def _pieces(self) -> list[pieces.Piece]:
         """What of each parameter this rank's optimizer updates; all of everything unless the state is sharded."""
-        return [pieces.Piece(item, 0, item.tensor.numel(), item.tensor) for item in self.parameters]
+        whole = {} if self.masters is None else self.masters.whole
+        return [
+            pieces.Piece(item, 0, item.tensor.numel(), whole.get(item.index, item.tensor)) for item in self.parameters
+        ]
+
+    # Precision apex.
+
+    def _bind_masters(self) -> None:
+        pieces.rebind(self.optimizer, self._pieces())
+
+    def _unscale(self) -> bool:
+        """Give the masters of what this rank updates their gradients, divided by the loss scale; whether these are
+        finite. Nothing to do in other precisions."""
+        return True
+
+    def _update_masters(self, clip: float) -> None:
+        """Clip, step, and give the parameters the masters' values."""
+        assert self.masters is not None
+        updated = self._pieces()
+        scale_([piece.tensor.grad for piece in updated if piece.tensor.grad is not None], clip)
+        self.optimizer.step()
+        for piece in updated:
+            piece.tensor.grad = None
+        if self.masters.separate:
+            self.masters.apex.scale(
+                [piece.tensor for piece in updated], [pieces.parameter_of(piece) for piece in updated], 1.0
+            )
 
     def _local_scale(self) -> float:
         """What this rank multiplies its gradient by, so that the mean over ranks is the step's gradient."""
@@ -357,7 +398,7 @@ class Strategy:
         # With a loss scale also to see what overflowed only when it was added up: no rank packed an inf then.
         if self.options.max_grad_norm is not None or self.precision.loss_scale is not None:
             squares = norm_squared(self._owned_gradients())
-        finite_here = self.buckets.finite and math.isfinite(squares)
+        finite_here = self.buckets.finite and math.isfinite(squares) and self._unscale()
         unused = {item.index for item in self.parameters} - self.buckets.used
         if self.group.size == 1:
             return Agreement(squares, finite_here, unused)

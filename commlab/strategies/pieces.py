@@ -43,12 +43,29 @@ class Piece(NamedTuple):
     tensor: torch.Tensor
 
 
+MASTER = "master"
+"""Under which name the fp32 master is saved, beside the optimizer's state, where a piece is updated through one."""
+
+
+def parameter_of(piece: Piece) -> torch.Tensor:
+    """The piece's part of the parameter itself, in the shape of ``piece.tensor``."""
+    whole = piece.parameter.tensor.detach()
+    if piece.tensor.shape == whole.shape:
+        return whole
+    return whole.view(-1)[piece.start : piece.stop].view(piece.tensor.shape)
+
+
+def _is_master(piece: Piece) -> bool:
+    return piece.tensor.dtype != piece.parameter.tensor.dtype
+
+
 def require_elementwise(optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
     """UsageError for an optimizer that can't be run on pieces of tensors. torch runs Adafactor on them without
     complaint, and the result is wrong; so the optimizers are listed."""
     kind = type(optimizer)
     if elementwise is None:
         elementwise = kind.__name__ in ELEMENTWISE and kind.__module__.startswith("torch.optim")
+        elementwise = elementwise or (kind.__name__ == "FusedAdam" and kind.__module__.startswith("apex."))
     if not elementwise:
         raise UsageError(
             f"optimizer {kind.__name__} may need whole tensors, and a server updates pieces of "
@@ -94,6 +111,8 @@ def state(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str
             key: _cut(value, piece.tensor.shape, 0, piece.stop - piece.start) if torch.is_tensor(value) else value
             for key, value in values.items()
         }
+        if _is_master(piece):
+            entry["state"][MASTER] = piece.tensor.view(-1)
         saved.setdefault(piece.parameter.name, []).append(entry)
     groups = [{key: value for key, value in entry.items() if key != "params"} for entry in optimizer.param_groups]
     return {"groups": groups, "pieces": saved}
@@ -109,10 +128,14 @@ def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Seque
         )
     # All of it first: an error must leave the optimizer as it was. A parameter without numbers has a state too, which
     # nobody saved.
-    collected = [(piece.tensor, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
+    collected = [(piece, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
     for entry, saved in zip(optimizer.param_groups, parts[0]["groups"], strict=True):
         entry.update({key: deepcopy(value) for key, value in saved.items() if key != "params"})
-    optimizer.state.update(collected)
+    for piece, found in collected:
+        master = found.pop(MASTER, None)
+        if _is_master(piece):
+            piece.tensor.copy_(parameter_of(piece) if master is None else master.view(piece.tensor.shape))
+        optimizer.state[piece.tensor] = found
 
 
 def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class Server(Strategy):
         self._flat_parameters = [self._flatten(bucket) for bucket in self.buckets.buckets]
         self._shard = [piece for bucket in self.buckets.buckets for piece in self._cut(bucket)]
         pieces.rebind(optimizer, self._shard)
+        if self.masters is not None:
+            self.masters.whole.clear()  # this rank needs those of its pieces alone
         if self.in_window:
             group.barrier()  # rank 0 has written the shared parameters
 
@@ -101,6 +103,9 @@ class Server(Strategy):
             common = place.intersect(own)
             if common.numel:
                 tensor = flat[common.start : common.stop]
+                if self.masters is not None and self.masters.separate:
+                    master = self.masters.whole[member.index].view(-1)
+                    tensor = master[common.start - place.start : common.stop - place.start].clone()
                 if not member.tensor.dim():
                     # So that its state has no dimension either, like that of the whole.
                     tensor = tensor.view(())
@@ -135,8 +140,30 @@ class Server(Strategy):
     def _owned_gradients(self) -> list[torch.Tensor]:
         return [handle.result for _, handle in self._launched]
 
+    def _bind_masters(self) -> None:
+        """Done with the shard, once that is known."""
+
+    def _unscale(self) -> bool:
+        if self.masters is None:
+            return True
+        shard, gradients = iter(self._shard), []
+        for bucket, handle in self._launched:
+            own = self._chunks[bucket.index][self.group.rank]
+            for place in bucket.ranges:
+                common = place.intersect(own)
+                if common.numel:
+                    part = handle.result[common.start - own.start : common.stop - own.start]
+                    gradients.append(part.view(next(shard).tensor.shape))
+        return self.masters.unscale(gradients, [piece.tensor for piece in self._shard], 1.0 / self.precision.scale)
+
     def _update(self, clip: float, unused: set[int]) -> None:
         self._require_in_place()
+        if self.masters is not None:
+            for piece in self._shard:
+                if piece.parameter.index in unused:
+                    piece.tensor.grad = None
+            self._update_masters(clip * self.precision.scale)
+            return
         shard = iter(self._shard)
         for bucket, handle in self._launched:
             own, sums = self._chunks[bucket.index][self.group.rank], handle.result
