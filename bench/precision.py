@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from . import records, table
 from .launcher import find_mpi, mpirun_environment
 from .ranks import Ranks
 
-STRATEGIES = ("allreduce", "dps", "ps", "ddp", "horovod")
+STRATEGIES = ("single", "allreduce", "dps", "ps", "ddp", "horovod")
 PRECISIONS = ("fp32", "bf16", "fp16", "apex")
 TOLERANCE = 0.01
 
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--ranks", type=int, default=2)
     found.add_argument("--steps", type=int, default=300)
     found.add_argument("--autocast", choices=("auto", "on", "off"), default="off")
-    found.add_argument("--train", nargs="*", default=[], metavar="WORD", help="more flags of commlab.train, without --")
+    found.add_argument("--train", nargs="*", default=[], metavar="WORD", help="flags of commlab.train: name value ...")
     found.add_argument("--limit", type=float, default=3600.0, metavar="S", help="for one run")
     found.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
     return found
@@ -41,17 +42,22 @@ def parser() -> argparse.ArgumentParser:
 def train(strategy: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """The row of one run."""
     words = ["--strategy", strategy, "--precision", precision, "--steps", str(options.steps), "--eval-every", "0"]
-    words += ["--autocast", options.autocast] if precision != "fp32" else []
-    words += [word if word[0].isdigit() else f"--{word}" for word in options.train]
+    words += ["--autocast", options.autocast] if precision in ("bf16", "fp16") else []
+    for flag, value in zip(options.train[::2], options.train[1::2], strict=True):
+        words += [f"--{flag}", value]
     row: dict[str, Any] = {"type": "row", "strategy": strategy, "precision": precision, "steps": options.steps}
-    mpi = find_mpi()
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder, "metrics.jsonl")
         files = ["--output", str(Path(folder, "model")), "--metrics", str(metrics)]
-        command = [mpi.mpirun, "-n", str(options.ranks), sys.executable, "-m", "commlab.train", *words, *files]
-        done = subprocess.run(
-            command, env=mpirun_environment(mpi), capture_output=True, text=True, timeout=options.limit
-        )
+        command = [sys.executable, "-m", "commlab.train", *words, *files]
+        environment = dict(os.environ)
+        if options.ranks > 1:
+            mpi = find_mpi()
+            command, environment = [mpi.mpirun, "-n", str(options.ranks), *command], mpirun_environment(mpi)
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.limit)
+        except subprocess.TimeoutExpired:
+            return {**row, "missing": f"it took longer than {options.limit:g} s"}
         if done.returncode:
             return {**row, "missing": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "it failed"}
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -61,7 +67,8 @@ def train(strategy: str, precision: str, options: argparse.Namespace) -> dict[st
     return {
         **row,
         "wire": config["wire"] or "as is",
-        "autocast": options.autocast if precision != "fp32" else "off",
+        "autocast": options.autocast if precision in ("bf16", "fp16") else "off",
+        "device": config["device"],
         "model": config["model"],
         "skipped_steps": steps[-1]["skipped_steps"],
         "loss_scale": steps[-1]["loss_scale"],

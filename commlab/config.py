@@ -61,6 +61,16 @@ class Config:
         choices=("none", "fp16", "bf16"),
     )
     precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=("fp32", "bf16", "fp16", "apex"))
+    loss_scale: float = knob(
+        2.0**16, _NUMBERS, "what the loss is multiplied by at first, for --precision fp16 and apex", float, least=1
+    )
+    loss_scale_interval: int = knob(
+        2000, _NUMBERS, "good steps in a row after which the loss scale grows", int, least=1
+    )
+    loss_scale_growth: float = knob(2.0, _NUMBERS, "factor by which it grows then", float, least=1)
+    loss_scale_backoff: float = knob(
+        0.5, _NUMBERS, "factor by which it falls when a step has overflowed", float, above=0, below=1
+    )
     apex_level: str | None = knob(
         None,
         _NUMBERS,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -30,14 +31,16 @@ class Precision:
     """One of ``PRECISIONS``, on the device of a model. Made by all ranks of ``group`` together: they must choose
     alike."""
 
-    def __init__(self, name: str, autocast: str, device: torch.device, group: Group):
+    def __init__(
+        self, name: str, autocast: str, device: torch.device, group: Group, loss_scale: LossScale | None = None
+    ):
         if name not in PRECISIONS:
             raise UsageError(f"unknown precision {name!r}; there are {', '.join(PRECISIONS)}")
         if autocast not in AUTOCASTS:
             raise UsageError(f"unknown autocast {autocast!r}; there are {', '.join(AUTOCASTS)}")
         self.name, self._device = name, device
         self.dtype = PRECISIONS[name]
-        self.loss_scale = LossScale() if name in ("fp16", "apex") else None
+        self.loss_scale = replace(loss_scale or LossScale()) if name in ("fp16", "apex") else None
         self.apex = Apex() if name == "apex" else None
         self.casts, self.reason = self._decide(autocast, group)
 

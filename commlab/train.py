@@ -63,6 +63,7 @@ def train(config: Config, started_s: float) -> int:
     from .checkpoint import Checkpoints
     from .corpus import load_corpus
     from .data import BatchSampler, Blocks
+    from .gradients.scaling import LossScale
     from .model import build_model, loss_sum, save_model
     from .report import Report
     from .strategies import strategy
@@ -106,6 +107,9 @@ def train(config: Config, started_s: float) -> int:
         algorithm=config.algorithm,
         precision=config.precision,
         autocast=config.autocast,
+        loss_scale=LossScale(
+            config.loss_scale, config.loss_scale_growth, config.loss_scale_backoff, config.loss_scale_interval
+        ),
         apex_level=config.apex_level,
         wire=config.wire,
         max_grad_norm=config.max_grad_norm or None,

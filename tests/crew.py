@@ -12,6 +12,9 @@ from commlab.topology import Topology
 from commlab.transport.base import Bytes
 from commlab.transport.sim import SimNetwork, SimRequest
 
+by_turns = threading.Lock()
+"""For what uses torch's random numbers: threads share them."""
+
 
 class SharedNetwork(SimNetwork):
     """For ranks that are threads."""

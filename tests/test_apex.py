@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from crew import Crew, groups
+from crew import Crew, by_turns, groups
 from training import alone, digest
 
 import commlab
@@ -49,7 +49,7 @@ def crew() -> Iterator[Crew]:
 
 
 def learner() -> torch.nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
+    with by_turns, torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.Tanh(), torch.nn.Linear(33, 3))
 

@@ -62,6 +62,13 @@ class CudaPackPlan:
             self._native.cuda_load(self.device.index)
         self.rebind(tensors)
 
+    @staticmethod
+    def takes(tensors: Sequence[Tensor], wire: torch.dtype) -> bool:
+        """Whether the dtypes and the place of these are such that a plan can be made for them."""
+        devices = {tensor.device for tensor in tensors}
+        dtypes = {wire, *(tensor.dtype for tensor in tensors)}
+        return len(devices) == 1 and next(iter(devices)).type == "cuda" and dtypes <= set(_DTYPES)
+
     def rebind(self, tensors: Sequence[Tensor]) -> None:
         """Use these tensors from now on: same dtypes and shapes, other memory. Costs one small copy to the device, on
         the current stream, where an address has changed."""

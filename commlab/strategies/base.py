@@ -21,6 +21,8 @@ from ..collectives.group import Group
 from ..collectives.handle import Handle
 from ..errors import CommlabError, UsageError
 from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan
+from ..gradients.mirror import pin
+from ..gradients.scaling import LossScale
 from ..gradients.wire import WIRES
 from ..native.arithmetic import DTYPES
 from ..precision import Precision
@@ -35,6 +37,8 @@ class Options:
     precision: str = "fp32"
     autocast: str = "auto"
     """16-bit matrix products, for precision bf16 and fp16: auto (where they are fast), on, off."""
+    loss_scale: LossScale | None = None
+    """Where it starts, and how it grows and falls, for precision fp16 and apex; None: as LossScale() does."""
     apex_level: str | None = None
     """For precision apex: O1 or O2 of apex.amp, where Apex still has it; None: without apex.amp, as O2."""
     wire: str | None = None
@@ -132,7 +136,7 @@ class Strategy:
         self.in_window = group.window is not None and options.algorithm in ("auto", "window")
         """Whether buckets lie in memory that the ranks share."""
         device = next(iter(model.parameters())).device
-        self.precision = Precision(options.precision, options.autocast, device, group)
+        self.precision = Precision(options.precision, options.autocast, device, group, options.loss_scale)
         self._synchronize_model()
         self.masters = self.precision.masters(model, self.parameters, optimizer, options.apex_level)
         """What the optimizer updates in the parameters' place, for precision apex."""
@@ -146,12 +150,19 @@ class Strategy:
         if self.options.algorithm == "window" and not self.in_window:
             raise UsageError(f"algorithm window is not to be had: {self.group.window_reason}; use auto")
         buckets = plan(self.parameters, self.options.bucket_bytes, WIRES[self.options.wire], self._allocate)
+        if any(bucket.mirror is not None for bucket in buckets):
+            self._pin([bucket.flat for bucket in buckets])
         return GradientBuckets(
             buckets, self._launch, self._local_scale, self.group.progress.poll, keep_gradients=self.keeps_gradients
         )
 
     def _allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         return operations.empty(numel, dtype, self.group) if self.in_window else torch.empty(numel, dtype=dtype)
+
+    def _pin(self, flats: list[torch.Tensor]) -> None:
+        """Let GPUs copy from and to ``flats`` at full speed."""
+        window = self.group.window
+        pin(self, flats if window is None or not self.in_window else window.mappings(flats))
 
     def _launch(self, bucket: Bucket) -> None:
         """Start a packed bucket on its way; append its handle to ``_launched``."""

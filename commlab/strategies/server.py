@@ -25,6 +25,7 @@ from ..collectives import operations
 from ..collectives.group import Group
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets
+from ..gradients.mirror import Mirror, mirrors
 from ..transport.window import Place
 from . import pieces
 from .base import Options, Strategy
@@ -55,7 +56,11 @@ class Server(Strategy):
         super().__init__(model, optimizer, group, options)
         assert self.buckets is not None
         self._chunks = [self._owners(bucket.numel) for bucket in self.buckets.buckets]
+        self._mirrors: list[Mirror | None] = []
+        """Of the flat parameters, where the model is on a GPU."""
         self._flat_parameters = [self._flatten(bucket) for bucket in self.buckets.buckets]
+        if any(self._mirrors):
+            self._pin(self._flat_parameters)
         self._shard = [piece for bucket in self.buckets.buckets for piece in self._cut(bucket)]
         pieces.rebind(optimizer, self._shard)
         if self.masters is not None:
@@ -77,12 +82,19 @@ class Server(Strategy):
         window, into the one buffer of all ranks."""
         dtype = bucket.parameters[0].tensor.dtype
         flat = self._shared(bucket.numel, dtype) if self.in_window else torch.empty(bucket.numel, dtype=dtype)
+        device = bucket.parameters[0].tensor.device
+        self._mirrors.append(Mirror(flat, device) if mirrors(device) else None)
         for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
-            view = flat[place.start : place.stop].view(member.tensor.shape)
-            if not self.in_window or self.group.rank == 0:
+            view = self._where_used(bucket.index, flat)[place.start : place.stop].view(member.tensor.shape)
+            if self._mirrors[-1] is not None or not self.in_window or self.group.rank == 0:
                 view.copy_(member.tensor.data)
             member.tensor.data = view
         return flat
+
+    def _where_used(self, index: int, flat: torch.Tensor) -> torch.Tensor:
+        """A bucket's flat parameters where the model has them: ``flat`` itself, or its mirror."""
+        mirror = self._mirrors[index]
+        return flat if mirror is None else mirror.device
 
     def _shared(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory of local rank 0, seen by all. Collective."""
@@ -97,7 +109,8 @@ class Server(Strategy):
 
     def _cut(self, bucket: Bucket) -> list[pieces.Piece]:
         """This rank's pieces of the bucket's parameters."""
-        own, flat = self._chunks[bucket.index][self.group.rank], self._flat_parameters[bucket.index]
+        own = self._chunks[bucket.index][self.group.rank]
+        flat = self._where_used(bucket.index, self._flat_parameters[bucket.index])
         found = []
         for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
             common = place.intersect(own)
@@ -116,7 +129,8 @@ class Server(Strategy):
         """UsageError where a parameter of the model no longer lies in its flat buffer, or is another one by now:
         updates would not reach it any more."""
         present = dict(self.model.named_parameters())
-        for (bucket, _), flat in zip(self._launched, self._flat_parameters, strict=True):
+        for (bucket, _), host in zip(self._launched, self._flat_parameters, strict=True):
+            flat = self._where_used(bucket.index, host)
             for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
                 here = flat.data_ptr() + place.start * flat.element_size()
                 moved = member.tensor.numel() and member.tensor.data_ptr() != here
@@ -153,7 +167,8 @@ class Server(Strategy):
                 common = place.intersect(own)
                 if common.numel:
                     part = handle.result[common.start - own.start : common.stop - own.start]
-                    gradients.append(part.view(next(shard).tensor.shape))
+                    master = next(shard).tensor
+                    gradients.append(part.to(master.device).view(master.shape))
         return self.masters.unscale(gradients, [piece.tensor for piece in self._shard], 1.0 / self.precision.scale)
 
     def _update(self, clip: float, unused: set[int]) -> None:
@@ -175,13 +190,25 @@ class Server(Strategy):
                 if common.numel:
                     gradient = sums[common.start - own.start : common.stop - own.start]
                     piece = next(shard)
-                    gradient = gradient.to(piece.tensor.dtype).view(piece.tensor.shape)
+                    gradient = gradient.to(piece.tensor.device, piece.tensor.dtype).view(piece.tensor.shape)
                     piece.tensor.grad = None if member.index in unused else gradient
         self.optimizer.step()
         for piece in self._shard:
             piece.tensor.grad = None
 
     def _pull(self) -> None:
+        own = [chunks[self.group.rank] for chunks in self._chunks]
+        mirrored = [(mirror, part) for mirror, part in zip(self._mirrors, own, strict=True) if mirror is not None]
+        for mirror, part in mirrored:
+            mirror.to_host(part)
+        for mirror, _ in mirrored:
+            mirror.wait()
+        self._gather()
+        # These copies are over before an owner writes again: every rank's next gradients follow them on one stream.
+        for mirror, _ in mirrored:
+            mirror.to_device()
+
+    def _gather(self) -> None:
         if self.in_window:
             self.group.barrier()
             return
@@ -196,10 +223,12 @@ class Server(Strategy):
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         self.group.barrier()
-        if not self.in_window or self.group.rank == 0:
+        alone = self.in_window and not any(self._mirrors)
+        if not alone or self.group.rank == 0:
             super().update_parameters(change)
         self.group.barrier()
-        if self.in_window:
+        if alone:
+            self._follow_parameters()
             # What is not trained, and buffers, every rank has for itself.
             shared = {item.name for item in self.parameters}
             self._give_from_rank_0([(name, tensor) for name, tensor in self._model_tensors() if name not in shared])
