@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cuda/pack.h"
+#include "cuda/pinned.h"
 
 namespace nb = nanobind;
 using namespace commlab;
@@ -46,4 +47,8 @@ void register_cuda(nb::module_& m) {
     cuda::unpack(table_at(addresses, places, chunks, chunk_count), reinterpret_cast<const void*>(wire),
                  wire_dtype(dtype), scale_of(scale, device_scale), device, reinterpret_cast<void*>(stream));
   });
+  m.def("cuda_register", [](Address address, std::size_t bytes) {
+    return cuda::register_host(reinterpret_cast<void*>(address), bytes);
+  });
+  m.def("cuda_unregister", [](Address address) { cuda::unregister_host(reinterpret_cast<void*>(address)); });
 }

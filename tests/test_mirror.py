@@ -12,6 +12,7 @@ import training
 from crew import Crew, by_turns, groups
 from training import EVEN, RAGGED, Recipe, alone, go_on
 
+from commlab import native
 from commlab.chunks import Range
 from commlab.gradients import bucket, mirror
 from commlab.gradients.mirror import Mirror
@@ -19,6 +20,7 @@ from commlab.strategies import server
 
 SIZE = 3
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and a torch built for CUDA")
+needs_kernels = pytest.mark.skipif(not native.cuda_backend().startswith("native"), reason="needs the CUDA kernels")
 
 
 class LateMirror(Mirror):
@@ -140,6 +142,7 @@ def test_nothing_is_pinned_without_a_gpu() -> None:
 
 @needs_gpu
 class TestOnGpu:
+    @needs_kernels
     def test_copies_are_asynchronous_and_ordered(self) -> None:
         numel = 1 << 24
         host = torch.zeros(numel)

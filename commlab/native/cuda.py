@@ -83,9 +83,9 @@ class CudaPackPlan:
                     f"CudaPackPlan: tensor {index} must be contiguous and on {self.device}, not with strides "
                     f"{tensor.stride()} on {tensor.device}"
                 )
-        self._tensors = list(tensors)
         addresses = [tensor.data_ptr() for tensor in tensors]
         if addresses == self._addresses or self._native is None:
+            self._tensors = list(tensors)
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -95,7 +95,7 @@ class CudaPackPlan:
         # Pinned, so that nobody waits for the copy; torch gives that memory to no one else before the copy is done.
         here = torch.tensor(addresses, dtype=torch.int64).pin_memory()
         self._on_device.copy_(here, non_blocking=True)
-        self._addresses = addresses
+        self._tensors, self._addresses = list(tensors), addresses
 
     def release(self) -> None:
         """Let go of the tensors, whose memory would live as long as the plan; it wants a `rebind` before the next
@@ -158,7 +158,8 @@ class CudaPackPlan:
         if len(self._tensors) < len(self._signature):
             raise ValueError("CudaPackPlan: its tensors were released; call rebind() first")
         # `p.data = ...` moves a tensor without telling anybody.
-        self.rebind(self._tensors)
+        if [tensor.data_ptr() for tensor in self._tensors] != self._addresses:
+            self.rebind(self._tensors)
         return wire.data_ptr() + wire_start * wire.element_size()
 
     def _torch_pack(self, wire: Tensor, scale: float | Tensor, not_finite: Tensor | None) -> None:
