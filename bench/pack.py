@@ -236,7 +236,8 @@ def main() -> int:
         found = rows(measure(contestants(work), ranks, options.rounds, at, 300.0, progress_line(ranks, name)), work)
         wrong += sum(row.get("wrong", 0) for row in found)
         for op in ("pack", "unpack"):
-            print(f"{op}, {name}: {work.numel:,} numbers in {work.tensor_count} tensors\n{rendered(found, op)}\n")
+            head = f"{op}, {name}: {work.numel:,} numbers in {work.tensor_count} tensors"
+            print(f"{head}\n{rendered(found, op)}\n", flush=True)
         if options.json:
             records.append(options.json, [run, *found] if at == 0 else found)
     return 1 if wrong else 0

@@ -241,6 +241,10 @@ class GradientBuckets:
         while self._next < len(self.buckets):
             self._pack_next()
             self._launch_ready()
+        self.launch_packed()
+
+    def launch_packed(self) -> None:
+        """Launch all that is packed, once it has arrived: how much has by itself differs between ranks."""
         while self._travelling:
             bucket = self._travelling.popleft()
             if bucket.mirror is not None:

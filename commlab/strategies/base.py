@@ -290,6 +290,8 @@ class Strategy:
                 "zero_grad() between backward() and step(): the gradients are on their way "
                 "already; call it after step()"
             )
+        if self.buckets is not None:
+            self.buckets.launch_packed()
         for _, handle in self._launched:
             handle.wait()
         for parameter in self.parameters:
