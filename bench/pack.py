@@ -221,6 +221,7 @@ def main() -> int:
     parser.add_argument(
         "--numels", type=int, nargs="*", default=list(NUMELS), help="in one tensor; besides gpt2-100m's"
     )
+    parser.add_argument("--no-model", action="store_true", help="without gpt2-100m")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
     options = parser.parse_args()
@@ -229,7 +230,8 @@ def main() -> int:
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else None
     run = records.describe(ranks, "bench.pack", gpu=hardware, cuda=cuda_backend())
     run["command"] = " ".join(run["command"].split()[3:])
-    works = [("gpt2-100m", gpt2_100m()), *((f"{numel:,} numbers", [(numel,)]) for numel in options.numels)]
+    works = [] if options.no_model else [("gpt2-100m", gpt2_100m())]
+    works += [(f"{numel:,} numbers", [(numel,)]) for numel in options.numels]
     wrong = 0
     for at, (name, shapes) in enumerate(works):
         work = Work(name, shapes, device)
