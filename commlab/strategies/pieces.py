@@ -135,6 +135,10 @@ def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Seque
         master = found.pop(MASTER, None)
         if _is_master(piece):
             piece.tensor.copy_(parameter_of(piece) if master is None else master.view(piece.tensor.shape))
+        entry = optimizer.param_groups[piece.parameter.group]
+        if entry.get("fused") or entry.get("capturable"):
+            # These want their step counters, too, where the tensor is.
+            found = {k: v.to(piece.tensor.device) if torch.is_tensor(v) else v for k, v in found.items()}
         optimizer.state[piece.tensor] = found
 
 
