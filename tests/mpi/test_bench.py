@@ -50,9 +50,11 @@ def test_who_rounds_once_is_nearest_to_float64(ranks: Any, everyone: Ranks, wire
     }
     # Each contribution is rounded, and the mean: variances of one rounding each, of the mean's own size and of 1/P's.
     assert 1.2 < rows["commlab direct"]["error_over_one_rounding"] < 1.6
-    assert rows["commlab window"]["relative_error"] == rows["commlab direct"]["relative_error"]
+    # They add in another order, in fp32.
+    direct = rows["commlab direct"]["relative_error"]
+    assert rows["commlab window"]["relative_error"] == pytest.approx(direct, rel=1e-2)
     for name in ("commlab ring", "commlab halving", "commlab tree", "gloo, as in DDP's compress hook"):
-        assert rows[name]["relative_error"] > 1.2 * rows["commlab direct"]["relative_error"], name
+        assert rows[name]["relative_error"] > 1.2 * direct, name
     ulp = 2.0**-10 if wire == "fp16" else 2.0**-7
     for row in rows.values():
         if row["kind"] == "commlab":
