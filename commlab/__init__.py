@@ -23,6 +23,7 @@ _HOME = {
     "empty": "collectives.operations",
     "Group": "collectives.group",
     "Handle": "collectives.handle",
+    "ParameterServer": "ps.store",
     "strategy": "strategies",
     "CommlabError": "errors",
     "UsageError": "errors",
@@ -36,6 +37,7 @@ __all__ = [
     "DisagreementError",
     "Group",
     "Handle",
+    "ParameterServer",
     "PeerLostError",
     "PeerTimeoutError",
     "UsageError",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     )
     from .collectives.world import init, shutdown
     from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
+    from .ps.store import ParameterServer
     from .strategies import strategy
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from .errors import UsageError
 from .flags import check_fields, knob, parse
 from .model import PRESETS, describe_model
+from .ps.consistency import parse as parse_consistency
 from .topology import declared, usable_cores
 
 STRATEGIES = ("single", "ps", "dps", "allreduce", "horovod", "ddp")
@@ -39,8 +40,8 @@ _HOW, _NUMBERS, _WHAT, _TRAIN, _SHOW, _MACHINE = (
 class Config:
     """What one run does. Made by `from_argv` or directly, and checked either way.
 
-    Where a default depends on the model, None stands for it and is replaced when the object is made: `seq_len` and `lr`
-    are never None afterwards, and `wire` is None (as they are), "fp16" or "bf16".
+    Where a default depends on the model, None stands for it and is replaced when the object is made: `seq_len`, `lr`,
+    `max_grad_norm` and `eval_every` are never None afterwards, and `wire` is None (as they are), "fp16" or "bf16".
     Errors: UsageError, saying what was given, what is allowed, and what to do.
     """
 
@@ -52,6 +53,16 @@ class Config:
         None,
         _HOW,
         "ranks that share a node, by hand: ranks per node (2) or a range for each (0-3,4-7) (default: as launched)",
+    )
+    servers: int | None = knob(
+        None,
+        _HOW,
+        "ranks that only serve parameters: 1 for ps, 2 or more for dps (default: none; every rank trains and serves)",
+        int,
+        least=1,
+    )
+    consistency: str = knob(
+        "bsp", _HOW, "when a worker may read, with --servers: bsp (lockstep), ssp:S (S steps apart), asp (never wait)"
     )
     bucket_mb: float = knob(25.0, _HOW, "size of a bucket, in MB of 2^20 bytes", float, above=0)
     wire: str | None = knob(
@@ -112,11 +123,20 @@ class Config:
     )
     weight_decay: float = knob(0.01, _TRAIN, "AdamW's weight decay, per step and unit of learning rate", float, least=0)
     max_grad_norm: float = knob(
-        1.0, _TRAIN, "the gradient's global norm is clipped to this; 0 = not clipped", float, least=0
+        None,
+        _TRAIN,
+        "the gradient's global norm is clipped to this; 0 = not clipped (default: 1; 0 under ssp and asp)",
+        float,
+        least=0,
     )
     seed: int = knob(0, _TRAIN, "of the weights and of the order of samples", int, least=0, below=2**32)
     eval_every: int = knob(
-        100, _SHOW, "steps between two evaluations on held-out text; 0 = only after the last step", int, least=0
+        None,
+        _SHOW,
+        "steps between two evaluations on held-out text; 0 = only after the last step (default: 100; 0 under ssp and"
+        " asp)",
+        int,
+        least=0,
     )
     eval_batches: int = knob(
         16, _SHOW, "global batches in an evaluation, spread over all held-out text; 0 = all of it", int, least=0
@@ -168,15 +188,53 @@ class Config:
             raise UsageError("--autocast on needs a 16-bit format: give --precision bf16 or fp16")
         if self.apex_level is not None and self.precision != "apex":
             raise UsageError(f"--apex-level {self.apex_level} has no meaning for --precision {self.precision}")
+        lockstep = self._check_servers()
         own_wire = self.precision if self.precision in ("fp16", "bf16") and self.strategy != "single" else None
         derived = {
             "seq_len": shape.seq_len if self.seq_len is None else self.seq_len,
             "lr": shape.learning_rate if self.lr is None else self.lr,
+            "max_grad_norm": float(lockstep) if self.max_grad_norm is None else self.max_grad_norm,
+            "eval_every": 100 * lockstep if self.eval_every is None else self.eval_every,
             "steps": 200 if self.steps is None and self.epochs is None else self.steps,
             "wire": own_wire if self.wire is None else None if self.wire == "none" else self.wire,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)  # the one moment before the object is frozen
+
+    def _check_servers(self) -> bool:
+        """Whether all workers make each step together."""
+        consistency = parse_consistency(self.consistency)
+        if self.servers is None:
+            if self.consistency != "bsp":
+                raise UsageError(
+                    f"--consistency {self.consistency} needs ranks that only serve: give --servers 1 with --strategy"
+                    " ps, or --servers 2 or more with dps"
+                )
+            return True
+        if self.strategy not in ("ps", "dps") or (self.strategy == "ps") != (self.servers == 1):
+            raise UsageError(
+                f"--servers {self.servers} with --strategy {self.strategy}: ps has 1 server, dps 2 or more, and the"
+                " others have none"
+            )
+        if self.algorithm != "auto":
+            raise UsageError(
+                f"--algorithm {self.algorithm} is for collectives, and workers send --servers messages; leave it out"
+            )
+        if self.checkpoint_every or self.resume:
+            flag = "--resume" if self.resume else f"--checkpoint-every {self.checkpoint_every}"
+            raise UsageError(
+                f"{flag} with --servers {self.servers}: the optimizer's state lies on the servers, and is not saved"
+            )
+        if consistency.averages:
+            return True
+        for flag, given, why in (
+            ("--max-grad-norm", self.max_grad_norm, "every push is applied alone, so there is no global norm; give 0"),
+            ("--eval-every", self.eval_every, "workers are never at the same step before the end; give 0"),
+            ("--precision fp16", self.precision == "fp16", "workers can't agree to skip a step; give bf16"),
+        ):
+            if given:
+                raise UsageError(f"{flag} can't be had under --consistency {self.consistency}: {why}")
+        return False
 
     @classmethod
     def from_argv(cls, argv: Sequence[str] | None = None, *, speak: bool = True) -> Config:
@@ -199,15 +257,22 @@ class Config:
             raise UsageError(
                 f"--strategy single runs on 1 rank, but {size} were started; leave mpirun out, or take another strategy"
             )
+        if self.servers is not None and self.servers >= size:
+            raise UsageError(
+                f"--servers {self.servers} of {size} rank{'s' * (size > 1)} leave none to train; start more ranks, or "
+                "give fewer servers"
+            )
+        size -= self.servers or 0
         parts = size * self.grad_accumulation
         if self.batch_size % parts:
             accumulated = f" x {self.grad_accumulation} micro-batches" if self.grad_accumulation > 1 else ""
+            workers = "ranks" if self.servers is None else "workers"
             raise UsageError(
-                f"--batch-size {self.batch_size} can't be dealt equally to {size} ranks{accumulated};"
+                f"--batch-size {self.batch_size} can't be dealt equally to {size} {workers}{accumulated};"
                 f" the nearest that can: {_multiples_around(self.batch_size, parts)}"
             )
         if self.nodes is not None:
-            declared(self.nodes, size)
+            declared(self.nodes, size + (self.servers or 0))
 
     def rank_batch_size(self, size: int) -> int:
         """Sequences per rank and step, over its micro-batches."""

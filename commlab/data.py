@@ -6,6 +6,7 @@ how many tokens a global batch has, without a message. Reasons: docs/data.md.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -95,6 +96,11 @@ class Batch:
     samples: np.ndarray
     micro_batches: tuple[np.ndarray, ...]
 
+    @property
+    def own(self) -> np.ndarray:
+        """This rank's part, in one piece."""
+        return np.concatenate(self.micro_batches)
+
 
 class BatchSampler:
     """Deals every sample once per epoch: a permutation from (seed, epoch), cut into global batches, each cut into
@@ -129,6 +135,7 @@ class BatchSampler:
         self.batch_size = batch_size
         self.seed = seed
         self._rank, self._size, self._grad_accumulation = rank, size, grad_accumulation
+        self._orders: dict[int, np.ndarray] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -138,15 +145,20 @@ class BatchSampler:
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from `start_step` on, epoch after epoch, without end. The step is the whole cursor: resuming needs
         nothing else."""
-        epoch, skip = divmod(start_step, self.steps_per_epoch)
-        while True:
-            order = self._order(epoch)
-            for index in range(skip, self.steps_per_epoch):
-                samples = order[index * self.batch_size : (index + 1) * self.batch_size]
-                own = _part(samples, self._rank, self._size)
-                pieces = tuple(_part(own, piece, self._grad_accumulation) for piece in range(self._grad_accumulation))
-                yield Batch(epoch, epoch * self.steps_per_epoch + index, samples, pieces)
-            epoch, skip = epoch + 1, 0
+        for step in itertools.count(start_step):
+            yield self.batch(step, self._rank)
+
+    def batch(self, step: int, rank: int) -> Batch:
+        """Rank ``rank``'s share of step ``step``."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch not in self._orders:
+            # The next epoch's first steps may be asked for before the last ones of this.
+            self._orders = {known: order for known, order in self._orders.items() if known == epoch - 1}
+            self._orders[epoch] = self._order(epoch)
+        samples = self._orders[epoch][index * self.batch_size : (index + 1) * self.batch_size]
+        own = _part(samples, rank, self._size)
+        pieces = tuple(_part(own, piece, self._grad_accumulation) for piece in range(self._grad_accumulation))
+        return Batch(epoch, step, samples, pieces)
 
     def _order(self, epoch: int) -> np.ndarray:
         # RandomState, because numpy promises never to change its stream; default_rng's may change between versions, and

@@ -26,6 +26,8 @@ from .data import Batch
 from .metrics import Metrics, interface_bytes_sent, memory_bytes, versions
 from .strategies.base import Strategy, Times
 
+_SUMMARY = struct.Struct("<6qd")
+
 
 @dataclass
 class _Totals:
@@ -53,8 +55,9 @@ class Report:
         self._metrics = Metrics(None, None, False)
         self._totals = _Totals()
         self._phases: dict[str, float] = {}
-        self._pending: tuple[Batch, Handle, dict[str, Any]] | None = None
-        self._first_loss = self._last_loss = float("nan")
+        self._pending: tuple[Batch, Handle | None, dict[str, Any]] | None = None
+        self._first_loss: float | None = None
+        self._last_loss = float("nan")
         self._held_out = float("nan")
         self._bytes_before = 0
         self._looks = False
@@ -78,7 +81,9 @@ class Report:
             f"rank{'s' * (group.size > 1)} on {len(group.nodes)} "
             f"node{'s' * (len(group.nodes) > 1)}, transport {group.transport.name}, progress {group.progress_mode}"
         )
-        if group.size > 1:
+        if engine.serving:
+            self._say(engine.serving)
+        elif group.size > 1:
             self._say(
                 "window: shared by all ranks"
                 if group.window is not None
@@ -86,7 +91,7 @@ class Report:
                 if group.node is not None
                 else f"no window: {group.window_reason}"
             )
-        if engine.buckets is not None and group.size > 1:
+        if not engine.serving and engine.buckets is not None and group.size > 1:
             largest = max(bucket.numel for bucket in engine.buckets.buckets)
             kind = {"allreduce": "allreduce", "ps": "reduce"}.get(config.strategy, "reduce_scatter")
             wire = engine.buckets.buckets[0].dtype
@@ -164,9 +169,9 @@ class Report:
         times, totals = self.engine.times, self._totals
         # What backward spent on packing and launching is exchange, not computation.
         backward_s = self._phases["backward"] - (times.exchange_s - self._step_exchange())
-        if batch.step == self._start_step:
-            self._say(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
         self._steps_done += 1
+        if self._steps_done == 1:
+            self._say(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
         if self._steps_done > min(2, self.total_steps - self._start_step - 1):
             totals.steps += 1
             totals.bytes_sent += self.group.bytes_sent - self._bytes_before
@@ -194,11 +199,10 @@ class Report:
         if len(self.group.nodes) > 1:
             row["interface_bytes_sent"] = interface_bytes_sent() - self._on_links_before
         self._settle()
-        self._pending = (
-            batch,
-            operations.allreduce_async(losses.view(1) / total, "sum", "loss", group=self.group),
-            row,
-        )
+        mean = losses.view(1) / total
+        # Where ranks do not wait for each other, they do not for this either: rank 0 shows its own.
+        handle = operations.allreduce_async(mean, "sum", "loss", group=self.group) if self.engine.averages else None
+        self._pending = batch, handle, {**row, "loss": float(mean)}
 
     def _step_exchange(self) -> float:
         """The part of the exchange that lies in step(), not in backward."""
@@ -210,12 +214,13 @@ class Report:
             return
         batch, handle, row = self._pending
         self._pending = None
-        loss = float(handle.wait())
-        self._first_loss = loss if batch.step == self._start_step else self._first_loss
+        loss = row["loss"] if handle is None else float(handle.wait())
+        if self._first_loss is None:
+            self._first_loss = loss
         self._last_loss = loss
         self._metrics.write({**row, "loss": loss})
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.update(batch.step + 1 - self._bar.n)
             share = row["exchange_s"] / row["step_s"]
             self._bar.set_postfix_str(
                 f"loss {loss:.3f}, {row['tokens'] / row['step_s']:,.0f} tokens/s, {share:.0%} communicating",
@@ -243,10 +248,14 @@ class Report:
         moved_bytes = group.node_bytes_read + group.node_bytes_written
         steps = max(1, totals.steps)
         mine = (group.bytes_sent, totals.bytes_sent // steps, moved_bytes, peak_bytes, self._memory_bytes)
-        records = group.exchange_records(struct.pack("<5q", *mine), "summary")
-        sent, sent_in_step, moved, peaks, memory = zip(
-            *(struct.unpack("<5q", record) for record in records), strict=True
+        records = group.exchange_records(_SUMMARY.pack(*mine, totals.tokens, totals.wall_s), "summary")
+        sent, sent_in_step, moved, peaks, memory, tokens, walls = zip(
+            *(_SUMMARY.unpack(record) for record in records), strict=True
         )
+        # In lockstep all ranks count all tokens; else each its own.
+        speed = (totals.tokens if self.engine.averages else sum(tokens)) / max(*walls, 1e-9)
+        serving = self.engine.serving_report()
+        first_loss = float("nan") if self._first_loss is None else self._first_loss
         if self._bar is not None:
             self._bar.close()
         ms = {
@@ -257,7 +266,8 @@ class Report:
         hidden = " (its exchange hides in backward)" if engine_sends_itself else ""
         rows = [
             ("strategy", f"{self.config.strategy}, {group.size} ranks"),
-            ("speed", f"{totals.tokens / max(totals.wall_s, 1e-9):,.0f} tokens/s"),
+            *serving.items(),
+            ("speed", f"{speed:,.0f} tokens/s"),
             (
                 "step",
                 f"{ms['wall']:.1f} ms = forward {ms['forward']:.1f} + backward "
@@ -276,7 +286,7 @@ class Report:
                 f"{sum(memory) / 2**20:.0f} MiB in all, what ranks share counted once; at most "
                 f"{max(peaks) / 2**20:.0f} MiB of addresses in use by a rank",
             ),
-            ("loss", f"{self._first_loss:.4f} -> {self._last_loss:.4f} nats per token"),
+            ("loss", f"{first_loss:.4f} -> {self._last_loss:.4f} nats per token"),
             ("skipped steps", f"{self.engine.skipped_steps}, loss scale {self.engine.precision.scale:g} at the end"),
             ("held-out", f"{self._held_out:.3f} bits per byte"),
             ("model", f"{self.config.output} (transformers.GPT2LMHeadModel.from_pretrained opens it)"),
@@ -291,14 +301,15 @@ class Report:
         self._metrics.write(
             {
                 "summary": {
-                    "tokens_per_s": totals.tokens / max(totals.wall_s, 1e-9),
+                    "tokens_per_s": speed,
+                    **serving,
                     **{f"{part}_ms": value for part, value in ms.items()},
                     "bytes_sent_per_rank": sent,
                     "bytes_sent_per_rank_and_step": sent_in_step,
                     "node_bytes_moved_per_rank": moved,
                     "peak_bytes_per_rank": peaks,
                     "memory_bytes_per_rank": memory,
-                    "first_loss": self._first_loss,
+                    "first_loss": first_loss,
                     "last_loss": self._last_loss,
                     "held_out_bits_per_byte": self._held_out,
                 }

@@ -75,17 +75,6 @@ def train(config: Config, started_s: float) -> int:
     corpus = together(group, lambda: load_corpus(config.data, config.tokenizer))
     blocks = Blocks(corpus.train, config.seq_len)
     held_out = Blocks(corpus.held_out, config.seq_len, token_bytes=corpus.held_out_bytes)
-    sampler = together(
-        group,
-        lambda: BatchSampler(
-            len(blocks),
-            config.batch_size,
-            rank=group.rank,
-            size=group.size,
-            grad_accumulation=config.grad_accumulation,
-            seed=config.seed,
-        ),
-    )
     bare_model = together(
         group,
         lambda: build_model(
@@ -114,8 +103,24 @@ def train(config: Config, started_s: float) -> int:
         wire=config.wire,
         max_grad_norm=config.max_grad_norm or None,
         bucket_bytes=config.bucket_bytes,
+        servers=config.servers,
+        consistency=config.consistency,
     )
-    model = engine.model
+    if engine.role == "server":  # it has served all workers to their end
+        end(config, group)
+        return 0
+    everyone, group, model = group, engine.group, engine.model
+    sampler = together(
+        group,
+        lambda: BatchSampler(
+            len(blocks),
+            config.batch_size,
+            rank=group.rank,
+            size=group.size,
+            grad_accumulation=config.grad_accumulation,
+            seed=config.seed,
+        ),
+    )
     total_steps = config.total_steps(sampler.steps_per_epoch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.lr_factor(step, total_steps))
     report = Report(config, group, engine, total_steps, started_s)
@@ -124,12 +129,17 @@ def train(config: Config, started_s: float) -> int:
     start_step = resume(config, group, checkpoints, cursor, total_steps)
     report.opening(corpus.summary(), threads, why, len(blocks), start_step, checkpoints.refused)
 
-    for batch in sampler.batches(start_step):
-        if batch.step == total_steps:
-            break
+    for step, share in engine.turns(start_step, total_steps):
+        batch = sampler.batch(step, share)
+        if not engine.averages:
+            # Each worker is where it is; what it takes is trained on by nobody else.
+            for entry, lr in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+                entry["lr"] = lr * config.lr_factor(step, total_steps)
         report.step_begins()
         # Known to every rank without a message: all see the same order of samples.
-        total = blocks.token_count(batch.samples)
+        total = blocks.token_count(batch.samples if engine.averages else batch.own)
+        if not total:
+            continue
         losses = torch.zeros((), dtype=torch.float64, device=device)
         for index, micro_batch in enumerate(batch.micro_batches):
             input_ids, labels, _ = blocks.batch(micro_batch)
@@ -143,26 +153,36 @@ def train(config: Config, started_s: float) -> int:
         with report.phase("step"):
             updated = engine.step()
             engine.zero_grad()
-        report.step_ends(batch, losses.cpu(), total, float(schedule.get_last_lr()[0]))
-        if updated:
+        report.step_ends(batch, losses.cpu(), total, float(optimizer.param_groups[0]["lr"]))
+        if updated and engine.averages:
             schedule.step()
         if config.checkpoint_every and (batch.step + 1) % config.checkpoint_every == 0:
             begun_s = time.perf_counter()
             path = checkpoints.save(batch.step + 1, {**cursor, **sampler.state_dict(batch.step + 1)})
             report.saved(batch.step + 1, path, time.perf_counter() - begun_s)
         if config.eval_every and (batch.step + 1) % config.eval_every == 0 and batch.step + 1 < total_steps:
+            engine.settle()
             report.evaluated(batch.step + 1, held_out_bits(config, group, bare_model, held_out))
 
+    engine.settle(last=True)
     report.evaluated(total_steps, held_out_bits(config, group, bare_model, held_out))
     if group.rank == 0:
         save_model(bare_model, config.output)
     report.closing()
+    engine.close()
+    end(config, everyone)
+    return 0
+
+
+def end(config: Config, group: Group) -> None:
+    """What all ranks do last, servers too. Collective."""
+    from .collectives import world
+
     if config.trace:
         dumps = group.gather_bytes(trace.dump(), "trace")
         if group.rank == 0:
             trace.write(config.trace, dumps)
     world.shutdown()
-    return 0
 
 
 def resume(config: Config, group: Group, checkpoints: Checkpoints, cursor: dict[str, object], total_steps: int) -> int:

@@ -242,6 +242,14 @@ def test_apex_amp_where_it_is_there(stand_in: ModuleType, monkeypatch: pytest.Mo
         engine_of("single", alone(), apex_level="O3")
 
 
+def test_dedicated_servers_do_without(stand_in: ModuleType) -> None:
+    with pytest.raises(UsageError, match="works on the CPU, without Apex"):
+        engine_of("ps", alone(), servers=1)
+    model = torch.nn.Linear(3, 2, device="meta")
+    with pytest.raises(UsageError, match="works on the CPU, without Apex"):
+        commlab.strategy("ps", model, torch.optim.SGD(model.parameters(), lr=0.1), alone(), servers=1)
+
+
 def test_other_optimizers_are_refused(stand_in: ModuleType) -> None:
     model = learner()
     with pytest.raises(UsageError, match=r"Apex's FusedAdam, not AdamW.*commlab\.apex\.fused_adam"):

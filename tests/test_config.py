@@ -45,10 +45,23 @@ def test_every_field_can_be_given(tmp_path: Path) -> None:
         "loss_scale": 256.0, "loss_scale_interval": 9, "loss_scale_growth": 4.0, "loss_scale_backoff": 0.25,
     }  # fmt: skip
     argv = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
-    wanted = {**given, "epochs": None, "resume": True, "apex_level": None}
+    wanted = {**given, "epochs": None, "resume": True, "servers": None, "consistency": "bsp", "apex_level": None}
     assert Config.from_argv([*argv, "--resume"]).as_dict() == wanted
     assert json.loads(json.dumps(Config.from_argv([*argv, "--resume"]).as_dict())) == wanted
     assert flags("--epochs 2").steps is None
+
+
+def test_servers() -> None:
+    assert (flags("").max_grad_norm, flags("").eval_every) == (1.0, 100)
+    lockstep = flags("--strategy ps --servers 1")
+    assert (lockstep.servers, lockstep.max_grad_norm, lockstep.eval_every) == (1, 1.0, 100)
+    free = flags("--strategy dps --servers 2 --consistency ssp:4")
+    assert (free.servers, free.consistency, free.max_grad_norm, free.eval_every) == (2, "ssp:4", 0.0, 0)
+    flags("--strategy dps --servers 2 --batch-size 6").validate_for(5)
+    with pytest.raises(UsageError, match=r"--servers 2 of 2 ranks leave none to train"):
+        flags("--servers 2").validate_for(2)
+    with pytest.raises(UsageError, match=r"--batch-size 32 can't be dealt equally to 3 workers.* 30 or 33"):
+        flags("--strategy ps --servers 1").validate_for(4)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +69,15 @@ def test_every_field_can_be_given(tmp_path: Path) -> None:
     [
         ("--strategy alreduce", ["unknown strategy 'alreduce'", *STRATEGIES, "did you mean allreduce?"]),
         ("--algorithm rng", ["unknown algorithm 'rng'", *ALGORITHMS, "did you mean ring?"]),
+        ("--servers 1", ["--servers 1 with --strategy dps", "ps has 1 server, dps 2 or more"]),
+        ("--servers 2 --strategy allreduce", ["--servers 2 with --strategy allreduce"]),
+        ("--consistency asp", ["--consistency asp needs", "--servers 1 with --strategy ps"]),
+        ("--servers 2 --consistency sps", ["unknown consistency 'sps'", "bsp", "ssp:4", "asp"]),
+        ("--servers 2 --algorithm ring", ["--algorithm ring", "leave it out"]),
+        ("--servers 2 --consistency asp --max-grad-norm 1", ["--max-grad-norm", "no global norm", "give 0"]),
+        ("--servers 2 --checkpoint-every 5", ["--checkpoint-every 5 with --servers 2", "lies on the servers"]),
+        ("--servers 2 --consistency asp --eval-every 5", ["--eval-every", "give 0"]),
+        ("--servers 2 --consistency asp --precision fp16", ["--precision fp16", "give bf16"]),
         ("--transport tcp", ["unknown transport 'tcp'", "mpi, torch"]),
         ("--wire fp8", ["unknown wire 'fp8'", "none, fp16, bf16"]),
         ("--precision double", ["unknown precision 'double'", "fp32, bf16, fp16, apex"]),

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from commlab.chunks import Range
 from commlab.errors import UsageError
 from commlab.gradients.bucket import NamedParameter, named_parameters
-from commlab.strategies.pieces import ELEMENTWISE, Piece, load, rebind, require_elementwise, state
+from commlab.ps.elementwise import ELEMENTWISE, require_elementwise
+from commlab.strategies.pieces import Piece, load, rebind, state
 
 SHAPES = ((4, 3), (), (1,), (7,), (2, 2, 2), (0, 2))
 Ranges = Sequence[Range]

@@ -10,8 +10,9 @@ import training
 from training import EVEN, Net, Recipe, alone, assert_same, build, go_on, reference, samples, train
 
 import commlab
+from commlab.gradients.norm import norm_squared
 from commlab.strategies import STRATEGIES
-from commlab.strategies.base import Strategy, norm_squared
+from commlab.strategies.base import Strategy
 
 OURS = ("allreduce", "ps", "dps")
 RECIPES = {

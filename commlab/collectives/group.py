@@ -123,6 +123,9 @@ class Group:
         """Why there is no window."""
         self.plans: dict[tuple[Any, ...], Any] = {}
         """What operations have worked out once for each shape of call."""
+        self.endings: list[tuple[Callable[[], None], Callable[[], None]]] = []
+        """Of those who use this group: what ends their work with other ranks, and, once all have done that, what
+        releases it."""
         self._sequence = 0
         self._closed = False
 
@@ -289,11 +292,19 @@ class Group:
             else Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.check, self.cores)
         )
 
+    def leave(self) -> None:
+        """End what others may be waiting for. Not collective."""
+        for end, _ in self.endings:
+            end()
+
     def close(self) -> None:
         """Release the transport and the window; tensors that lie there stay as they are. Collective; later operations
         are refused."""
         if not self._closed:
+            self.leave()
             self._closed = True
+            for _, free in self.endings:
+                free()
             for part in (self.node, self.across):
                 if part is not None:
                     part.close()

@@ -111,6 +111,7 @@ def shutdown() -> None:
     if _world is not None:
         group, _world = _world, None
         atexit.unregister(group.progress.close)
+        group.leave()
         if group.size > 1:
             group.barrier()
         group.close()

@@ -137,7 +137,7 @@ def plan(
     closed.sort(key=lambda members: -members[-1].index)
     buckets = []
     for index, members in enumerate(closed):
-        ranges = _adjoining(members)
+        ranges = adjoining(members)
         dtype = wire or members[0].tensor.dtype
         flat, device = allocate(ranges[-1].stop, dtype), members[0].tensor.device
         mirror = Mirror(flat, device) if mirrors(device) else None
@@ -145,7 +145,8 @@ def plan(
     return buckets
 
 
-def _adjoining(members: list[NamedParameter]) -> list[Range]:
+def adjoining(members: Iterable[NamedParameter]) -> list[Range]:
+    """Where each lies when all lie side by side."""
     ranges, at = [], 0
     for member in members:
         ranges.append(Range(at, at + member.tensor.numel()))

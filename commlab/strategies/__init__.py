@@ -34,9 +34,10 @@ def strategy(
     """Couple ``model`` and ``optimizer`` to the group's other ranks; returns the engine. Collective.
 
     ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: algorithm, precision, autocast, wire,
-    max_grad_norm, bucket_bytes, elementwise (:class:`commlab.strategies.base.Options`). ``optimizer``: the user's own;
-    under ps and dps its ``params`` become the pieces that this rank owns, while groups, hyper-parameters and LR
-    schedulers stay. Errors: UsageError.
+    max_grad_norm, bucket_bytes, elementwise, servers, consistency (:class:`commlab.strategies.base.Options`).
+    ``optimizer``: the user's own; under ps and dps its ``params`` become the pieces that this rank owns, while groups,
+    hyper-parameters and LR schedulers stay. With ``servers`` this returns on the ranks that serve when all others have
+    closed their engines. Errors: UsageError.
     """
     from ..collectives.world import resolve
     from .base import Options
@@ -48,8 +49,18 @@ def strategy(
         raise UsageError(
             f"unknown option {unknown[0]!r} for a strategy; there are {', '.join(Options.__dataclass_fields__)}"
         )
+    chosen = Options(**options)
+    if chosen.servers is not None:
+        if name not in ("ps", "dps"):
+            raise UsageError(f"servers={chosen.servers} has no meaning for strategy {name}; use ps or dps")
+        from .dedicated import Dedicated
+
+        return Dedicated(name, model, optimizer, resolve(group), chosen)
+    if chosen.consistency != "bsp":
+        raise UsageError(
+            f"consistency {chosen.consistency!r} needs servers of their own: give servers=1 (ps) or more (dps); where "
+            "every rank trains and serves there is bsp"
+        )
     module, kind = STRATEGIES[name]
-    built: Strategy = getattr(import_module(f".{module}", __name__), kind)(
-        model, optimizer, resolve(group), Options(**options)
-    )
+    built: Strategy = getattr(import_module(f".{module}", __name__), kind)(model, optimizer, resolve(group), chosen)
     return built

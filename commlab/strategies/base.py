@@ -6,11 +6,11 @@ from __future__ import annotations
 import math
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +22,7 @@ from ..collectives.handle import Handle
 from ..errors import CommlabError, UsageError
 from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan
 from ..gradients.mirror import pin
+from ..gradients.norm import clip_factor, norm_squared
 from ..gradients.scaling import LossScale
 from ..gradients.wire import WIRES
 from ..native.arithmetic import DTYPES
@@ -48,6 +49,10 @@ class Options:
     elementwise: bool | None = None
     """Say True for an optimizer of your own that updates every number from that number's own gradient and state
     alone."""
+    servers: int | None = None
+    """Ranks that only serve, for ps (1) and dps (2 and more); None: every rank trains, and serves."""
+    consistency: str = "bsp"
+    """When a worker may read, where there are such servers: bsp, ssp:S, asp."""
 
 
 class Agreement(NamedTuple):
@@ -71,22 +76,16 @@ class Times:
     """Clipping and the optimizer."""
 
 
+class Waitable(Protocol):
+    """A bucket's exchange under way."""
+
+    @property
+    def result(self) -> Any: ...
+
+    def wait(self, timeout_s: float | None = None) -> Any: ...
+
+
 _VERDICT = struct.Struct("<d??")
-
-_NORM_BLOCK = 4096
-"""torch adds the squares of a whole fp32 tensor in fp32, which at 6 M numbers is wrong by 1e-4, and by something else
-for each way of cutting the gradient; blocks of this size are right to 1e-8, and as fast."""
-
-
-def norm_squared(gradients: Iterable[torch.Tensor]) -> float:
-    """Sum of the squares of all numbers; blocks in fp32 (fp64 gradients in fp64), their sum in float64."""
-    total = 0.0
-    for gradient in gradients:
-        flat = gradient.reshape(-1) if gradient.dtype == torch.float64 else gradient.float().reshape(-1)
-        even = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
-        for block in (flat[:even].view(-1, _NORM_BLOCK), flat[even:].view(1, -1)):
-            total += float(torch.linalg.vector_norm(block, dim=1).double().square().sum())
-    return total
 
 
 def scale_(gradients: list[torch.Tensor], factor: float) -> None:
@@ -102,9 +101,13 @@ class Strategy:
     parameters and buffers are given to all ranks.
     """
 
-    name: ClassVar[str]
+    name: str
     keeps_gradients: ClassVar[bool] = True
     """Whether ``p.grad`` holds the reduced gradient after :meth:`step`."""
+    averages: bool = True
+    """Whether the ranks' gradients of a step become one; under ssp and asp they do not."""
+    role: str = "worker"
+    """"server" on a rank that only served."""
     shards_state: ClassVar[bool] = False
     """Whether ranks hold different pieces of the optimizer's state; else every rank holds all of it."""
 
@@ -122,7 +125,7 @@ class Strategy:
         self.skipped_steps = 0
         self.steps = 0
         self.times = Times()
-        self.parameters: list[NamedParameter] = named_parameters(model, optimizer)
+        self.parameters: list[NamedParameter] = self._named_parameters()
         self._share = 0.0
         """What this step's losses were divided by on their way into fp16; 0 before the first backward."""
         self._count = 0
@@ -132,7 +135,7 @@ class Strategy:
         self._syncing = True
         self._backward_done = False
         self._stale = False
-        self._launched: list[tuple[Bucket, Handle]] = []
+        self._launched: list[tuple[Bucket, Waitable]] = []
         self.in_window = group.window is not None and options.algorithm in ("auto", "window")
         """Whether buckets lie in memory that the ranks share."""
         device = next(iter(model.parameters())).device
@@ -145,6 +148,9 @@ class Strategy:
             self._bind_masters()
 
     # What differs between strategies.
+
+    def _named_parameters(self) -> list[NamedParameter]:
+        return named_parameters(self.model, self.optimizer)
 
     def _make_buckets(self) -> GradientBuckets | None:
         if self.options.algorithm == "window" and not self.in_window:
@@ -209,7 +215,7 @@ class Strategy:
         self._counted = count is not None
         self._count += count or 0
         self._total = total
-        if self._syncing and self._counted and total is None:
+        if self._syncing and self._counted and total is None and self.averages:
             counted = torch.tensor([self._count], dtype=torch.int64)
             self._global_count = operations.allreduce_async(counted, "sum", "token count", group=self.group)
         if self.buckets is not None:
@@ -264,8 +270,7 @@ class Strategy:
             clip = 1.0
             if self.options.max_grad_norm is not None:
                 self.grad_norm = agreement.squares**0.5 / scale
-                # torch.nn.utils.clip_grad_norm_'s rule, so that results compare.
-                clip = min(1.0, self.options.max_grad_norm / (self.grad_norm + 1e-6))
+                clip = clip_factor(self.grad_norm, self.options.max_grad_norm)
             if updates:
                 self._update(clip / scale, agreement.unused)
             else:
@@ -323,6 +328,25 @@ class Strategy:
         self.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
         if self.precision.loss_scale is not None and parts[0]["loss_scale"] is not None:
             self.precision.loss_scale.load_state_dict(parts[0]["loss_scale"])
+
+    @property
+    def serving(self) -> str:
+        """How parameters are served, in a line for the user; empty where no ranks only serve."""
+        return ""
+
+    def serving_report(self) -> dict[str, str]:
+        """What servers have to say at the end: rows of the summary. Collective."""
+        return {}
+
+    def turns(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(step, whose share of it), in the order in which this rank is to train on them, until all shares of steps
+        ``start .. stop - 1`` are given out. In lockstep each rank has its own share of every step; where ranks do not
+        wait for each other, whoever is free gets the next one that nobody has."""
+        yield from ((step, self.group.rank) for step in range(start, stop))
+
+    def settle(self, last: bool = False) -> None:
+        """Make every rank's parameters the newest, in full precision, before they are evaluated or saved. Collective.
+        ``last``: this rank will train no more. Where every step ends so by itself, nothing is done."""
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         """Run ``change(model)``, which writes parameters in place, so that it takes effect once on every copy: under

@@ -8,7 +8,8 @@ import math
 import torch
 
 from ..gradients.bucket import GradientBuckets
-from .base import Agreement, Strategy, norm_squared, scale_
+from ..gradients.norm import norm_squared
+from .base import Agreement, Strategy, scale_
 
 
 class Local(Strategy):

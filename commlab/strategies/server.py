@@ -26,9 +26,11 @@ from ..collectives.group import Group
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets
 from ..gradients.mirror import Mirror, mirrors
+from ..ps.elementwise import require_elementwise
 from ..transport.window import Place
 from . import pieces
 from .base import Options, Strategy
+from .flat import flatten, require_in_place
 
 SERVER = 0
 """The rank that owns everything under ``ps``."""
@@ -48,7 +50,7 @@ class Server(Strategy):
     sharded: bool
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
-        pieces.require_elementwise(optimizer, options.elementwise)
+        require_elementwise(optimizer, options.elementwise)
         if options.algorithm == "hierarchical":
             raise UsageError(
                 f"algorithm hierarchical is for allreduce, and strategy {self.name} pushes and pulls; use auto"
@@ -80,16 +82,17 @@ class Server(Strategy):
     def _flatten(self, bucket: Bucket) -> torch.Tensor:
         """Move a bucket's parameters into one flat buffer, so that a pull writes them where they are used; in the
         window, into the one buffer of all ranks."""
-        dtype = bucket.parameters[0].tensor.dtype
+        dtype, device = bucket.parameters[0].tensor.dtype, bucket.parameters[0].tensor.device
         flat = self._shared(bucket.numel, dtype) if self.in_window else torch.empty(bucket.numel, dtype=dtype)
-        device = bucket.parameters[0].tensor.device
-        self._mirrors.append(Mirror(flat, device) if mirrors(device) else None)
-        for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
-            view = self._where_used(bucket.index, flat)[place.start : place.stop].view(member.tensor.shape)
-            if self._mirrors[-1] is not None or not self.in_window or self.group.rank == 0:
-                view.copy_(member.tensor.data)
-            member.tensor.data = view
+        mirror = Mirror(flat, device) if mirrors(device) else None
+        self._mirrors.append(mirror)
+        fill = mirror is not None or not self.in_window or self.group.rank == 0
+        flatten(bucket, self._where_used(bucket.index, flat), fill=fill)
         return flat
+
+    @property
+    def _device(self) -> torch.device:
+        return self.parameters[0].tensor.device
 
     def _where_used(self, index: int, flat: torch.Tensor) -> torch.Tensor:
         """A bucket's flat parameters where the model has them: ``flat`` itself, or its mirror."""
@@ -125,22 +128,6 @@ class Server(Strategy):
                 found.append(pieces.Piece(member, common.start - place.start, common.stop - place.start, tensor))
         return found
 
-    def _require_in_place(self) -> None:
-        """UsageError where a parameter of the model no longer lies in its flat buffer, or is another one by now:
-        updates would not reach it any more."""
-        present = dict(self.model.named_parameters())
-        for (bucket, _), host in zip(self._launched, self._flat_parameters, strict=True):
-            flat = self._where_used(bucket.index, host)
-            for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
-                here = flat.data_ptr() + place.start * flat.element_size()
-                moved = member.tensor.numel() and member.tensor.data_ptr() != here
-                if moved or present.get(member.name) is not member.tensor:
-                    raise UsageError(
-                        f"rank {self.group.rank}: parameter {member.name!r} was given other memory after "
-                        "commlab.strategy() (by model.to(), load_state_dict(assign=True) or p.data = ?), and strategy "
-                        f"{self.name} updates it where it was; do that before, and change values in place after"
-                    )
-
     def _pieces(self) -> list[pieces.Piece]:
         return self._shard
 
@@ -172,7 +159,7 @@ class Server(Strategy):
         return self.masters.unscale(gradients, [piece.tensor for piece in self._shard], 1.0 / self.precision.scale)
 
     def _update(self, clip: float, unused: set[int]) -> None:
-        self._require_in_place()
+        require_in_place(self, list(map(self._where_used, range(len(self._chunks)), self._flat_parameters)))
         if self.masters is not None:
             for piece in self._shard:
                 if piece.parameter.index in unused:
@@ -180,9 +167,12 @@ class Server(Strategy):
             self._update_masters(clip * self.precision.scale)
             return
         shard = iter(self._shard)
+        # A fused optimizer divides by a scale as it goes, which saves a pass over the gradient.
+        scales = clip != 1.0 and getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        scales = scales and all(handle.result.dtype is torch.float32 for _, handle in self._launched)
         for bucket, handle in self._launched:
             own, sums = self._chunks[bucket.index][self.group.rank], handle.result
-            if clip != 1.0:
+            if clip != 1.0 and not scales:
                 # A 16-bit wire's sums must not be rounded a second time before they reach the parameter's dtype.
                 sums = sums.mul_(clip) if sums.element_size() > 2 else sums.float() * clip
             for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
@@ -192,7 +182,13 @@ class Server(Strategy):
                     piece = next(shard)
                     gradient = gradient.to(piece.tensor.device, piece.tensor.dtype).view(piece.tensor.shape)
                     piece.tensor.grad = None if member.index in unused else gradient
-        self.optimizer.step()
+        if scales:
+            self.optimizer.grad_scale = torch.tensor(1.0 / clip, device=self._device)  # type: ignore[attr-defined]
+        try:
+            self.optimizer.step()
+        finally:
+            if scales:
+                del self.optimizer.grad_scale  # type: ignore[attr-defined]
         for piece in self._shard:
             piece.tensor.grad = None
 

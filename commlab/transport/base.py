@@ -43,9 +43,10 @@ class Transport(Protocol):
     def exchange(self, record: bytes) -> Exchange:
         """Give every rank a record of the same length and get everyone's. Collective."""
 
-    def split(self, ranks: Sequence[int]) -> Transport | None:
+    def split(self, ranks: Sequence[int], *, any_order: bool = False) -> Transport | None:
         """A transport among ``ranks`` of this one, messages of which never meet the others'. Collective over this
-        transport; None on the ranks that are not in the list."""
+        transport; None on the ranks that are not in the list. ``any_order``: messages of different peers may come in
+        another order than that in which they are waited for."""
 
     def abort(self, code: int) -> None:
         """End the whole job."""

@@ -117,7 +117,7 @@ class MpiTransport:
             self._exchanges[width] = MpiExchange(self._comm, self.rank, self.size, width)
         return self._exchanges[width].start(record)
 
-    def split(self, ranks: Sequence[int]) -> MpiTransport | None:
+    def split(self, ranks: Sequence[int], *, any_order: bool = False) -> MpiTransport | None:
         color = 0 if self.rank in ranks else MPI.UNDEFINED
         comm = self._comm.Split(color, ranks.index(self.rank) if self.rank in ranks else 0)
         return MpiTransport(comm, owned=True) if color == 0 else None

@@ -107,7 +107,7 @@ class SimTransport:
     def exchange(self, record: bytes) -> Exchange:
         return Exchange(self, record)
 
-    def split(self, ranks: Sequence[int]) -> SimTransport | None:
+    def split(self, ranks: Sequence[int], *, any_order: bool = False) -> SimTransport | None:
         if self.size > 1:
             raise NotImplementedError("make a SimNetwork of the size you need")
         return SimNetwork(1).transports()[0] if self.rank in ranks else None

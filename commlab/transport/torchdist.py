@@ -89,39 +89,51 @@ class TorchTransport:
     name = "torch"
     threads = True
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, prefix: str = "commlab"):
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        prefix: str = "commlab",
+        any_order: bool = False,
+    ):
         self._store, self._prefix, self._timeout_s = store, prefix, timeout_s
         self.rank, self.size = rank, size
         # Our own timeout comes first and can name the peer; gloo's is the net below it.
         self._gloo: Any = dist.ProcessGroupGloo(
             dist.PrefixStore(prefix, store), rank, size, timedelta(seconds=2 * timeout_s + 60)
         )
-        self._waits_send, self._waits_recv = _Waiter("commlab sends"), _Waiter("commlab receives")
+        # A thread that waits for one peer sees nothing of another: where they may answer in any order each has its own.
+        self._any_order = any_order
+        self._waiters: dict[tuple[str, int], _Waiter] = {}
         self._splits = 0
 
     def isend(self, data: Bytes, to: int) -> TorchRequest:
-        return self._post(self._waits_send, self._gloo.send, data, to)
+        return self._post("sends", self._gloo.send, data, to)
 
     def irecv(self, data: Bytes, frm: int) -> TorchRequest:
-        return self._post(self._waits_recv, self._gloo.recv, data, frm)
+        return self._post("receives", self._gloo.recv, data, frm)
 
-    @staticmethod
-    def _post(waiter: _Waiter, call: Callable[..., Any], data: Bytes, peer: int) -> TorchRequest:
+    def _post(self, kind: str, call: Callable[..., Any], data: Bytes, peer: int) -> TorchRequest:
         try:
             work = call([torch.from_numpy(data)], peer, 0)
         except RuntimeError as error:  # the connection was closed before
             raise lost(peer, error) from error
-        return waiter.post(work, TorchRequest(peer))
+        key = kind, peer if self._any_order else -1
+        if key not in self._waiters:
+            self._waiters[key] = _Waiter(f"commlab {kind}")
+        return self._waiters[key].post(work, TorchRequest(peer))
 
     def exchange(self, record: bytes) -> Exchange:
         return TorchExchange(self, record)
 
-    def split(self, ranks: Sequence[int]) -> TorchTransport | None:
+    def split(self, ranks: Sequence[int], *, any_order: bool = False) -> TorchTransport | None:
         self._splits += 1
         if self.rank not in ranks:
             return None
         prefix = f"{self._prefix}/{self._splits}:{','.join(map(str, ranks))}"
-        return TorchTransport(self._store, list(ranks).index(self.rank), len(ranks), self._timeout_s, prefix)
+        return TorchTransport(self._store, list(ranks).index(self.rank), len(ranks), self._timeout_s, prefix, any_order)
 
     def abort(self, code: int) -> None:
         # torchrun and mpirun both end the other ranks when one leaves with an exit code other than 0; the interpreter's
@@ -131,6 +143,6 @@ class TorchTransport:
         os._exit(code)
 
     def close(self) -> None:
-        self._waits_send.close()
-        self._waits_recv.close()
+        for waiter in self._waiters.values():
+            waiter.close()
         del self._gloo

@@ -1,0 +1,1 @@
+"""The parameter server: workers push gradients to servers, who own the parameters, and pull values from them."""

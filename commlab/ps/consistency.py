@@ -1,0 +1,56 @@
+"""Consistency: when a worker may read. The whole difference between BSP, SSP and ASP is the rule here.
+
+A worker's clock counts its own steps: a push at clock c is an update of clock c. Of a value, ``contained`` says how
+many clocks are in it *of every worker*: all updates of clocks 0 .. contained - 1.
+
+    BSP      a read at clock c waits until contained >= c; the workers' updates of one clock are averaged into one
+    SSP(s)   a read at clock c waits until contained >= c - s: updates of clocks <= c - s - 1 are there, newer ones may
+             be; so no worker that reads runs more than s clocks ahead of the slowest
+    ASP      a read never waits
+
+L. Valiant, "A bridging model for parallel computation", CACM 1990 (BSP); Q. Ho et al., "More effective distributed ML
+via a stale synchronous parallel parameter server", NIPS 2013 (SSP).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """``staleness``: the most clocks that a read may lack of any worker; None: no limit. ``averages``: a clock's
+    updates of all workers are one update, their mean."""
+
+    name: str
+    staleness: int | None
+    averages: bool
+
+    def may_read(self, clock: int, contained: int) -> bool:
+        """Whether a read at ``clock`` may be answered now."""
+        return self.staleness is None or contained >= clock - self.staleness
+
+    def keeps(self, lacking: int) -> bool:
+        """Whether the rule allows an answer that lacks ``lacking`` clocks of the slowest worker. Stated apart from
+        :meth:`may_read`: servers check with it every answer that they give."""
+        return self.staleness is None or lacking <= self.staleness
+
+
+def lacking(clock: int, contained: int) -> int:
+    """Staleness of a read at ``clock``: how many clocks of the slowest worker it lacks; 0 in lockstep."""
+    return max(0, clock - contained)
+
+
+def parse(text: str) -> Consistency:
+    """``"bsp"``, ``"ssp:S"`` (S >= 0) or ``"asp"``."""
+    name, colon, bound = text.partition(":")
+    if name in ("bsp", "asp") and not colon:
+        return Consistency(name, 0 if name == "bsp" else None, name == "bsp")
+    if name == "ssp" and bound.isdecimal():
+        return Consistency(text, int(bound), False)
+    raise UsageError(
+        f"unknown consistency {text!r}: give bsp (lockstep), ssp:4 (at most 4 clocks ahead of the slowest worker) "
+        "or asp (never wait)"
+    )

@@ -1,0 +1,252 @@
+"""``ps`` and ``dps`` with dedicated servers: some ranks only serve, the others train and talk to them in messages.
+
+    ps   servers=1        every worker pushes all its gradients to one server     n numbers each way on each worker's
+    dps  servers=K >= 2   the same, in K shards balanced by bytes                 link, n W / K on each server's
+
+    worker   backward, push b0 as soon as it is there, push b1 ... | end of clock | pull in forward order
+    server   add in rank order; with clipping or fp16: agree on the norm; update  | answer
+
+The same store as ``commlab.ParameterServer``, with the user's own optimizer on its shards. Under bsp the result is that
+of every other strategy. Under ssp and asp each worker's gradient (the mean over its own samples) is an update of its
+own, made with 1/W of the learning rate: so many more of them are made, and W of them go as far as one of bsp.
+M. Li et al., "Scaling distributed machine learning with the parameter server", OSDI 2014.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..collectives.group import Group
+from ..errors import CommlabError, UsageError
+from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, adjoining, named_parameters, plan
+from ..gradients.wire import WIRES
+from ..ps.client import Handle
+from ..ps.consistency import parse
+from ..ps.messages import MESSAGE_BYTES
+from ..ps.shard import Own
+from ..ps.store import ParameterServer
+from . import pieces
+from .base import Agreement, Options, Strategy
+from .flat import flatten, require_in_place
+
+BUCKET_BYTES = 4 * MESSAGE_BYTES
+"""The most that is packed at once, whatever ``bucket_bytes`` says: servers can be busy before a bucket is full."""
+
+
+class Dedicated(Strategy):
+    """On a server rank the constructor serves, and returns when all workers have closed their engines; ``role`` is
+    "server" then, and the engine is of no use but for its ``store``. On workers ``group`` is that of the workers."""
+
+    keeps_gradients = False
+
+    def __init__(
+        self, name: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options
+    ):
+        assert options.servers is not None
+        if (name == "ps") != (options.servers == 1):
+            other = "dps" if name == "ps" else "ps"
+            raise UsageError(
+                f"strategy {name} with {options.servers} server{'s' * (options.servers > 1)}: ps has one and dps has "
+                f"two or more; use {other}, or another number"
+            )
+        if options.algorithm != "auto":
+            raise UsageError(
+                f"algorithm {options.algorithm} is for collectives, and dedicated servers are sent messages; use auto"
+            )
+        if options.precision == "apex" or any(not parameter.is_cpu for parameter in model.parameters()):
+            raise UsageError(
+                f"strategy {name} with dedicated servers works on the CPU, without Apex; leave servers out, or the "
+                "model on the CPU"
+            )
+        consistency = parse(options.consistency)
+        self._named = named = named_parameters(model, optimizer)
+        averages = consistency.averages
+        if not averages and options.precision == "fp16":
+            raise UsageError(
+                f"precision fp16 under {options.consistency}: a step that overflows is skipped by all workers "
+                "together, and there is no such step; use bf16"
+            )
+        self.store = ParameterServer(
+            [(item.name, item.tensor) for item in named],
+            _UsersOwn(optimizer, named),
+            options.consistency,
+            options.servers,
+            group=group,
+            wire=options.wire,
+            max_grad_norm=options.max_grad_norm,
+            # On a wire of 16 bits what does not fit becomes inf: nothing may be updated with it.
+            skips=averages and (options.precision == "fp16" or options.wire is not None),
+            groups={item.name: item.group for item in named},
+            elementwise=options.elementwise,
+        )
+        self.name, self.role, self.averages = name, self.store.role, averages
+        if self.role == "server":
+            self.model, self.optimizer, self.group, self.options = model, optimizer, group, options
+            self.parameters = named
+            return
+        optimizer.state.clear()  # the servers have it
+        super().__init__(model, optimizer, self.store.group, options)
+        assert self.buckets is not None
+        if not averages:
+            self.store.lr_factor = 1 / self.group.size
+        self._names = [tuple(member.name for member in bucket.parameters) for bucket in self.buckets.buckets]
+        self._flat_parameters = [flatten(bucket) for bucket in self.buckets.buckets]
+        self._pulls: dict[int, Handle] = {}
+        self._accounted_bytes = 0
+
+    def _named_parameters(self) -> list[NamedParameter]:
+        return self._named  # the optimizer has them no more
+
+    def _make_buckets(self) -> GradientBuckets:
+        self.in_window = False
+        # One order for pushes and pulls: forward's, in which servers keep their parts; the optimizer's groups are
+        # theirs to know.
+        parameters = [replace(item, group=0) for item in self.parameters]
+        planned = plan(parameters, min(self.options.bucket_bytes, BUCKET_BYTES), WIRES[self.options.wire])
+        buckets = []
+        for bucket in planned:
+            members = bucket.parameters[::-1]
+            buckets.append(Bucket(bucket.index, members, adjoining(members), bucket.dtype, bucket.flat))
+        return GradientBuckets(buckets, self._launch, self._local_scale, self.store.poll, keep_gradients=False)
+
+    def _launch(self, bucket: Bucket) -> None:
+        assert self.buckets is not None
+        if not self.averages and not self.buckets.finite and self.options.wire is not None:
+            raise CommlabError(
+                f"rank {self.group.rank}: in step {self.steps} its gradient in {bucket.name} is not finite on wire "
+                f"{self.options.wire} (an overflow, inf or NaN), and was not pushed; use wire bf16 or none"
+            )
+        self.store.grad_scale = self.precision.scale
+        for names, flat in self._used(bucket):
+            self._launched.append((bucket, self.store.push_flat(names, flat)))
+
+    def _used(self, bucket: Bucket) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+        """The bucket's parameters that have a gradient, those that adjoin together: servers update what was pushed."""
+        assert self.buckets is not None
+        used = [member.index in self.buckets.used for member in bucket.parameters]
+        first = 0
+        while first < len(used):
+            last = first
+            while last < len(used) and used[last]:
+                last += 1
+            if last > first:
+                names = tuple(member.name for member in bucket.parameters[first:last])
+                yield names, bucket.flat[bucket.ranges[first].start : bucket.ranges[last - 1].stop]
+            first = last + 1
+
+    def _local_scale(self) -> float:
+        if self.averages:
+            return super()._local_scale()
+        return 1 / max(1, self._count) if self._counted else 1.0
+
+    def _agree(self) -> Agreement:
+        assert self.buckets is not None
+        ended = self.store.step(finite=self.buckets.finite)
+        if not self.store.agrees:
+            return Agreement(0.0, True, set())
+        verdict = ended.wait()
+        return Agreement((verdict.norm * self.precision.scale) ** 2, verdict.finite, set())
+
+    def _update(self, clip: float, unused: set[int]) -> None:
+        self.optimizer.step()  # of stand-ins without gradients: so that schedulers know there was a step
+
+    def _pull(self) -> None:
+        require_in_place(self, self._flat_parameters)
+        self._ask()
+        for index in list(self._pulls):
+            self._pulls.pop(index).wait()
+        sent = self.store.bytes_sent
+        self.group.bytes_sent += sent - self._accounted_bytes
+        self._accounted_bytes = sent
+
+    def _ask(self, *, exact: bool = False) -> None:
+        """Ask for all parameters, those first that forward needs first."""
+        for index in reversed(range(len(self._names))):
+            self._pulls[index] = self.store.pull_flat(self._names[index], self._flat_parameters[index], exact=exact)
+
+    @property
+    def serving(self) -> str:
+        ranks = ", ".join(map(str, self.store.servers))
+        return f"{self.store.placement.describe()}; served by rank {ranks}; consistency {self.options.consistency}"
+
+    def serving_report(self) -> dict[str, str]:
+        self.group.barrier()
+        if self.group.rank:
+            return {}
+        said = self.store.report()
+        reads = sum(said["staleness"].values())
+        histogram = ", ".join(f"{stale}: {count / reads:.1%}" for stale, count in said["staleness"].items())
+        return {
+            "servers": f"{len(self.store.servers)}, {said['updates']} updates of parts",
+            "staleness": f"{histogram} of {reads} reads (clocks of the slowest worker that they lacked)",
+            "clocks": " ".join(map(str, said["clocks"])) + " (steps that each worker made)",
+        }
+
+    def turns(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        if self.averages:
+            yield from super().turns(start, stop)
+            return
+        while (turn := start * self.group.size + self.store.ticket()) < stop * self.group.size:
+            yield divmod(turn, self.group.size)
+
+    def settle(self, last: bool = False) -> None:
+        if last and not self.averages:
+            self.store.leave()
+        self.group.barrier()
+        self._ask(exact=True)
+        for index in list(self._pulls):
+            self._pulls.pop(index).wait()
+
+    def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
+        self.settle()
+        self.group.barrier()
+        super().update_parameters(change)
+        if self.group.rank == 0:
+            for names, flat in zip(self._names, self._flat_parameters, strict=True):
+                self.store.assign_flat(names, flat).wait()
+        self.settle()
+        trained = {item.name for item in self.parameters}
+        self._give_from_rank_0([(name, tensor) for name, tensor in self._model_tensors() if name not in trained])
+
+    def state_dict(self) -> dict[str, Any]:
+        raise UsageError(
+            f"rank {self.group.rank}: the optimizer's state lies on the servers, and can't be saved from a worker; "
+            "co-located ps and dps (without servers) can"
+        )
+
+    def load_state_dict(self, *parts: dict[str, Any]) -> None:
+        raise UsageError(
+            f"rank {self.group.rank}: dedicated servers can't take over an optimizer's state; co-located ps and dps "
+            "(without servers) can"
+        )
+
+    def close(self) -> None:
+        """Also gives this worker parameters of its own again. Servers return when all workers have closed."""
+        if self.role == "server":
+            return
+        for item in self.parameters:
+            item.tensor.data = item.tensor.data.clone()
+        super().close()
+        self.store.close()
+
+
+class _UsersOwn:
+    """The user's own optimizer, with its groups, hyper-parameters, schedulers and state, on other tensors."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter]):
+        self._optimizer, self._named = optimizer, {item.name: item for item in named}
+
+    def __call__(self, groups: Any) -> torch.optim.Optimizer:
+        tensors = [group["params"] for group in groups] if isinstance(groups[0], dict) else [groups]
+        for at, entry in enumerate(self._optimizer.param_groups):
+            entry["params"] = tensors[at] if at < len(tensors) else []
+        return self._optimizer
+
+    def on_parts(self, parts: Sequence[Own]) -> torch.optim.Optimizer:
+        own = [pieces.Piece(self._named[name], part.start, part.stop, tensor) for name, part, tensor in parts]
+        pieces.rebind(self._optimizer, own)
+        return self._optimizer
