@@ -71,7 +71,23 @@ class Config:
         "how numbers travel (default: the 16-bit format of --precision fp16 or bf16, otherwise none = as they are)",
         choices=("none", "fp16", "bf16"),
     )
-    precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=("fp32", "bf16", "fp16"))
+    precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=("fp32", "bf16", "fp16", "apex"))
+    loss_scale: float = knob(
+        2.0**16, _NUMBERS, "what the loss is multiplied by at first, for --precision fp16 and apex", float, least=1
+    )
+    loss_scale_interval: int = knob(
+        2000, _NUMBERS, "good steps in a row after which the loss scale grows", int, least=1
+    )
+    loss_scale_growth: float = knob(2.0, _NUMBERS, "factor by which it grows then", float, least=1)
+    loss_scale_backoff: float = knob(
+        0.5, _NUMBERS, "factor by which it falls when a step has overflowed", float, above=0, below=1
+    )
+    apex_level: str | None = knob(
+        None,
+        _NUMBERS,
+        "for --precision apex: of apex.amp, where Apex has it (default: none)",
+        choices=("O1", "O2"),
+    )
     autocast: str = knob(
         "auto", _NUMBERS, "16-bit matrix products; auto = where they are fast", choices=("auto", "on", "off")
     )
@@ -138,6 +154,9 @@ class Config:
     )
     trace: str | None = knob(None, _SHOW, "file for the timeline of all ranks, for Perfetto (default: none)")
     timeout: float = knob(300.0, _MACHINE, "seconds of silence after which a peer counts as lost", float, above=0)
+    device: str = knob(
+        "auto", _MACHINE, "where the model is; auto = a GPU where torch sees one", choices=("auto", "cpu", "cuda")
+    )
     threads: int | None = knob(None, _MACHINE, "torch threads per rank (default: cores / local ranks)", int, least=1)
 
     def __post_init__(self) -> None:
@@ -165,8 +184,10 @@ class Config:
             raise UsageError(
                 f"--wire {self.wire} has no meaning for --strategy single, which sends nothing; leave it out"
             )
-        if self.autocast == "on" and self.precision == "fp32":
+        if self.autocast == "on" and self.precision in ("fp32", "apex"):
             raise UsageError("--autocast on needs a 16-bit format: give --precision bf16 or fp16")
+        if self.apex_level is not None and self.precision != "apex":
+            raise UsageError(f"--apex-level {self.apex_level} has no meaning for --precision {self.precision}")
         lockstep = self._check_servers()
         own_wire = self.precision if self.precision in ("fp16", "bf16") and self.strategy != "single" else None
         derived = {

@@ -3,22 +3,27 @@
     fp32   everything in fp32
     bf16   16-bit matrix products where they are fast; bf16's range is fp32's, so there is no loss scale
     fp16   the same with a loss scale; a step that overflowed on any rank is skipped on all of them
+    apex   NVIDIA Apex: parameters in fp16, FusedAdam on fp32 masters of them, the same loss scale
 
-Parameters are fp32 in all of them (the master weights of mixed precision); 16-bit copies exist inside autocast alone.
+But for apex, parameters are fp32 (the master weights of mixed precision); 16-bit copies exist inside autocast alone.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 
+from .apex import Apex, Masters
 from .collectives.group import Group
 from .errors import UsageError
+from .gradients.bucket import NamedParameter
 from .gradients.scaling import LossScale
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "apex": torch.float16}
 AUTOCASTS = ("auto", "on", "off")
 
 
@@ -26,19 +31,24 @@ class Precision:
     """One of ``PRECISIONS``, on the device of a model. Made by all ranks of ``group`` together: they must choose
     alike."""
 
-    def __init__(self, name: str, autocast: str, device: torch.device, group: Group):
+    def __init__(
+        self, name: str, autocast: str, device: torch.device, group: Group, loss_scale: LossScale | None = None
+    ):
         if name not in PRECISIONS:
             raise UsageError(f"unknown precision {name!r}; there are {', '.join(PRECISIONS)}")
         if autocast not in AUTOCASTS:
             raise UsageError(f"unknown autocast {autocast!r}; there are {', '.join(AUTOCASTS)}")
         self.name, self._device = name, device
         self.dtype = PRECISIONS[name]
-        self.loss_scale = LossScale() if name == "fp16" else None
+        self.loss_scale = replace(loss_scale or LossScale()) if name in ("fp16", "apex") else None
+        self.apex = Apex() if name == "apex" else None
         self.casts, self.reason = self._decide(autocast, group)
 
     def _decide(self, autocast: str, group: Group) -> tuple[bool, str]:
         if self.dtype is None:
             return False, "all in fp32"
+        if self.apex is not None:
+            return False, "parameters in fp16, Apex's FusedAdam on fp32 masters"
         if autocast != "auto":
             return autocast == "on", f"autocast {autocast}"
         # A processor without 16-bit matrix units does these products by conversion, up to 70 times slower than in fp32.
@@ -49,6 +59,24 @@ class Precision:
             fast,
             f"16-bit products take {ratio:.2g} times as long as fp32 ones here: autocast {'on' if fast else 'off'}",
         )
+
+    def masters(
+        self,
+        model: torch.nn.Module,
+        parameters: Sequence[NamedParameter],
+        optimizer: torch.optim.Optimizer,
+        level: str | None,
+    ) -> Masters | None:
+        """Precision apex: make ``model`` compute in fp16, and return the fp32 masters. UsageError for an optimizer that
+        is not Apex's."""
+        if self.apex is None:
+            return None
+        if not isinstance(optimizer, self.apex.FusedAdam):
+            raise UsageError(
+                f"precision apex updates with Apex's FusedAdam, not {type(optimizer).__name__}: give strategy() one, "
+                "made by commlab.apex.fused_adam()"
+            )
+        return Masters(self.apex, model, parameters, level)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context for the forward pass and the loss."""

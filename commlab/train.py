@@ -63,12 +63,14 @@ def train(config: Config, started_s: float) -> int:
     from .checkpoint import Checkpoints
     from .corpus import load_corpus
     from .data import BatchSampler, Blocks
+    from .gradients.scaling import LossScale
     from .model import build_model, loss_sum, save_model
     from .report import Report
     from .strategies import strategy
 
     threads, why = config.thread_count(group.local_size)
     torch.set_num_threads(threads)
+    device = together(group, lambda: device_of(config, group))
 
     corpus = together(group, lambda: load_corpus(config.data, config.tokenizer))
     blocks = Blocks(corpus.train, config.seq_len)
@@ -82,12 +84,10 @@ def train(config: Config, started_s: float) -> int:
             dropout=config.dropout,
             seed=config.seed,
             separator=corpus.separator,
-        ),
+        ).to(device),
     )
     torch.manual_seed(config.seed * 1_000_003 + group.rank)  # dropout differs between ranks, weights do not
-    optimizer = torch.optim.AdamW(
-        decay_groups(bare_model, config.weight_decay), lr=config.lr, betas=ADAMW_BETAS, fused=True
-    )
+    optimizer = together(group, lambda: make_optimizer(config, bare_model))
     engine = strategy(
         config.strategy,
         bare_model,
@@ -96,6 +96,10 @@ def train(config: Config, started_s: float) -> int:
         algorithm=config.algorithm,
         precision=config.precision,
         autocast=config.autocast,
+        loss_scale=LossScale(
+            config.loss_scale, config.loss_scale_growth, config.loss_scale_backoff, config.loss_scale_interval
+        ),
+        apex_level=config.apex_level,
         wire=config.wire,
         max_grad_norm=config.max_grad_norm or None,
         bucket_bytes=config.bucket_bytes,
@@ -136,20 +140,20 @@ def train(config: Config, started_s: float) -> int:
         total = blocks.token_count(batch.samples if engine.averages else batch.own)
         if not total:
             continue
-        losses = torch.zeros((), dtype=torch.float64)
+        losses = torch.zeros((), dtype=torch.float64, device=device)
         for index, micro_batch in enumerate(batch.micro_batches):
             input_ids, labels, _ = blocks.batch(micro_batch)
             last = index == len(batch.micro_batches) - 1
             with nullcontext() if last else engine.no_sync():
                 with report.phase("forward"), engine.autocast():
-                    loss, count = loss_sum(model, input_ids, labels)
+                    loss, count = loss_sum(model, input_ids.to(device), labels.to(device))
                 losses += loss.detach().double()
                 with report.phase("backward"):
                     engine.backward(loss, count, total)
         with report.phase("step"):
             updated = engine.step()
             engine.zero_grad()
-        report.step_ends(batch, losses, total, float(optimizer.param_groups[0]["lr"]))
+        report.step_ends(batch, losses.cpu(), total, float(optimizer.param_groups[0]["lr"]))
         if updated and engine.averages:
             schedule.step()
         if config.checkpoint_every and (batch.step + 1) % config.checkpoint_every == 0:
@@ -208,6 +212,33 @@ def resume(config: Config, group: Group, checkpoints: Checkpoints, cursor: dict[
 
     together(group, compare)
     return step
+
+
+def device_of(config: Config, group: Group) -> torch.device:
+    """Where this rank computes: the node's GPUs are dealt to its ranks in turn."""
+    import torch
+
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"--device cuda, but torch {torch.__version__} sees no GPU; leave it out, or give --device cpu"
+        )
+    device = torch.device("cuda", group.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def make_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW; with precision apex, Apex's."""
+    import torch
+
+    groups = decay_groups(model, config.weight_decay)
+    if config.precision == "apex":
+        from .apex import fused_adam
+
+        return fused_adam(groups, lr=config.lr, betas=ADAMW_BETAS)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=ADAMW_BETAS, fused=True)
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -105,6 +105,9 @@ void set_isa_by_name(const std::string& name) {
 #ifdef COMMLAB_WINDOW
 void register_window(nb::module_& m);  // bind_window.cpp
 #endif
+#ifdef COMMLAB_CUDA
+void register_cuda(nb::module_& m);  // bind_cuda.cpp
+#endif
 
 NB_MODULE(_native, m) {
   m.def("reduce", [](Address dst, Address src, std::size_t numel, int dtype, int op) {
@@ -143,5 +146,10 @@ NB_MODULE(_native, m) {
   m.def("isa_names", &isa_names);
 #ifdef COMMLAB_WINDOW
   register_window(m);
+#endif
+#ifdef COMMLAB_CUDA
+  register_cuda(m);
+#else
+  m.attr("CUDA_MISSING") = COMMLAB_CUDA_MISSING;
 #endif
 }

@@ -41,9 +41,11 @@ def test_every_field_can_be_given(tmp_path: Path) -> None:
         "steps": 7, "lr": 1e-2, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0, "seed": 11,
         "eval_every": 5, "eval_batches": 0, "output": "out", "metrics": "m.jsonl", "trace": "t.json", "timeout": 1.5,
         "threads": 3, "checkpoint_every": 4, "checkpoint_dir": "c", "checkpoint_keep": 5, "tensorboard": "b",
+        "device": "cpu",
+        "loss_scale": 256.0, "loss_scale_interval": 9, "loss_scale_growth": 4.0, "loss_scale_backoff": 0.25,
     }  # fmt: skip
     argv = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
-    wanted = {**given, "epochs": None, "resume": True, "servers": None, "consistency": "bsp"}
+    wanted = {**given, "epochs": None, "resume": True, "servers": None, "consistency": "bsp", "apex_level": None}
     assert Config.from_argv([*argv, "--resume"]).as_dict() == wanted
     assert json.loads(json.dumps(Config.from_argv([*argv, "--resume"]).as_dict())) == wanted
     assert flags("--epochs 2").steps is None
@@ -78,7 +80,7 @@ def test_servers() -> None:
         ("--servers 2 --consistency asp --precision fp16", ["--precision fp16", "give bf16"]),
         ("--transport tcp", ["unknown transport 'tcp'", "mpi, torch"]),
         ("--wire fp8", ["unknown wire 'fp8'", "none, fp16, bf16"]),
-        ("--precision double", ["unknown precision 'double'", "fp32, bf16, fp16"]),
+        ("--precision double", ["unknown precision 'double'", "fp32, bf16, fp16, apex"]),
         ("--model gpt2-100", ["unknown model 'gpt2-100'", *PRESETS, "did you mean 'gpt2-100m'?"]),
         ("--batch-siz 8", ["unknown flag '--batch-siz'", "did you mean --batch-size?", "--help"]),
         ("--bath-size=8", ["unknown flag '--bath-size=8'", "did you mean --batch-size?"]),
@@ -101,6 +103,8 @@ def test_servers() -> None:
         ("--strategy ddp --algorithm ring", ["--algorithm ring", "--strategy ddp", "ps, dps, allreduce"]),
         ("--strategy single --wire fp16", ["--wire fp16", "--strategy single"]),
         ("--autocast on", ["--autocast on", "--precision"]),
+        ("--autocast on --precision apex", ["--autocast on", "--precision"]),
+        ("--apex-level O1 --precision fp16", ["--apex-level O1", "--precision fp16"]),
     ],
 )
 def test_errors_say_what_was_given_and_what_is_allowed(text: str, words: list[str]) -> None:
@@ -149,6 +153,7 @@ def test_what_depends_on_the_number_of_ranks() -> None:
         ("--precision fp16 --wire bf16", "bf16"),
         ("--precision bf16 --wire none", None),
         ("--precision fp16 --strategy single", None),
+        ("--precision apex", None),
     ],
 )
 def test_wire_follows_precision_unless_given(text: str, wire: str | None) -> None:

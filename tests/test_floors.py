@@ -18,7 +18,7 @@ FLOORS = {
     "__init__": 7,
     **dict.fromkeys(("train", "config", "flags", "report", "metrics", "checkpoint"), 6),
     "strategies": 5,
-    **dict.fromkeys(("precision", "ps"), 4),
+    **dict.fromkeys(("precision", "apex", "ps"), 4),
     "collectives": 3,
     **dict.fromkeys(("transport", "gradients"), 2),
     **dict.fromkeys(("topology", "chunks", "bringup", "native", "model", "data", "corpus", "tokenizer"), 1),
@@ -26,6 +26,7 @@ FLOORS = {
 }
 # The wing's own folder on its own floor: the trainer's files are one room, and so are the leaves that feed it.
 ROOMS = (
+    frozenset({"precision", "apex"}),
     frozenset({"train", "config", "flags", "report", "metrics", "checkpoint"}),
     frozenset({"model", "data", "corpus", "tokenizer"}),
 )

@@ -11,6 +11,7 @@ does with a ready bucket is not known here: it is given to ``launch``.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ import torch
 from .. import trace
 from ..chunks import Range
 from ..errors import UsageError
+from .mirror import Mirror, mirrors
 from .wire import Packer
 
 
@@ -43,11 +45,30 @@ class Bucket:
     dtype: torch.dtype
     """Of the flat buffer, that is of the wire."""
     flat: torch.Tensor = field(repr=False)
+    """In CPU memory."""
+    mirror: Mirror | None = field(default=None, repr=False)
+    """``flat`` on the GPU that the parameters are on."""
     waiting: set[int] = field(default_factory=set)
     """Indices of the parameters whose gradients are not there yet."""
 
     def __post_init__(self) -> None:
         self.packer = Packer(self.ranges)
+
+    def pack(self, gradients: list[torch.Tensor | None], scale: float) -> bool:
+        """Write the gradients to ``flat``, on the way there where they are on a GPU; whether they are finite, as far as
+        is known by now (:meth:`Packer.finite`)."""
+        if self.mirror is None:
+            return self.packer.pack(gradients, self.flat, scale)
+        finite = self.packer.pack(gradients, self.mirror.device, scale)
+        self.mirror.to_host()
+        return finite
+
+    def result(self) -> torch.Tensor:
+        """``flat``, reduced, where the parameters are."""
+        if self.mirror is None:
+            return self.flat
+        self.mirror.to_device()
+        return self.mirror.device
 
     @property
     def numel(self) -> int:
@@ -97,13 +118,14 @@ def plan(
 ) -> list[Bucket]:
     """Fill buckets of at most ``bucket_bytes`` (more where one parameter is larger) in reverse registration order.
 
-    A bucket holds one dtype and one optimizer group, so that a chunk of it can be updated as one. Buckets are numbered
-    in the order in which backward completes them. ``allocate(numel, dtype)`` makes their flat buffers: 1-D, CPU.
+    A bucket holds one dtype, one device and one optimizer group, so that a chunk of it can be updated as one. Buckets
+    are numbered in the order in which backward completes them. ``allocate(numel, dtype)`` makes their flat buffers:
+    1-D, CPU.
     """
-    open_buckets: dict[tuple[torch.dtype, int], list[NamedParameter]] = {}
+    open_buckets: dict[tuple[torch.dtype, torch.device, int], list[NamedParameter]] = {}
     closed: list[list[NamedParameter]] = []
     for parameter in reversed(list(parameters)):
-        key = parameter.tensor.dtype, parameter.group
+        key = parameter.tensor.dtype, parameter.tensor.device, parameter.group
         members = open_buckets.setdefault(key, [])
         filled = sum(member.tensor.numel() * member.tensor.element_size() for member in members)
         if members and filled + parameter.tensor.numel() * parameter.tensor.element_size() > bucket_bytes:
@@ -117,7 +139,9 @@ def plan(
     for index, members in enumerate(closed):
         ranges = adjoining(members)
         dtype = wire or members[0].tensor.dtype
-        buckets.append(Bucket(index, members, ranges, dtype, allocate(ranges[-1].stop, dtype)))
+        flat, device = allocate(ranges[-1].stop, dtype), members[0].tensor.device
+        mirror = Mirror(flat, device) if mirrors(device) else None
+        buckets.append(Bucket(index, members, ranges, dtype, flat, mirror))
     return buckets
 
 
@@ -151,13 +175,14 @@ class GradientBuckets:
         """Off inside ``no_sync``: gradients accumulate on this rank and nothing is launched."""
         self.used: set[int] = set()
         """Parameters (by index) that have had a gradient since the last :meth:`reset`."""
-        self.finite = True
-        """Whether all that was packed since the last :meth:`reset` is finite."""
+        self._finite = True
         self.launch_s = 0.0
         """Time spent packing, launching and polling inside backward since the last :meth:`reset`."""
         self._launch, self._scale, self._poll = launch, scale, poll
         self._keep_gradients = keep_gradients
         self._next = 0
+        self._travelling: deque[Bucket] = deque()
+        """Packed and not launched yet: their copies to the host are under way."""
         self._step_scale: float | None = None
         self._hooks = [
             member.tensor.register_post_accumulate_grad_hook(self._hook(bucket, member))
@@ -187,9 +212,16 @@ class GradientBuckets:
 
     def _launch_ready(self) -> None:
         while self._next < len(self.buckets) and not self.buckets[self._next].waiting:
-            self._launch_next()
+            self._pack_next()
+        while self._travelling and (self._travelling[0].mirror is None or self._travelling[0].mirror.arrived()):
+            self._launch(self._travelling.popleft())
 
-    def _launch_next(self) -> None:
+    @property
+    def finite(self) -> bool:
+        """Whether all that was packed since the last :meth:`reset` is finite. Waits for GPUs."""
+        return self._finite and all(bucket.packer.finite() for bucket in self.buckets)
+
+    def _pack_next(self) -> None:
         bucket = self.buckets[self._next]
         self._next += 1
         if self._step_scale is None:
@@ -199,22 +231,34 @@ class GradientBuckets:
             if gradient is not None and gradient.is_sparse:
                 raise UsageError(f"the gradient of {member.name!r} is sparse; use sparse=False in its embedding")
         with trace.span(f"pack {bucket.name}", "compute"):
-            self.finite &= bucket.packer.pack(gradients, bucket.flat, self._step_scale)
+            self._finite &= bucket.pack(gradients, self._step_scale)
         if not self._keep_gradients:
             for member in bucket.parameters:
                 member.tensor.grad = None
-        self._launch(bucket)
+        self._travelling.append(bucket)
 
     def flush(self) -> None:
         """After backward: launch what is left; parameters without a gradient on this rank travel as zeros."""
         while self._next < len(self.buckets):
-            self._launch_next()
+            self._pack_next()
+            self._launch_ready()
+        self.launch_packed()
+
+    def launch_packed(self) -> None:
+        """Launch all that is packed, once it has arrived: how much has by itself differs between ranks."""
+        while self._travelling:
+            bucket = self._travelling.popleft()
+            if bucket.mirror is not None:
+                bucket.mirror.wait()
+            self._launch(bucket)
 
     def reset(self) -> None:
         """Get ready for the next step."""
-        self._next, self._step_scale, self.launch_s, self.finite = 0, None, 0.0, True
+        self._next, self._step_scale, self.launch_s, self._finite = 0, None, 0.0, True
+        self._travelling.clear()
         self.used.clear()
         for bucket in self.buckets:
+            bucket.packer.forget()
             bucket.waiting = {member.index for member in bucket.parameters}
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..chunks import Range
-from ..native import PackPlan
+from ..native import CudaPackPlan, PackPlan
 
 WIRES: dict[str | None, torch.dtype | None] = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -36,34 +36,63 @@ def pack(
 
 class Packer:
     """Packs a bucket's gradients, and unpacks them, in one native pass over all of them: read, scale, round, write,
-    look for inf and NaN. :func:`pack` and :func:`unpack` are the same in plain torch, and run where a gradient is
-    missing or not in CPU memory."""
+    look for inf and NaN; on a GPU in one launch. :func:`pack` and :func:`unpack` are the same in plain torch, and run
+    where a gradient is missing or the tensors are not all in one place."""
 
     def __init__(self, ranges: Sequence[Range]):
         self._ranges = ranges
         self._plan: PackPlan | None = None
+        self._cuda_plan: CudaPackPlan | None = None
+        self._not_finite: torch.Tensor | None = None
+        """int32[1] on the GPU that has packed."""
 
     def pack(self, sources: Sequence[torch.Tensor | None], flat: torch.Tensor, scale: float) -> bool:
         """Write ``scale`` x every source to its range of ``flat``, rounded once to its dtype; None writes zeros.
-        Returns whether every number written is finite."""
-        present = [source for source in sources if source is not None and source.is_cpu]
-        if len(present) < len(sources):
+        Returns whether every number written is finite; on a GPU True, because it is not known yet (:meth:`finite`)."""
+        present = [source for source in sources if source is not None and source.device == flat.device]
+        whole = len(present) == len(sources)
+        if flat.is_cuda:
+            if self._not_finite is None:
+                self._not_finite = torch.zeros(1, dtype=torch.int32, device=flat.device)
+            if whole and CudaPackPlan.takes(present, flat.dtype):
+                plan = self._cuda_planned([source.contiguous() for source in present], flat.dtype)
+                plan.pack(flat, 0, scale, self._not_finite)
+                plan.release()
+            else:
+                pack(sources, self._ranges, flat, scale)
+                self._not_finite.logical_or_(flat.isfinite().all().logical_not())
+            return True
+        if not whole:
             pack(sources, self._ranges, flat, scale)
             return bool(flat.isfinite().all())
-        plan = self._planned(present, flat.dtype)
-        finite = plan.pack(flat, scale=scale)
-        plan.release()
+        planned = self._planned(present, flat.dtype)
+        finite = planned.pack(flat, scale=scale)
+        planned.release()
         return finite
+
+    def finite(self) -> bool:
+        """Whether all that was packed on a GPU since :meth:`forget` is finite. Waits for it."""
+        return self._not_finite is None or not self._not_finite.item()
+
+    def forget(self) -> None:
+        if self._not_finite is not None:
+            self._not_finite.zero_()
 
     def unpack(self, flat: torch.Tensor, targets: Sequence[torch.Tensor | None]) -> None:
         """Write each range of ``flat`` into its target, cast to the target's dtype; None is passed over."""
-        present = [target for target in targets if target is not None and target.is_cpu]
-        if len(present) < len(targets):
-            unpack(flat, self._ranges, targets)
-        else:
+        present = [target for target in targets if target is not None and target.device == flat.device]
+        if len(present) == len(targets) and flat.is_cpu:
             plan = self._planned(present, flat.dtype)
             plan.unpack(flat)
             plan.release()
+            return
+        contiguous = all(target.is_contiguous() for target in present)
+        if len(present) == len(targets) and contiguous and CudaPackPlan.takes(present, flat.dtype):
+            cuda_plan = self._cuda_planned(present, flat.dtype)
+            cuda_plan.unpack(flat)
+            cuda_plan.release()
+        else:
+            unpack(flat, self._ranges, targets)
 
     def _planned(self, tensors: Sequence[torch.Tensor], wire: torch.dtype) -> PackPlan:
         # Gradients are made anew in every step, in other memory, of the same shapes.
@@ -72,6 +101,13 @@ class Packer:
         else:
             self._plan.rebind(tensors)
         return self._plan
+
+    def _cuda_planned(self, tensors: Sequence[torch.Tensor], wire: torch.dtype) -> CudaPackPlan:
+        if self._cuda_plan is None:
+            self._cuda_plan = CudaPackPlan(tensors, wire, [place.start for place in self._ranges])
+        else:
+            self._cuda_plan.rebind(tensors)
+        return self._cuda_plan
 
 
 def unpack(flat: torch.Tensor, ranges: Sequence[Range], targets: Sequence[torch.Tensor | None]) -> None:

@@ -11,14 +11,17 @@ the same bits but for the payload of NaNs. Which one runs is told by `backend()`
 from __future__ import annotations
 
 from commlab.native.arithmetic import accumulate, divide, narrow, reduce, scale, widen
+from commlab.native.cuda import CudaPackPlan, cuda_backend
 from commlab.native.module import backend, backends, using
 from commlab.native.pack import PackPlan
 
 __all__ = [
+    "CudaPackPlan",
     "PackPlan",
     "accumulate",
     "backend",
     "backends",
+    "cuda_backend",
     "divide",
     "narrow",
     "reduce",

@@ -31,13 +31,13 @@ class PackPlan:
 
     def __init__(self, tensors: Sequence[Tensor], wire: torch.dtype, starts: Sequence[int] | None = None) -> None:
         self.wire = wire
-        self._signature = _signature(tensors)
+        self._signature = signature_of(tensors)
         for index, (dtype, _) in enumerate(self._signature):
             if wire not in _WIRES or dtype not in _WIRES or (wire is torch.float64 and dtype is not wire):
                 raise TypeError(f"PackPlan: tensor {index} is {dtype} and cannot travel on a wire of {wire}")
         numels = [tensor.numel() for tensor in tensors]
         self.starts = list(starts) if starts is not None else list(accumulate(numels, initial=0))[:-1]
-        self.end = _end_of_places(self.starts, numels)
+        self.end = end_of_places(self.starts, numels)
         self._native: Any = None
         if module.built is not None:
             codes = [DTYPES[dtype][0] for dtype, _ in self._signature]
@@ -46,7 +46,7 @@ class PackPlan:
 
     def rebind(self, tensors: Sequence[Tensor]) -> None:
         """Use these tensors from now on: same dtypes and shapes, other memory (gradients made anew, for example)."""
-        signature = _signature(tensors)
+        signature = signature_of(tensors)
         if signature != self._signature:
             raise ValueError(
                 f"PackPlan: made for tensors {self._signature}, which are now {signature}; make a new plan"
@@ -122,11 +122,12 @@ def _computed(numbers: Tensor, wire: torch.dtype) -> Tensor:
     return numbers if wire is torch.float64 else numbers.float()
 
 
-def _signature(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, torch.Size]]:
+def signature_of(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, torch.Size]]:
+    """What a plan is made for: it holds for other memory of the same dtypes and shapes."""
     return [(tensor.dtype, tensor.shape) for tensor in tensors]
 
 
-def _end_of_places(starts: Sequence[int], numels: Sequence[int]) -> int:
+def end_of_places(starts: Sequence[int], numels: Sequence[int]) -> int:
     """Where the last tensor ends on the wire, once it is certain that no two tensors share a place."""
     end = 0
     for start, numel in sorted(zip(starts, numels, strict=True)):

@@ -29,6 +29,7 @@ def require_elementwise(optimizer: torch.optim.Optimizer, elementwise: bool | No
     kind = type(optimizer)
     if elementwise is None:
         elementwise = kind.__name__ in ELEMENTWISE and kind.__module__.startswith("torch.optim")
+        elementwise = elementwise or (kind.__name__ == "FusedAdam" and kind.__module__.startswith("apex."))
     if not elementwise:
         raise UsageError(
             f"optimizer {kind.__name__} may need whole tensors, and a server updates pieces of "

@@ -38,18 +38,27 @@ class AllReduce(Strategy):
     def _update(self, clip: float, unused: set[int]) -> None:
         for bucket, _ in self._launched:
             copied: list[torch.Tensor | None] = []
+            flat = bucket.result()
             for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
                 tensor = member.tensor
                 copied.append(None)
                 if member.index in unused:
                     tensor.grad = None
                 elif bucket.dtype == tensor.dtype and tensor.is_contiguous():
-                    tensor.grad = bucket.flat[place.start : place.stop].view(tensor.shape)
+                    tensor.grad = flat[place.start : place.stop].view(tensor.shape)
                 else:
                     # Strides as the parameter's own: torch's fused optimizers walk both as plain memory.
                     copied[-1] = tensor.grad = torch.empty_like(tensor)
-            bucket.packer.unpack(bucket.flat, copied)
+            bucket.packer.unpack(flat, copied)
+            if self.masters is not None:
+                continue
             # In the parameters' precision: a 16-bit bucket must not be rounded a second time.
             gradients = [member.tensor.grad for member in bucket.parameters]
             scale_([gradient for gradient in gradients if gradient is not None], clip)
+        if self.masters is not None:
+            used = [item for item in self.parameters if item.tensor.grad is not None]
+            masters = [self.masters.whole[item.index] for item in used]
+            self.masters.unscale([item.tensor.grad for item in used if item.tensor.grad is not None], masters, clip)
+            self._update_masters(1.0)
+            return
         self.optimizer.step()

@@ -21,7 +21,9 @@ from ..collectives.group import Group
 from ..collectives.handle import Handle
 from ..errors import CommlabError, UsageError
 from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan
+from ..gradients.mirror import pin
 from ..gradients.norm import clip_factor, norm_squared
+from ..gradients.scaling import LossScale
 from ..gradients.wire import WIRES
 from ..native.arithmetic import DTYPES
 from ..precision import Precision
@@ -36,6 +38,10 @@ class Options:
     precision: str = "fp32"
     autocast: str = "auto"
     """16-bit matrix products, for precision bf16 and fp16: auto (where they are fast), on, off."""
+    loss_scale: LossScale | None = None
+    """Where it starts, and how it grows and falls, for precision fp16 and apex; None: as LossScale() does."""
+    apex_level: str | None = None
+    """For precision apex: O1 or O2 of apex.amp, where Apex still has it; None: without apex.amp, as O2."""
     wire: str | None = None
     max_grad_norm: float | None = None
     """Clip the reduced gradient to this global 2-norm; None: don't compute it."""
@@ -133,9 +139,13 @@ class Strategy:
         self.in_window = group.window is not None and options.algorithm in ("auto", "window")
         """Whether buckets lie in memory that the ranks share."""
         device = next(iter(model.parameters())).device
-        self.precision = Precision(options.precision, options.autocast, device, group)
+        self.precision = Precision(options.precision, options.autocast, device, group, options.loss_scale)
         self._synchronize_model()
+        self.masters = self.precision.masters(model, self.parameters, optimizer, options.apex_level)
+        """What the optimizer updates in the parameters' place, for precision apex."""
         self.buckets = self._make_buckets()
+        if self.masters is not None:
+            self._bind_masters()
 
     # What differs between strategies.
 
@@ -146,12 +156,19 @@ class Strategy:
         if self.options.algorithm == "window" and not self.in_window:
             raise UsageError(f"algorithm window is not to be had: {self.group.window_reason}; use auto")
         buckets = plan(self.parameters, self.options.bucket_bytes, WIRES[self.options.wire], self._allocate)
+        if any(bucket.mirror is not None for bucket in buckets):
+            self._pin([bucket.flat for bucket in buckets])
         return GradientBuckets(
             buckets, self._launch, self._local_scale, self.group.progress.poll, keep_gradients=self.keeps_gradients
         )
 
     def _allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         return operations.empty(numel, dtype, self.group) if self.in_window else torch.empty(numel, dtype=dtype)
+
+    def _pin(self, flats: list[torch.Tensor]) -> None:
+        """Let GPUs copy from and to ``flats`` at full speed."""
+        window = self.group.window
+        pin(self, flats if window is None or not self.in_window else window.mappings(flats))
 
     def _launch(self, bucket: Bucket) -> None:
         """Start a packed bucket on its way; append its handle to ``_launched``."""
@@ -278,6 +295,8 @@ class Strategy:
                 "zero_grad() between backward() and step(): the gradients are on their way "
                 "already; call it after step()"
             )
+        if self.buckets is not None:
+            self.buckets.launch_packed()
         for _, handle in self._launched:
             handle.wait()
         for parameter in self.parameters:
@@ -334,6 +353,15 @@ class Strategy:
         ``dps`` and ``ps`` ranks of a node share one. Collective."""
         with torch.no_grad():
             change(self.model)
+            self._follow_parameters()
+
+    def _follow_parameters(self) -> None:
+        """Masters of parameters that somebody else has written take the new value."""
+        if self.masters is not None and self.masters.separate:
+            for piece in self._pieces():
+                parameter = pieces.parameter_of(piece)
+                changed = piece.tensor.to(parameter.dtype) != parameter
+                piece.tensor.copy_(torch.where(changed, parameter.float(), piece.tensor))
 
     def close(self) -> None:
         """Take the hooks off the model and give the window's memory back. The model stays as it is; the engine is of no
@@ -360,7 +388,33 @@ class Strategy:
 
     def _pieces(self) -> list[pieces.Piece]:
         """What of each parameter this rank's optimizer updates; all of everything unless the state is sharded."""
-        return [pieces.Piece(item, 0, item.tensor.numel(), item.tensor) for item in self.parameters]
+        whole = {} if self.masters is None else self.masters.whole
+        return [
+            pieces.Piece(item, 0, item.tensor.numel(), whole.get(item.index, item.tensor)) for item in self.parameters
+        ]
+
+    # Precision apex.
+
+    def _bind_masters(self) -> None:
+        pieces.rebind(self.optimizer, self._pieces())
+
+    def _unscale(self) -> bool:
+        """Give the masters of what this rank updates their gradients, divided by the loss scale; whether these are
+        finite. Nothing to do in other precisions."""
+        return True
+
+    def _update_masters(self, clip: float) -> None:
+        """Clip, step, and give the parameters the masters' values."""
+        assert self.masters is not None
+        updated = self._pieces()
+        scale_([piece.tensor.grad for piece in updated if piece.tensor.grad is not None], clip)
+        self.optimizer.step()
+        for piece in updated:
+            piece.tensor.grad = None
+        if self.masters.separate:
+            self.masters.apex.scale(
+                [piece.tensor for piece in updated], [pieces.parameter_of(piece) for piece in updated], 1.0
+            )
 
     def _local_scale(self) -> float:
         """What this rank multiplies its gradient by, so that the mean over ranks is the step's gradient."""
@@ -381,7 +435,7 @@ class Strategy:
         # With a loss scale also to see what overflowed only when it was added up: no rank packed an inf then.
         if self.options.max_grad_norm is not None or self.precision.loss_scale is not None:
             squares = norm_squared(self._owned_gradients())
-        finite_here = self.buckets.finite and math.isfinite(squares)
+        finite_here = self.buckets.finite and math.isfinite(squares) and self._unscale()
         unused = {item.index for item in self.parameters} - self.buckets.used
         if self.group.size == 1:
             return Agreement(squares, finite_here, unused)

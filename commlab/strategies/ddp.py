@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -17,33 +18,30 @@ from ..transport.rendezvous import join_store, open_store
 from .base import Options
 from .local import Local
 
-_connected: Group | None = None
-"""Whose ranks torch's default process group connects, where that was made here: torch has one at a time."""
+_process_groups: WeakKeyDictionary[Group, dist.ProcessGroup] = WeakKeyDictionary()
+_kept: list[dist.ProcessGroup] = []
+"""For as long as the process lives: where torch's reducer is the last to let go of a process group, it waits for gloo's
+threads, with the GIL, which one of them may be waiting for."""
 
 
-def _connect(group: Group) -> None:
-    """Make torch's default process group the ranks of ``group``. Collective. One that the user made stays, if it has
-    these ranks."""
-    global _connected
-    if dist.is_initialized() and _connected is None:
-        if (dist.get_rank(), dist.get_world_size()) != (group.rank, group.size):
-            raise UsageError(
-                f"strategy ddp over rank {group.rank} of {group.size}, but torch.distributed was initialized before as "
-                f"rank {dist.get_rank()} of {dist.get_world_size()}; leave that to commlab, or give both the same ranks"
-            )
-        return
-    # A rank that is in two groups may have left this one's for the other's, and then all have to connect again.
-    still = dist.is_initialized() and _connected is group
-    if all(record == b"y" for record in group.exchange_records(b"y" if still else b"n", "torch's process group")):
-        return
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    server, address = open_store(group.size, group.timeout_s) if group.rank == 0 else (None, b"")
-    address = group.gather_bytes(address, "address of torch's store")[0]
-    store = server or join_store(address, group.size, group.timeout_s)
-    timeout = timedelta(seconds=group.timeout_s)
-    dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.size, timeout=timeout)
-    _connected = group
+def _process_group(group: Group) -> dist.ProcessGroup:
+    """torch's process group of the ranks of ``group``, over gloo: one for all its engines. Collective.
+
+    Not torch's default one: of that there is one in a process, which may be the user's, or connect other ranks.
+    """
+    if group not in _process_groups:
+        server, address = open_store(group.size, group.timeout_s) if group.rank == 0 else (None, b"")
+        address = group.gather_bytes(address, "address of torch's store")[0]
+        store = server or join_store(address, group.size, group.timeout_s)
+        gloo = dist.ProcessGroupGloo(store, group.rank, group.size, timedelta(seconds=group.timeout_s))
+        made = dist.ProcessGroup(store, group.rank, group.size)
+        kind = dist.ProcessGroup.BackendType.GLOO
+        made._set_default_backend(kind)
+        for device in ("cpu", "cuda"):
+            made._register_backend(torch.device(device), kind, gloo)
+        _kept.append(made)
+        _process_groups[group] = made
+    return _process_groups[group]
 
 
 class _Calls(torch.nn.Module):
@@ -80,10 +78,13 @@ class Ddp(Local):
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         if options.wire is not None:
             raise UsageError("strategy ddp sends gradients as they are; a 16-bit wire is for allreduce, ps, dps")
+        if not hasattr(dist.ProcessGroup, "_set_default_backend"):
+            raise UsageError(f"strategy ddp needs torch 2.6 or later, and this is {torch.__version__}; use allreduce")
         super().__init__(model, optimizer, group, options)
-        _connect(group)
         self._calls = _Calls(model)
-        self._ddp = DistributedDataParallel(self._calls, bucket_cap_mb=options.bucket_bytes / 2**20)
+        self._ddp = DistributedDataParallel(
+            self._calls, bucket_cap_mb=options.bucket_bytes / 2**20, process_group=_process_group(group)
+        )
         self.model = _Front(self._ddp)
 
     @contextmanager

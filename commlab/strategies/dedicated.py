@@ -57,6 +57,11 @@ class Dedicated(Strategy):
             raise UsageError(
                 f"algorithm {options.algorithm} is for collectives, and dedicated servers are sent messages; use auto"
             )
+        if options.precision == "apex" or any(not parameter.is_cpu for parameter in model.parameters()):
+            raise UsageError(
+                f"strategy {name} with dedicated servers works on the CPU, without Apex; leave servers out, or the "
+                "model on the CPU"
+            )
         consistency = parse(options.consistency)
         self._named = named = named_parameters(model, optimizer)
         averages = consistency.averages

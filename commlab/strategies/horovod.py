@@ -51,8 +51,12 @@ class Horovod(Local):
                 "works on all ranks of an MPI job, with transport mpi"
             )
         super().__init__(model, optimizer, group, options)
+        # Horovod hooks the parameters that the optimizer has; with Apex these are masters, which see no backward.
+        hooked = optimizer
+        if self.masters is not None and self.masters.separate:
+            hooked = torch.optim.SGD([item.tensor for item in self.parameters], lr=0.0)
         self._distributed = hvd.DistributedOptimizer(
-            optimizer,
+            hooked,
             named_parameters=[(item.name, item.tensor) for item in self.parameters],
             compression=hvd.Compression.fp16 if options.wire == "fp16" else hvd.Compression.none,
         )

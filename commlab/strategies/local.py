@@ -27,8 +27,20 @@ class Local(Strategy):
         scaled = self.precision.loss_scale is not None
         # Whoever reduced them spread an inf or NaN to all ranks, so all of them see the same here.
         squares = norm_squared(gradients) if scaled or self.options.max_grad_norm is not None else 0.0
-        return Agreement(squares, math.isfinite(squares), set())
+        return Agreement(squares, math.isfinite(squares) and self._unscale(), set())
+
+    def _unscale(self) -> bool:
+        if self.masters is None:
+            return True
+        gradients = self._gradients()
+        masters = [self.masters.whole[item.index] for item in self.parameters if item.tensor.grad is not None]
+        for master in self.masters.whole.values():
+            master.grad = None  # left by a step that was skipped
+        return self.masters.unscale(gradients, masters, 1.0 / self.precision.scale)
 
     def _update(self, clip: float, unused: set[int]) -> None:
+        if self.masters is not None:
+            self._update_masters(clip * self.precision.scale)
+            return
         scale_(self._gradients(), clip)
         self.optimizer.step()

@@ -27,6 +27,22 @@ class Piece(NamedTuple):
     tensor: torch.Tensor
 
 
+MASTER = "master"
+"""Under which name the fp32 master is saved, beside the optimizer's state, where a piece is updated through one."""
+
+
+def parameter_of(piece: Piece) -> torch.Tensor:
+    """The piece's part of the parameter itself, in the shape of ``piece.tensor``."""
+    whole = piece.parameter.tensor.detach()
+    if piece.tensor.shape == whole.shape:
+        return whole
+    return whole.view(-1)[piece.start : piece.stop].view(piece.tensor.shape)
+
+
+def _is_master(piece: Piece) -> bool:
+    return piece.tensor.dtype != piece.parameter.tensor.dtype
+
+
 def rebind(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> None:
     """Let the user's own optimizer update ``pieces`` instead of whole parameters; its groups, hyper-parameters and
     schedulers stay, and state that it has already is cut the same way."""
@@ -63,6 +79,8 @@ def state(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str
             key: _cut(value, piece.tensor.shape, 0, piece.stop - piece.start) if torch.is_tensor(value) else value
             for key, value in values.items()
         }
+        if _is_master(piece):
+            entry["state"][MASTER] = piece.tensor.view(-1)
         saved.setdefault(piece.parameter.name, []).append(entry)
     groups = [{key: value for key, value in entry.items() if key != "params"} for entry in optimizer.param_groups]
     return {"groups": groups, "pieces": saved}
@@ -78,10 +96,18 @@ def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Seque
         )
     # All of it first: an error must leave the optimizer as it was. A parameter without numbers has a state too, which
     # nobody saved.
-    collected = [(piece.tensor, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
+    collected = [(piece, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
     for entry, saved in zip(optimizer.param_groups, parts[0]["groups"], strict=True):
         entry.update({key: deepcopy(value) for key, value in saved.items() if key != "params"})
-    optimizer.state.update(collected)
+    for piece, found in collected:
+        master = found.pop(MASTER, None)
+        if _is_master(piece):
+            piece.tensor.copy_(parameter_of(piece) if master is None else master.view(piece.tensor.shape))
+        entry = optimizer.param_groups[piece.parameter.group]
+        if entry.get("fused") or entry.get("capturable"):
+            # These want their step counters, too, where the tensor is.
+            found = {k: v.to(piece.tensor.device) if torch.is_tensor(v) else v for k, v in found.items()}
+        optimizer.state[piece.tensor] = found
 
 
 def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

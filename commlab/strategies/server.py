@@ -25,6 +25,7 @@ from ..collectives import operations
 from ..collectives.group import Group
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets
+from ..gradients.mirror import Mirror, mirrors
 from ..ps.elementwise import require_elementwise
 from ..transport.window import Place
 from . import pieces
@@ -57,9 +58,15 @@ class Server(Strategy):
         super().__init__(model, optimizer, group, options)
         assert self.buckets is not None
         self._chunks = [self._owners(bucket.numel) for bucket in self.buckets.buckets]
+        self._mirrors: list[Mirror | None] = []
+        """Of the flat parameters, where the model is on a GPU."""
         self._flat_parameters = [self._flatten(bucket) for bucket in self.buckets.buckets]
+        if any(self._mirrors):
+            self._pin(self._flat_parameters)
         self._shard = [piece for bucket in self.buckets.buckets for piece in self._cut(bucket)]
         pieces.rebind(optimizer, self._shard)
+        if self.masters is not None:
+            self.masters.whole.clear()  # this rank needs those of its pieces alone
         if self.in_window:
             group.barrier()  # rank 0 has written the shared parameters
 
@@ -75,10 +82,22 @@ class Server(Strategy):
     def _flatten(self, bucket: Bucket) -> torch.Tensor:
         """Move a bucket's parameters into one flat buffer, so that a pull writes them where they are used; in the
         window, into the one buffer of all ranks."""
-        if not self.in_window:
-            return flatten(bucket)
-        flat = self._shared(bucket.numel, bucket.parameters[0].tensor.dtype)
-        return flatten(bucket, flat, fill=self.group.rank == 0)
+        dtype, device = bucket.parameters[0].tensor.dtype, bucket.parameters[0].tensor.device
+        flat = self._shared(bucket.numel, dtype) if self.in_window else torch.empty(bucket.numel, dtype=dtype)
+        mirror = Mirror(flat, device) if mirrors(device) else None
+        self._mirrors.append(mirror)
+        fill = mirror is not None or not self.in_window or self.group.rank == 0
+        flatten(bucket, self._where_used(bucket.index, flat), fill=fill)
+        return flat
+
+    @property
+    def _device(self) -> torch.device:
+        return self.parameters[0].tensor.device
+
+    def _where_used(self, index: int, flat: torch.Tensor) -> torch.Tensor:
+        """A bucket's flat parameters where the model has them: ``flat`` itself, or its mirror."""
+        mirror = self._mirrors[index]
+        return flat if mirror is None else mirror.device
 
     def _shared(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory of local rank 0, seen by all. Collective."""
@@ -93,12 +112,16 @@ class Server(Strategy):
 
     def _cut(self, bucket: Bucket) -> list[pieces.Piece]:
         """This rank's pieces of the bucket's parameters."""
-        own, flat = self._chunks[bucket.index][self.group.rank], self._flat_parameters[bucket.index]
+        own = self._chunks[bucket.index][self.group.rank]
+        flat = self._where_used(bucket.index, self._flat_parameters[bucket.index])
         found = []
         for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
             common = place.intersect(own)
             if common.numel:
                 tensor = flat[common.start : common.stop]
+                if self.masters is not None and self.masters.separate:
+                    master = self.masters.whole[member.index].view(-1)
+                    tensor = master[common.start - place.start : common.stop - place.start].clone()
                 if not member.tensor.dim():
                     # So that its state has no dimension either, like that of the whole.
                     tensor = tensor.view(())
@@ -118,8 +141,31 @@ class Server(Strategy):
     def _owned_gradients(self) -> list[torch.Tensor]:
         return [handle.result for _, handle in self._launched]
 
+    def _bind_masters(self) -> None:
+        """Done with the shard, once that is known."""
+
+    def _unscale(self) -> bool:
+        if self.masters is None:
+            return True
+        shard, gradients = iter(self._shard), []
+        for bucket, handle in self._launched:
+            own = self._chunks[bucket.index][self.group.rank]
+            for place in bucket.ranges:
+                common = place.intersect(own)
+                if common.numel:
+                    part = handle.result[common.start - own.start : common.stop - own.start]
+                    master = next(shard).tensor
+                    gradients.append(part.to(master.device).view(master.shape))
+        return self.masters.unscale(gradients, [piece.tensor for piece in self._shard], 1.0 / self.precision.scale)
+
     def _update(self, clip: float, unused: set[int]) -> None:
-        require_in_place(self, self._flat_parameters)
+        require_in_place(self, list(map(self._where_used, range(len(self._chunks)), self._flat_parameters)))
+        if self.masters is not None:
+            for piece in self._shard:
+                if piece.parameter.index in unused:
+                    piece.tensor.grad = None
+            self._update_masters(clip * self.precision.scale)
+            return
         shard = iter(self._shard)
         # A fused optimizer divides by a scale as it goes, which saves a pass over the gradient.
         scales = clip != 1.0 and getattr(self.optimizer, "_step_supports_amp_scaling", False)
@@ -134,10 +180,10 @@ class Server(Strategy):
                 if common.numel:
                     gradient = sums[common.start - own.start : common.stop - own.start]
                     piece = next(shard)
-                    gradient = gradient.to(piece.tensor.dtype).view(piece.tensor.shape)
+                    gradient = gradient.to(piece.tensor.device, piece.tensor.dtype).view(piece.tensor.shape)
                     piece.tensor.grad = None if member.index in unused else gradient
         if scales:
-            self.optimizer.grad_scale = torch.tensor(1.0 / clip)  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = torch.tensor(1.0 / clip, device=self._device)  # type: ignore[attr-defined]
         try:
             self.optimizer.step()
         finally:
@@ -147,6 +193,18 @@ class Server(Strategy):
             piece.tensor.grad = None
 
     def _pull(self) -> None:
+        own = [chunks[self.group.rank] for chunks in self._chunks]
+        mirrored = [(mirror, part) for mirror, part in zip(self._mirrors, own, strict=True) if mirror is not None]
+        for mirror, part in mirrored:
+            mirror.to_host(part)
+        for mirror, _ in mirrored:
+            mirror.wait()
+        self._gather()
+        # These copies are over before an owner writes again: every rank's next gradients follow them on one stream.
+        for mirror, _ in mirrored:
+            mirror.to_device()
+
+    def _gather(self) -> None:
         if self.in_window:
             self.group.barrier()
             return
@@ -161,10 +219,12 @@ class Server(Strategy):
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         self.group.barrier()
-        if not self.in_window or self.group.rank == 0:
+        alone = self.in_window and not any(self._mirrors)
+        if not alone or self.group.rank == 0:
             super().update_parameters(change)
         self.group.barrier()
-        if self.in_window:
+        if alone:
+            self._follow_parameters()
             # What is not trained, and buffers, every rank has for itself.
             shared = {item.name for item in self.parameters}
             self._give_from_rank_0([(name, tensor) for name, tensor in self._model_tensors() if name not in shared])

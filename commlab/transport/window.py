@@ -238,6 +238,15 @@ class Window:
             return None
         return Place(segment, offset)
 
+    def mappings(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The whole segments, as uint8, that these tensors of any rank lie in, as this process has mapped them."""
+        found = {}
+        for tensor in tensors:
+            for mapping in (*self._segments, *self._theirs.values()):
+                if 0 <= tensor.data_ptr() - mapping.address < mapping.size_bytes:
+                    found[mapping.address] = mapping.bytes
+        return list(found.values())
+
     def address(self, peer: int, place: Place) -> int:
         """The address, in this process, of a place in ``peer``'s part; mapped when first asked for."""
         if peer == self.rank:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import commlab
-from bench import ours
+from bench import accuracy, ours
 from bench.cases import OPS, Case
 from bench.harness import Block, Contestant, Unavailable, measure, missing
 from bench.peers import PEERS
@@ -38,6 +38,28 @@ def test_all_contestants_are_right(ranks: Any, everyone: Ranks, op: str) -> None
     assert any(name.startswith("MPI_") for name in names) and "gloo" in names
     assert (op == "allreduce") == ("commlab ring, wire fp16" in names)
     assert messages is not None and messages.check and world.check, "the check is on again"
+
+
+@pytest.mark.parametrize("wire", ["fp16", "bf16"])
+def test_who_rounds_once_is_nearest_to_float64(ranks: Any, everyone: Ranks, wire: str) -> None:
+    world = ranks.world
+    groups = ours.Groups(world, world.subgroup(range(world.size)), None)
+    rows = {
+        row["contestant"]: row
+        for row in (accuracy.compared(way, everyone, wire, 5003) for way in accuracy.ways(groups, wire))
+    }
+    # Each contribution is rounded, and the mean: variances of one rounding each, of the mean's own size and of 1/P's.
+    assert 1.2 < rows["commlab direct"]["error_over_one_rounding"] < 1.6
+    # They add in another order, in fp32.
+    direct = rows["commlab direct"]["relative_error"]
+    assert rows["commlab window"]["relative_error"] == pytest.approx(direct, rel=1e-2)
+    for name in ("commlab ring", "commlab halving", "commlab tree", "gloo, as in DDP's compress hook"):
+        assert rows[name]["relative_error"] > 1.2 * direct, name
+    ulp = 2.0**-10 if wire == "fp16" else 2.0**-7
+    for row in rows.values():
+        if row["kind"] == "commlab":
+            assert abs(row["mean_of_60000s"] / 60_000 - 1) <= everyone.size * ulp
+    assert "commlab direct" in accuracy.rendered(list(rows.values()))
 
 
 def test_one_wrong_rank_is_enough(ranks: Any, everyone: Ranks) -> None:

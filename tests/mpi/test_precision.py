@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import training
@@ -14,15 +19,20 @@ from conftest import Ranks
 from mpi_windows import close_all, window_group
 
 import commlab
+from commlab import apex
 from commlab.chunks import split
 from commlab.collectives.group import Group
+from commlab.corpus import load_corpus
+from commlab.data import Blocks
 from commlab.errors import DisagreementError
+from commlab.gradients.scaling import LossScale
+from commlab.model import build_model, loss_sum
 from commlab.strategies.base import Strategy
 
 GROUPS = ((0, 1, 2, 3), (4, 5, 6), (6, 7))
 OURS = ("allreduce", "ps", "dps")
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-STEPS, SAMPLES, WIDTH = 20, 24, 12
+STEPS, SAMPLES, WIDTH, SEQ_LEN = 20, 24, 12, 32
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,6 +178,103 @@ def test_a_scale_that_is_too_high_comes_down_by_itself(ranks: Ranks, strategy: s
         assert engine.skipped_steps == updates.count(False)
         assert losses[-1] < losses[0]
         assert engine.precision.scale < 2.0**24
+
+
+@cache
+def text() -> Blocks:
+    tokens = load_corpus(str(Path(json.__file__).parent)).train
+    return Blocks(tokens[: 2 * STEPS * SEQ_LEN + 1], SEQ_LEN)
+
+
+@cache
+def gpt2_losses(strategy: str, group: Group | None, precision: str) -> list[float]:
+    """Mean loss per token of 20 steps of 1 x 32 tokens a rank, on 2 ranks; ``single`` does the work of both."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "config.json")
+        shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": SEQ_LEN, "vocab_size": 257}
+        config.write_text(json.dumps({"model_type": "gpt2", **shape}))
+        model = build_model(str(config), seq_len=SEQ_LEN, vocab_size=257, dropout=0.0, seed=7)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    autocast = "off" if precision == "fp32" else "on"
+    group = training.alone() if group is None else group
+    engine = commlab.strategy(strategy, model, optimizer, group, precision=precision, autocast=autocast)
+    losses, each = [], 2 // group.size
+    for step in range(STEPS):
+        samples = range(2 * step + group.rank, 2 * step + group.rank + each)
+        with engine.autocast():
+            loss, count = loss_sum(engine.model, *text().batch(np.array(samples))[:2])
+        engine.backward(loss, count, 2 * SEQ_LEN)
+        assert engine.step()
+        engine.zero_grad()
+        losses.append(float(loss.detach()))
+    engine.close()
+    rows = group.gather_bytes(torch.tensor(losses).numpy().tobytes(), "losses")
+    total = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0)
+    return (total / (2 * SEQ_LEN)).tolist()
+
+
+@pytest.mark.parametrize("strategy", [*OURS, "ddp"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_gpt2_with_autocast_follows_fp32(ranks: Ranks, strategy: str, precision: str) -> None:
+    group = window_group(ranks, 0, 1)
+    if group is not None:
+        wanted, got = gpt2_losses("single", None, "fp32"), gpt2_losses(strategy, group, precision)
+        assert wanted[-1] < wanted[0] - 1, "there was nothing to follow"
+        for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+            assert abs(mine - theirs) <= 0.02 * theirs, f"step {step}: {mine:.4f}, in fp32 {theirs:.4f}"
+        assert got != wanted
+
+
+def test_horovod_in_16_bits(ranks: Ranks) -> None:
+    """On all ranks of the launch: follows fp32 on both wires, and an inf on one rank skips the step on all."""
+    pytest.importorskip("horovod.torch")
+    group = ranks.world
+    _, wanted, _, _ = taught("horovod", group)
+    for precision, wire in (("bf16", None), ("fp16", None), ("fp16", "fp16")):
+        engine, got, _, updates = taught("horovod", group, precision=precision, autocast="on", wire=wire)
+        assert all(updates) and engine.precision.casts
+        for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+            assert abs(mine - theirs) <= 0.02 * theirs, f"step {step}: {mine:.4f}, in fp32 {theirs:.4f}"
+
+    def tamper(loss: torch.Tensor, step: int) -> torch.Tensor:
+        return loss * math.inf if step == 7 and group.rank == 3 else loss
+
+    options: dict[str, Any] = {"precision": "fp16", "autocast": "off", "max_grad_norm": 1.0}
+    hurt, _, digests, updates = taught("horovod", group, tamper=tamper, **options)
+    _, _, flagged, _ = taught("horovod", group, skip=7, **options)
+    assert updates == [step != 7 for step in range(STEPS)] and hurt.skipped_steps == 1
+    assert digests == flagged
+
+
+def test_horovod_with_apex(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the stand-in for Apex: the same as ``allreduce`` with it, to the rounding of Horovod's fp16 sums."""
+    pytest.importorskip("horovod.torch")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "fake_apex"))
+    monkeypatch.setattr(apex, "_sees_gpu", lambda: True)
+
+    def curve(strategy: str) -> list[float]:
+        model = learner()
+        optimizer = apex.fused_adam(model.parameters(), lr=0.02)
+        # Low, because Horovod adds in fp16 before it divides: sums overflow where means do not.
+        low = LossScale(value=16.0)
+        engine = commlab.strategy(strategy, model, optimizer, ranks.world, precision="apex", loss_scale=low)
+        losses = []
+        for step in range(STEPS):
+            inputs, targets = lesson(step)
+            own = split(SAMPLES, ranks.size)[ranks.rank]
+            loss = (engine.model(inputs[own.start : own.stop].half()).float() - targets[own.start : own.stop]).square()
+            engine.backward(loss.sum(), own.numel, SAMPLES)
+            assert engine.step()
+            engine.zero_grad()
+            losses.append(float(loss.detach().sum()))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+        engine.close()
+        rows = ranks.world.gather_bytes(torch.tensor(losses).numpy().tobytes(), "losses")
+        return torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0).tolist()
+
+    mine, wanted = curve("horovod"), curve("allreduce")
+    assert wanted[-1] < wanted[0] / 3
+    assert mine == pytest.approx(wanted, rel=0.02)
 
 
 WORST = (math.inf, -math.inf, math.nan, 65504.0, 65520.0, 1e6, 3e38, -3e38)
