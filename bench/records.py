@@ -18,6 +18,8 @@ from .ranks import Ranks
 
 _TELLING = ("HOROVOD_", "OMPI_MCA_", "PRTE_MCA_", "MPIR_CVAR_", "MPICH_", "UCX_", "GLOO_", "OMP_")
 """Variables of the environment that change what peers do."""
+_LAUNCHERS = ("OMPI_MCA_PREFIXES", "OMPI_MCA_cpu_type", "OMPI_MCA_initial_wdir", "OMPI_MCA_num_procs")
+"""What Open MPI's mpirun sets by itself."""
 
 
 def describe(ranks: Ranks, module: str, **more: Any) -> dict[str, Any]:
@@ -53,7 +55,11 @@ def run_line(module: str, launcher: str, mpi: str) -> dict[str, Any]:
             "python": platform.python_version(),
             "mpi": mpi,
         },
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_TELLING)},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_TELLING) and name not in _LAUNCHERS
+        },
     }
 
 
