@@ -41,6 +41,7 @@ def test_every_field_can_be_given(tmp_path: Path) -> None:
         "steps": 7, "lr": 1e-2, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0, "seed": 11,
         "eval_every": 5, "eval_batches": 0, "output": "out", "metrics": "m.jsonl", "trace": "t.json", "timeout": 1.5,
         "threads": 3, "checkpoint_every": 4, "checkpoint_dir": "c", "checkpoint_keep": 5, "tensorboard": "b",
+        "overlap_pulls": "off",
     }  # fmt: skip
     argv = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
     wanted = {**given, "epochs": None, "resume": True, "servers": None, "consistency": "bsp"}

@@ -45,12 +45,13 @@ class Requests:
         self.client.poll()
         return handle
 
-    def pull_into(self, key: str, out: torch.Tensor, clock: int) -> Handle:
-        """The value of one key into ``out``, wherever and however that lies."""
+    def pull_into(self, key: str, out: torch.Tensor, clock: int, pushed_at: int | None = None) -> Handle:
+        """The value of one key into ``out``, wherever and however that lies. ``pushed_at``: the clock of a push of the
+        same key that this follows part by part, so that values come back while the rest is still being pushed."""
         target = out.detach()
         direct = target.is_contiguous() and target.is_cpu
         flat = target.view(-1) if direct else torch.empty(target.numel(), dtype=target.dtype)
-        handle = self.pull_flat((key,), flat, clock, self.wire)
+        handle = self.pull_flat((key,), flat, clock, self.wire, pushed_at)
         handle.result = out
         if not direct:
             before = handle.after
@@ -63,7 +64,14 @@ class Requests:
             _afterwards(handle, copy)
         return handle
 
-    def pull_flat(self, keys: tuple[str, ...], flat: torch.Tensor, clock: int, wire: torch.dtype | None) -> Handle:
+    def pull_flat(
+        self,
+        keys: tuple[str, ...],
+        flat: torch.Tensor,
+        clock: int,
+        wire: torch.dtype | None,
+        pushed_at: int | None = None,
+    ) -> Handle:
         """Values side by side into ``flat`` (1-D, contiguous, CPU)."""
         landing = flat if wire in (None, flat.dtype) else torch.empty(flat.numel(), dtype=wire)
         data, itemsize = landing.view(torch.uint8), landing.element_size()
@@ -80,7 +88,8 @@ class Requests:
             for run in self.keys.runs_of(keys):
                 header = Header(Kind.PULL, run.first, run.parts, clock=clock, wire=WIRE_CODES[landing.dtype])
                 target = data[run.start * itemsize : run.stop * itemsize]
-                self.client.request(run.server, (clock, 0, run.first), header, handle, target=target)
+                order = clock if pushed_at is None else pushed_at, 0, run.first
+                self.client.request(run.server, order, header, handle, target=target)
         self.client.poll()
         return handle
 

@@ -166,7 +166,7 @@ class ParameterServer:
         self._keys.require(key, tensor, "push_pull")
         self._keys.require(key, out, "push_pull")
         self.push_flat((key,), tensor.detach().reshape(-1))
-        return self._requests.pull_into(key, out, self.clock + 1)
+        return self._requests.pull_into(key, out, self.clock + 1, pushed_at=self.clock)
 
     def push_flat(self, keys: Sequence[str], flat: torch.Tensor) -> Handle:
         """:meth:`push` of several tensors of one dtype that lie side by side in ``flat`` (1-D), possibly already in the
