@@ -130,7 +130,7 @@ def pause(idle_s: float, crowded: bool, moving: bool) -> None:
     """Wait a little, having waited ``idle_s`` already: spin first (where ranks share cores, hand the core on each time,
     and not for long), then sleep a tenth of it. ``moving``: bytes are under way, and each look may move a piece of
     them without ending anything, so sleep later."""
-    if idle_s < (_MOVING_S if moving else 20e-6 if crowded else 2e-3):
+    if idle_s < (_MOVING_S if moving else 200e-6 if crowded else 2e-3):
         if crowded:
             os.sched_yield()
     else:
