@@ -15,8 +15,9 @@ from commlab.errors import UsageError
 from commlab.topology import usable_cores
 
 from . import floor, ours, records, table
+from .arguments import count, names, sizes
 from .cases import DTYPES, EXACT_UP_TO, OPS, Case
-from .figures import format_bytes, parse_bytes
+from .figures import format_bytes
 from .harness import Block, measure, progress_line
 from .peers import PEERS
 from .ranks import Ranks
@@ -32,15 +33,15 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--op", choices=OPS, default="allreduce")
     found.add_argument(
-        "--sizes", type=_sizes, default=SIZES, metavar="LIST", help="bytes of the whole buffer, as 4B,64KiB,100MB"
+        "--sizes", type=sizes, default=SIZES, metavar="LIST", help="bytes of the whole buffer, as 4B,64KiB,100MB"
     )
     found.add_argument("--dtype", choices=DTYPES, default="float32")
-    found.add_argument("--algorithms", type=_names(*ours.NAMES), default=",".join(ours.NAMES), metavar="LIST")
+    found.add_argument("--algorithms", type=names(*ours.NAMES), default=",".join(ours.NAMES), metavar="LIST")
     found.add_argument(
-        "--wires", type=_names("none", "fp16", "bf16"), default="none,fp16", metavar="LIST", help="for allreduce"
+        "--wires", type=names("none", "fp16", "bf16"), default="none,fp16", metavar="LIST", help="for allreduce"
     )
-    found.add_argument("--peers", type=_names("none", *PEERS), default=",".join(PEERS), metavar="LIST", help="or none")
-    found.add_argument("--rounds", type=_count, default=11, help="samples per contestant, interleaved")
+    found.add_argument("--peers", type=names("none", *PEERS), default=",".join(PEERS), metavar="LIST", help="or none")
+    found.add_argument("--rounds", type=count, default=11, help="samples per contestant, interleaved")
     found.add_argument(
         "--check", choices=CHECKS, default="both", help="commlab with its agreement check, without it, or both"
     )
@@ -50,30 +51,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for one turn; then the job ends")
     found.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
     return found
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _sizes(text: str) -> list[int]:
-    try:
-        return [parse_bytes(size) for size in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _names(*known: str):  # type: ignore[no-untyped-def]  # argparse's own idea of a type
-    def parse(text: str) -> list[str]:
-        named = text.split(",")
-        unknown = [name for name in named if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
-        return named
-
-    return parse
 
 
 def contestants(case: Case, groups: ours.Groups, options: argparse.Namespace) -> list[Block]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,13 @@ class Ranks:
     def barrier(self) -> None:
         if self._comm is not None:
             self._comm.Barrier()
+
+    def rest(self) -> None:
+        """A barrier that leaves the core to others; late by up to 2 ms. Collective."""
+        if self._comm is not None:
+            request = self._comm.Ibarrier()
+            while not request.Test():
+                time.sleep(2e-3)
 
     def maximum(self, values: Sequence[float]) -> list[float]:
         """The largest value over all ranks, place by place. Collective; as many values on every rank."""

@@ -110,9 +110,17 @@ def launcher(mpi: Mpi, timeout_s: float, hosts: int, rate: str, delay: str, per_
 
 def train(where: Launcher, ranks: int, flags: Sequence[str]) -> Measured:
     """Run it to its end. JobFailed with what it said, also when it is not done in time."""
+    return _measured(metrics(where, ranks, flags))
+
+
+def metrics(
+    where: Launcher, ranks: int, flags: Sequence[str], module: Sequence[str] = ("commlab.train",)
+) -> list[dict[str, Any]]:
+    """The lines of its metrics file. ``module``: what is run in the trainer's place, with what it is given before the
+    trainer's flags."""
     with tempfile.TemporaryDirectory() as folder:
-        metrics, said = Path(folder, "metrics.jsonl"), Path(folder, "output.txt")
-        python = [sys.executable, "-m", "commlab.train", *flags, "--metrics", str(metrics), "--output", folder]
+        written, said = Path(folder, "metrics.jsonl"), Path(folder, "output.txt")
+        python = [sys.executable, "-m", *module, *flags, "--metrics", str(written), "--output", folder]
         with open(said, "wb") as output:
             job = where.start(ranks, python, output)
             try:
@@ -126,7 +134,7 @@ def train(where: Launcher, ranks: int, flags: Sequence[str]) -> Measured:
                 raise
         if code:
             raise JobFailed(_reason(said.read_text(errors="replace"), code))
-        return _measured([json.loads(line) for line in metrics.read_text().splitlines()])
+        return [json.loads(line) for line in written.read_text().splitlines()]
 
 
 def _path() -> str:

@@ -64,6 +64,13 @@ class Config:
     consistency: str = knob(
         "bsp", _HOW, "when a worker may read, with --servers: bsp (lockstep), ssp:S (S steps apart), asp (never wait)"
     )
+    overlap_pulls: str = knob(
+        "on",
+        _HOW,
+        "with --servers, let parameters travel during the next forward, which waits for each where it reads it; off:"
+        " wait for all at the end of a step",
+        choices=("on", "off"),
+    )
     bucket_mb: float = knob(25.0, _HOW, "size of a bucket, in MB of 2^20 bytes", float, above=0)
     wire: str | None = knob(
         None,

@@ -167,8 +167,9 @@ class Report:
         waits for it."""
         wall_s = time.perf_counter() - self._step_started_s
         times, totals = self.engine.times, self._totals
-        # What backward spent on packing and launching is exchange, not computation.
-        backward_s = self._phases["backward"] - (times.exchange_s - self._step_exchange())
+        # What backward spent on packing and launching, and forward on waiting, is exchange, not computation.
+        backward_s = self._phases["backward"] - (times.exchange_s - times.forward_wait_s - self._step_exchange())
+        forward_s = self._phases["forward"] - times.forward_wait_s
         self._steps_done += 1
         if self._steps_done == 1:
             self._say(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
@@ -177,7 +178,7 @@ class Report:
             totals.bytes_sent += self.group.bytes_sent - self._bytes_before
             totals.tokens += total
             totals.wall_s += wall_s
-            totals.forward_s += self._phases["forward"]
+            totals.forward_s += forward_s
             totals.backward_s += backward_s
             totals.exchange_s += times.exchange_s
             totals.update_s += times.update_s
@@ -190,7 +191,7 @@ class Report:
             "loss_scale": self.engine.precision.scale,
             "skipped_steps": self.engine.skipped_steps,
             "step_s": wall_s,
-            "forward_s": self._phases["forward"],
+            "forward_s": forward_s,
             "backward_s": backward_s,
             "exchange_s": times.exchange_s,
             "update_s": times.update_s,

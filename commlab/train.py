@@ -105,6 +105,7 @@ def train(config: Config, started_s: float) -> int:
         bucket_bytes=config.bucket_bytes,
         servers=config.servers,
         consistency=config.consistency,
+        overlap_pulls=config.overlap_pulls == "on",
     )
     if engine.role == "server":  # it has served all workers to their end
         end(config, group)

@@ -17,9 +17,10 @@ import torch
 
 from commlab.ps.consistency import parse
 from commlab.ps.messages import WIRE_CODES, Header, Kind
-from commlab.ps.server import Record, Rules, Server
+from commlab.ps.server import Server
 from commlab.ps.shard import Shard
 from commlab.ps.shards import Entry, Part, place
+from commlab.ps.state import Record, Rules
 
 ENTRIES = (
     Entry("wide", (40, 31), torch.float32),

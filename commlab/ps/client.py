@@ -188,7 +188,7 @@ class Client:
             if silent_s > WARN_AFTER_S and now_s - warned_s > WARN_AFTER_S:
                 warned_s = now_s
                 log.warning("%s", self._silence(handle, silent_s))
-            pause(now_s - idle_since_s, self._crowded)
+            pause(now_s - idle_since_s, self._crowded, any(link.moving for link in self._links))
 
     def _silence(self, handle: Handle, silent_s: float) -> str:
         peers = handle.peers()

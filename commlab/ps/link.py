@@ -58,6 +58,11 @@ class Link:
         """Whether all that was sent has left."""
         return not self._queue and not self._flying
 
+    @property
+    def moving(self) -> bool:
+        """Whether the transport has bytes of it under way: many move them only while somebody looks."""
+        return self._data is not None or bool(self._flying)
+
     def listen(self) -> None:
         """Expect a message; after each one that has arrived, call it again if another will come."""
         self._header = self._data = None

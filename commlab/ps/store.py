@@ -7,27 +7,28 @@ workers                 push gradients, pull values, step()        a group of th
 from __future__ import annotations
 
 import atexit
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
 
 from ..collectives.group import Group
 from ..collectives.world import resolve
-from ..errors import DisagreementError, UsageError
+from ..errors import UsageError
 from ..gradients.wire import WIRES
 from ..transport.sim import SimNetwork
 from .client import Client, Handle
 from .consistency import parse
 from .elementwise import require_elementwise
-from .messages import MESSAGE_BYTES, WIRE_CODES, Header, Kind
-from .server import Record, Rules, Server
+from .keys import Keys
+from .messages import Header, Kind
+from .requests import Requests
+from .server import Server
 from .serving import Serving
 from .shard import Factory, Shard
-from .shards import Entry, Placement, place, server_ranks
+from .shards import Placement, server_ranks
+from .state import Record, Rules
 
 _LAST = 2**62
 
@@ -38,16 +39,6 @@ class Verdict(NamedTuple):
 
     norm: float
     finite: bool
-
-
-class Run(NamedTuple):
-    """Parts ``first .. first + parts - 1`` of a server, and where they lie in a flat tensor on this side."""
-
-    server: int
-    first: int
-    parts: int
-    start: int
-    stop: int
 
 
 class ParameterServer:
@@ -96,23 +87,20 @@ class ParameterServer:
                 f"under {consistency} every push is applied alone, when it comes: clip each worker's own gradient "
                 "before the push, or use bsp"
             )
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._entry_of: dict[str, int] = {}
-        entries = self._entries(named_params, groups or {})
-        group_count = 1 + max((entry.group for entry in entries), default=0)
-        self.optimizer = _example(optimizer, group_count, elementwise)
-        """Its groups' hyper-parameters go with the first push of every clock, so schedulers work on it. On workers it
-        updates nothing itself."""
         alone = everyone.size == 1 and servers is None
         ranks = (1,) if alone else server_ranks(everyone.nodes, 1 if servers is None else servers)
         self.servers = ranks
         """Ranks of the group that serve."""
+        self._keys = Keys(named_params, groups or {}, len(ranks), everyone.rank)
+        self.placement: Placement = self._keys.placement
+        group_count = 1 + max((entry.group for entry in self.placement.entries), default=0)
+        self.optimizer = _example(optimizer, group_count, elementwise)
+        """Its groups' hyper-parameters go with the first push of every clock, so schedulers work on it. On workers it
+        updates nothing itself."""
         workers = [rank for rank in range(max(2, everyone.size)) if rank not in ranks]
-        self.placement: Placement = place(entries, len(ranks))
-        self._every_server = range(len(ranks))
         agrees = max_grad_norm is not None or skips
         rules = Rules(self.consistency, len(workers), len(ranks), agrees, skips, max_grad_norm)
-        self._require_agreement(everyone, f"{consistency}, {len(ranks)} servers, wire {wire}, {rules[3:]}")
+        self._keys.require_agreement(everyone, f"{consistency}, {len(ranks)} servers, wire {wire}, {rules[3:]}")
         self.role = "server" if everyone.rank in ranks else "worker"
         self.clock = 0
         """Clocks that this worker has ended."""
@@ -123,12 +111,8 @@ class ParameterServer:
         """What the learning rates of ``optimizer`` are multiplied by on their way to the servers."""
         self.server: Server | None = None
         """On server ranks, and in a group of one rank."""
-        self._wire = WIRES[wire]
         self.agrees = agrees
         """Whether servers agree on a clock's norm before they update."""
-        self._runs: dict[tuple[str, ...], list[Run]] = {}
-        self._told, self._told_at = b"", -1
-        self._versions: dict[str, int] = {}
         self._last_step: Handle | None = None
         self._closed = self.role == "server"
         self._own_group = None if alone else everyone.subgroup(workers)
@@ -149,10 +133,11 @@ class ParameterServer:
             serving.run()
             return
         self._client = Client(near, ranks, timeout_s, crowded, serving)
+        self._requests = Requests(self._client, self._keys, WIRES[wire])
         # A worker that returns without a word would keep the servers waiting.
         atexit.register(self.close)
         if self.group.rank == 0:
-            for name, tensor in self._tensors.items():
+            for name, tensor in self._keys.tensors.items():
                 self.assign_flat((name,), tensor.detach().reshape(-1)).wait()
         if self.group.size > 1:
             self.group.barrier()
@@ -163,40 +148,40 @@ class ParameterServer:
         """Give the servers an update of ``key``: a gradient, of the parameter's shape and dtype. Leave ``tensor`` alone
         until ``wait()``, which returns once the servers have taken it in. Under bsp a worker that has ended more clocks
         than others waits here for them."""
-        self._require(key, tensor, "push")
+        self._require_worker("push")
+        self._keys.require(key, tensor, "push")
         return self.push_flat((key,), tensor.detach().reshape(-1))
 
     def pull(self, key: str, out: torch.Tensor) -> Handle:
         """Write the value of ``key`` into ``out`` (of its shape and dtype) as soon as the consistency allows a read at
         this worker's clock. ``wait()`` returns ``out``."""
-        self._require(key, out, "pull")
-        return self._pull_into(key, out, self.clock)
+        self._require_worker("pull")
+        self._keys.require(key, out, "pull")
+        return self._requests.pull_into(key, out, self.clock)
 
     def push_pull(self, key: str, tensor: torch.Tensor, out: torch.Tensor) -> Handle:
         """Push, and read what the next clock will begin with: under bsp the value updated with all workers' pushes of
         this clock. ``wait()`` returns ``out``."""
-        self._require(key, tensor, "push_pull")
-        self._require(key, out, "push_pull")
+        self._require_worker("push_pull")
+        self._keys.require(key, tensor, "push_pull")
+        self._keys.require(key, out, "push_pull")
         self.push_flat((key,), tensor.detach().reshape(-1))
-        return self._pull_into(key, out, self.clock + 1)
+        return self._requests.pull_into(key, out, self.clock + 1, pushed_at=self.clock)
 
     def push_flat(self, keys: Sequence[str], flat: torch.Tensor) -> Handle:
         """:meth:`push` of several tensors of one dtype that lie side by side in ``flat`` (1-D), possibly already in the
         wire's dtype; adjoining parts travel in one message."""
-        keys = tuple(keys)
-        if self._told_at < self.clock:
-            self._tell_hypers()
-        return self._send(Kind.PUSH, keys, flat, self._wire, f"push of {_named(keys)} at clock {self.clock}")
+        self._requests.tell_hypers(self.clock, self.optimizer, self.lr_factor, self.grad_scale)
+        return self._requests.push(tuple(keys), flat, self.clock)
 
     def pull_flat(self, keys: Sequence[str], flat: torch.Tensor, *, exact: bool = False) -> Handle:
         """:meth:`pull` of several tensors of one dtype into ``flat`` (1-D, contiguous, CPU). ``exact``: as they are on
         the servers, whatever the wire."""
-        return self._pull_flat(tuple(keys), flat, self.clock, None if exact else self._wire)
+        return self._requests.pull_flat(tuple(keys), flat, self.clock, None if exact else self._requests.wire)
 
     def assign_flat(self, keys: Sequence[str], flat: torch.Tensor) -> Handle:
         """Overwrite values, from any worker, while nobody pushes or pulls them."""
-        keys = tuple(keys)
-        return self._send(Kind.INIT, keys, flat, None, f"first value of {_named(keys)}")
+        return self._requests.assign(tuple(keys), flat)
 
     @property
     def bytes_sent(self) -> int:
@@ -211,12 +196,9 @@ class ParameterServer:
         self._require_worker("step")
         if self._last_step is not None and self._last_step.finished:
             self._last_step.wait()  # an error that nobody has asked for
-        handle = Handle(self._client, f"end of clock {self.clock}")
-        handle.after = self._take_verdict
-        with self._client.lock:
-            for server in self._every_server:
-                header = Header(Kind.CLOCK, clock=self.clock, flag=finite)
-                self._client.request(server, (self.clock, 1, 0), header, handle)
+        header = Header(Kind.CLOCK, clock=self.clock, flag=finite)
+        what = f"end of clock {self.clock}"
+        handle = self._requests.ask_all(header, (self.clock, 1, 0), what, after=self._take_verdict)
         self.clock += 1
         self._last_step = handle
         self._client.poll()
@@ -228,20 +210,19 @@ class ParameterServer:
 
     def version(self, key: str) -> int:
         """Of the value that was last pulled: 1 at first, and one more for each update. 0: not pulled yet."""
-        self._entry(key)
-        return self._versions.get(key, 0)
+        self._keys.entry(key)
+        return self._requests.versions.get(key, 0) if self.role == "worker" else 0
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return tuple(self._entry_of)
+        return tuple(self._keys.entry_of)
 
     # The other words.
 
     def ticket(self) -> int:
         """The next of 0, 1, 2, ..., counted for all workers together: who is free takes the next piece of work."""
         self._require_worker("ticket")
-        handle = Handle(self._client, "ticket")
-        self._client.request(0, (self.clock, -2, 0), Header(Kind.TICKET), handle)
+        handle = self._requests.ask(0, Header(Kind.TICKET), (self.clock, -2, 0), "ticket")
         handle.wait()
         return handle.answers[0].clock
 
@@ -251,10 +232,8 @@ class ParameterServer:
         self._require_worker("report")
         staleness: dict[int, int] = {}
         updates, clocks = 0, [0] * self.group.size
-        for server in self._every_server:
-            handle = Handle(self._client, "report")
-            self._client.request(server, (self.clock, 2, 0), Header(Kind.REPORT), handle)
-            said = json.loads(handle.wait())
+        for server in range(len(self.servers)):
+            said = json.loads(self._requests.ask(server, Header(Kind.REPORT), (self.clock, 2, 0), "report").wait())
             updates += said["updates"]
             clocks = [max(pair) for pair in zip(clocks, said["clocks"], strict=True)]
             for stale, reads in said["staleness"].items():
@@ -265,7 +244,7 @@ class ParameterServer:
         """This worker pushes no more, and nobody waits for its clock any longer; it may still pull. Returns when the
         servers know it."""
         self._require_worker("leave")
-        self._tell_all(Kind.LEAVE, (self.clock, 2, 0))
+        self._requests.ask_all(Header(Kind.LEAVE, clock=self.clock), (self.clock, 2, 0), "leave").wait()
 
     def close(self) -> None:
         """This worker's last word; servers return when they have heard it of all workers. Called by
@@ -273,180 +252,20 @@ class ParameterServer:
         if not self._closed:
             self._closed = True
             atexit.unregister(self.close)
-            self._tell_all(Kind.CLOSE, (_LAST, 0, 0))
+            self._requests.ask_all(Header(Kind.CLOSE, clock=self.clock), (_LAST, 0, 0), "close").wait()
 
     # Inside.
 
-    def _entries(self, named_params: Iterable[tuple[str, torch.Tensor]], groups: Mapping[str, int]) -> list[Entry]:
-        entries: list[Entry] = []
-        known: dict[object, int] = {}
-        for name, tensor in named_params:
-            if name in self._entry_of:
-                raise UsageError(f"two tensors are named {name!r}; a key names one")
-            if tensor.dtype not in WIRE_CODES:
-                kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in WIRE_CODES)
-                raise UsageError(
-                    f"{name!r} is {tensor.dtype}; a parameter server has {kinds}: cast it, or leave it out"
-                )
-            # Tied: the same numbers under two names.
-            same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
-            if same not in known:
-                known[same] = len(entries)
-                entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, groups.get(name, 0)))
-                self._tensors[name] = tensor
-            self._entry_of[name] = known[same]
-        return entries
-
-    def _require_agreement(self, everyone: Group, rules: str) -> None:
-        """DisagreementError on every rank unless all were given the same tensors and rules."""
-        lines = [rules, *(f"{name!r} is {self.placement.entries[at]}" for name, at in self._entry_of.items())]
-        digest = sha256("\n".join(lines).encode()).digest()
-        if len(set(everyone.exchange_records(digest, "parameter server"))) == 1:
-            return
-        texts = [text.decode().split("\n") for text in everyone.gather_bytes("\n".join(lines).encode(), "the stores")]
-        other = next(rank for rank, text in enumerate(texts) if text != lines) if texts[0] == lines else 0
-        at = next(
-            (at for at, (mine, theirs) in enumerate(zip(lines, texts[other], strict=False)) if mine != theirs),
-            min(len(lines), len(texts[other])),
-        )
-        mine, theirs = (text[at] if at < len(text) else "nothing more" for text in (lines, texts[other]))
-        raise DisagreementError(
-            f"rank {everyone.rank} and rank {other} make different parameter servers: here {mine}; there {theirs}. "
-            "Build it with the same arguments on all ranks, servers included"
-        )
-
-    def _entry(self, key: str) -> Entry:
-        if key not in self._entry_of:
-            near = difflib.get_close_matches(key, self._entry_of, n=3, cutoff=0.4)
-            hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {len(self._entry_of)} keys"
-            raise UsageError(f"rank {self._transport.rank}: the parameter server has no key {key!r}; {hint}")
-        return self.placement.entries[self._entry_of[key]]
-
     def _require_worker(self, what: str) -> None:
         if self.role == "server":
-            raise UsageError(f"rank {self._transport.rank}: {what}() is for workers, and this rank was a server")
+            raise UsageError(f"rank {self._keys.rank}: {what}() is for workers, and this rank was a server")
         if self._closed:
-            raise UsageError(f"rank {self._transport.rank}: {what}() on a parameter server that was closed")
-
-    def _require(self, key: str, tensor: torch.Tensor, what: str) -> None:
-        self._require_worker(what)
-        entry = self._entry(key)
-        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-            mine, theirs = (
-                f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-                for dtype, shape in ((tensor.dtype, tensor.shape), (entry.dtype, entry.shape))
-            )
-            raise UsageError(
-                f"rank {self._transport.rank}: {what} of {key!r} with a tensor of {mine}, and the parameter server has "
-                f"{theirs}; give one of that shape and dtype"
-            )
-
-    def _runs_of(self, keys: tuple[str, ...]) -> list[Run]:
-        """The messages that carry these tensors, where they lie side by side."""
-        if keys not in self._runs:
-            runs: list[Run] = []
-            base = 0
-            for key in keys:
-                at = self._entry_of[key]
-                itemsize = self.placement.entries[at].dtype.itemsize
-                for part in self.placement.of_entry[at]:
-                    start, stop = base + part.start, base + part.stop
-                    last = runs[-1] if runs else None
-                    if (
-                        last is not None
-                        and (last.server, last.first + last.parts, last.stop) == (part.server, part.number, start)
-                        and (stop - last.start) * itemsize <= MESSAGE_BYTES
-                    ):
-                        runs[-1] = last._replace(parts=last.parts + 1, stop=stop)
-                    else:
-                        runs.append(Run(part.server, part.number, 1, start, stop))
-                base += self.placement.entries[at].numel
-            self._runs[keys] = runs
-        return self._runs[keys]
-
-    def _send(
-        self, kind: Kind, keys: tuple[str, ...], flat: torch.Tensor, wire: torch.dtype | None, what: str
-    ) -> Handle:
-        flat = flat.reshape(-1).to(device="cpu", dtype=wire or flat.dtype).contiguous()
-        data, itemsize = flat.view(torch.uint8), flat.element_size()
-        handle = Handle(self._client, what, None)
-        clock = self.clock if kind == Kind.PUSH else -1
-        with self._client.lock:
-            for run in self._runs_of(keys):
-                header = Header(kind, run.first, run.parts, clock=max(0, clock), wire=WIRE_CODES[flat.dtype])
-                numbers = data[run.start * itemsize : run.stop * itemsize]
-                self._client.request(run.server, (clock, 0, run.first), header, handle, numbers)
-        self._client.poll()
-        return handle
-
-    def _pull_into(self, key: str, out: torch.Tensor, clock: int) -> Handle:
-        target = out.detach()
-        direct = target.is_contiguous() and target.is_cpu
-        flat = target.view(-1) if direct else torch.empty(target.numel(), dtype=target.dtype)
-        handle = self._pull_flat((key,), flat, clock, self._wire)
-        handle.result = out
-        if not direct:
-            before = handle.after
-
-            def copy(ended: Handle) -> None:
-                if before is not None:
-                    before(ended)
-                target.copy_(flat.view(target.shape))
-
-            _afterwards(handle, copy)
-        return handle
-
-    def _pull_flat(self, keys: tuple[str, ...], flat: torch.Tensor, clock: int, wire: torch.dtype | None) -> Handle:
-        landing = flat if wire in (None, flat.dtype) else torch.empty(flat.numel(), dtype=wire)
-        data, itemsize = landing.view(torch.uint8), landing.element_size()
-        handle = Handle(self._client, f"pull of {_named(keys)} at clock {clock}", flat)
-
-        def arrived(ended: Handle) -> None:
-            if landing is not flat:
-                flat.copy_(landing)
-            for key in keys:
-                self._versions[key] = min(answer.clock for answer in ended.answers)
-
-        handle.after = arrived
-        with self._client.lock:
-            for run in self._runs_of(keys):
-                header = Header(Kind.PULL, run.first, run.parts, clock=clock, wire=WIRE_CODES[landing.dtype])
-                target = data[run.start * itemsize : run.stop * itemsize]
-                self._client.request(run.server, (clock, 0, run.first), header, handle, target=target)
-        self._client.poll()
-        return handle
-
-    def _tell_hypers(self) -> None:
-        """Tell the servers the hyper-parameters of this clock, if they are not those that they know."""
-        groups = None
-        if self.optimizer is not None:
-            groups = [
-                {key: _plain(value) for key, value in entry.items() if key not in ("params", "param_names")}
-                for entry in self.optimizer.param_groups
-            ]
-            for entry in groups:
-                entry["lr"] *= self.lr_factor
-        text = json.dumps({"groups": groups, "scale": self.grad_scale}).encode()
-        self._told_at = self.clock
-        if text != self._told:
-            self._told = text
-            data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            handle = Handle(self._client, f"hyper-parameters of clock {self.clock}")
-            with self._client.lock:
-                for server in self._every_server:
-                    self._client.request(server, (self.clock, -1, 0), Header(Kind.HYPER), handle, data)
+            raise UsageError(f"rank {self._keys.rank}: {what}() on a parameter server that was closed")
 
     def _take_verdict(self, ended: Handle) -> None:
         if self.agrees:
             answer = ended.answers[0]
             ended.result = Verdict(answer.value**0.5 / self.grad_scale, answer.flag)
-
-    def _tell_all(self, kind: Kind, order: tuple[int, int, int]) -> None:
-        handle = Handle(self._client, kind.name.lower())
-        with self._client.lock:
-            for server in self._every_server:
-                self._client.request(server, order, Header(kind, clock=self.clock), handle)
-        handle.wait()
 
     def _free(self) -> None:
         self._transport.close()
@@ -472,20 +291,3 @@ def _example(factory: Factory | None, groups: int, elementwise: bool | None) -> 
     made = factory(stand_ins if groups == 1 else [{"params": [stand_in]} for stand_in in stand_ins])
     require_elementwise(made, elementwise)
     return made
-
-
-def _plain(value: Any) -> Any:
-    """A hyper-parameter as JSON has it."""
-    return value.item() if torch.is_tensor(value) else value
-
-
-def _named(keys: tuple[str, ...]) -> str:
-    return repr(keys[0]) if len(keys) == 1 else f"{keys[0]!r} .. {keys[-1]!r}"
-
-
-def _afterwards(handle: Handle, call: Any) -> None:
-    """Run ``call(handle)`` when it ends; now, if it has."""
-    if handle.finished:
-        call(handle)
-    else:
-        handle.after = call

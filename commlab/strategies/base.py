@@ -53,6 +53,9 @@ class Options:
     """Ranks that only serve, for ps (1) and dps (2 and more); None: every rank trains, and serves."""
     consistency: str = "bsp"
     """When a worker may read, where there are such servers: bsp, ssp:S, asp."""
+    overlap_pulls: bool = False
+    """Where there are such servers: step() does not wait for the new parameters; the next forward does, for each where
+    it first reads it. Until then only forward, ``state_dict()`` and ``engine.settle()`` may look at parameters."""
 
 
 class Agreement(NamedTuple):
@@ -72,6 +75,8 @@ class Times:
 
     exchange_s: float = 0.0
     """Packing and launching inside backward, waiting for peers, agreeing on the norm, pulling parameters."""
+    forward_wait_s: float = 0.0
+    """Of ``exchange_s``: waiting for pulls inside forward."""
     update_s: float = 0.0
     """Clipping and the optimizer."""
 

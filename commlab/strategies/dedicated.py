@@ -3,7 +3,7 @@
     ps   servers=1        every worker pushes all its gradients to one server     n numbers each way on each worker's
     dps  servers=K >= 2   the same, in K shards balanced by bytes                 link, n W / K on each server's
 
-    worker   backward, push b0 as soon as it is there, push b1 ... | end of clock | pull in forward order
+    worker   backward, push b0 as soon as it is there, push b1 ... | end of clock | pull in forward order | next forward
     server   add in rank order; with clipping or fp16: agree on the norm; update  | answer
 
 The same store as ``commlab.ParameterServer``, with the user's own optimizer on its shards. Under bsp the result is that
@@ -24,7 +24,6 @@ from ..collectives.group import Group
 from ..errors import CommlabError, UsageError
 from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, adjoining, named_parameters, plan
 from ..gradients.wire import WIRES
-from ..ps.client import Handle
 from ..ps.consistency import parse
 from ..ps.messages import MESSAGE_BYTES
 from ..ps.shard import Own
@@ -32,6 +31,7 @@ from ..ps.store import ParameterServer
 from . import pieces
 from .base import Agreement, Options, Strategy
 from .flat import flatten, require_in_place
+from .pulls import Pulls
 
 BUCKET_BYTES = 4 * MESSAGE_BYTES
 """The most that is packed at once, whatever ``bucket_bytes`` says: servers can be busy before a bucket is full."""
@@ -93,9 +93,8 @@ class Dedicated(Strategy):
         assert self.buckets is not None
         if not averages:
             self.store.lr_factor = 1 / self.group.size
-        self._names = [tuple(member.name for member in bucket.parameters) for bucket in self.buckets.buckets]
         self._flat_parameters = [flatten(bucket) for bucket in self.buckets.buckets]
-        self._pulls: dict[int, Handle] = {}
+        self._pulls = Pulls(model, self.store, self.buckets.buckets, self._flat_parameters, self._forward_waited)
         self._accounted_bytes = 0
 
     def _named_parameters(self) -> list[NamedParameter]:
@@ -119,6 +118,13 @@ class Dedicated(Strategy):
             raise CommlabError(
                 f"rank {self.group.rank}: in step {self.steps} its gradient in {bucket.name} is not finite on wire "
                 f"{self.options.wire} (an overflow, inf or NaN), and was not pushed; use wire bf16 or none"
+            )
+        used = [member.name for member in bucket.parameters if member.index in self.buckets.used]
+        if stale := self._pulls.on_their_way(used):
+            raise CommlabError(
+                f"rank {self.group.rank}: in step {self.steps} {', '.join(stale)} had a gradient while the new value "
+                "was still on its way: it was read by a module that does not have it; give overlap_pulls=False "
+                "(--overlap-pulls off)"
             )
         self.store.grad_scale = self.precision.scale
         for names, flat in self._used(bucket):
@@ -156,17 +162,18 @@ class Dedicated(Strategy):
 
     def _pull(self) -> None:
         require_in_place(self, self._flat_parameters)
-        self._ask()
-        for index in list(self._pulls):
-            self._pulls.pop(index).wait()
+        self._pulls.ask()
+        if self.options.overlap_pulls:
+            self._pulls.end_step()
+        else:
+            self._pulls.wait_for_all()
         sent = self.store.bytes_sent
         self.group.bytes_sent += sent - self._accounted_bytes
         self._accounted_bytes = sent
 
-    def _ask(self, *, exact: bool = False) -> None:
-        """Ask for all parameters, those first that forward needs first."""
-        for index in reversed(range(len(self._names))):
-            self._pulls[index] = self.store.pull_flat(self._names[index], self._flat_parameters[index], exact=exact)
+    def _forward_waited(self, seconds: float) -> None:
+        self.times.exchange_s += seconds
+        self.times.forward_wait_s += seconds
 
     @property
     def serving(self) -> str:
@@ -197,17 +204,16 @@ class Dedicated(Strategy):
         if last and not self.averages:
             self.store.leave()
         self.group.barrier()
-        self._ask(exact=True)
-        for index in list(self._pulls):
-            self._pulls.pop(index).wait()
+        self._pulls.ask(exact=True)
+        self._pulls.wait_for_all()
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         self.settle()
         self.group.barrier()
         super().update_parameters(change)
         if self.group.rank == 0:
-            for names, flat in zip(self._names, self._flat_parameters, strict=True):
-                self.store.assign_flat(names, flat).wait()
+            for unit in self._pulls.units:
+                self.store.assign_flat(unit.names, unit.flat).wait()
         self.settle()
         trained = {item.name for item in self.parameters}
         self._give_from_rank_0([(name, tensor) for name, tensor in self._model_tensors() if name not in trained])
@@ -228,6 +234,7 @@ class Dedicated(Strategy):
         """Also gives this worker parameters of its own again. Servers return when all workers have closed."""
         if self.role == "server":
             return
+        self._pulls.close()
         for item in self.parameters:
             item.tensor.data = item.tensor.data.clone()
         super().close()

@@ -16,9 +16,10 @@ from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference
 
 import commlab
 from commlab.collectives.group import Group
-from commlab.errors import DisagreementError, UsageError
+from commlab.errors import CommlabError, DisagreementError, UsageError
 from commlab.gradients.wire import WIRES
 from commlab.ps.store import ParameterServer
+from commlab.strategies import pulls
 
 TEN = RAGGED * 2
 CASES = [(size, servers) for size in range(2, 9) for servers in range(1, min(4, size))]
@@ -165,6 +166,106 @@ def test_parameters_are_changed_for_all(ranks: Ranks) -> None:
             go_on(run, [1])
             assert 0 < float((run.model.middle.bias - before).detach().abs().max()) < 4.0
             run.engine.close()
+
+
+class Stack(torch.nn.Module):
+    """Its parameters are read in the order in which they are registered; those of ``attention.out_proj`` by the module
+    above it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = torch.nn.Linear(training.WIDTH, 8)
+        self.attention = torch.nn.MultiheadAttention(8, 2)
+        self.middle = torch.nn.Sequential(
+            torch.nn.Linear(8, 8, bias=False), torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+        )
+        self.columns = torch.nn.Linear(8, training.WIDTH)
+        self.sneaks = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.rows(x)
+        hidden = self.middle(hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0])
+        if self.sneaks:
+            return hidden @ self.columns.weight.t()
+        result: torch.Tensor = self.columns(hidden)
+        return result
+
+
+def make_stack(group: Group, **options: Any) -> tuple[Stack, Any]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = Stack()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    servers = options.pop("servers", 1)
+    return model, commlab.strategy(
+        "ps" if servers == 1 else "dps", model, optimizer, group, servers=servers, bucket_bytes=300, **options
+    )
+
+
+@pytest.mark.parametrize("clipped", [None, 0.5])
+@closing_stores
+def test_pulls_are_waited_for_in_the_order_of_forward(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, clipped: float | None
+) -> None:
+    """By the next forward and not by step(); and the bits are those of pulls that step() waits for."""
+    monkeypatch.setattr(pulls, "UNIT_BYTES", 1)
+    waits: list[str] = []
+    wait = pulls.Pulls._wait
+
+    def noted(self: pulls.Pulls, at: int) -> None:
+        waits.extend(self.units[at].names)
+        wait(self, at)
+
+    monkeypatch.setattr(pulls.Pulls, "_wait", noted)
+    group = ranks.group(*range(5))
+    for servers in (1, 2) if group is not None else ():
+        digests = []
+        for overlaps in (False, True):
+            model, engine = make_stack(group, servers=servers, overlap_pulls=overlaps, max_grad_norm=clipped)
+            if engine.role == "server":
+                continue
+            names = [name for name, _ in model.named_parameters()]
+            assert len(names) == 13
+            for step in range(5):
+                inputs, targets = training.samples(step, 4 + engine.group.rank)
+                waits.clear()
+                loss = (model(inputs) - targets).square().mean()
+                # Nothing is under way before the first step, and in that one it is seen who reads what.
+                assert waits == (names if overlaps and step else [])
+                engine.backward(loss)
+                waits.clear()
+                engine.step()
+                assert not waits and len(engine._pulls.on_their_way(names)) == (len(names) if overlaps else 0)
+                engine.zero_grad()
+            # Whoever looks at all of it waits for all of it.
+            digests.append([tensor.clone() for tensor in model.state_dict().values()])
+            assert not engine._pulls.on_their_way(names)
+            engine.close()
+        if digests:
+            assert all(torch.equal(a, b) for a, b in zip(*digests, strict=True))
+
+
+@closing_stores
+def test_a_value_that_is_read_too_early_is_an_error(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for ``columns.weight`` when another module reads it behind its back."""
+    monkeypatch.setattr(pulls, "UNIT_BYTES", 1)
+    group = ranks.group(0, 1, 2)
+    if group is not None:
+        model, engine = make_stack(group, overlap_pulls=True)
+        if engine.role == "worker":
+            for step in range(2):
+                model.sneaks = step == 1
+                inputs, targets = training.samples(step, 4)
+                loss = (model(inputs) - targets).square().mean()
+                if step == 0:
+                    engine.backward(loss)
+                    engine.step()
+                    engine.zero_grad()
+                    continue
+                with pytest.raises(
+                    CommlabError, match=r"in step 1 columns.weight had a gradient while .*overlap_pulls"
+                ):
+                    engine.backward(loss)
 
 
 def store(group: Group, consistency: str, servers: int = 1, **options: Any) -> ParameterServer:

@@ -1,0 +1,186 @@
+"""``mpirun -n P python -m bench.ps``: push and pull against parameter servers, one or several; the other ranks work.
+
+A sample is a session of its own: a store is built on all ranks, the workers push a tensor and pull what it became,
+clock after clock, and close it. Contestants alternate by round. Beside them: the same bytes to the server and back as
+bare MPI messages, and the floor, which is every rank copying at once what it has to take in; between hosts that
+bench.cluster made, the time that the busiest host's link needs for its bytes. Every number that came back is checked.
+
+    mpirun -n 2 python -m bench.ps
+    python -m bench.cluster --hosts 4 --ranks-per-host 2 -- python -m bench.ps --servers 1,2,4 --sizes 16MB --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+import commlab
+from commlab import bringup
+from commlab.collectives.world import TRANSPORTS
+from commlab.errors import UsageError
+from commlab.topology import usable_cores
+
+from . import records, table
+from .arguments import count, counts, names, sizes
+from .figures import format_bytes, format_us, percentile, ratio
+from .harness import Unavailable
+from .ps_sessions import Contestant, contestants
+from .ranks import Ranks
+
+SIZES = "4KB,64KB,1MB,4MB,16MB,64MB"
+SAMPLE_S = 0.02
+MAX_CLOCKS = 500
+HEAD = ("contestant", "p50 us", "p99 us", "GB/s", "wrong", "/ floor", "/ messages")
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m bench.ps", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    found.add_argument("--sizes", type=sizes, default=SIZES, metavar="LIST", help="bytes of the tensor")
+    found.add_argument(
+        "--wires", type=names("none", "fp16", "bf16"), default="none,bf16", metavar="LIST", help="none: fp32"
+    )
+    found.add_argument(
+        "--servers",
+        type=counts,
+        default="1",
+        metavar="LIST",
+        help="the last ranks of the last nodes; as many others work, whatever the number of servers",
+    )
+    found.add_argument("--rounds", type=count, default=7, help="samples per contestant, interleaved")
+    found.add_argument("--transport", choices=TRANSPORTS, default="mpi")
+    found.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
+    found.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of silence; then the job ends")
+    found.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
+    return found
+
+
+def measure(playing: dict[str, Contestant], ranks: Ranks, rounds: int, seed: int) -> dict[str, tuple[list[float], int]]:
+    """Samples of every contestant, in seconds, the slowest rank's; and wrong numbers over all ranks. Collective."""
+    clocks = {}
+    for name, contestant in playing.items():
+        [spent_s] = ranks.maximum([_settled(ranks, contestant.session(1))[0]])
+        clocks[name] = min(MAX_CLOCKS, max(1, round(SAMPLE_S / max(spent_s, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in playing}
+    wrong, order = dict.fromkeys(playing, 0), random.Random(seed)
+    for _ in range(rounds):
+        for name in order.sample(list(playing), len(playing)):
+            ranks.barrier()
+            spent_s, bad = _settled(ranks, playing[name].session(clocks[name]))
+            samples[name] += ranks.maximum([spent_s])
+            wrong[name] += int(ranks.total([bad])[0])
+    return {name: (samples[name], wrong[name]) for name in playing}
+
+
+def _settled(ranks: Ranks, value: tuple[float, int]) -> tuple[float, int]:
+    """Wait for the others without using their cores: MPI's own waiting does."""
+    ranks.rest()
+    return value
+
+
+def _link_bytes_per_s() -> float:
+    """Of each host, each way, as bench.cluster made it; 0 elsewhere."""
+    return float(os.environ.get("COMMLAB_LINK_BYTES_PER_S", 0))
+
+
+def rows(
+    found: dict[str, tuple[list[float], int]],
+    playing: dict[str, Contestant],
+    size_bytes: int,
+    nodes: Sequence[Sequence[int]],
+) -> list[dict[str, Any]]:
+    """A record per contestant. GB/s: bytes there and back of one worker, by the time."""
+    link_bytes_per_s = _link_bytes_per_s()
+    copies = {name: median(samples) for name, (samples, _) in found.items() if playing[name].kind == "floor"}
+    fastest = min(copies, key=copies.__getitem__)
+    made = []
+    for name, (samples, wrong) in found.items():
+        p50_s, contestant = median(samples), playing[name]
+        record: dict[str, Any] = {
+            "type": "row",
+            "op": "push+pull",
+            "bytes": size_bytes,
+            "dtype": "float32",
+            "ranks": sum(map(len, nodes)),
+            "nodes": len(nodes),
+            "workers": len(contestant.who.workers),
+            "servers": len(contestant.who.servers),
+            "contestant": name,
+            "kind": contestant.kind,
+            "p50_us": round(p50_s * 1e6, 3),
+            "p99_us": round(percentile(samples, 99) * 1e6, 3),
+            "GBps": float(f"{2 * size_bytes / p50_s / 1e9:.4g}"),
+            "wrong": wrong,
+            "rounds": len(samples),
+            "samples_us": [round(sample * 1e6, 3) for sample in samples],
+        }
+        link_bytes = contestant.who.link_bytes(nodes, size_bytes * contestant.travels)
+        if name in copies:
+            pass
+        elif link_bytes_per_s and link_bytes:
+            # Both ways at once: what is pulled travels while the rest is pushed.
+            floor_s = link_bytes / link_bytes_per_s
+            record |= {"floor": "link", "link_bytes": link_bytes, "floor_us": round(1e6 * floor_s, 1)}
+            record["ratio_floor"] = float(f"{p50_s / floor_s:.4g}")
+        else:
+            record |= {"floor": fastest, "ratio_floor": float(f"{ratio(samples, found[fastest][0]).median:.4g}")}
+        if contestant.kind == "commlab":
+            against = ratio(samples, found["MPI messages, 1 server"][0])
+            record["ratio_messages"] = [float(f"{value:.4g}") for value in against]
+        made.append(record)
+    return made
+
+
+def cells(record: dict[str, Any]) -> list[str]:
+    middle, low, high = record.get("ratio_messages", (0, 0, 0))
+    return [
+        record["contestant"],
+        format_us(record["p50_us"] / 1e6),
+        format_us(record["p99_us"] / 1e6),
+        f"{record['GBps']:.3g}",
+        str(record["wrong"]),
+        f"{record['ratio_floor']:.3g}" if "ratio_floor" in record else "",
+        f"{middle:.2f} ({low:.2f}-{high:.2f})" if middle else "",
+    ]
+
+
+def main() -> int:
+    options = parser().parse_args()
+    torch.set_num_threads(max(1, usable_cores() // bringup.detect().local_size))
+    group = commlab.init(options.transport, timeout_s=options.timeout)
+    ranks = Ranks()
+    if ranks.size == 1:
+        raise UsageError("one rank has no server to talk to: start it with mpirun -n 2, or more")
+    link = {"hosts": len(group.nodes), "link_bytes_per_s": _link_bytes_per_s()}
+    run = records.describe(ranks, "bench.ps", progress=group.progress_mode, **link)
+    wrong = 0
+    for at, size_bytes in enumerate(options.sizes):
+        numel = max(1, size_bytes // 4)
+        try:
+            playing = contestants(group, numel, options)
+        except Unavailable as unavailable:
+            raise UsageError(str(unavailable)) from unavailable
+        found = measure(playing, ranks, options.rounds, options.seed + at)
+        made = rows(found, playing, 4 * numel, group.nodes)
+        wrong += sum(record["wrong"] for record in made)
+        if ranks.rank == 0:
+            print(f"push+pull of {format_bytes(4 * numel)} of float32, {made[0]['workers']} workers")
+            print(table.render(HEAD, [cells(record) for record in made]) + "\n", flush=True)
+            if options.json:
+                records.append(options.json, [run, *made] if at == 0 else made)
+    if wrong and ranks.rank == 0:
+        print(f"{wrong} numbers are wrong", file=sys.stderr)
+    commlab.shutdown()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
