@@ -75,14 +75,11 @@ def write_png(plot: Plot, folder: Path) -> Path:
         title = plot.figure.suptitle(plot.title, x=0.01, ha="left", fontsize=12)
         note = plot.figure.text(0.01, -0.02, text, va="top", ha="left", fontsize=7.5, color="#555555")
         note.set_in_layout(False)
-        # A tight box is measured without the legend's place: the layout is settled before, and then left alone.
-        plot.figure.savefig(io.BytesIO(), dpi=150)
-        engine = plot.figure.get_layout_engine()
-        plot.figure.set_layout_engine("none")
-        plot.figure.savefig(path, dpi=150, bbox_inches="tight", bbox_extra_artists=[title, note])
+        # Legends too: they are placed by the box's edges, and would else lie on the axes.
+        shown = [title, note, *plot.figure.legends]
+        plot.figure.savefig(path, dpi=150, bbox_inches="tight", bbox_extra_artists=shown)
         title.remove()
         note.remove()
-        plot.figure.set_layout_engine(engine)
     return path
 
 
