@@ -19,7 +19,12 @@ from .figures import format_bytes
 Run = tuple[dict[str, Any], list[dict[str, Any]]]
 """A ``run`` line and its ``row`` lines."""
 
-SETTINGS = {"svg.hashsalt": "commlab", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9}
+SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "commlab",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+}
 """Of matplotlib, while plots are made and written: its own font, and names in SVG that do not change."""
 
 WIDTH_IN = 10.0

@@ -197,8 +197,9 @@ def _write(runs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]], html: Pa
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(page(plots, found), encoding="utf-8")
         print(f"{html}: {len(plots)} pictures, {len(found)} tables")
-    for plot in plots if png is not None else ():
-        print(write_png(plot, png))
+    if png is not None:
+        for plot in plots:
+            print(write_png(plot, png))
 
 
 if __name__ == "__main__":
