@@ -13,7 +13,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "parameter-server.md"
 
 WITHOUT_A_WORD = """
 import atexit
-print("loss", float((model.weight - 1).abs().max()) if store.role == "worker" else 0.0, store.role)
+say("loss", float((model.weight.detach() - 1).abs().max()) if store.role == "worker" else 0.0, store.role)
 commlab.init()
 store = commlab.ParameterServer([("w", torch.zeros(1))], consistency="asp")
 if store.role == "worker":
