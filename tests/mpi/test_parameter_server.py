@@ -82,6 +82,17 @@ def test_bsp_equals_single_after_ten_steps(ranks: Ranks, clipped: float | None) 
                 assert_same(run, reference(recipe))
 
 
+@pytest.mark.parametrize("strategy", ["ps", "dps"])
+@pytest.mark.parametrize("clipped", [None, 0.5])
+def test_co_located_equals_single_after_ten_steps(ranks: Ranks, strategy: str, clipped: float | None) -> None:
+    """The same recipe where every rank trains and serves."""
+    recipe = Recipe(samples=TEN, max_grad_norm=clipped, accumulation=2 if clipped else 1)
+    for size in range(2, 9):
+        group = ranks.group(*range(size))
+        if group is not None:
+            assert_same(training.train(strategy, group, recipe, bucket_bytes=200), reference(recipe))
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adagrad"])
 @closing_stores
 def test_other_optimizers_and_unknown_totals(ranks: Ranks, optimizer: str) -> None:
