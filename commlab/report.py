@@ -104,7 +104,7 @@ class Report:
         self._say(f"arithmetic: {native.backend()}; {threads} torch thread{'s' * (threads > 1)} per rank ({why})")
         if config.precision != "fp32":
             self._say(f"precision {config.precision}: {engine.precision.reason}")
-        device = next(engine.model.parameters()).device
+        device = engine.parameters[0].tensor.device  # ddp's engine.model is a front without parameters of its own
         if device.type == "cuda":
             self._say(f"device: {torch.cuda.get_device_name(device)}, packing {native.cuda_backend()}")
         self._say(f"model {config.model}: {numel / 1e6:.2f} M parameters, sequences of {config.seq_len} tokens")

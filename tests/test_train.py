@@ -102,3 +102,12 @@ def test_tensorboard_shows_what_the_metrics_say() -> None:
     assert [loss for _, loss in losses] == pytest.approx([row["loss"] for row in rows()])
     assert [event.step for event in shown.Scalars("loss/held-out, bits per byte")] == [3, 6]
     assert "step/exchange, s" in shown.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("strategy", ["ps", "dps", "allreduce", "ddp"])
+def test_every_strategy_gets_through_the_trainer(strategy: str) -> None:
+    """One rank of each: what the trainer and its report ask of an engine, all of them have."""
+    assert run("--output", "single") == 0
+    assert run("--output", strategy, "--strategy", strategy, "--metrics", "other.jsonl") == 0
+    losses = [row["loss"] for row in rows("other.jsonl")]
+    assert losses == pytest.approx([row["loss"] for row in rows()], rel=1e-4)
