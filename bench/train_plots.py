@@ -27,7 +27,8 @@ _TRAINING = ("model", "batch_size", "seq_len", "steps", "hosts", "rate")
 
 def train_key(run: dict[str, Any], row: dict[str, Any]) -> tuple[Any, ...] | None:
     """What makes rows of bench.train comparable; None for rows of another benchmark."""
-    if row.get("op") != "train":
+    # bench.straggler's rows are of training too, with other columns.
+    if row.get("op") != "train" or not ("missing" in row or "compute_ms" in row):
         return None
     hardware = run["hardware"]
     place = (hardware["cpu"], hardware["cores"], run["versions"]["mpi"])
