@@ -157,10 +157,7 @@ def main() -> int:
             print(f"mean of {options.numel} numbers on {ranks.size} ranks, wire {wire}\n{rendered(rows)}\n", flush=True)
             if options.json:
                 records.append(options.json, [run, *rows] if at == 0 else rows)
-    if failed and ranks.rank == 0:
-        print(f"{failed} means of {LARGE:g}s are wrong", file=sys.stderr)
-    commlab.shutdown()
-    return 1 if failed else 0
+    return ranks.end(failed, f"means of {LARGE:g}s are wrong")
 
 
 if __name__ == "__main__":

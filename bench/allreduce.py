@@ -6,13 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-import torch
-
-import commlab
 from commlab import bringup
 from commlab.collectives.world import TRANSPORTS, WINDOWS
 from commlab.errors import UsageError
-from commlab.topology import usable_cores
 
 from . import floor, ours, records, table
 from .arguments import count, names, sizes
@@ -20,7 +16,7 @@ from .cases import DTYPES, EXACT_UP_TO, OPS, Case
 from .figures import format_bytes
 from .harness import Block, measure, progress_line
 from .peers import PEERS
-from .ranks import Ranks
+from .ranks import Ranks, share_cores
 from .rows import HEAD, cells, rows, title
 
 SIZES = "4B,64B,1KB,16KB,64KB,256KB,1MB,4MB,16MB,100MB,256MB"
@@ -85,8 +81,7 @@ def one_size(
 
 def main() -> int:
     options = parser().parse_args()
-    # As a training process would: all cores, shared among the ranks of this host.
-    torch.set_num_threads(max(1, usable_cores() // bringup.detect().local_size))
+    share_cores()
     largest_bytes = max(options.sizes) + DTYPES[options.dtype].itemsize * bringup.detect().size
     groups = ours.connect(options.transport, options.window, options.timeout, largest_bytes)
     ranks = Ranks()
@@ -99,10 +94,7 @@ def main() -> int:
         wrong += sum(record.get("wrong", 0) for record in found)
         if ranks.rank == 0 and options.json:
             records.append(options.json, [run, *found] if at == 0 else found)
-    if wrong and ranks.rank == 0:
-        print(f"{wrong} numbers are wrong", file=sys.stderr)
-    commlab.shutdown()
-    return 1 if wrong else 0
+    return ranks.end(wrong, "numbers are wrong")
 
 
 if __name__ == "__main__":

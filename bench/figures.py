@@ -34,6 +34,14 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     return Ratio(median(ratios), ratios[k - 1], ratios[-k])
 
 
+def format_ratio(found: Sequence[float] | None) -> str:
+    """A :class:`Ratio`, also as read from a result file; empty without one."""
+    if found is None:
+        return ""
+    middle, low, high = found
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
 def percentile(samples: Sequence[float], percent: float) -> float:
     """The smallest sample that at least ``percent`` of them do not exceed: with few samples the 99th is the worst."""
     return sorted(samples)[max(0, math.ceil(len(samples) * percent / 100) - 1)]

@@ -19,20 +19,16 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-import torch
-
 import commlab
-from commlab import bringup
 from commlab.collectives.world import TRANSPORTS
 from commlab.errors import UsageError
-from commlab.topology import usable_cores
 
 from . import records, table
 from .arguments import count, counts, names, sizes
-from .figures import format_bytes, format_us, percentile, ratio
+from .figures import format_bytes, format_ratio, format_us, percentile, ratio
 from .harness import Unavailable
 from .ps_sessions import Contestant, contestants
-from .ranks import Ranks
+from .ranks import Ranks, share_cores
 
 SIZES = "4KB,64KB,1MB,4MB,16MB,64MB"
 SAMPLE_S = 0.02
@@ -140,7 +136,6 @@ def rows(
 
 
 def cells(record: dict[str, Any]) -> list[str]:
-    middle, low, high = record.get("ratio_messages", (0, 0, 0))
     return [
         record["contestant"],
         format_us(record["p50_us"] / 1e6),
@@ -148,13 +143,13 @@ def cells(record: dict[str, Any]) -> list[str]:
         f"{record['GBps']:.3g}",
         str(record["wrong"]),
         f"{record['ratio_floor']:.3g}" if "ratio_floor" in record else "",
-        f"{middle:.2f} ({low:.2f}-{high:.2f})" if middle else "",
+        format_ratio(record.get("ratio_messages")),
     ]
 
 
 def main() -> int:
     options = parser().parse_args()
-    torch.set_num_threads(max(1, usable_cores() // bringup.detect().local_size))
+    share_cores()
     group = commlab.init(options.transport, timeout_s=options.timeout)
     ranks = Ranks()
     if ranks.size == 1:
@@ -176,10 +171,7 @@ def main() -> int:
             print(table.render(HEAD, [cells(record) for record in made]) + "\n", flush=True)
             if options.json:
                 records.append(options.json, [run, *made] if at == 0 else made)
-    if wrong and ranks.rank == 0:
-        print(f"{wrong} numbers are wrong", file=sys.stderr)
-    commlab.shutdown()
-    return 1 if wrong else 0
+    return ranks.end(wrong, "numbers are wrong")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+import commlab
 from commlab import bringup
+from commlab.topology import usable_cores
+
+
+def share_cores() -> None:
+    """Give torch the threads that a training process gives it: all cores, shared among the ranks of this host."""
+    import torch
+
+    torch.set_num_threads(max(1, usable_cores() // bringup.detect().local_size))
 
 
 class Ranks:
@@ -64,3 +74,10 @@ class Ranks:
         table = np.empty((self.size, width), np.uint8)
         self._comm.Allgather(mine, table)
         return next((said for row in table if (said := row.tobytes().rstrip(b"\0").decode())), "")
+
+    def end(self, failed: int, said: str) -> int:
+        """Shut commlab down; the exit code. Rank 0 says how many of its checks ``failed``. Collective."""
+        if failed and self.rank == 0:
+            print(f"{failed} {said}", file=sys.stderr)
+        commlab.shutdown()
+        return 1 if failed else 0

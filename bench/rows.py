@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from .cases import Case
-from .figures import bus_factor, format_bytes, format_us, percentile, ratio
+from .figures import bus_factor, format_bytes, format_ratio, format_us, percentile, ratio
 from .harness import Result
 
 HEAD = ("contestant", "p50 us", "p99 us", "algbw", "busbw GB/s", "wrong", "/ floor", "/ best peer", "check us")
@@ -102,7 +102,6 @@ def cells(record: dict[str, Any]) -> list[str]:
     """The record as cells under HEAD; a missing contestant as one cell."""
     if "missing" in record:
         return [f"{record['contestant']}: missing: {record['missing']}"]
-    middle, low, high = record.get("ratio_best_peer", (0, 0, 0))
     return [
         record["contestant"],
         format_us(record["p50_us"] / 1e6),
@@ -111,6 +110,6 @@ def cells(record: dict[str, Any]) -> list[str]:
         f"{record['busbw_GBps']:.3g}" if "busbw_GBps" in record else "",
         str(record["wrong"]),
         f"{record['ratio_floor'][0]:.3g}" if "ratio_floor" in record else "",
-        f"{middle:.2f} ({low:.2f}-{high:.2f})" if middle else "",
+        format_ratio(record.get("ratio_best_peer")),
         f"{record['check_us']:.1f}" if "check_us" in record else "",
     ]

@@ -22,16 +22,15 @@ import torch
 import torch.distributed as dist
 
 import commlab
-from commlab import bringup
 from commlab.model import build_model, describe_model
-from commlab.topology import usable_cores
 
 from . import records, table
-from .figures import ratio
+from .arguments import count
+from .figures import format_ratio, ratio
 from .given import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Parameters, Reference, Work
 from .harness import progress_line
 from .peers import gloo
-from .ranks import Ranks
+from .ranks import Ranks, share_cores
 
 HEAD = ("contestant", "p50 ms", "wrong", "/ gloo")
 STRATEGIES = ("dps", "allreduce", "ps", "ddp", "horovod")
@@ -134,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help=f"gloo, {', '.join(STRATEGIES)}; with :fp16 or :bf16 for the wire (default: %(default)s)",
     )
-    found.add_argument("--rounds", type=int, default=7, help="steps of each, interleaved (default: %(default)s)")
+    found.add_argument("--rounds", type=count, default=7, help="steps of each, interleaved (default: %(default)s)")
     found.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
     return found
 
@@ -143,9 +142,9 @@ def main() -> int:
     options = parser().parse_args()
     names = options.contestants.split(",")
     unknown = [name for name in names if name.partition(":")[0] not in ("gloo", *STRATEGIES)]
-    if unknown or options.rounds < 1:
-        parser().error(f"unknown: {', '.join(unknown)}" if unknown else "--rounds must be at least 1")
-    torch.set_num_threads(max(1, usable_cores() // bringup.detect().local_size))
+    if unknown:
+        parser().error(f"unknown: {', '.join(unknown)}")
+    share_cores()
     commlab.init()
     ranks = Ranks()
     shape = describe_model(options.model)
@@ -184,8 +183,7 @@ def main() -> int:
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    against = row.get("ratio_best_peer")
-    compared = "" if against is None else f"{against[0]:.2f} ({against[1]:.2f}-{against[2]:.2f})"
+    compared = format_ratio(row.get("ratio_best_peer"))
     return row["contestant"], f"{row['p50_us'] / 1e3:.1f}", str(row["wrong"]), compared
 
 

@@ -23,6 +23,7 @@ from commlab.config import Config
 from commlab.errors import UsageError
 
 from . import records, table
+from .arguments import count, counts, names
 from .cluster_plan import ClusterError
 from .launcher import MPI_KINDS, LauncherError, find_mpi
 from .train_launch import JobFailed, Launcher, Measured, launcher, train
@@ -39,21 +40,19 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--rows", type=_rows, default=list(ROWS), metavar="LIST", help=", ".join(ROWS))
-    found.add_argument(
-        "--ranks", type=_counts, default=None, metavar="LIST", help="default 2; with --hosts all of them"
-    )
-    found.add_argument("--rounds", type=_count, default=3, help="runs of each row (default %(default)s)")
+    found.add_argument("--ranks", type=counts, default=None, metavar="LIST", help="default 2; with --hosts all of them")
+    found.add_argument("--rounds", type=count, default=3, help="runs of each row (default %(default)s)")
     found.add_argument("--model", default="gpt2-tiny", help="default %(default)s; gpt2-100m is the paper's")
     found.add_argument("--data", help="default: this Python's own library sources")
-    found.add_argument("--batch-size", type=_count, default=32, help="global, in sequences (default %(default)s)")
-    found.add_argument("--seq-len", type=_count, help="default: the model's")
-    found.add_argument("--steps", type=_count, default=30, help="of each run (default %(default)s)")
+    found.add_argument("--batch-size", type=count, default=32, help="global, in sequences (default %(default)s)")
+    found.add_argument("--seq-len", type=count, help="default: the model's")
+    found.add_argument("--steps", type=count, default=30, help="of each run (default %(default)s)")
     found.add_argument("--precision-16", choices=("fp16", "apex"), default="fp16", help="of the two 16-bit rows")
     found.add_argument("--seed", type=int, default=0, help="of the model, the data and the order of the runs")
     found.add_argument("--hosts", type=int, default=0, metavar="N", help="emulated hosts; default: this machine")
     found.add_argument("--rate", default="200mbit", help="each host's link, each way (default %(default)s)")
     found.add_argument("--delay", default="none", help="one way, as 5ms")
-    found.add_argument("--ranks-per-host", type=_count, default=1)
+    found.add_argument("--ranks-per-host", type=count, default=1)
     found.add_argument("--mpi", choices=("auto", *MPI_KINDS), default="auto", help="must be this environment's")
     found.add_argument("--flags", default="", metavar="TEXT", help="more flags of commlab.train, for all rows")
     found.add_argument("--timeout", type=float, default=900.0, metavar="S", help="for one run (default %(default)s)")
@@ -61,22 +60,8 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
-
-
 def _rows(text: str) -> list[str]:
-    named = [name.strip() for name in text.split(",")]
-    unknown = [name for name in named if name not in ROWS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    return named
+    return names(*ROWS)(",".join(name.strip() for name in text.split(",")))
 
 
 def flags_of(name: str, options: argparse.Namespace) -> list[str]:

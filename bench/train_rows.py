@@ -73,13 +73,8 @@ def reduced(
         max(0.0, each.step_s - compute_s - update_s) if hides else each.phases_s["exchange"]
         for each, compute_s, update_s in zip(rounds, compute, update, strict=True)
     ]
-    found: dict[str, Any] = {
-        "type": "row",
-        "op": "train",
-        "contestant": name,
-        "kind": row.kind,
-        "paper": row.paper,
-        "ranks": ranks,
+    found = {
+        **_head(name, ranks),
         "nodes": last.nodes,
         "rounds": len(rounds),
         "tokens_per_s": _round(median(each.tokens_per_step / each.step_s for each in rounds)),
@@ -106,6 +101,10 @@ def reduced(
 
 
 def missing(name: str, ranks: int, reason: str) -> dict[str, Any]:
+    return {**_head(name, ranks), "missing": reason}
+
+
+def _head(name: str, ranks: int) -> dict[str, Any]:
     row = ROWS[name]
     return {
         "type": "row",
@@ -114,7 +113,6 @@ def missing(name: str, ranks: int, reason: str) -> dict[str, Any]:
         "kind": row.kind,
         "paper": row.paper,
         "ranks": ranks,
-        "missing": reason,
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import training
+from crew import SharedNetwork
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +19,6 @@ import commlab
 from commlab.collectives.group import Group
 from commlab.gradients.scaling import LossScale
 from commlab.topology import Topology
-from commlab.transport.base import Bytes
-from commlab.transport.sim import SimNetwork, SimRequest
 
 # The loss scale by itself.
 
@@ -60,23 +59,11 @@ def test_it_is_a_power_of_two_and_is_saved_whole(overflows: list[bool], interval
 # Ranks as threads of this process.
 
 
-class LockedNetwork(SimNetwork):
-    """Mailboxes that several threads may use."""
-
-    def __init__(self, size: int):
-        super().__init__(size)
-        self._lock = threading.Lock()
-
-    def post(self, frm: int, to: int, data: Bytes, sending: bool) -> SimRequest:
-        with self._lock:
-            return super().post(frm, to, data, sending)
-
-
 def on_ranks(size: int, work: Callable[[Group], Any]) -> list[Any]:
     """``work(group)`` of every rank, each in a thread; results in rank order."""
     results: list[Any] = [None] * size
     failures: list[BaseException] = []
-    transports = LockedNetwork(size).transports()
+    transports = SharedNetwork(size).transports()
 
     def run(rank: int) -> None:
         group = Group(transports[rank], Topology((tuple(range(size)),)), timeout_s=20.0)

@@ -15,15 +15,13 @@ M. Li et al., "Scaling distributed machine learning with the parameter server", 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 
 import torch
 
 from .lockstep import Lockstep
 from .messages import Header, Kind
 from .rounds import Hypers
-from .shard import Shard
-from .state import Record, Rules, Waiting
+from .state import Waiting
 
 
 class Server(Lockstep):
@@ -31,18 +29,6 @@ class Server(Lockstep):
 
     ``names`` says in messages who the workers are. ``log``: where given, every update is appended to it.
     """
-
-    def __init__(
-        self,
-        shard: Shard,
-        rules: Rules,
-        index: int = 0,
-        names: Iterable[str] | None = None,
-        log: list[Record] | None = None,
-    ):
-        super().__init__(shard, rules, index, names, log)
-        self._scratch: dict[int, torch.Tensor] = {}
-        self._tickets = 0
 
     # Messages in.
 

@@ -89,6 +89,10 @@ class State:
         self.versions = [0] * parts
         """Updates of every part; its first value is the first one."""
         self.rounds = Rounds(shard, self.names) if rules.consistency.averages else None
+        self._scratch: dict[int, torch.Tensor] = {}
+        """Memory for what a peer sends, where it has no place of its own."""
+        self._tickets = 0
+        """Shares of the work that were given out."""
 
     @property
     def closed(self) -> bool:
