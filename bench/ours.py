@@ -10,8 +10,7 @@ import torch
 
 import commlab
 from commlab.collectives import ALGORITHMS
-from commlab.collectives.select import Case as Choice
-from commlab.collectives.select import choose
+from commlab.collectives.operations import pick
 from commlab.gradients.wire import WIRES
 
 from .cases import Case
@@ -114,8 +113,4 @@ def _run(call: Callable[[], object], result: torch.Tensor) -> torch.Tensor:
 
 def _choice(case: Case, group: commlab.Group, wire: str | None) -> str:
     """What ``auto`` stands for here."""
-    dtype = WIRES[wire] or case.dtype
-    size_bytes = case.bytes // case.dtype.itemsize * dtype.itemsize
-    has_window = group.window is not None
-    choice = Choice(case.op, group.size, size_bytes, dtype.itemsize == 2, group.transport.name, has_window)
-    return choose("auto", choice, NAMES)[0]
+    return pick(group, case.op, "auto", case.bytes // case.dtype.itemsize, WIRES[wire] or case.dtype)[0]

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -167,9 +168,12 @@ void register_window(nb::module_& m) {
                             std::size_t numel, int op, double divisor) {
     const auto to = pointers(dst);
     const auto from = pointers(src);
-    nb::gil_scoped_release released;
+    const DType from_dtype = dtype_of(dtype);
+    // A few microseconds are over before another thread could take the GIL; getting it back may take 5 ms.
+    std::optional<nb::gil_scoped_release> released;
+    if (numel * dtype_bytes(from_dtype) >= 64 * 1024) released.emplace();
     gather_reduce(to.data(), to.size(), dtype_of(dst_dtype), const_cast<const void* const*>(from.data()), from.size(),
-                  dtype_of(dtype), numel, op_of(op), divisor);
+                  from_dtype, numel, op_of(op), divisor);
   });
   m.def(
       "copy_through",

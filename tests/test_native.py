@@ -97,6 +97,22 @@ def test_accumulate(backend: str, dtype: torch.dtype, op: str) -> None:
 
 @needs_native
 @pytest.mark.parametrize("backend", BUILT)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_reduce_rows(backend: str, dtype: torch.dtype, op: str) -> None:
+    divisors = (1, 3, 4) if op == "sum" and dtype.is_floating_point else (1,)
+    for numel, (dst_start, ranks), divisor in itertools.product(SIZES, ((0, 1), (3, 5)), divisors):
+        rows = numbers(ranks * (numel + 3), dtype, 2).view(ranks, numel + 3)
+        got, want = on_both(
+            backend,
+            numbers(numel + 9, dtype, 1),
+            lambda d: native.reduce_rows(d, dst_start, rows.clone(), numel, op, divisor),  # noqa: B023
+        )
+        assert_same_bits(got, want, zeros_equal=op in ("min", "max"))
+
+
+@needs_native
+@pytest.mark.parametrize("backend", BUILT)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_16bit_pattern_survives_the_trip_through_fp32(backend: str, dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)

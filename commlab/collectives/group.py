@@ -13,7 +13,7 @@ from .. import trace
 from ..errors import DisagreementError, UsageError
 from ..native import module as native
 from ..topology import Topology, usable_cores
-from ..transport.base import Exchange, Request, Transport
+from ..transport.base import Carried, Exchange, Request, Transport
 from ..transport.window import NOWHERE, Unavailable, Window, WindowWait
 from .execute import Execution, Pending
 from .handle import Handle
@@ -137,20 +137,27 @@ class Group:
         signature: Signature,
         body: Iterable[Request] = (),
         result: Any = None,
-        attached: Callable[[], Attachment] | None = None,
+        attached: Callable[[], Attachment | Carried] | None = None,
+        awaited: bool = False,
     ) -> Handle:
         """Queue ``body`` to run once all ranks are known to agree on ``signature``. Collective. ``attached()`` is asked
-        for just before this rank tells the others, if they share a window."""
+        for just before this rank tells the others: what it publishes in the window, or what travels with its record.
+        ``awaited``: the caller waits for it at once."""
         if self._closed:
             raise UsageError(f"rank {self.rank}: {signature.kind} on a group that was shut down")
         self._sequence += 1
-        return self._queue(signature, body, result, attached or (lambda: _NOTHING))
+        return self._queue(signature, body, result, attached or (lambda: _NOTHING), awaited)
 
     def _queue(
-        self, signature: Signature, body: Iterable[Request], result: Any, attached: Callable[[], Attachment | None]
+        self,
+        signature: Signature,
+        body: Iterable[Request],
+        result: Any,
+        attached: Callable[[], Attachment | Carried | None],
+        awaited: bool,
     ) -> Handle:
         checked = self._checked(signature, self._sequence, body, attached)
-        return self.progress.submit(Handle(checked, result, signature, self._sequence, self.progress))
+        return self.progress.submit(Handle(checked, result, signature, self._sequence, self.progress), awaited)
 
     def allreduce_inline(
         self, signature: Signature, data: Inline, result: torch.Tensor, otherwise: Callable[[], Pending]
@@ -173,7 +180,7 @@ class Group:
             self.node_bytes_read += size_bytes * self.size
             self.node_bytes_written += size_bytes
         else:
-            self._queue(signature, otherwise(), result, lambda: None).wait()
+            self._queue(signature, otherwise(), result, lambda: None, awaited=True).wait()
         return True
 
     def _checked(
@@ -181,7 +188,7 @@ class Group:
         signature: Signature,
         sequence: int,
         body: Iterable[Request],
-        attached: Callable[[], Attachment | None],
+        attached: Callable[[], Attachment | Carried | None],
     ) -> Pending:
         if self.size > 1 and (self.check or self.window is not None or signature.kind in ("barrier", "subgroup")):
             record = signature.record(sequence)
@@ -195,11 +202,14 @@ class Group:
                 raise DisagreementError(disagreement(texts.records(), self.rank))
         yield from body
 
-    def _announce(self, record: bytes, attached: Callable[[], Attachment | None]) -> Exchange | _WindowExchange:
-        if self.window is None:
-            return self.transport.exchange(record)
+    def _announce(
+        self, record: bytes, attached: Callable[[], Attachment | Carried | None]
+    ) -> Exchange | _WindowExchange:
+        brought = attached()
+        if self.window is None or isinstance(brought, Carried):
+            return self.transport.exchange(record, brought if isinstance(brought, Carried) else None)
         wait = WindowWait(self.window, self.rank_on_node)
-        return _WindowExchange(self.window, wait, int.from_bytes(record, "little"), attached())
+        return _WindowExchange(self.window, wait, int.from_bytes(record, "little"), brought)
 
     def execute(self, execution: Execution) -> Pending:
         """Run an execution and count what it sent."""
@@ -254,7 +264,7 @@ class Group:
 
     def barrier(self) -> None:
         """Return once every rank has called it. Cost: one round trip."""
-        self.submit(Signature("barrier")).wait()
+        self.submit(Signature("barrier"), awaited=True).wait()
 
     def exchange_records(self, record: bytes, name: str) -> list[bytes]:
         """Every rank's ``record`` on every rank, in rank order; all of one length. Collective. Cost: one round trip."""
@@ -268,7 +278,7 @@ class Group:
                 yield exchange
             records.extend(exchange.records())
 
-        self.submit(Signature("exchange", (len(record),), name=name), body()).wait()
+        self.submit(Signature("exchange", (len(record),), name=name), body(), awaited=True).wait()
         return records
 
     def gather_bytes(self, data: bytes, name: str) -> list[bytes]:

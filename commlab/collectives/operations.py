@@ -17,7 +17,8 @@ from ..chunks import Range, split, whole_at
 from ..errors import UsageError
 from ..gradients.wire import WIRES
 from ..native.arithmetic import DTYPES, OP_CODES
-from . import ALGORITHMS, hierarchical, schedules, window
+from ..transport.base import Carried
+from . import ALGORITHMS, carried, hierarchical, schedules, window
 from .execute import Execution, Operand, Pending
 from .group import Attachment, Group, Inline
 from .handle import Handle
@@ -71,6 +72,7 @@ def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype
         window=not against["window"],
         hierarchical=not against["hierarchical"],
         nodes=len(group.nodes),
+        carried=kind == "allreduce" and carried.load_of(group, numel, dtype.itemsize) is not None,
     )
     return choose(algorithm, case, (*ALGORITHMS, "window", "hierarchical"))
 
@@ -82,7 +84,9 @@ class _Plan(NamedTuple):
     wire_dtype: torch.dtype
     signature: Signature
     inline: Inline | None
-    """Of an allreduce whose data travel with the agreement check."""
+    """Of an allreduce whose data travel with the agreement check in the window, and"""
+    load: carried.Load | None
+    """of one whose data travel with it in messages."""
 
 
 def _plan(
@@ -114,7 +118,9 @@ def _plan(
             divisor, reduction = _divided(op, group.size)
             inline = Inline(tensor.numel(), DTYPES[tensor.dtype][0], OP_CODES[reduction], divisor)
         signature = Signature(kind, tuple(tensor.shape), tensor.dtype, name, detail)
-        found = _Plan(chosen, wire_dtype, signature, inline)
+        by_direct = kind == "allreduce" and chosen == "direct"
+        load = carried.load_of(group, tensor.numel(), wire_dtype.itemsize) if by_direct else None
+        found = _Plan(chosen, wire_dtype, signature, inline, load)
         group.plans[key] = found
     return found
 
@@ -194,11 +200,16 @@ def allreduce_async(
     UsageError; from ``wait()``: DisagreementError, PeerLostError, PeerTimeoutError.
     """
     group = resolve(group)
-    chosen, wire_dtype, signature, _ = _plan(group, "allreduce", tensor, op, name, algorithm, wire)
+    return _start_allreduce(group, tensor, op, _plan(group, "allreduce", tensor, op, name, algorithm, wire))
+
+
+def _start_allreduce(group: Group, tensor: torch.Tensor, op: str, plan: _Plan, awaited: bool = False) -> Handle:
+    chosen, wire_dtype, signature, _, load = plan
     # The window casts fp32 to a 16-bit wire by itself; everybody else sends what is staged.
     casts = chosen == "window" and tensor.dtype is torch.float32
     divisor, reduction = _divided(op, group.size)
     staged: list[torch.Tensor] = []
+    travelling: list[Carried] = []
 
     def stage() -> torch.Tensor:
         if not staged:
@@ -213,6 +224,8 @@ def allreduce_async(
             yield from window.allreduce(group, flat, wire_dtype, reduction, divisor)
         elif chosen == "hierarchical":
             yield from hierarchical.allreduce(group, flat, reduction, divisor)
+        elif travelling:
+            yield from carried.allreduce(group, flat, travelling[0], reduction, divisor)
         else:
             schedule_of = ALGORITHMS[chosen]
             own = schedule_of.owners(flat.numel(), group.size)[group.rank]
@@ -221,10 +234,13 @@ def allreduce_async(
             yield from group.execute(Execution(schedule, operand, group.transport))
         _return(flat, tensor)
 
-    def attached() -> Attachment:
+    def attached() -> Attachment | Carried:
+        if load is not None:
+            travelling.append(carried.carry(stage(), load))
+            return travelling[0]
         return _attach(group, stage(), inline=wire_dtype is stage().dtype) if chosen == "window" else Attachment()
 
-    return group.submit(signature, body(), tensor, attached)
+    return group.submit(signature, body(), tensor, attached, awaited)
 
 
 def allreduce(
@@ -246,7 +262,7 @@ def allreduce(
 
         if group.allreduce_inline(plan.signature, plan.inline, tensor, otherwise):
             return tensor
-    result: torch.Tensor = allreduce_async(tensor, op, name, algorithm, wire, group).wait()
+    result: torch.Tensor = _start_allreduce(group, tensor, op, plan, awaited=True).wait()
     return result
 
 
@@ -266,7 +282,7 @@ def reduce_chunks_async(
     """
     group = resolve(group)
     chunks = tuple(chunks)
-    chosen, _, signature, _ = _plan(group, "reduce_scatter", flat, op, name, algorithm, chunks=chunks)
+    chosen, _, signature, *_ = _plan(group, "reduce_scatter", flat, op, name, algorithm, chunks=chunks)
     own = chunks[group.rank]
     wide = None
     if flat.dtype in _HALVES and chosen in ("direct", "window") and group.size > 1:
@@ -298,7 +314,7 @@ def gather_chunks_async(
     contiguous, CPU. The parameter server's pull: with all of it in one chunk, a broadcast."""
     group = resolve(group)
     chunks = tuple(chunks)
-    chosen, _, signature, _ = _plan(group, "allgather", flat, "sum", name, algorithm, chunks=chunks)
+    chosen, _, signature, *_ = _plan(group, "allgather", flat, "sum", name, algorithm, chunks=chunks)
 
     def body() -> Pending:
         if group.size == 1 or flat.numel() == 0:

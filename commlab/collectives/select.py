@@ -23,6 +23,8 @@ class Case(NamedTuple):
     hierarchical: bool = False
     """Whether it has several nodes, and each of them a window."""
     nodes: int = 1
+    carried: bool = False
+    """Whether the numbers can travel with the agreement check."""
 
 
 class Row(NamedTuple):
@@ -37,6 +39,11 @@ TABLE: tuple[Row, ...] = (
         lambda case: case.hierarchical and case.kind == "allreduce" and case.bytes > 64 * 1024,
         "hierarchical",
         "a node sends as if it were one rank, and all its ranks carry a part",
+    ),
+    Row(
+        lambda case: case.carried,
+        "direct",
+        "few numbers travel with the agreement check: one message time, two beyond 4 KB",
     ),
     Row(
         lambda case: case.size == 2,

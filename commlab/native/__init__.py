@@ -10,7 +10,7 @@ the same bits but for the payload of NaNs. Which one runs is told by `backend()`
 
 from __future__ import annotations
 
-from commlab.native.arithmetic import accumulate, divide, narrow, reduce, scale, widen
+from commlab.native.arithmetic import accumulate, divide, narrow, reduce, reduce_rows, scale, widen
 from commlab.native.cuda import CudaPackPlan, cuda_backend
 from commlab.native.module import backend, backends, using
 from commlab.native.pack import PackPlan
@@ -25,6 +25,7 @@ __all__ = [
     "divide",
     "narrow",
     "reduce",
+    "reduce_rows",
     "scale",
     "using",
     "widen",

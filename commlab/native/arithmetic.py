@@ -107,6 +107,34 @@ def divide(dst: Tensor, dst_start: int, numel: int, divisor: float) -> None:
         _part(dst, dst_start, numel).div_(divisor)
 
 
+def reduce_rows(dst: Tensor, dst_start: int, rows: Tensor, numel: int, op: str, divisor: float = 1.0) -> None:
+    """dst[dst_start + i] = (rows[0, i] OP rows[1, i] OP ...) / divisor for i < numel.
+
+    Same dtype on both sides; 16-bit numbers are combined and divided in fp32 and rounded once. ``rows``: 2-D, each row
+    contiguous, of up to 512 ranks; plain torch may overwrite it.
+    """
+    dtype = rows.dtype
+    if dtype not in DTYPES or dst.dtype is not dtype:
+        raise _wrong_dtypes(
+            "reduce_rows", "two tensors of one dtype of fp32, fp64, fp16, bf16, int32, int64", dst, rows
+        )
+    code, item_bytes = DTYPES[dtype]
+    to = address_of("reduce_rows dst", dst, dst_start, numel, item_bytes)
+    if rows.dim() != 2 or not 0 <= numel <= rows.shape[1] or (numel > 1 and rows.stride(1) != 1):
+        raise ValueError(f"native.reduce_rows of {numel} numbers cannot read rows of shape {tuple(rows.shape)}")
+    active = module.active
+    if active is not None and hasattr(active, "gather_reduce"):
+        start, row_bytes = rows.data_ptr(), rows.stride(0) * item_bytes
+        sources = [start + row * row_bytes for row in range(rows.shape[0])]
+        active.gather_reduce([to], code, sources, code, numel, _op_code(op), divisor)
+        return
+    part = _part(dst, dst_start, numel)
+    total = rows[0, :numel].float() if dtype in _16BIT else rows[0, :numel]
+    for row in rows[1:]:
+        _torch_combine(total, row[:numel].float() if dtype in _16BIT else row[:numel], op)
+    part.copy_(total if divisor == 1 else total / divisor)
+
+
 def address_of(what: str, tensor: Tensor, start: int, numel: int, item_bytes: int) -> int:
     """The address of number `start` of the tensor, once it is certain that `numel` numbers lie there."""
     if 0 <= start <= start + numel <= tensor.numel() and tensor.is_cpu and tensor.is_contiguous():

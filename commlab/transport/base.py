@@ -8,10 +8,60 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Bytes = npt.NDArray[np.uint8]
 """A contiguous 1-D uint8 view of somebody's memory; must stay alive and, for a send, unchanged until the request is
 done."""
+
+
+RECORD_BYTES = 8
+"""Of the agreement check (:mod:`commlab.collectives.signature`)."""
+
+CARRIED_BYTES = 32 * 1024
+"""The most that travels with a record to each peer: a message that MPI still sends without asking the receiver first
+(its eager limit), and room that every rank keeps for every other."""
+
+CARRIED_RANKS = 16
+"""Among more ranks nothing travels with a record: everybody sends to everybody."""
+
+
+class Rows:
+    """What has arrived with the records: a row of ``row_bytes`` per rank, the first at ``address``."""
+
+    __slots__ = ("_bytes", "_views", "address", "row_bytes")
+
+    def __init__(self, table: npt.NDArray[np.uint8]):
+        """``table``: a row per rank, each contiguous."""
+        self._bytes = torch.from_numpy(table)
+        self._views: dict[torch.dtype, torch.Tensor] = {}
+        self.address, self.row_bytes = self._bytes.data_ptr(), self._bytes.stride(0)
+
+    def view(self, dtype: torch.dtype) -> torch.Tensor:
+        """All rows, to their ends, as numbers: shape (ranks, room)."""
+        if dtype not in self._views:
+            self._views[dtype] = self._bytes.view(dtype)
+        return self._views[dtype]
+
+
+class Carried:
+    """Numbers that travel with a record: ``size_bytes`` at ``address``, which must stay as they are until the exchange
+    is done. ``to_each``: the peers get consecutive parts, ``part_bytes`` each, of which the last ones may be short or
+    empty (what arrives behind their ends means nothing); otherwise all get all of it. ``rows``: once the exchange is
+    done, what every rank has sent to this one, in rank order.
+    """
+
+    __slots__ = ("address", "part_bytes", "rows", "size_bytes", "to_each")
+
+    rows: Rows
+
+    def __init__(self, address: int, size_bytes: int, part_bytes: int, to_each: bool):
+        self.address, self.size_bytes, self.part_bytes, self.to_each = address, size_bytes, part_bytes, to_each
+
+    def part(self, rank: int) -> tuple[int, int]:
+        """Where a part begins, in bytes, and how many it has."""
+        start = min(rank * self.part_bytes, self.size_bytes)
+        return start, min(self.part_bytes, self.size_bytes - start)
 
 
 class Request(Protocol):
@@ -36,12 +86,16 @@ class Transport(Protocol):
     threads: bool
     """Whether a second thread of this process may call the transport."""
 
+    carries_bytes: int
+    """How many bytes may travel to each peer with a record of RECORD_BYTES; 0: none."""
+
     def isend(self, data: Bytes, to: int) -> Request: ...
 
     def irecv(self, data: Bytes, frm: int) -> Request: ...
 
-    def exchange(self, record: bytes) -> Exchange:
-        """Give every rank a record of the same length and get everyone's. Collective."""
+    def exchange(self, record: bytes, carried: Carried | None = None) -> Exchange:
+        """Give every rank a record of the same length, and what it carries, and get everyone's. Collective. Ranks that
+        carry different things find it out from their records."""
 
     def split(self, ranks: Sequence[int], *, any_order: bool = False) -> Transport | None:
         """A transport among ``ranks`` of this one, messages of which never meet the others'. Collective over this

@@ -4,12 +4,16 @@ purpose."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import memmove
 from typing import Any
 
 from mpi4py import MPI
 
 from ..errors import PeerLostError
-from .base import Bytes, Exchange
+from .base import CARRIED_BYTES, CARRIED_RANKS, RECORD_BYTES, Bytes, Carried, Exchange, Rows
+
+_LENGTHS = 64
+"""Of different lengths, so many sets of sends are kept ready."""
 
 
 def lost(peers: Sequence[int], error: MPI.Exception) -> PeerLostError:
@@ -43,41 +47,90 @@ class MpiRequest:
 
 
 class MpiExchange(Exchange):
-    """Records of one fixed width over persistent requests: two MPI calls however many ranks there are."""
+    """Records of one fixed width over persistent requests: two MPI calls however many ranks there are.
 
-    __slots__ = ("_comm", "_incoming", "_mine", "_requests")
+    Behind its record a rank may send up to ``room_bytes`` to each peer. Receives always have that room, so ranks that
+    disagree about what travels are found by their records, and no message is too long for its receiver.
+    """
 
-    def __init__(self, comm: MPI.Comm, rank: int, size: int, width: int):
+    __slots__ = ("_comm", "_incoming", "_own", "_rank", "_ready", "_records", "_rows", "_staging", "_under_way")
+
+    def __init__(self, comm: MPI.Comm, rank: int, size: int, width: int, room_bytes: int = 0):
         import numpy as np
 
-        self._comm, self.size = comm, size
-        self._table = np.zeros((size, width), np.uint8)
-        self._mine = self._table[rank]
+        self._comm, self._rank, self.size = comm, rank, size
+        self._table = np.zeros((size, width + room_bytes), np.uint8)
+        self._staging = np.zeros((size, width + room_bytes), np.uint8)
+        self._records, self._rows = self._table[:, :width], Rows(self._table[:, width:])
+        self._own = memoryview(self._records[rank])
         others = [(rank + shift) % size for shift in range(1, size)]
         # Tag 1: a record may be sent while the peer still waits for data of the operation before.
         self._incoming = [(peer, comm.Recv_init(self._table[peer], peer, 1)) for peer in others]
-        self._requests = [request for _, request in self._incoming]
-        self._requests += [comm.Send_init(self._mine, peer, 1) for peer in others]
+        self._ready: dict[tuple[bool, int], list[MPI.Prequest]] = {}
+        self._under_way: list[MPI.Prequest] = []
 
-    def start(self, record: bytes) -> MpiExchange:
-        self._mine[:] = memoryview(record)
+    def start(self, record: bytes, carried: Carried | None = None) -> MpiExchange:
+        self._own[:] = record
+        key = (False, 0)
+        if carried is not None:
+            self._load(carried)
+            key = carried.to_each, carried.part_bytes
+        self._under_way = self._ready.get(key) or self._prepare(*key)
         try:
-            MPI.Prequest.Startall(self._requests)
+            MPI.Prequest.Startall(self._under_way)
         except MPI.Exception as error:
             raise lost(_failed(self._comm), error) from error
         return self
 
+    def _load(self, carried: Carried) -> None:
+        """Copy what is carried behind the records that will be sent."""
+        carried.rows, row_bytes = self._rows, self._rows.row_bytes
+        mine = self._rows.address + self._rank * row_bytes
+        if not carried.to_each:
+            memmove(mine, carried.address, carried.size_bytes)
+            return
+        self._staging[:, : len(self._own)] = self._records[self._rank]
+        staging = self._staging.ctypes.data + len(self._own)
+        for peer in range(self.size):
+            start, size_bytes = carried.part(peer)
+            to = mine if peer == self._rank else staging + peer * row_bytes
+            memmove(to, carried.address + start, size_bytes)
+
+    def _prepare(self, to_each: bool, part_bytes: int) -> list[MPI.Prequest]:
+        """The receives, and the sends of one length; kept for the next time."""
+        if len(self._ready) >= _LENGTHS:
+            self._forget()
+        source, stop = self._staging if to_each else self._table, len(self._own) + part_bytes
+        requests = [request for _, request in self._incoming]
+        for peer, _ in self._incoming:
+            requests.append(self._comm.Send_init(source[peer if to_each else self._rank, :stop], peer, 1))
+        self._ready[to_each, part_bytes] = requests
+        return requests
+
     def test(self) -> bool:
         try:
-            return MPI.Request.Testall(self._requests)
+            return MPI.Request.Testall(self._under_way)
         except MPI.Exception as error:
             raise lost(_failed(self._comm), error) from error
 
     def peers(self) -> Sequence[int]:
         return [peer for peer, request in self._incoming if not request.Get_status()]
 
+    def agreed(self, record: bytes) -> bool:
+        return self._records.tobytes() == record * self.size
+
+    def records(self) -> list[bytes]:
+        return [row.tobytes() for row in self._records]
+
+    def _forget(self) -> None:
+        for requests in self._ready.values():
+            for request in requests[len(self._incoming) :]:
+                request.Free()
+        self._ready.clear()
+
     def free(self) -> None:
-        for request in self._requests:
+        self._forget()
+        for _, request in self._incoming:
             request.Free()
 
 
@@ -95,6 +148,7 @@ class MpiTransport:
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank, self.size = self._comm.rank, self._comm.size
         self.threads = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
+        self.carries_bytes = CARRIED_BYTES if 1 < self.size <= CARRIED_RANKS else 0
         self._exchanges: dict[int, MpiExchange] = {}
 
     def isend(self, data: Bytes, to: int) -> MpiRequest:
@@ -109,13 +163,14 @@ class MpiTransport:
         except MPI.Exception as error:
             raise lost([frm], error) from error
 
-    def exchange(self, record: bytes) -> Exchange:
+    def exchange(self, record: bytes, carried: Carried | None = None) -> Exchange:
         width = len(record)
         if width > 64:
             return Exchange(self, record)
         if width not in self._exchanges:
-            self._exchanges[width] = MpiExchange(self._comm, self.rank, self.size, width)
-        return self._exchanges[width].start(record)
+            room_bytes = self.carries_bytes if width == RECORD_BYTES else 0
+            self._exchanges[width] = MpiExchange(self._comm, self.rank, self.size, width, room_bytes)
+        return self._exchanges[width].start(record, carried)
 
     def split(self, ranks: Sequence[int], *, any_order: bool = False) -> MpiTransport | None:
         color = 0 if self.rank in ranks else MPI.UNDEFINED

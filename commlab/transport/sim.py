@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
-from .base import Bytes, Exchange
+from .base import Bytes, Carried, Exchange
 
 
 class SimRequest:
@@ -94,6 +94,7 @@ class SimTransport:
 
     name = "sim"
     threads = False
+    carries_bytes = 0
 
     def __init__(self, network: SimNetwork, rank: int):
         self._network, self.rank, self.size = network, rank, network.size
@@ -104,7 +105,8 @@ class SimTransport:
     def irecv(self, data: Bytes, frm: int) -> SimRequest:
         return self._network.post(frm, self.rank, data, sending=False)
 
-    def exchange(self, record: bytes) -> Exchange:
+    def exchange(self, record: bytes, carried: Carried | None = None) -> Exchange:
+        assert carried is None
         return Exchange(self, record)
 
     def split(self, ranks: Sequence[int], *, any_order: bool = False) -> SimTransport | None:
