@@ -39,6 +39,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--peers", type=names("none", *PEERS), default=",".join(PEERS), metavar="LIST", help="or none")
     found.add_argument("--rounds", type=count, default=11, help="samples per contestant, interleaved")
     found.add_argument(
+        "--sample-ms",
+        type=count,
+        default=2,
+        metavar="MS",
+        help="how long a sample lasts at least; on a shaped link longer than its burst, or small sizes never meet it",
+    )
+    found.add_argument(
         "--check", choices=CHECKS, default="both", help="commlab with its agreement check, without it, or both"
     )
     found.add_argument("--transport", choices=TRANSPORTS, default="mpi")
@@ -73,7 +80,9 @@ def one_size(
     case = Case(options.op, numel, DTYPES[options.dtype], ranks.rank, ranks.size, exact_up_to(options))
     show = progress_line(ranks, f"{options.op} {format_bytes(case.bytes)} ({at + 1} of {len(options.sizes)})")
     blocks = contestants(case, groups, options)
-    found = rows(measure(blocks, ranks, options.rounds, options.seed + at, options.timeout, show), case)
+    found = rows(
+        measure(blocks, ranks, options.rounds, options.seed + at, options.timeout, show, options.sample_ms / 1e3), case
+    )
     if ranks.rank == 0:
         print(f"{title(case, found)}\n{table.render(HEAD, [cells(record) for record in found])}\n", flush=True)
     return found

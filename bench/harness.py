@@ -1,7 +1,8 @@
 """Measures contestants against each other: interleaved by round, in a new order every round, each result checked.
 
 The machines are shared and noisy, so a ratio within a round counts and an absolute time does not. A sample is the
-longest time that any rank took from a common barrier on; short operations are repeated until it lasts MIN_SAMPLE_S.
+longest time that any rank took from a common barrier on; short operations are repeated until it lasts
+MIN_SAMPLE_S, or as long as the caller wants it.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ def measure(
     seed: int = 0,
     timeout_s: float = 300.0,
     progress: Callable[[str], None] = lambda _: None,
+    sample_s: float = MIN_SAMPLE_S,
 ) -> list[Result]:
-    """Run all contestants ``rounds`` times; results in their order. Collective.
+    """Run all contestants ``rounds`` times; results in their order. Collective. A sample lasts ``sample_s`` or longer.
 
     A contestant that raises Unavailable in its first run drops out on all ranks. A turn that takes longer than
     ``timeout_s`` prints where every thread stands and ends this process, and with it the job.
@@ -107,7 +109,7 @@ def measure(
             reason = _on_all(ranks, block.start)
             for result in playing:
                 if reason or turn < 0:
-                    result.missing = reason or _first_run(result, ranks)
+                    result.missing = reason or _first_run(result, ranks, sample_s)
                 else:
                     _sample(result, ranks, warm=block.disturbs)
             block.stop()
@@ -130,7 +132,7 @@ def _on_all(ranks: Ranks, call: Callable[[], Any]) -> str:
     return ranks.first(reason)
 
 
-def _first_run(result: Result, ranks: Ranks) -> str:
+def _first_run(result: Result, ranks: Ranks, sample_s: float) -> str:
     """Warm up: what is made on first use is made here. Finds out how often a sample must repeat, and what is sent."""
     contestant = result.contestant
     contestant.fill()
@@ -139,13 +141,13 @@ def _first_run(result: Result, ranks: Ranks) -> str:
         return reason
     before = contestant.bytes_sent() if contestant.bytes_sent else 0
     spent_s, runs = 0.0, 0
-    while spent_s < MIN_SAMPLE_S and runs < MAX_REPEATS:
+    while spent_s < sample_s and runs < MAX_REPEATS:
         batch = max(1, runs)
         spent_s += ranks.maximum([_timed(contestant, ranks, batch)[0]])[0]
         runs += batch
     if contestant.bytes_sent:
         result.bytes_sent = int(ranks.maximum([(contestant.bytes_sent() - before) / runs])[0])
-    result.repeats = min(MAX_REPEATS, max(1, -int(-MIN_SAMPLE_S * runs // spent_s)))
+    result.repeats = min(MAX_REPEATS, max(1, -int(-sample_s * runs // spent_s)))
     return ""
 
 
