@@ -113,10 +113,10 @@ def _plan(
         if len(group.plans) > 4096:
             group.plans.clear()
         inline = None
-        as_is = chosen == "window" and wire_dtype is tensor.dtype
-        if kind == "allreduce" and as_is and 0 < tensor.numel() * tensor.element_size() <= window.INLINE_BYTES:
+        in_window = kind == "allreduce" and chosen == "window"
+        if in_window and 0 < tensor.numel() * wire_dtype.itemsize <= window.INLINE_BYTES:
             divisor, reduction = _divided(op, group.size)
-            inline = Inline(tensor.numel(), DTYPES[tensor.dtype][0], OP_CODES[reduction], divisor)
+            inline = Inline(tensor.numel(), DTYPES[wire_dtype][0], OP_CODES[reduction], divisor)
         signature = Signature(kind, tuple(tensor.shape), tensor.dtype, name, detail)
         by_direct = kind == "allreduce" and chosen == "direct"
         load = carried.load_of(group, tensor.numel(), wire_dtype.itemsize) if by_direct else None
@@ -204,9 +204,9 @@ def allreduce_async(
 
 
 def _start_allreduce(group: Group, tensor: torch.Tensor, op: str, plan: _Plan, awaited: bool = False) -> Handle:
-    chosen, wire_dtype, signature, _, load = plan
-    # The window casts fp32 to a 16-bit wire by itself; everybody else sends what is staged.
-    casts = chosen == "window" and tensor.dtype is torch.float32
+    chosen, wire_dtype, signature, inline, load = plan
+    # The window casts many fp32 numbers to a 16-bit wire by itself; everybody else sends what is staged.
+    casts = chosen == "window" and tensor.dtype is torch.float32 and inline is None
     divisor, reduction = _divided(op, group.size)
     staged: list[torch.Tensor] = []
     travelling: list[Carried] = []
@@ -256,11 +256,14 @@ def allreduce(
     plan = _plan(group, "allreduce", tensor, op, name, algorithm, wire)
     if plan.inline is not None and tensor.is_cpu and tensor.is_contiguous():
         divisor, reduction = _divided(op, group.size)
+        sent = tensor if plan.wire_dtype is tensor.dtype else _staged(tensor, plan.wire_dtype)
 
         def otherwise() -> Pending:
-            return window.allreduce(group, tensor.detach().view(-1), tensor.dtype, reduction, divisor)
+            return window.allreduce(group, sent.detach().view(-1), sent.dtype, reduction, divisor)
 
-        if group.allreduce_inline(plan.signature, plan.inline, tensor, otherwise):
+        if group.allreduce_inline(plan.signature, plan.inline, sent, otherwise):
+            if sent is not tensor:
+                _return(sent, tensor)
             return tensor
     result: torch.Tensor = _start_allreduce(group, tensor, op, plan, awaited=True).wait()
     return result

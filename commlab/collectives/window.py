@@ -147,10 +147,8 @@ def allreduce(group: Group, flat: torch.Tensor, wire: torch.dtype, op: str, divi
             group.account(NodeStep("allreduce in place", own_bytes * group.size, own_bytes * group.size))
         else:
             yield from _piped(group, window, flat, wire, op, divisor, "reduce gather", chunks)
-            # Where the wire casts, a rank's own shard passes through the blocks as well.
-            own_too = own_bytes * (wire is not flat.dtype)
-            read_bytes = 2 * (size_bytes - own_bytes + own_too) + own_bytes * group.size
-            group.account(NodeStep("allreduce through blocks", read_bytes, 2 * size_bytes + own_too))
+            read_bytes = 2 * (size_bytes - own_bytes) + own_bytes * group.size
+            group.account(NodeStep("allreduce through blocks", read_bytes, 2 * size_bytes))
 
 
 def reduce_chunks(

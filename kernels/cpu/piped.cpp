@@ -1,11 +1,15 @@
 #include "piped.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <stdexcept>
 
 namespace commlab {
 namespace {
+
+// What is cast, added and cast back at a time, so that all of it stays in the first-level cache.
+constexpr std::size_t kStripNumel = 2048;
 
 char* element(void* base, std::size_t index, DType dtype) {
   return static_cast<char*>(base) + index * dtype_bytes(dtype);
@@ -37,7 +41,6 @@ Piped::Piped(NodeSync& sync, std::vector<char*> staging, std::size_t block_bytes
     used += chunk.stop > chunk.start;
     longest = std::max(longest, chunk.stop - chunk.start);
   }
-  reads_own_ = work_.reduce && work_.wire == work_.dtype;
   // A block is the same slice of every chunk; slices are whole cache lines.
   const std::size_t slices = work_.reduce ? std::max<std::size_t>(used, 1) : 1;
   slice_numel_ = block_bytes_ / slices / 64 * 64 / dtype_bytes(work_.wire);
@@ -62,7 +65,7 @@ void Piped::copy_in(std::size_t block) {
   std::size_t slice = 0;
   for (std::size_t chunk = 0; chunk < work_.chunks.size(); ++chunk) {
     if (work_.chunks[chunk].stop == work_.chunks[chunk].start) continue;
-    if (chunk == mine && reads_own_) {
+    if (chunk == mine) {
       ++slice;
       continue;
     }
@@ -78,12 +81,13 @@ void Piped::reduce(std::size_t block) {
   if (part.start == part.stop) return;
   std::size_t slice = 0;
   for (std::size_t chunk = 0; chunk < mine; ++chunk) slice += work_.chunks[chunk].stop > work_.chunks[chunk].start;
-  void* own = element(work_.data, part.start, work_.dtype);
+  char* own = element(work_.data, part.start, work_.dtype);
   from_.clear();
   for (std::size_t rank = 0; rank < sync_.size(); ++rank)
-    from_.push_back(rank == mine && reads_own_ ? own : element(in(rank, block), slice * slice_numel_, work_.wire));
+    from_.push_back(rank == mine ? own : element(in(rank, block), slice * slice_numel_, work_.wire));
+  if (work_.wire != work_.dtype) return reduce_casting(own, out(mine, block), part.stop - part.start);
   void* to[2] = {out(mine, block), own};
-  std::size_t destinations = reads_own_ ? 2 : 1;
+  std::size_t destinations = 2;
   DType to_dtype = work_.wire;
   if (!work_.gather) {
     to[0] = own;
@@ -97,12 +101,30 @@ void Piped::reduce(std::size_t block) {
                 work_.divisor, /*cached=*/true);
 }
 
+void Piped::reduce_casting(char* own, char* to, std::size_t numel) {
+  alignas(64) std::uint16_t cast[kStripNumel];
+  const std::size_t mine = sync_.rank();
+  for (std::size_t done = 0; done < numel; done += kStripNumel) {
+    const std::size_t strip = std::min(kStripNumel, numel - done);
+    char* const mine_fp32 = own + done * sizeof(float);
+    char* const result = to + done * sizeof(std::uint16_t);
+    convert(cast, work_.wire, mine_fp32, work_.dtype, strip);
+    strip_ = from_;
+    for (const void*& from : strip_) from = static_cast<const char*>(from) + done * sizeof(std::uint16_t);
+    strip_[mine] = cast;
+    void* destination = result;
+    gather_reduce(&destination, 1, work_.wire, strip_.data(), strip_.size(), work_.wire, strip, work_.op, work_.divisor,
+                  /*cached=*/true);
+    convert(mine_fp32, work_.dtype, result, work_.wire, strip);
+  }
+}
+
 void Piped::copy_out(std::size_t block) {
   for (std::size_t shift = 0; shift < work_.chunks.size(); ++shift) {
     // Everyone starts with its own shard, or the one after it: no two ranks read the same memory at a time.
     const std::size_t rank = (sync_.rank() + shift) % work_.chunks.size();
     const Chunk part = block_of(rank, block);
-    if (part.start == part.stop || (rank == sync_.rank() && (!work_.reduce || reads_own_))) continue;
+    if (part.start == part.stop || rank == sync_.rank()) continue;
     convert(element(work_.data, part.start, work_.dtype), work_.dtype, out(rank, block), work_.wire,
             part.stop - part.start);
   }

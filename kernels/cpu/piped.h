@@ -6,7 +6,7 @@
 //                 copy out         block t-2    from all other `out`s                   (cast from the wire)
 //                 wait for all ranks
 //
-// My own shard goes through my `in` and `out`, too, where there is a cast: its numbers must be the wire's.
+// Where there is a cast my own shard is cast there and back in passing: its numbers must be the wire's.
 //
 // One wait a turn suffices with two of each buffer, used in turn: what turn t writes (in[t%2], out[(t-1)%2]) was last
 // read in turn t-1 (in by the reduction of block t-2, out by the copy of block t-3), and everyone has left turn t-1.
@@ -54,6 +54,8 @@ class Piped {
   Chunk block_of(std::size_t chunk, std::size_t block) const;
   void copy_in(std::size_t block);
   void reduce(std::size_t block);
+  // The same for `numel` fp32 numbers at `own` on a 16-bit wire; the others' are at from_.
+  void reduce_casting(char* own, char* to, std::size_t numel);
   void copy_out(std::size_t block);
   char* in(std::size_t rank, std::size_t block) const { return staging_[rank] + (block % 2) * block_bytes_; }
   char* out(std::size_t rank, std::size_t block) const { return staging_[rank] + (2 + block % 2) * block_bytes_; }
@@ -61,8 +63,8 @@ class Piped {
   NodeSync& sync_;
   std::vector<char*> staging_;
   std::size_t block_bytes_, slice_numel_, blocks_, turn_ = 0;
-  bool waiting_ = false, reads_own_ = false;
-  std::vector<const void*> from_;
+  bool waiting_ = false;
+  std::vector<const void*> from_, strip_;
   PipedWork work_;
 };
 
