@@ -103,6 +103,7 @@ def train(config: Config, started_s: float) -> int:
         wire=config.wire,
         max_grad_norm=config.max_grad_norm or None,
         bucket_bytes=config.bucket_bytes,
+        overlap=config.overlap == "on",
         servers=config.servers,
         consistency=config.consistency,
         overlap_pulls=config.overlap_pulls == "on",
