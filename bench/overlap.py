@@ -169,9 +169,8 @@ def main() -> int:
         side.wrong = int(ranks.total([side.wrong])[0])
     made = rows(found, sides, computing, work)
     if ranks.rank == 0:
-        print(
-            f"a step of {options.model}, {work.tokens} tokens per rank, {ranks.size} ranks on {len(group.nodes)} hosts"
-        )
+        hosts = f"{len(group.nodes)} host{'s' * (len(group.nodes) > 1)}"
+        print(f"a step of {options.model}, {work.tokens} tokens per rank, {ranks.size} ranks on {hosts}")
         print(table.render(HEAD, [cells(row) for row in made], left=(0, 1)))
         if options.json:
             records.append(options.json, [run, *made])

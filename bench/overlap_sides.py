@@ -34,9 +34,12 @@ class Work:
         ]
         self.mean: list[torch.Tensor] = []
         """Of the gradient over all ranks, at the samples, in float64; known once :class:`Computing` has run."""
+        self.mean_size: list[torch.Tensor] = []
+        """The same of its absolute values, to which a wire rounds."""
 
     def build(self) -> torch.nn.Module:
-        return build_model(self.model_name, seq_len=self.seq_len, vocab_size=VOCABULARY, seed=self.seed)
+        # A config file's own dropout would make every step another one.
+        return build_model(self.model_name, seq_len=self.seq_len, vocab_size=VOCABULARY, dropout=0.0, seed=self.seed)
 
     def loss(self, model: torch.nn.Module) -> tuple[torch.Tensor, int]:
         return loss_sum(model, self.ids, self.labels)
@@ -47,8 +50,10 @@ class Work:
             parameter.grad.view(-1)[at].double() if parameter.grad is not None else torch.zeros(len(at)).double()
             for parameter, at in zip(model.parameters(), self.samples, strict=True)
         ]
-        totals = torch.tensor(self.ranks.total(torch.cat(own).tolist()), dtype=torch.float64) / (count * self.size)
-        self.mean = list(totals.split([len(at) for at in self.samples]))
+        numbers, lengths = torch.cat(own), [len(at) for at in self.samples]
+        totals = torch.tensor(self.ranks.total([*numbers, *numbers.abs()]), dtype=torch.float64) / (count * self.size)
+        mean, mean_size = totals.chunk(2)
+        self.mean, self.mean_size = list(mean.split(lengths)), list(mean_size.split(lengths))
 
 
 class Side:
@@ -87,7 +92,8 @@ class Side:
         engine.step()
         spent_s = time.perf_counter() - started_s
         self.bytes_sent = int(work.ranks.maximum([work.group.bytes_sent - sent_before])[0])
-        self._check()
+        self._check_bits()
+        self._check_numbers()
         engine.zero_grad()
         engine.update_parameters(self._restore)
         return spent_s, engine.times.update_s
@@ -97,22 +103,26 @@ class Side:
         for parameter, start in zip(model.parameters(), self.work.start, strict=True):
             parameter.copy_(start)
 
-    def _check(self) -> None:
-        """The same bits on all ranks, with and without overlap; and numbers that are the mean of all ranks'."""
+    def _check_bits(self) -> None:
+        """The same on all ranks, and after every step, with and without overlap."""
         work, digest = self.work, sha256()
         for parameter in self.model.parameters():
             digest.update(parameter.detach().contiguous().view(-1).numpy().data)
         found = digest.digest()
         self._digest = self._digest or found
         self.wrong += int(found != self._digest) + int(len(set(work.group.exchange_records(found, "digest"))) > 1)
+
+    def _check_numbers(self) -> None:
+        """The parameters before, less the mean of all ranks' gradients."""
+        work = self.work
         # A 16-bit number has 10 bits (8 in bf16), and steps of 6e-8 where it is small.
         relative, least = (2**-7, 2e-7) if self.wire else (1e-4, 1e-8)
-        for parameter, start, at, mean in zip(
-            self.model.parameters(), work.start, work.samples, work.mean, strict=True
+        for parameter, start, at, mean, size in zip(
+            self.model.parameters(), work.start, work.samples, work.mean, work.mean_size, strict=True
         ):
             before = start.view(-1)[at].double()
             off = (before - parameter.detach().view(-1)[at].double() - mean).abs()
-            self.wrong += int((off > relative * mean.abs() + 1.2e-7 * before.abs() + least).sum())
+            self.wrong += int((off > relative * size + 1.2e-7 * before.abs() + least).sum())
 
 
 class Computing:

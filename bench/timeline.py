@@ -143,10 +143,16 @@ def rows(spans: Sequence[Span]) -> list[Row]:
 
 
 def _row(rank: int, title: str, spans: Sequence[Span]) -> Row:
-    """Spans that overlap go below each other, but for what is computed, where one holds the other."""
+    """Spans that overlap go below each other, but for what is computed, where one holds the other; and one that holds
+    another of its name is enough."""
     free_ms: list[float] = []
-    bars = []
-    for span in sorted(spans, key=lambda span: (span.start_ms, span.stop_ms)):
+    bars: list[Bar] = []
+    until_ms: dict[str, float] = {}
+    order = 1 if title in ("gradients", "parameters") else -1  # of two that begin together the outer one comes first
+    for span in sorted(spans, key=lambda span: (span.start_ms, order * span.stop_ms)):
+        if title == "computes" and span.stop_ms <= until_ms.get(span.name, -1.0):
+            continue
+        until_ms[span.name] = span.stop_ms
         place = 0
         if title in ("gradients", "parameters"):
             place = next((at for at, until in enumerate(free_ms) if until <= span.start_ms), len(free_ms))

@@ -24,6 +24,7 @@ def step(number: int, start_ms: float) -> list[list[Any]]:
         span("wait for h.0", "compute", start_ms + 5, start_ms + 10),
         span("forward", "compute", start_ms, start_ms + 20),
         span("pack bucket 0", "compute", start_ms + 40, start_ms + 41),
+        span("backward", "compute", start_ms + 20.5, start_ms + 69.5),
         span("backward", "compute", start_ms + 20, start_ms + 70),
         span("exchange", "compute", start_ms + 70, start_ms + 90),
         span("pull", "compute", start_ms + 80, start_ms + 95),
@@ -68,8 +69,7 @@ def test_rows_and_kinds(written: Path) -> None:
     computes, gradients, parameters = (rows[at].bars for at in (3, 4, 5))
     # Rank 1 begins 10 ms later, so its step 0 is still seen.
     assert [bar.kind for bar in computes if bar.start_ms >= 10] == [
-        *("waiting", "forward")[::-1],
-        *("backward", "pack", "waiting", "waiting"),
+        *("forward", "waiting", "backward", "pack", "waiting", "waiting")
     ]
     assert [(bar.kind, bar.label) for bar in gradients if bar.start_ms >= 10] == [("gradients", "b0"), ("words", "")]
     assert [(bar.label, bar.place) for bar in parameters[-2:]] == [("h.0", 0), ("h.1 ..", 1)]
