@@ -19,9 +19,8 @@ from bench.overlap_sides import Computing, Side, Work
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_exposed_is_seen_round_by_round_and_hidden_is_its_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exposed_is_seen_round_by_round_and_hidden_is_its_ratio() -> None:
     """The second round was slow throughout. 200 bytes on a link of 100 bytes/s."""
-    monkeypatch.setenv("COMMLAB_LINK_BYTES_PER_S", "100")
     side: Any = SimpleNamespace(bytes_sent=200, late_bytes=50, wrong=3)
     computing: Any = SimpleNamespace(samples_s=[(1.0, 2.0), (2.0, 4.0), (1.0, 2.0)])
     work: Any = SimpleNamespace(model_name="m", tokens=8, size=2)
@@ -29,7 +28,7 @@ def test_exposed_is_seen_round_by_round_and_hidden_is_its_ratio(monkeypatch: pyt
         ("dps", True): [(4.5, 0.5), (7.5, 0.5), (5.5, 0.5)],
         ("dps", False): [(5.5, 0.5), (10.5, 0.5), (5.5, 0.5)],
     }
-    on, off = overlap.rows(found, {"dps": side}, computing, work)
+    on, off = overlap.rows(found, {"dps": side}, computing, work, 100.0)
     assert on["exposed_samples_ms"] == [1000, 1000, 2000] and off["exposed_samples_ms"] == [2000, 4000, 2000]
     assert (on["step_ms"], on["compute_ms"], on["backward_ms"], on["update_ms"]) == (5500, 3000, 2000, 500)
     assert on["hidden"] == [0.5, 0.0, 0.75] and "hidden" not in off
@@ -39,13 +38,12 @@ def test_exposed_is_seen_round_by_round_and_hidden_is_its_ratio(monkeypatch: pyt
     assert shown["hidden"] == "50% (0% to 75%)"
 
 
-def test_without_a_known_link_there_is_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COMMLAB_LINK_BYTES_PER_S", raising=False)
+def test_without_a_known_link_there_is_no_floor() -> None:
     side: Any = SimpleNamespace(bytes_sent=200, late_bytes=50, wrong=0)
     computing: Any = SimpleNamespace(samples_s=[(1.0, 2.0)])
     work: Any = SimpleNamespace(model_name="m", tokens=8, size=2)
     found = {("dps", True): [(4.0, 0.5)], ("dps", False): [(3.5, 0.5)]}
-    on, off = overlap.rows(found, {"dps": side}, computing, work)
+    on, off = overlap.rows(found, {"dps": side}, computing, work, 0.0)
     assert "floor_ms" not in on and "hidden" not in on, "nothing was exposed that could be hidden"
     assert off["exposed_ms"] == 0 and len(overlap.cells(on)) == len(overlap.HEAD)
 
