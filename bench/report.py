@@ -140,12 +140,13 @@ def drawn(runs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> tuple[
     """Every picture and every table that these results make."""
     import matplotlib
 
+    from .overlap_plots import overlap_plots
     from .page import Table
     from .plots import SETTINGS, accuracies, bandwidths
     from .train_plots import step_plots, train_plots
 
     with matplotlib.rc_context(SETTINGS):
-        plots = [*bandwidths(runs), *train_plots(runs), *step_plots(runs), *accuracies(runs)]
+        plots = [*bandwidths(runs), *train_plots(runs), *step_plots(runs), *overlap_plots(runs), *accuracies(runs)]
     found = []
     for table, cells in tables(runs).items():
         op, dtype, ranks, mpi = table

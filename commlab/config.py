@@ -72,6 +72,12 @@ class Config:
         choices=("on", "off"),
     )
     bucket_mb: float = knob(25.0, _HOW, "size of a bucket, in MB of 2^20 bytes", float, above=0)
+    overlap: str = knob(
+        "on",
+        _HOW,
+        "for ps, dps and allreduce, send buckets while backward goes on; off: once it has ended",
+        choices=("on", "off"),
+    )
     wire: str | None = knob(
         None,
         _HOW,
@@ -185,6 +191,11 @@ class Config:
         if self.algorithm != "auto" and self.strategy not in _OWN_SCHEDULES:
             raise UsageError(
                 f"--algorithm {self.algorithm} has no meaning for --strategy {self.strategy};"
+                f" leave it out, or take one of {', '.join(_OWN_SCHEDULES)}"
+            )
+        if self.overlap == "off" and self.strategy not in _OWN_SCHEDULES:
+            raise UsageError(
+                f"--overlap off has no meaning for --strategy {self.strategy}, which sends no buckets of commlab's;"
                 f" leave it out, or take one of {', '.join(_OWN_SCHEDULES)}"
             )
         if self.strategy == "single" and self.wire not in (None, "none"):

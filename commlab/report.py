@@ -150,7 +150,7 @@ class Report:
         self._bytes_before = self.group.bytes_sent
         # On one node nothing that ranks send comes past an interface.
         self._on_links_before = interface_bytes_sent() if len(self.group.nodes) > 1 else 0
-        self._step_started_s = time.perf_counter()
+        self._step_started_ns = time.perf_counter_ns()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -165,7 +165,9 @@ class Report:
     def step_ends(self, batch: Batch, losses: torch.Tensor, total: int, lr: float) -> None:
         """``losses``: the sum of this rank's token losses. Its global mean is known, and shown, one step later: nobody
         waits for it."""
-        wall_s = time.perf_counter() - self._step_started_s
+        ended_ns = time.perf_counter_ns()
+        trace.record(f"step {batch.step}", "steps", self._step_started_ns, ended_ns, step=batch.step)
+        wall_s = (ended_ns - self._step_started_ns) / 1e9
         times, totals = self.engine.times, self._totals
         # What backward spent on packing and launching, and forward on waiting, is exchange, not computation.
         backward_s = self._phases["backward"] - (times.exchange_s - times.forward_wait_s - self._step_exchange())

@@ -69,9 +69,9 @@ def dump() -> bytes:
     ).encode()
 
 
-def write(path: str | Path, dumps: Iterable[bytes]) -> None:
+def write(path: str | Path, dumps: Iterable[bytes], about: dict[str, Any] | None = None) -> None:
     """Write all ranks' :func:`dump` (in rank order) as one file that Perfetto and chrome://tracing open: one process
-    per rank, one thread row per lane, times from the first span on."""
+    per rank, one thread row per lane, times from the first span on. ``about``: what was traced, kept in the file."""
     ranks = [json.loads(dump) for dump in dumps]
     origin_ns = min((span[2] for spans in ranks for span in spans), default=0)
     events: list[dict[str, Any]] = []
@@ -92,4 +92,5 @@ def write(path: str | Path, dumps: Iterable[bytes]) -> None:
                     "args": args,
                 }
             )
-    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    written = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about or {}}
+    Path(path).write_text(json.dumps(written))

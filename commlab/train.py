@@ -6,6 +6,7 @@ bad input ends the job on every rank with one message.
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -103,6 +104,7 @@ def train(config: Config, started_s: float) -> int:
         wire=config.wire,
         max_grad_norm=config.max_grad_norm or None,
         bucket_bytes=config.bucket_bytes,
+        overlap=config.overlap == "on",
         servers=config.servers,
         consistency=config.consistency,
         overlap_pulls=config.overlap_pulls == "on",
@@ -182,7 +184,9 @@ def end(config: Config, group: Group) -> None:
     if config.trace:
         dumps = group.gather_bytes(trace.dump(), "trace")
         if group.rank == 0:
-            trace.write(config.trace, dumps)
+            command = shlex.join(["python", "-m", "commlab.train", *sys.argv[1:]])
+            about = {"command": command, "ranks": group.size, "nodes": len(group.nodes), "config": config.as_dict()}
+            trace.write(config.trace, dumps, about)
     world.shutdown()
 
 

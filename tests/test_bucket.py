@@ -141,6 +141,25 @@ def test_a_bucket_leaves_during_backward_as_soon_as_it_is_complete() -> None:
     assert len(log.launched()) == 8, "nothing is left to launch"
 
 
+def test_without_overlap_all_leave_after_backward_in_the_same_order() -> None:
+    """With the same numbers; and from one step to the next it can be turned on again."""
+    model, twin = chain(), chain()
+    log, usual = Log(model, LINEAR_BYTES), Log(twin, LINEAR_BYTES)
+    forward(list(twin), usual).backward()
+    log.buckets.overlap = False
+    forward(list(model), log).backward()
+    assert log.events == ["layer 3", "layer 2", "layer 1", "layer 0"]
+    log.buckets.flush()
+    assert log.events[4:] == ["bucket 0", "bucket 1", "bucket 2", "bucket 3"]
+    assert all(torch.equal(log.packed[at], usual.packed[at]) for at in range(4))
+    assert log.buckets.used == usual.buckets.used == set(range(8))
+    log.buckets.reset()
+    log.buckets.overlap = True
+    log.events.clear()
+    forward(list(model), log).backward()
+    assert log.launched()[:4] == ["layer 3", "bucket 0", "layer 2", "bucket 1"]
+
+
 def test_buckets_leave_in_index_order_whatever_the_order_of_gradients() -> None:
     model = chain(3)
     log = Log(model, LINEAR_BYTES)

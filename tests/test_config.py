@@ -43,7 +43,7 @@ def test_every_field_can_be_given(tmp_path: Path) -> None:
         "threads": 3, "checkpoint_every": 4, "checkpoint_dir": "c", "checkpoint_keep": 5, "tensorboard": "b",
         "device": "cpu",
         "loss_scale": 256.0, "loss_scale_interval": 9, "loss_scale_growth": 4.0, "loss_scale_backoff": 0.25,
-        "overlap_pulls": "off",
+        "overlap": "off", "overlap_pulls": "off",
     }  # fmt: skip
     argv = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
     wanted = {**given, "epochs": None, "resume": True, "servers": None, "consistency": "bsp", "apex_level": None}
@@ -102,6 +102,7 @@ def test_servers() -> None:
         ("--steps 5 --epochs 1", ["--steps 5", "--epochs 1", "one of them"]),
         ("--batch-size 32 --grad-accumulation 5", ["32", "5 equal micro-batches", "30 or 35"]),
         ("--strategy ddp --algorithm ring", ["--algorithm ring", "--strategy ddp", "ps, dps, allreduce"]),
+        ("--strategy ddp --overlap off", ["--overlap off", "--strategy ddp", "ps, dps, allreduce"]),
         ("--strategy single --wire fp16", ["--wire fp16", "--strategy single"]),
         ("--autocast on", ["--autocast on", "--precision"]),
         ("--autocast on --precision apex", ["--autocast on", "--precision"]),

@@ -261,3 +261,8 @@ def test_a_parameter_that_was_moved_is_named(strategy: str) -> None:
     engine.backward(loss_of(model))
     with pytest.raises(UsageError, match="parameter 'bias' was given other memory after"):
         engine.step()
+
+
+def test_overlap_cannot_be_turned_off_where_no_bucket_travels() -> None:
+    with pytest.raises(UsageError, match=r"strategy single sends no buckets.*overlap.*allreduce, dps or ps"):
+        small("single", overlap=False)

@@ -85,8 +85,9 @@ def test_the_file_has_one_process_per_rank_and_one_row_per_lane(tmp_path: Path) 
             [["step", "compute", start, 1_000, {"rank": rank}], ["ring", "exchange", start + 100, 300, {}]]
         ).encode()
 
-    trace.write(tmp_path / "trace.json", [dumped(0), dumped(1), b"[]"])
+    trace.write(tmp_path / "trace.json", [dumped(0), dumped(1), b"[]"], {"ranks": 3})
     written = json.loads((tmp_path / "trace.json").read_text())
+    assert written["otherData"] == {"ranks": 3}
     events = written["traceEvents"]
     names = {(event["pid"], event.get("tid")): event["args"]["name"] for event in events if event["ph"] == "M"}
     assert [names[rank, None] for rank in range(3)] == ["rank 0", "rank 1", "rank 2"]

@@ -159,6 +159,7 @@ class GradientBuckets:
 
     ``launch(bucket)`` starts the bucket on its way. ``scale()`` is asked for when a step's first bucket is packed, and
     multiplies all gradients of the step. ``poll()`` lets operations under way move on while backward computes.
+    ``overlap``: False keeps all buckets until backward has ended.
     """
 
     def __init__(
@@ -169,15 +170,19 @@ class GradientBuckets:
         poll: Callable[[], None],
         *,
         keep_gradients: bool,
+        overlap: bool = True,
     ):
         self.buckets = buckets
         self.syncing = True
         """Off inside ``no_sync``: gradients accumulate on this rank and nothing is launched."""
+        self.overlap = overlap
+        """Off: nothing leaves before :meth:`flush`. May change between two steps, on all ranks alike."""
         self.used: set[int] = set()
         """Parameters (by index) that have had a gradient since the last :meth:`reset`."""
         self._finite = True
         self.launch_s = 0.0
-        """Time spent packing, launching and polling inside backward since the last :meth:`reset`."""
+        """Time spent packing, launching and polling, inside backward and in :meth:`flush`, since the last
+        :meth:`reset`."""
         self._launch, self._scale, self._poll = launch, scale, poll
         self._keep_gradients = keep_gradients
         self._next = 0
@@ -203,6 +208,8 @@ class GradientBuckets:
                     "of a step inside engine.no_sync()"
                 )
             bucket.waiting.discard(member.index)
+            if not self.overlap:
+                return
             started_s = time.perf_counter()
             self._launch_ready()
             self._poll()
@@ -239,10 +246,12 @@ class GradientBuckets:
 
     def flush(self) -> None:
         """After backward: launch what is left; parameters without a gradient on this rank travel as zeros."""
+        started_s = time.perf_counter()
         while self._next < len(self.buckets):
             self._pack_next()
             self._launch_ready()
         self.launch_packed()
+        self.launch_s += time.perf_counter() - started_s
 
     def launch_packed(self) -> None:
         """Launch all that is packed, once it has arrived: how much has by itself differs between ranks."""

@@ -34,7 +34,7 @@ def strategy(
     """Couple ``model`` and ``optimizer`` to the group's other ranks; returns the engine. Collective.
 
     ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: algorithm, precision, autocast, wire,
-    max_grad_norm, bucket_bytes, elementwise, servers, consistency, overlap_pulls
+    max_grad_norm, bucket_bytes, overlap, elementwise, servers, consistency, overlap_pulls
     (:class:`commlab.strategies.base.Options`).
     ``optimizer``: the user's own; under ps and dps its ``params`` become the pieces that this rank owns, while groups,
     hyper-parameters and LR schedulers stay. With ``servers`` this returns on the ranks that serve when all others have

@@ -46,6 +46,8 @@ class Options:
     max_grad_norm: float | None = None
     """Clip the reduced gradient to this global 2-norm; None: don't compute it."""
     bucket_bytes: int = 25 * 2**20
+    overlap: bool = True
+    """Buckets leave while backward goes on; False: the same buckets, once it has ended. For ps, dps and allreduce."""
     elementwise: bool | None = None
     """Say True for an optimizer of your own that updates every number from that number's own gradient and state
     alone."""
@@ -164,7 +166,12 @@ class Strategy:
         if any(bucket.mirror is not None for bucket in buckets):
             self._pin([bucket.flat for bucket in buckets])
         return GradientBuckets(
-            buckets, self._launch, self._local_scale, self.group.progress.poll, keep_gradients=self.keeps_gradients
+            buckets,
+            self._launch,
+            self._local_scale,
+            self.group.progress.poll,
+            keep_gradients=self.keeps_gradients,
+            overlap=self.options.overlap,
         )
 
     def _allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:

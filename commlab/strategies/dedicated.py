@@ -110,7 +110,14 @@ class Dedicated(Strategy):
         for bucket in planned:
             members = bucket.parameters[::-1]
             buckets.append(Bucket(bucket.index, members, adjoining(members), bucket.dtype, bucket.flat))
-        return GradientBuckets(buckets, self._launch, self._local_scale, self.store.poll, keep_gradients=False)
+        return GradientBuckets(
+            buckets,
+            self._launch,
+            self._local_scale,
+            self.store.poll,
+            keep_gradients=False,
+            overlap=self.options.overlap,
+        )
 
     def _launch(self, bucket: Bucket) -> None:
         assert self.buckets is not None

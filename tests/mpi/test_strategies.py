@@ -97,6 +97,16 @@ def test_ddp_wants_engine_model(ranks: Ranks) -> None:
 
 
 @ours
+@pytest.mark.parametrize("way", WAYS)
+def test_overlap_changes_when_buckets_travel_and_no_bit(ranks: Ranks, strategy: str, way: str) -> None:
+    recipe = Recipe(max_grad_norm=0.5, accumulation=2)
+    for group in groups_of(ranks):
+        on, off = (train(strategy, group, recipe, overlap=overlap, **WAYS[way]) for overlap in (True, False))
+        assert on.digests == off.digests and on.norms == off.norms
+        assert_same(off, reference(recipe))
+
+
+@ours
 @pytest.mark.parametrize("algorithm", EVERY_ALGORITHM)
 def test_every_algorithm_equals_single_and_itself(ranks: Ranks, strategy: str, algorithm: str) -> None:
     """Bit for bit from run to run, too."""
