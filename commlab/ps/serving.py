@@ -127,11 +127,10 @@ class Serving:
 
 
 def pause(idle_s: float, crowded: bool, moving: bool) -> None:
-    """Wait a little, having waited ``idle_s`` already: spin first (where ranks share cores, hand the core on each time,
-    and not for long), then sleep a tenth of it. ``moving``: bytes are under way, and each look may move a piece of
-    them without ending anything, so sleep later."""
+    """Wait a little, having waited ``idle_s`` already: first ask again at once (where ranks share cores, not for long),
+    but offer the core to others in between, then sleep a tenth of it. ``moving``: bytes are under way, and each look
+    may move a piece of them without ending anything, so sleep later."""
     if idle_s < (_MOVING_S if moving else 200e-6 if crowded else 2e-3):
-        if crowded:
-            os.sched_yield()
+        os.sched_yield()
     else:
         time.sleep(min(1e-3, max(20e-6, idle_s / 10)))
