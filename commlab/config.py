@@ -6,12 +6,14 @@ Importing this loads neither torch nor numpy, so that a mistyped flag is reporte
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from . import bpe
 from .errors import UsageError
 from .flags import check_fields, knob, parse
 from .model import PRESETS, describe_model
@@ -104,7 +106,12 @@ class Config:
         _WHAT,
         "a text file, a folder of them, or a .json array of texts (default: this Python's own library sources)",
     )
-    tokenizer: str = knob("bytes", _WHAT, "bytes, or the path of a tokenizer.json or tokenizer folder")
+    tokenizer: str = knob(
+        "bytes",
+        _WHAT,
+        f"bytes; bpe or bpe:SIZE = learned from the text, SIZE entries ({bpe.DEFAULT_SIZE}); or the path of a"
+        " tokenizer.json or tokenizer folder",
+    )
     seq_len: int = knob(None, _WHAT, "tokens in a sequence (default: the model's; gpt2-tiny 128)", int, least=1)
     dropout: float | None = knob(
         None, _WHAT, "share of activations dropped (default: a config file's own, otherwise 0)", float, least=0, below=1
@@ -196,9 +203,12 @@ class Config:
         if self.apex_level is not None and self.precision != "apex":
             raise UsageError(f"--apex-level {self.apex_level} has no meaning for --precision {self.precision}")
         lockstep = self._check_servers()
+        entries = bpe.size_of(self.tokenizer)
         own_wire = self.precision if self.precision in ("fp16", "bf16") and self.strategy != "single" else None
         derived = {
             "seq_len": shape.seq_len if self.seq_len is None else self.seq_len,
+            # In full, so that a checkpoint does not depend on a default.
+            "tokenizer": self.tokenizer if entries is None else f"bpe:{entries}",
             "lr": shape.learning_rate if self.lr is None else self.lr,
             "max_grad_norm": float(lockstep) if self.max_grad_norm is None else self.max_grad_norm,
             "eval_every": 100 * lockstep if self.eval_every is None else self.eval_every,
@@ -305,6 +315,12 @@ class Config:
             return self.threads, "--threads"
         cores = usable_cores()
         return max(1, cores // local_size), f"{cores} cores / {local_size} local ranks"
+
+    @property
+    def tokenizer_cache(self) -> Path:
+        """Folder of tokenizers that were learned from texts."""
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(home, "commlab", "tokenizers")
 
     @property
     def checkpoint_folder(self) -> str:

@@ -61,9 +61,9 @@ def train(config: Config, started_s: float) -> int:
     import torch
 
     from .checkpoint import Checkpoints
-    from .corpus import load_corpus
     from .data import BatchSampler, Blocks
     from .gradients.scaling import LossScale
+    from .loading import load_together
     from .model import build_model, loss_sum, save_model
     from .report import Report
     from .strategies import strategy
@@ -72,7 +72,7 @@ def train(config: Config, started_s: float) -> int:
     torch.set_num_threads(threads)
     device = together(group, lambda: device_of(config, group))
 
-    corpus = together(group, lambda: load_corpus(config.data, config.tokenizer))
+    corpus = load_together(group, config.data, config.tokenizer, config.tokenizer_cache)
     blocks = Blocks(corpus.train, config.seq_len)
     held_out = Blocks(corpus.held_out, config.seq_len, token_bytes=corpus.held_out_bytes)
     bare_model = together(
@@ -169,6 +169,7 @@ def train(config: Config, started_s: float) -> int:
     report.evaluated(total_steps, held_out_bits(config, group, bare_model, held_out))
     if group.rank == 0:
         save_model(bare_model, config.output)
+        corpus.tokenizer.save(config.output)
     report.closing()
     engine.close()
     end(config, everyone)
