@@ -43,7 +43,8 @@ class Config:
     """What one run does. Made by `from_argv` or directly, and checked either way.
 
     Where a default depends on the model, None stands for it and is replaced when the object is made: `seq_len`, `lr`,
-    `max_grad_norm` and `eval_every` are never None afterwards, and `wire` is None (as they are), "fp16" or "bf16".
+    `max_grad_norm`, `eval_every` and `sample` are never None afterwards, and `wire` is None (as they are), "fp16" or
+    "bf16".
     Errors: UsageError, saying what was given, what is allowed, and what to do.
     """
 
@@ -155,6 +156,14 @@ class Config:
     eval_batches: int = knob(
         16, _SHOW, "global batches in an evaluation, spread over all held-out text; 0 = all of it", int, least=0
     )
+    sample: int = knob(
+        None,
+        _SHOW,
+        "tokens that the trained model generates at the end, for you to read; 0 = none (default: about 200 bytes of"
+        " text: 200 with the bytes tokenizer, otherwise 60)",
+        int,
+        least=0,
+    )
     output: str = knob("commlab-model", _SHOW, "folder that the trained model is written to")
     metrics: str | None = knob(None, _SHOW, "file for one JSON line per step and evaluation (default: none)")
     tensorboard: str | None = knob(None, _SHOW, "folder for TensorBoard's event files (default: none)")
@@ -212,6 +221,7 @@ class Config:
             "lr": shape.learning_rate if self.lr is None else self.lr,
             "max_grad_norm": float(lockstep) if self.max_grad_norm is None else self.max_grad_norm,
             "eval_every": 100 * lockstep if self.eval_every is None else self.eval_every,
+            "sample": (200 if self.tokenizer == "bytes" else 60) if self.sample is None else self.sample,
             "steps": 200 if self.steps is None and self.epochs is None else self.steps,
             "wire": own_wire if self.wire is None else None if self.wire == "none" else self.wire,
         }
@@ -315,6 +325,11 @@ class Config:
             return self.threads, "--threads"
         cores = usable_cores()
         return max(1, cores // local_size), f"{cores} cores / {local_size} local ranks"
+
+    @property
+    def sample_s(self) -> float:
+        """The most that generating may take; the other ranks wait for it."""
+        return min(5.0, self.timeout / 4)
 
     @property
     def tokenizer_cache(self) -> Path:

@@ -66,6 +66,7 @@ def train(config: Config, started_s: float) -> int:
     from .loading import load_together
     from .model import build_model, loss_sum, save_model
     from .report import Report
+    from .sample import generate
     from .strategies import strategy
 
     threads, why = config.thread_count(group.local_size)
@@ -170,6 +171,9 @@ def train(config: Config, started_s: float) -> int:
     if group.rank == 0:
         save_model(bare_model, config.output)
         corpus.tokenizer.save(config.output)
+        if config.sample:
+            with trace.span("sample"):
+                report.sampled(generate(bare_model, corpus, config.sample, seed=config.seed, limit_s=config.sample_s))
     report.closing()
     engine.close()
     end(config, everyone)

@@ -22,7 +22,7 @@ FLOORS = {
     "collectives": 3,
     **dict.fromkeys(("transport", "gradients"), 2),
     **dict.fromkeys(
-        ("topology", "chunks", "bringup", "native", "model", "data", "text", "corpus", "tokenizer", "bpe"), 1
+        ("topology", "chunks", "bringup", "native", "model", "data", "text", "corpus", "tokenizer", "bpe", "sample"), 1
     ),
     **dict.fromkeys(("errors", "trace"), 0),
 }
@@ -30,7 +30,7 @@ FLOORS = {
 ROOMS = (
     frozenset({"precision", "apex"}),
     frozenset({"train", "config", "flags", "report", "metrics", "checkpoint", "loading"}),
-    frozenset({"model", "data", "text", "corpus", "tokenizer", "bpe"}),
+    frozenset({"model", "data", "text", "corpus", "tokenizer", "bpe", "sample"}),
 )
 
 

@@ -24,6 +24,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(*more: str) -> int:
     flags = "--strategy single --model model.json --data text.txt --batch-size 8 --dropout 0.1 --eval-every 0"
+    flags += " --sample 0"
     return main([*flags.split(), "--steps", str(STEPS), "--metrics", "m.jsonl", *more])
 
 
