@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import bpe
+from . import bpe, collectives
 from .errors import UsageError
 from .flags import check_fields, knob, parse
 from .model import PRESETS, describe_model
@@ -21,7 +21,7 @@ from .ps.consistency import parse as parse_consistency
 from .topology import declared, usable_cores
 
 STRATEGIES = ("single", "ps", "dps", "allreduce", "horovod", "ddp")
-ALGORITHMS = ("auto", "ring", "halving", "tree", "direct", "window", "hierarchical")
+ALGORITHMS = ("auto", *collectives.ALGORITHMS, "window", "hierarchical")
 _OWN_SCHEDULES = ("ps", "dps", "allreduce")
 
 ADAMW_BETAS = (0.9, 0.95)
