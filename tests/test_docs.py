@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from pictures import costs, picture, steps_of
 
 import commlab
 from commlab.collectives import ALGORITHMS
+from commlab.config import Config
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -92,6 +94,17 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
     dead = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not dead, f"{page.name} links to {dead}"
+
+
+def test_the_trainers_flags_exist() -> None:
+    """Wherever a page, a script or the README calls it."""
+    known = {"--" + field.name.replace("_", "-") for field in fields(Config)} | {"--help"}
+    files = [*PAGES, DOCS.parent / "README.md", *(path for path in (DOCS / "launch").iterdir() if path.suffix)]
+    calls = [call for file in files for call in re.findall(r"-m commlab\.train((?:\\\n|[^`#|\n])*)", file.read_text())]
+    given = [flag for call in calls for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", call)]
+    assert len(calls) > 20
+    assert len(given) > 40
+    assert set(given) <= known, set(given) - known
 
 
 @names
