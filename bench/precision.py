@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
 def train(strategy: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """The row of one run."""
     words = ["--strategy", strategy, "--precision", precision, "--steps", str(options.steps), "--eval-every", "0"]
+    words += ["--sample", "0"]
     words += ["--autocast", options.autocast] if precision in ("bf16", "fp16") else []
     for flag, value in zip(options.train[::2], options.train[1::2], strict=True):
         words += [f"--{flag}", value]

@@ -63,7 +63,7 @@ def run(where: Launcher, row: str, options: argparse.Namespace) -> Ended:
     """One training run. Clipping is off in all of them: ssp and asp can't have it."""
     flags = f"--strategy ps --servers 1 --consistency {row.split()[0]} --model {options.model} --threads 1 "
     flags += f"--batch-size {options.batch_size} --steps {options.steps} --seed {options.seed} "
-    flags += "--max-grad-norm 0 --eval-every 0 --eval-batches 8"
+    flags += "--max-grad-norm 0 --eval-every 0 --eval-batches 8 --sample 0"
     factor = 1.0 if row.endswith("alone") else options.factor
     lines = metrics(where, options.ranks, flags.split(), ("bench.slowed", str(SLOW_RANK), str(factor)))
     summary = next(line["summary"] for line in lines if "summary" in line)

@@ -75,6 +75,7 @@ def flags_of(name: str, options: argparse.Namespace) -> list[str]:
         "--seed": options.seed,
         "--eval-every": 0,
         "--eval-batches": 2,
+        "--sample": 0,
     }
     given = [text for flag, value in shared.items() if value is not None for text in (flag, str(value))]
     return [

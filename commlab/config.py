@@ -6,12 +6,14 @@ Importing this loads neither torch nor numpy, so that a mistyped flag is reporte
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from . import bpe, collectives
 from .errors import UsageError
 from .flags import check_fields, knob, parse
 from .model import PRESETS, describe_model
@@ -19,7 +21,7 @@ from .ps.consistency import parse as parse_consistency
 from .topology import declared, usable_cores
 
 STRATEGIES = ("single", "ps", "dps", "allreduce", "horovod", "ddp")
-ALGORITHMS = ("auto", "ring", "halving", "tree", "direct", "window", "hierarchical")
+ALGORITHMS = ("auto", *collectives.ALGORITHMS, "window", "hierarchical")
 _OWN_SCHEDULES = ("ps", "dps", "allreduce")
 
 ADAMW_BETAS = (0.9, 0.95)
@@ -41,7 +43,8 @@ class Config:
     """What one run does. Made by `from_argv` or directly, and checked either way.
 
     Where a default depends on the model, None stands for it and is replaced when the object is made: `seq_len`, `lr`,
-    `max_grad_norm` and `eval_every` are never None afterwards, and `wire` is None (as they are), "fp16" or "bf16".
+    `max_grad_norm`, `eval_every` and `sample` are never None afterwards, and `wire` is None (as they are), "fp16" or
+    "bf16".
     Errors: UsageError, saying what was given, what is allowed, and what to do.
     """
 
@@ -110,7 +113,12 @@ class Config:
         _WHAT,
         "a text file, a folder of them, or a .json array of texts (default: this Python's own library sources)",
     )
-    tokenizer: str = knob("bytes", _WHAT, "bytes, or the path of a tokenizer.json or tokenizer folder")
+    tokenizer: str = knob(
+        "bytes",
+        _WHAT,
+        f"bytes; bpe or bpe:SIZE = learned from the text, SIZE entries ({bpe.DEFAULT_SIZE}); or the path of a"
+        " tokenizer.json or tokenizer folder",
+    )
     seq_len: int = knob(None, _WHAT, "tokens in a sequence (default: the model's; gpt2-tiny 128)", int, least=1)
     dropout: float | None = knob(
         None, _WHAT, "share of activations dropped (default: a config file's own, otherwise 0)", float, least=0, below=1
@@ -153,6 +161,14 @@ class Config:
     )
     eval_batches: int = knob(
         16, _SHOW, "global batches in an evaluation, spread over all held-out text; 0 = all of it", int, least=0
+    )
+    sample: int = knob(
+        None,
+        _SHOW,
+        "tokens that the trained model generates at the end, for you to read; 0 = none (default: about 200 bytes of"
+        " text: 200 with the bytes tokenizer, otherwise 60)",
+        int,
+        least=0,
     )
     output: str = knob("commlab-model", _SHOW, "folder that the trained model is written to")
     metrics: str | None = knob(None, _SHOW, "file for one JSON line per step and evaluation (default: none)")
@@ -207,12 +223,16 @@ class Config:
         if self.apex_level is not None and self.precision != "apex":
             raise UsageError(f"--apex-level {self.apex_level} has no meaning for --precision {self.precision}")
         lockstep = self._check_servers()
+        entries = bpe.size_of(self.tokenizer)
         own_wire = self.precision if self.precision in ("fp16", "bf16") and self.strategy != "single" else None
         derived = {
             "seq_len": shape.seq_len if self.seq_len is None else self.seq_len,
+            # In full, so that a checkpoint does not depend on a default.
+            "tokenizer": self.tokenizer if entries is None else f"bpe:{entries}",
             "lr": shape.learning_rate if self.lr is None else self.lr,
             "max_grad_norm": float(lockstep) if self.max_grad_norm is None else self.max_grad_norm,
             "eval_every": 100 * lockstep if self.eval_every is None else self.eval_every,
+            "sample": (200 if self.tokenizer == "bytes" else 60) if self.sample is None else self.sample,
             "steps": 200 if self.steps is None and self.epochs is None else self.steps,
             "wire": own_wire if self.wire is None else None if self.wire == "none" else self.wire,
         }
@@ -316,6 +336,17 @@ class Config:
             return self.threads, "--threads"
         cores = usable_cores()
         return max(1, cores // local_size), f"{cores} cores / {local_size} local ranks"
+
+    @property
+    def sample_s(self) -> float:
+        """The most that generating may take; the other ranks wait for it."""
+        return min(5.0, self.timeout / 4)
+
+    @property
+    def tokenizer_cache(self) -> Path:
+        """Folder of tokenizers that were learned from texts."""
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(home, "commlab", "tokenizers")
 
     @property
     def checkpoint_folder(self) -> str:

@@ -1,24 +1,22 @@
-"""Real text to tokens: where documents come from, and which of them are held out. Reasons: docs/data.md."""
+"""Text to rows of tokens, for training and held out; as a whole, or each rank a part of it."""
 
 from __future__ import annotations
 
-import json
-import os
-import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from .bpe import learned, size_of
 from .errors import UsageError
-from .tokenizer import open_tokenizer
+from .text import Text, read_text
+from .tokenizer import Tokenizer, open_tokenizer
 
-HELD_OUT_EVERY = 20
-"""One twentieth of the text is held out."""
-
-_TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+_BATCH = 64
+"""Pieces that are encoded in one call, where the library's threads have the machine to themselves."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +31,19 @@ class Corpus:
     train: np.ndarray
     held_out: np.ndarray
     held_out_bytes: np.ndarray
-    vocab_size: int
-    separator: int | None
+    tokenizer: Tokenizer
     source: str
     documents: int
     text_bytes: int
     skipped_files: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def separator(self) -> int | None:
+        return self.tokenizer.separator
 
     def digest(self) -> str:
         """Equal exactly for equal training tokens; 30 ms for 12 MB."""
@@ -50,148 +55,103 @@ class Corpus:
         skipped = f", {self.skipped_files} files that are not UTF-8 text skipped" if self.skipped_files else ""
         return (
             f"{self.source}: {self.documents} documents, {self.text_bytes / 1e6:.2f} MB{skipped};"
-            f" {len(self.train):,} tokens to train on, {len(self.held_out):,} held out ({held_out_bytes:,} bytes)"
+            f" {len(self.train):,} tokens to train on, {len(self.held_out):,} held out ({held_out_bytes:,} bytes,"
+            f" {held_out_bytes / len(self.held_out):.2f} per token); vocabulary of {self.vocab_size:,}"
         )
 
 
-def load_corpus(path: str | None = None, tokenizer: str = "bytes") -> Corpus:
-    """Read text, tokenize it, hold out a twentieth.
+def load_corpus(path: str | None = None, tokenizer: str = "bytes", cache: Path | None = None) -> Corpus:
+    """Read text, tokenize it, hold out a twentieth; one process alone, all of it.
 
-    `path`: a file, a folder (recursively, in the order of relative paths; files that are not UTF-8 text are skipped and
-    counted), a .json file holding an array of texts, or None for the running Python's library sources without their
-    tests (12 MB in Python 3.11). Of 40 documents or more every 20th is held out; of fewer, the last twentieth of each.
-    Errors: UsageError for a missing or empty path, text that is not UTF-8, a .json of another form, no tokenizer.
+    `path`: as for :func:`commlab.text.read_text`. `cache`: folder of learned tokenizers, None for none.
+    Errors: UsageError, also for a tokenizer that cannot be had.
     Cost: the text once in memory, plus its tokens; less than 0.1 s of CPU for the default with the bytes tokenizer.
     """
-    encoder = open_tokenizer(tokenizer)
-    source = f"--data {path!r}" if path is not None else "the running Python's library sources"
-    documents, skipped_files = _read_library() if path is None else _read(Path(path))
-    text_bytes = sum(map(len, documents))
-    if not text_bytes:
-        raise UsageError(
-            f"{source} holds no text ({skipped_files} files skipped that are not UTF-8); give a file or folder of text"
-        )
-    train_texts, held_out_texts = _split(documents)
-    separator = encoder.separator
-    end = np.array([] if separator is None else [separator])
-    dtype = np.uint8 if encoder.vocab_size <= 1 << 8 else np.uint16 if encoder.vocab_size <= 1 << 16 else np.int32
+    text = read_text(path)
+    size = size_of(tokenizer)
+    opened = open_tokenizer(tokenizer) if size is None else learned(text.train, size, cache)
+    return assemble(text, opened, encode(text.train, opened), *encode_with_bytes(text.held_out, opened))
 
-    def join(pieces: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([piece.astype(dtype, copy=False) for piece in pieces]) if pieces else np.zeros(0, dtype)
 
-    train = join([part for text in train_texts for part in (encoder.encode(text), end)])
-    encoded = [encoder.encode_with_bytes(text) for text in held_out_texts]
-    held_out = join([part for ids, _ in encoded for part in (ids, end)])
-    counts = [part for _, token_bytes in encoded for part in (token_bytes, np.zeros(len(end), np.int32))]
+class _Piece(NamedTuple):
+    text: bytes
+    ends_document: bool
+
+
+def _part(texts: Sequence[bytes], tokenizer: Tokenizer, index: int, parts: int) -> list[_Piece]:
+    """The index-th of `parts` parts, about equal in bytes; in order they are everything."""
+    pieces = [
+        _Piece(piece, at == len(cut) - 1)
+        for text in texts
+        for cut in [tokenizer.pieces(text)]
+        for at, piece in enumerate(cut)
+    ]
+    begins = np.cumsum([0, *(len(piece.text) for piece in pieces)])
+    owners = begins[:-1] * parts // max(int(begins[-1]), 1)
+    # Empty documents at the very end begin where the text ends.
+    return [piece for piece, owner in zip(pieces, owners, strict=True) if min(owner, parts - 1) == index]
+
+
+def encode(
+    texts: Sequence[bytes], tokenizer: Tokenizer, index: int = 0, parts: int = 1, show: bool = False
+) -> np.ndarray:
+    """Ids of the index-th of `parts` parts of `texts`, a separator after each document; all parts, in order, are the
+    whole. `show`: a progress bar, should it take some seconds."""
+    pieces = _part(texts, tokenizer, index, parts)
+    size = _BATCH if parts == 1 else 1
+    end = _end(tokenizer)
+    rows: list[np.ndarray] = []
+    for at in _shown(range(0, len(pieces), size), show):
+        batch = pieces[at : at + size]
+        for piece, ids in zip(batch, tokenizer.encode_all([piece.text for piece in batch]), strict=True):
+            rows += [ids, end] if piece.ends_document else [ids]
+    return _joined(rows, dtype_for(tokenizer))
+
+
+def encode_with_bytes(
+    texts: Sequence[bytes], tokenizer: Tokenizer, index: int = 0, parts: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`encode`, and beside it how many bytes of text each id stands for."""
+    end = _end(tokenizer)
+    rows: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
+    for piece in _part(texts, tokenizer, index, parts):
+        ids, token_bytes = tokenizer.encode_with_bytes(piece.text)
+        rows += [ids, end] if piece.ends_document else [ids]
+        counts += [token_bytes, np.zeros_like(end)] if piece.ends_document else [token_bytes]
+    return _joined(rows, dtype_for(tokenizer)), _joined(counts, np.dtype(np.int32))
+
+
+def assemble(
+    text: Text, tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, held_out_bytes: np.ndarray
+) -> Corpus:
+    """The corpus of all parts. UsageError where the text is too short to be trained on."""
     if len(train) < 2 or len(held_out) < 2:
         raise UsageError(
-            f"{source} is too short: {text_bytes} bytes make {len(train)} tokens to train on and {len(held_out)}"
-            " held out, and each part needs 2 at least; give more text"
+            f"{text.source} is too short: {text.text_bytes} bytes make {len(train)} tokens to train on and"
+            f" {len(held_out)} held out, and each part needs 2 at least; give more text"
         )
-    held_out_bytes = np.concatenate(counts)
-    return Corpus(
-        train,
-        held_out,
-        held_out_bytes,
-        encoder.vocab_size,
-        separator,
-        source,
-        len(documents),
-        text_bytes,
-        skipped_files,
-    )
+    about = text.source, text.documents, text.text_bytes, text.skipped_files
+    return Corpus(train, held_out, held_out_bytes, tokenizer, *about)
 
 
-def _read(path: Path) -> tuple[list[bytes], int]:
-    """(documents, number of files skipped) of a file or folder."""
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        raise UsageError(f"--data {str(path)!r}: no such file or folder (looked in {os.getcwd()})")
-    content = _read_bytes(path)
-    if path.suffix == ".json":
-        return _read_json(path, content), 0
-    if not _is_text(content):
-        raise UsageError(
-            f"--data {str(path)!r} is not UTF-8 text; give text, a folder of text files, or a .json array of texts"
-        )
-    return [content], 0
+def dtype_for(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest that holds all ids."""
+    size = tokenizer.vocab_size
+    return np.dtype(np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32)
 
 
-def _read_json(path: Path, content: bytes) -> list[bytes]:
-    """The paper's format: a JSON array of strings, one document each."""
-    wanted = 'a .json file must hold an array of texts, ["first text", "second text", ...]'
-    try:
-        texts = json.loads(content)
-    except ValueError as error:
-        raise UsageError(f"--data {str(path)!r} is not valid JSON ({error}); {wanted}") from error
-    if not isinstance(texts, list):
-        raise UsageError(f"--data {str(path)!r} holds a JSON {type(texts).__name__}; {wanted}")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise UsageError(
-                f"--data {str(path)!r}: item {index} of the array is of type {type(text).__name__}; {wanted}"
-            )
-    # JSON can spell half of a surrogate pair, which no UTF-8 can hold.
-    return [text.encode(errors="replace") for text in texts if text]
+def _end(tokenizer: Tokenizer) -> np.ndarray:
+    return np.array([] if tokenizer.separator is None else [tokenizer.separator], np.int32)
 
 
-def _read_folder(root: Path, *, suffix: str = "", without: frozenset[str] = frozenset()) -> tuple[list[bytes], int]:
-    """Every text file below `root` whose name ends in `suffix`; hidden, __pycache__ and `without` folders are not
-    entered."""
-    files: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [
-            name for name in folders if name not in without and name != "__pycache__" and not name.startswith(".")
-        ]
-        files += [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
-    # os.walk follows the file system's order, which differs between machines; the parts of the relative path do not.
-    contents = [
-        _read_bytes(file) for file in sorted(files, key=lambda file: file.relative_to(root).parts) if file.is_file()
-    ]
-    documents = [content for content in contents if _is_text(content)]
-    return [content for content in documents if content], len(contents) - len(documents)
+def _joined(rows: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return np.concatenate([row.astype(dtype, copy=False) for row in rows]) if rows else np.zeros(0, dtype)
 
 
-def _read_library() -> tuple[list[bytes], int]:
-    """The sources of Python's own library. Its tests are left out: not every installation has them, so the text would
-    depend on that."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return _read_folder(root, suffix=".py", without=_TEST_FOLDERS | {"site-packages", "dist-packages"})
+def _shown(batches: range, show: bool) -> Iterable[int]:
+    if not show:
+        return batches
+    from tqdm import tqdm
 
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"--data {str(path)!r} cannot be read: {error.strerror or error}") from error
-
-
-def _is_text(content: bytes) -> bool:
-    if b"\0" in content:
-        return False
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _split(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """(texts to train on, texts held out); together they are the documents, byte for byte."""
-    if len(documents) >= 2 * HELD_OUT_EVERY:
-        held_out = [text for index, text in enumerate(documents) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
-        return [text for index, text in enumerate(documents) if index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
-    cuts = [(text, _cut(text)) for text in documents]
-    return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
-
-
-def _cut(text: bytes) -> int:
-    """Where the last twentieth of `text` starts: at a line's start if one is near, else at a character's."""
-    wanted = len(text) - len(text) // HELD_OUT_EVERY
-    line = text.rfind(b"\n", len(text) * 9 // 10, wanted) + 1
-    if line:
-        return line
-    while 0 < wanted < len(text) and text[wanted] & 0xC0 == 0x80:  # inside a UTF-8 sequence
-        wanted -= 1
-    return wanted
+    return tqdm(batches, desc="tokenizing", unit="batch", delay=2, leave=False)  # type: ignore[no-any-return]

@@ -24,6 +24,7 @@ from .collectives.handle import Handle
 from .config import Config
 from .data import Batch
 from .metrics import Metrics, interface_bytes_sent, memory_bytes, versions
+from .sample import Sample
 from .strategies.base import Strategy, Times
 
 _SUMMARY = struct.Struct("<6qd")
@@ -242,6 +243,17 @@ class Report:
         self._held_out = bits
         self._metrics.write({"step": step, "held_out_bits_per_byte": bits})
         self._say(f"after step {step}: held-out {bits:.3f} bits per byte")
+
+    def sampled(self, sample: Sample) -> None:
+        """What the trained model makes of a piece of held-out text."""
+        if self._bar is not None:
+            self._bar.close()
+        # What a model says may be beyond the terminal's character set.
+        code = sys.stdout.encoding or "utf-8"
+        shown = sample.shown(self.config.sample, self.config.seed)
+        self._say(shown.encode(code, "replace").decode(code))
+        self._metrics.write({"sample": {"prompt": sample.prompt, "generated": sample.generated}})
+        self._metrics.text("sample", f"{sample.prompt}\n\n{sample.generated}")
 
     def closing(self) -> None:
         """The summary table. Collective: peaks and sums over all ranks."""

@@ -62,18 +62,19 @@ def train(config: Config, started_s: float) -> int:
     import torch
 
     from .checkpoint import Checkpoints
-    from .corpus import load_corpus
     from .data import BatchSampler, Blocks
     from .gradients.scaling import LossScale
+    from .loading import load_together
     from .model import build_model, loss_sum, save_model
     from .report import Report
+    from .sample import generate
     from .strategies import strategy
 
     threads, why = config.thread_count(group.local_size)
     torch.set_num_threads(threads)
     device = together(group, lambda: device_of(config, group))
 
-    corpus = together(group, lambda: load_corpus(config.data, config.tokenizer))
+    corpus = load_together(group, config.data, config.tokenizer, config.tokenizer_cache)
     blocks = Blocks(corpus.train, config.seq_len)
     held_out = Blocks(corpus.held_out, config.seq_len, token_bytes=corpus.held_out_bytes)
     bare_model = together(
@@ -171,6 +172,10 @@ def train(config: Config, started_s: float) -> int:
     report.evaluated(total_steps, held_out_bits(config, group, bare_model, held_out))
     if group.rank == 0:
         save_model(bare_model, config.output)
+        corpus.tokenizer.save(config.output)
+        if config.sample:
+            with trace.span("sample"):
+                report.sampled(generate(bare_model, corpus, config.sample, seed=config.seed, limit_s=config.sample_s))
     report.closing()
     engine.close()
     end(config, everyone)

@@ -28,6 +28,7 @@ def test_defaults() -> None:
     assert (config.model, config.tokenizer, config.data, config.seq_len) == ("gpt2-tiny", "bytes", None, 128)
     assert (config.batch_size, config.steps, config.epochs, config.timeout) == (32, 200, None, 300)
     assert config.lr == PRESETS["gpt2-tiny"].learning_rate
+    assert (config.sample, flags("--tokenizer bpe").sample, flags("--sample 0").sample) == (200, 60, 0)
     assert config.bucket_bytes == 25 * 2**20
     assert flags("--model gpt2-100m").lr == 1.5e-4
     assert flags("--model gpt2-100m").seq_len == 512
@@ -39,9 +40,9 @@ def test_every_field_can_be_given(tmp_path: Path) -> None:
         "bucket_mb": 0.5, "wire": "bf16", "precision": "bf16", "autocast": "on", "model": "gpt2", "data": "a.txt",
         "tokenizer": "tokenizer.json", "seq_len": 77, "dropout": 0.1, "batch_size": 24, "grad_accumulation": 3,
         "steps": 7, "lr": 1e-2, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0, "seed": 11,
-        "eval_every": 5, "eval_batches": 0, "output": "out", "metrics": "m.jsonl", "trace": "t.json", "timeout": 1.5,
-        "threads": 3, "checkpoint_every": 4, "checkpoint_dir": "c", "checkpoint_keep": 5, "tensorboard": "b",
-        "device": "cpu",
+        "eval_every": 5, "eval_batches": 0, "sample": 9, "output": "out", "metrics": "m.jsonl", "trace": "t.json",
+        "timeout": 1.5, "threads": 3, "checkpoint_every": 4, "checkpoint_dir": "c", "checkpoint_keep": 5,
+        "tensorboard": "b", "device": "cpu",
         "loss_scale": 256.0, "loss_scale_interval": 9, "loss_scale_growth": 4.0, "loss_scale_backoff": 0.25,
         "overlap": "off", "overlap_pulls": "off",
     }  # fmt: skip

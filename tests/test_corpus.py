@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commlab.corpus import HELD_OUT_EVERY, Corpus, _split, load_corpus
+from commlab.corpus import Corpus, load_corpus
 from commlab.errors import UsageError
-from commlab.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
+from commlab.text import HELD_OUT_EVERY, _split
+from commlab.tokenizer import ByteTokenizer, open_tokenizer
 
 MIXED = "naïve façade — 东京 🚂  tail\n"
 
@@ -116,7 +117,7 @@ def test_bpe_tokens_stand_for_every_byte(tokenizer_file: Path, tmp_path: Path) -
     corpus = load_corpus(str(tmp_path / "a.txt"), str(tokenizer_file))
     assert corpus.train.dtype == np.uint16
     assert corpus.train[-1] == corpus.held_out[-1] == 0
-    assert FileTokenizer(str(tokenizer_file))._tokenizer.decode(corpus.train[:-1].tolist()) == MIXED * 95
+    assert tokenizer.decode(corpus.train[:-1].tolist()) == MIXED * 95
     assert corpus.held_out_bytes.sum() == 5 * len(MIXED.encode())
 
 

@@ -6,13 +6,19 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
-from pictures import costs, picture
+import test_schedules
+import torch
+from pictures import costs, picture, steps_of
 
 import commlab
 from commlab.collectives import ALGORITHMS
+from commlab.config import Config
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -58,11 +64,47 @@ def test_costs_are_those_of_the_schedules(name: str) -> None:
     assert counted in (DOCS / "algorithms" / f"{name}.md").read_text(), f"{name} costs now\n{counted}"
 
 
+def test_the_worked_example_is_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row in the table is all that is missing: with it, it passes what every algorithm has to pass."""
+    page = (DOCS / "add-an-algorithm.md").read_text()
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    line: Any = ModuleType("commlab.collectives.line")
+    line.__package__ = "commlab.collectives"
+    exec(compile(code, "docs/add-an-algorithm.md", "exec"), line.__dict__)
+    monkeypatch.setitem(ALGORITHMS, "line", line)
+    for segment_bytes in (None, test_schedules.SMALL_SEGMENT_BYTES):
+        test_schedules.test_allreduce("line", segment_bytes, "mean")
+        test_schedules.test_reduce_scatter_and_allgather("line", segment_bytes, torch.int32)
+    for numel, segment_bytes in ((0, None), (1, None), (5, None), (64, 28)):
+        test_schedules.test_reduce_and_broadcast_with_every_root("line", numel, segment_bytes)
+    test_schedules.test_the_network_carries_what_the_schedule_says("line")
+    test_schedules.test_owners_cover_the_buffer("line")
+    test_schedules.test_one_rank_and_nothing_to_send_need_no_step("line")
+    for rank, plan in enumerate(steps_of("line", 7, 70)):
+        assert {peer for item in plan for peer in (item.to, item.frm)} <= {rank - 1, rank + 1, None}
+        assert sum(item.send.numel for item in plan) == 10 * (6 + (1 if rank in (0, 6) else 8))
+    assert picture("line", 4) in page, picture("line", 4)
+    assert costs("line") in page, costs("line")
+    assert '"direct": direct, "line": line}' in page
+    assert '"direct": direct}' in (DOCS.parent / "commlab/collectives/__init__.py").read_text()
+
+
 @names
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
     dead = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not dead, f"{page.name} links to {dead}"
+
+
+def test_the_trainers_flags_exist() -> None:
+    """Wherever a page, a script or the README calls it."""
+    known = {"--" + field.name.replace("_", "-") for field in fields(Config)} | {"--help"}
+    files = [*PAGES, DOCS.parent / "README.md", *(path for path in (DOCS / "launch").iterdir() if path.suffix)]
+    calls = [call for file in files for call in re.findall(r"-m commlab\.train((?:\\\n|[^`#|\n])*)", file.read_text())]
+    given = [flag for call in calls for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", call)]
+    assert len(calls) > 20
+    assert len(given) > 40
+    assert set(given) <= known, set(given) - known
 
 
 @names

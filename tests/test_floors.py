@@ -16,19 +16,21 @@ FILES = sorted(HOME.rglob("*.py"))
 # A folder has one floor; so has each file outside of folders. A new one has to be given its place here.
 FLOORS = {
     "__init__": 7,
-    **dict.fromkeys(("train", "config", "flags", "report", "metrics", "checkpoint"), 6),
+    **dict.fromkeys(("train", "config", "flags", "report", "metrics", "checkpoint", "loading"), 6),
     "strategies": 5,
     **dict.fromkeys(("precision", "apex", "ps"), 4),
     "collectives": 3,
     **dict.fromkeys(("transport", "gradients"), 2),
-    **dict.fromkeys(("topology", "chunks", "bringup", "native", "model", "data", "corpus", "tokenizer"), 1),
+    **dict.fromkeys(
+        ("topology", "chunks", "bringup", "native", "model", "data", "text", "corpus", "tokenizer", "bpe", "sample"), 1
+    ),
     **dict.fromkeys(("errors", "trace"), 0),
 }
 # The wing's own folder on its own floor: the trainer's files are one room, and so are the leaves that feed it.
 ROOMS = (
     frozenset({"precision", "apex"}),
-    frozenset({"train", "config", "flags", "report", "metrics", "checkpoint"}),
-    frozenset({"model", "data", "corpus", "tokenizer"}),
+    frozenset({"train", "config", "flags", "report", "metrics", "checkpoint", "loading"}),
+    frozenset({"model", "data", "text", "corpus", "tokenizer", "bpe", "sample"}),
 )
 
 

@@ -24,6 +24,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(*more: str) -> int:
     flags = "--strategy single --model model.json --data text.txt --batch-size 8 --dropout 0.1 --eval-every 0"
+    flags += " --sample 0"
     return main([*flags.split(), "--steps", str(STEPS), "--metrics", "m.jsonl", *more])
 
 
@@ -84,6 +85,32 @@ def test_another_run_is_refused(more: str, words: str, capsys: pytest.CaptureFix
     Path("other.txt").write_text(text.replace("7", "8"))
     assert run("--output", "o", *more.split()) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned once, saved beside the model, the same after a resume."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    Path("model.json").write_text(json.dumps({**MODEL, "vocab_size": 310}))
+    flags = ["--tokenizer", "bpe:300", "--checkpoint-every", "3"]
+    assert run("--output", "whole", *flags) == 0
+    said = capsys.readouterr().out
+    assert "tokenizer: learning bpe:300 from the training text" in said
+    assert "vocabulary of 300" in said
+    before = weights("whole")
+    Path("whole/checkpoints/step-0000000006").rename("last")
+    assert run("--output", "whole", *flags, "--resume") == 0
+    assert weights("whole") == before
+    said = capsys.readouterr().out
+    assert "learning" not in said
+    assert "resume: from step 3" in said
+
+    from tokenizers import Tokenizer
+
+    saved = Tokenizer.from_file("whole/tokenizer.json")
+    assert saved.get_vocab_size() == 300
+    assert saved.decode(saved.encode("line 7, naïve").ids) == "line 7, naïve"
+    assert run("--output", "whole", *flags, "--resume", "--tokenizer", "bpe:301") == 2
+    assert "was made with text " in capsys.readouterr().err
 
 
 def test_no_checkpoint_means_the_beginning(capsys: pytest.CaptureFixture[str]) -> None:
