@@ -16,6 +16,7 @@ import torch
 
 from .. import trace
 from ..collectives import ALGORITHMS, operations
+from ..collectives.allreduce import allreduce_async
 from ..collectives.execute import byte_view
 from ..collectives.group import Group
 from ..collectives.handle import Handle
@@ -229,7 +230,7 @@ class Strategy:
         self._total = total
         if self._syncing and self._counted and total is None and self.averages:
             counted = torch.tensor([self._count], dtype=torch.int64)
-            self._global_count = operations.allreduce_async(counted, "sum", "token count", group=self.group)
+            self._global_count = allreduce_async(counted, "sum", "token count", group=self.group)
         if self.buckets is not None:
             self.buckets.syncing = self._syncing
         if self.precision.loss_scale is not None and not self._share:

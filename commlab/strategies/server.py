@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 
 from ..chunks import Range, split, whole_at
-from ..collectives import operations
+from ..collectives.chunked import gather_chunks_async, reduce_chunks_async
 from ..collectives.group import Group
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets
@@ -133,9 +133,7 @@ class Server(Strategy):
 
     def _launch(self, bucket: Bucket) -> None:
         chunks = self._chunks[bucket.index]
-        handle = operations.reduce_chunks_async(
-            bucket.flat, chunks, "mean", bucket.name, self.options.algorithm, group=self.group
-        )
+        handle = reduce_chunks_async(bucket.flat, chunks, "mean", bucket.name, self.options.algorithm, group=self.group)
         self._launched.append((bucket, handle))
 
     def _owned_gradients(self) -> list[torch.Tensor]:
@@ -209,9 +207,7 @@ class Server(Strategy):
             self.group.barrier()
             return
         pulls = [
-            operations.gather_chunks_async(
-                flat, chunks, f"parameters of bucket {index}", self.options.algorithm, group=self.group
-            )
+            gather_chunks_async(flat, chunks, f"parameters of bucket {index}", self.options.algorithm, group=self.group)
             for index, (flat, chunks) in enumerate(zip(self._flat_parameters, self._chunks, strict=True))
         ]
         for pull in pulls:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import commlab
 from commlab.chunks import Range, split, whole_at
+from commlab.collectives.chunked import gather_chunks_async, reduce_chunks_async
 from commlab.collectives.group import Group
-from commlab.collectives.operations import gather_chunks_async, reduce_chunks_async
 from commlab.collectives.window import INLINE_BYTES
 from commlab.transport.window import _CARD, Window
 
