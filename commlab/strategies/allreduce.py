@@ -15,7 +15,8 @@ import torch
 from ..chunks import split
 from ..collectives.allreduce import allreduce_async
 from ..gradients.bucket import Bucket
-from .base import Strategy, scale_
+from ..gradients.norm import scale_
+from .base import Strategy
 
 
 class AllReduce(Strategy):

@@ -29,8 +29,10 @@ from ..gradients.mirror import Mirror, mirrors
 from ..ps.elementwise import require_elementwise
 from ..transport.window import Place
 from . import pieces
-from .base import Options, Strategy
+from .base import Strategy
 from .flat import flatten, require_in_place
+from .options import Options
+from .replicas import give_from_rank_0, tensors_of
 
 SERVER = 0
 """The rank that owns everything under ``ps``."""
@@ -223,7 +225,7 @@ class Server(Strategy):
             self._follow_parameters()
             # What is not trained, and buffers, every rank has for itself.
             shared = {item.name for item in self.parameters}
-            self._give_from_rank_0([(name, tensor) for name, tensor in self._model_tensors() if name not in shared])
+            give_from_rank_0(self.group, [entry for entry in tensors_of(self.model) if entry[0] not in shared])
 
     def close(self) -> None:
         """Also gives every rank parameters of its own again."""
