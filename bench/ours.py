@@ -10,7 +10,7 @@ import torch
 
 import commlab
 from commlab.collectives import ALGORITHMS
-from commlab.collectives.operations import pick
+from commlab.collectives.plan import pick
 from commlab.gradients.wire import WIRES
 
 from .cases import Case

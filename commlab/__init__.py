@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 _HOME = {
     "init": "collectives.world",
     "shutdown": "collectives.world",
-    "allreduce": "collectives.operations",
-    "allreduce_async": "collectives.operations",
+    "allreduce": "collectives.allreduce",
+    "allreduce_async": "collectives.allreduce",
     "reduce_scatter": "collectives.operations",
     "allgather": "collectives.operations",
     "broadcast": "collectives.operations",
@@ -56,18 +56,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .collectives.allreduce import allreduce, allreduce_async
     from .collectives.group import Group
     from .collectives.handle import Handle
-    from .collectives.operations import (
-        allgather,
-        allreduce,
-        allreduce_async,
-        barrier,
-        broadcast,
-        empty,
-        reduce,
-        reduce_scatter,
-    )
+    from .collectives.operations import allgather, barrier, broadcast, empty, reduce, reduce_scatter
     from .collectives.world import init, shutdown
     from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
     from .ps.store import ParameterServer

@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, native, trace
-from .collectives import operations
+from .collectives.allreduce import allreduce_async
 from .collectives.group import Group
 from .collectives.handle import Handle
+from .collectives.plan import pick
 from .config import Config
 from .data import Batch
 from .metrics import Metrics, interface_bytes_sent, memory_bytes, versions
@@ -96,7 +97,7 @@ class Report:
             largest = max(bucket.numel for bucket in engine.buckets.buckets)
             kind = {"allreduce": "allreduce", "ps": "reduce"}.get(config.strategy, "reduce_scatter")
             wire = engine.buckets.buckets[0].dtype
-            algorithm, reason = operations.pick(group, kind, config.algorithm, largest, wire)
+            algorithm, reason = pick(group, kind, config.algorithm, largest, wire)
             self._say(
                 f"gradients: {len(engine.buckets.buckets)} buckets of at most "
                 f"{config.bucket_mb:g} MB, wire {config.wire or 'as is'}, "
@@ -205,7 +206,7 @@ class Report:
         self._settle()
         mean = losses.view(1) / total
         # Where ranks do not wait for each other, they do not for this either: rank 0 shows its own.
-        handle = operations.allreduce_async(mean, "sum", "loss", group=self.group) if self.engine.averages else None
+        handle = allreduce_async(mean, "sum", "loss", group=self.group) if self.engine.averages else None
         self._pending = batch, handle, {**row, "loss": float(mean)}
 
     def _step_exchange(self) -> float:

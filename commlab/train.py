@@ -264,7 +264,7 @@ def held_out_bits(config: Config, group: Group, model: torch.nn.Module, held_out
     """Bits per byte of held-out text; every rank evaluates its part. Collective."""
     import torch
 
-    from .collectives.operations import allreduce
+    from .collectives.allreduce import allreduce
     from .data import held_out_batches
     from .model import bits_per_byte, evaluate
 

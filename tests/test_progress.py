@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from commlab.collectives import progress as progress_module
+from commlab.collectives.allreduce import allreduce, allreduce_async
 from commlab.collectives.group import Group
 from commlab.collectives.handle import Handle
-from commlab.collectives.operations import allreduce, allreduce_async, broadcast, reduce, reduce_scatter
+from commlab.collectives.operations import broadcast, reduce, reduce_scatter
 from commlab.collectives.progress import Progress
 from commlab.collectives.signature import Signature
 from commlab.errors import PeerTimeoutError, UsageError

@@ -1,4 +1,4 @@
-"""The norm of a gradient, precise enough to be the same for every way of cutting it."""
+"""The norm of a gradient, precise enough to be the same for every way of cutting it, and what clipping makes of it."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def norm_squared(gradients: Iterable[torch.Tensor]) -> float:
 def clip_factor(norm: float, max_norm: float | None) -> float:
     """What clipping multiplies the gradient by: torch.nn.utils.clip_grad_norm_'s rule, so that results compare."""
     return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+
+
+def scale_(gradients: list[torch.Tensor], factor: float) -> None:
+    """Multiply all of them in place."""
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)

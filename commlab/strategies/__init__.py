@@ -35,13 +35,13 @@ def strategy(
 
     ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: algorithm, precision, autocast, wire,
     max_grad_norm, bucket_bytes, overlap, elementwise, servers, consistency, overlap_pulls
-    (:class:`commlab.strategies.base.Options`).
+    (:class:`commlab.strategies.options.Options`).
     ``optimizer``: the user's own; under ps and dps its ``params`` become the pieces that this rank owns, while groups,
     hyper-parameters and LR schedulers stay. With ``servers`` this returns on the ranks that serve when all others have
     closed their engines. Errors: UsageError.
     """
     from ..collectives.world import resolve
-    from .base import Options
+    from .options import Options
 
     if name not in STRATEGIES:
         raise UsageError(f"unknown strategy {name!r}; there are {', '.join(STRATEGIES)}")

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 
 from ..chunks import split
-from ..collectives import operations
+from ..collectives.allreduce import allreduce_async
 from ..gradients.bucket import Bucket
-from .base import Strategy, scale_
+from ..gradients.norm import scale_
+from .base import Strategy
 
 
 class AllReduce(Strategy):
@@ -25,7 +26,7 @@ class AllReduce(Strategy):
     name = "allreduce"
 
     def _launch(self, bucket: Bucket) -> None:
-        handle = operations.allreduce_async(bucket.flat, "mean", bucket.name, self.options.algorithm, group=self.group)
+        handle = allreduce_async(bucket.flat, "mean", bucket.name, self.options.algorithm, group=self.group)
         self._launched.append((bucket, handle))
 
     def _owned_gradients(self) -> list[torch.Tensor]:

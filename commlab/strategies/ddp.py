@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..collectives.group import Group
 from ..errors import UsageError
 from ..transport.rendezvous import join_store, open_store
-from .base import Options
 from .local import Local
+from .options import Options
 
 _process_groups: WeakKeyDictionary[Group, dist.ProcessGroup] = WeakKeyDictionary()
 _kept: list[dist.ProcessGroup] = []

@@ -29,9 +29,12 @@ from ..ps.messages import MESSAGE_BYTES
 from ..ps.shard import Own
 from ..ps.store import ParameterServer
 from . import pieces
-from .base import Agreement, Options, Strategy
+from .agreement import Agreement
+from .base import Strategy
 from .flat import flatten, require_in_place
+from .options import Options
 from .pulls import Pulls
+from .replicas import give_from_rank_0, tensors_of
 
 BUCKET_BYTES = 4 * MESSAGE_BYTES
 """The most that is packed at once, whatever ``bucket_bytes`` says: servers can be busy before a bucket is full."""
@@ -154,7 +157,7 @@ class Dedicated(Strategy):
     def _local_scale(self) -> float:
         if self.averages:
             return super()._local_scale()
-        return 1 / max(1, self._count) if self._counted else 1.0
+        return 1 / max(1, self._weight.count) if self._weight.counted else 1.0
 
     def _agree(self) -> Agreement:
         assert self.buckets is not None
@@ -223,7 +226,7 @@ class Dedicated(Strategy):
                 self.store.assign_flat(unit.names, unit.flat).wait()
         self.settle()
         trained = {item.name for item in self.parameters}
-        self._give_from_rank_0([(name, tensor) for name, tensor in self._model_tensors() if name not in trained])
+        give_from_rank_0(self.group, [entry for entry in tensors_of(self.model) if entry[0] not in trained])
 
     def state_dict(self) -> dict[str, Any]:
         raise UsageError(

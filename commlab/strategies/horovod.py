@@ -13,8 +13,9 @@ import torch
 
 from ..collectives.group import Group
 from ..errors import UsageError
-from .base import Agreement, Options
+from .agreement import Agreement
 from .local import Local
+from .options import Options
 
 
 def _import() -> Any:

@@ -9,8 +9,9 @@ import torch
 
 from ..errors import UsageError
 from ..gradients.bucket import GradientBuckets
-from ..gradients.norm import norm_squared
-from .base import Agreement, Strategy, scale_
+from ..gradients.norm import norm_squared, scale_
+from .agreement import Agreement
+from .base import Strategy
 
 
 class Local(Strategy):

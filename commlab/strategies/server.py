@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 
 from ..chunks import Range, split, whole_at
-from ..collectives import operations
+from ..collectives.chunked import gather_chunks_async, reduce_chunks_async
 from ..collectives.group import Group
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, GradientBuckets
@@ -29,8 +29,10 @@ from ..gradients.mirror import Mirror, mirrors
 from ..ps.elementwise import require_elementwise
 from ..transport.window import Place
 from . import pieces
-from .base import Options, Strategy
+from .base import Strategy
 from .flat import flatten, require_in_place
+from .options import Options
+from .replicas import give_from_rank_0, tensors_of
 
 SERVER = 0
 """The rank that owns everything under ``ps``."""
@@ -133,9 +135,7 @@ class Server(Strategy):
 
     def _launch(self, bucket: Bucket) -> None:
         chunks = self._chunks[bucket.index]
-        handle = operations.reduce_chunks_async(
-            bucket.flat, chunks, "mean", bucket.name, self.options.algorithm, group=self.group
-        )
+        handle = reduce_chunks_async(bucket.flat, chunks, "mean", bucket.name, self.options.algorithm, group=self.group)
         self._launched.append((bucket, handle))
 
     def _owned_gradients(self) -> list[torch.Tensor]:
@@ -209,9 +209,7 @@ class Server(Strategy):
             self.group.barrier()
             return
         pulls = [
-            operations.gather_chunks_async(
-                flat, chunks, f"parameters of bucket {index}", self.options.algorithm, group=self.group
-            )
+            gather_chunks_async(flat, chunks, f"parameters of bucket {index}", self.options.algorithm, group=self.group)
             for index, (flat, chunks) in enumerate(zip(self._flat_parameters, self._chunks, strict=True))
         ]
         for pull in pulls:
@@ -227,7 +225,7 @@ class Server(Strategy):
             self._follow_parameters()
             # What is not trained, and buffers, every rank has for itself.
             shared = {item.name for item in self.parameters}
-            self._give_from_rank_0([(name, tensor) for name, tensor in self._model_tensors() if name not in shared])
+            give_from_rank_0(self.group, [entry for entry in tensors_of(self.model) if entry[0] not in shared])
 
     def close(self) -> None:
         """Also gives every rank parameters of its own again."""

@@ -6,8 +6,8 @@ import torch
 
 from ..collectives.group import Group
 from ..errors import UsageError
-from .base import Options
 from .local import Local
+from .options import Options
 
 
 class Single(Local):

@@ -54,3 +54,17 @@ def in_window(group: Group, data: torch.Tensor, skip: int = 0) -> torch.Tensor:
     assert group.window is not None
     assert data.numel() == 0 or group.window.locate(pool) is not None
     return pool.copy_(data)
+
+
+def ordinary(group: Group, data: torch.Tensor) -> torch.Tensor:
+    return data.clone()
+
+
+def odd(group: Group, data: torch.Tensor) -> torch.Tensor:
+    """Behind a cache line's begin, on every rank somewhere else."""
+    return in_window(group, data, 1 + group.rank % 5)
+
+
+def mixed(group: Group, data: torch.Tensor) -> torch.Tensor:
+    """Every third rank's data are ordinary memory."""
+    return data.clone() if group.rank % 3 == 1 else in_window(group, data)

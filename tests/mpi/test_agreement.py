@@ -12,8 +12,8 @@ from conftest import Ranks
 
 import commlab
 from commlab.chunks import split
+from commlab.collectives.chunked import gather_chunks_async
 from commlab.collectives.group import Group
-from commlab.collectives.operations import gather_chunks_async
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

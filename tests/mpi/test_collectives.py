@@ -23,8 +23,8 @@ from mpi_groups import algorithms, all_groups
 import commlab
 from commlab.chunks import split
 from commlab.collectives import ALGORITHMS
+from commlab.collectives.chunked import reduce_chunks_async
 from commlab.collectives.group import Group
-from commlab.collectives.operations import reduce_chunks_async
 from commlab.topology import Topology
 
 LARGE = 100_003

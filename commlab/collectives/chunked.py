@@ -1,0 +1,79 @@
+"""The two halves of an allreduce, on chunks of any size, one per rank: the parameter server's push and pull, and what
+the other operations are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..chunks import Range
+from . import ALGORITHMS, schedules, window
+from .execute import Execution, Operand, Pending
+from .group import Group
+from .handle import Handle
+from .operand import operand_of, place_of
+from .plan import HALVES, divided, plan_of
+from .world import resolve
+
+
+def reduce_chunks_async(
+    flat: torch.Tensor,
+    chunks: Sequence[Range],
+    op: str = "mean",
+    name: str | None = None,
+    algorithm: str = "auto",
+    group: Group | None = None,
+) -> Handle:
+    """Start to reduce rank r's chunk of ``flat`` on rank r, in place. ``flat``: 1-D, contiguous, CPU; afterwards only
+    this rank's chunk means anything. The parameter server's push: with all of it in one chunk, a reduce to that rank.
+
+    The handle returns this rank's chunk: a view of ``flat``, or for a 16-bit ``flat`` the fp32 sums that were never
+    rounded (``direct``), so the whole push rounds once, when it was packed.
+    """
+    group = resolve(group)
+    chunks = tuple(chunks)
+    chosen, _, signature, *_ = plan_of(group, "reduce_scatter", flat, op, name, algorithm, chunks=chunks)
+    own = chunks[group.rank]
+    wide = None
+    if flat.dtype in HALVES and chosen in ("direct", "window") and group.size > 1:
+        wide = torch.empty(own.numel, dtype=torch.float32)
+
+    def body() -> Pending:
+        if group.size == 1 or flat.numel() == 0:
+            return
+        if chosen == "window":
+            divisor, reduction = divided(op, group.size)
+            yield from window.reduce_chunks(group, flat, chunks, reduction, divisor, wide)
+            return
+        operand = operand_of(flat, op, chosen, group.size, own, wide)
+        schedule = schedules.reduce_scatter(ALGORITHMS[chosen], group.rank, chunks)
+        yield from group.execute(Execution(schedule, operand, group.transport))
+
+    result = flat[own.start : own.stop] if wide is None else wide
+    return group.submit(signature, body(), result, lambda: place_of(group, flat, chosen))
+
+
+def gather_chunks_async(
+    flat: torch.Tensor,
+    chunks: Sequence[Range],
+    name: str | None = None,
+    algorithm: str = "auto",
+    group: Group | None = None,
+) -> Handle:
+    """Start to bring rank r's chunk of ``flat`` from rank r to all ranks, in place, for all r. ``flat``: 1-D,
+    contiguous, CPU. The parameter server's pull: with all of it in one chunk, a broadcast."""
+    group = resolve(group)
+    chunks = tuple(chunks)
+    chosen, _, signature, *_ = plan_of(group, "allgather", flat, "sum", name, algorithm, chunks=chunks)
+
+    def body() -> Pending:
+        if group.size == 1 or flat.numel() == 0:
+            return
+        if chosen == "window":
+            yield from window.gather_chunks(group, flat, chunks)
+            return
+        schedule = schedules.allgather(ALGORITHMS[chosen], group.rank, chunks)
+        yield from group.execute(Execution(schedule, Operand(flat), group.transport))
+
+    return group.submit(signature, body(), flat, lambda: place_of(group, flat, chosen))

@@ -1,0 +1,61 @@
+"""A call's tensor as an algorithm wants it: a flat CPU buffer, its place in the window, what is reduced how; and back
+into the tensor."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import native
+from ..chunks import Range
+from . import window
+from .execute import Operand
+from .group import Attachment, Group
+from .plan import HALVES, divided
+
+
+def as_flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor as a flat CPU buffer of ``dtype``: itself where it is one already, else a copy."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous():
+        return tensor if tensor.dim() == 1 else tensor.view(-1)
+    return tensor.to("cpu", dtype).contiguous().view(-1)
+
+
+def put_back(flat: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Write a staged buffer back where it is a copy."""
+    if flat is not tensor and (flat.data_ptr() != tensor.data_ptr() or flat.dtype != tensor.dtype):
+        tensor.detach().copy_(flat.view(tensor.shape))
+
+
+def operand_of(
+    flat: torch.Tensor, op: str, chosen: str, size: int, own: Range, wide: torch.Tensor | None = None
+) -> Operand:
+    """How the algorithm treats this buffer (DESIGN "Rounding").
+
+    16-bit: ``direct`` sums in fp32 at the owner, and divides there before it rounds; the others round at every hop, so
+    a mean is divided first, which keeps the sum in range.
+    """
+    divisor, reduction = divided(op, size)
+    if flat.dtype not in HALVES:
+        return Operand(flat, reduction, divisor)
+    if chosen == "direct":
+        return Operand(flat, reduction, divisor, own, wide)
+    if divisor != 1:
+        native.divide(flat, 0, flat.numel(), divisor)
+    return Operand(flat, reduction)
+
+
+def attach(group: Group, flat: torch.Tensor, inline: bool = False) -> Attachment:
+    """Where ``flat`` lies in the window, if it does; or its data, where they are few and every rank wants all of
+    them."""
+    assert group.window is not None
+    size_bytes = flat.numel() * flat.element_size()
+    if inline and size_bytes <= window.INLINE_BYTES:
+        return Attachment(address=flat.data_ptr(), size_bytes=size_bytes)
+    place = group.window.locate(flat)
+    return Attachment() if place is None else Attachment(place.segment, place.offset)
+
+
+def place_of(group: Group, flat: torch.Tensor, chosen: str) -> Attachment:
+    return attach(group, flat) if chosen == "window" else Attachment()
