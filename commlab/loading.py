@@ -78,5 +78,5 @@ def _gathered(group: Group, part: np.ndarray, name: str) -> np.ndarray:
     flat = torch.empty(ends[-1], dtype=torch.int32)
     own = chunks[group.rank]
     flat[own.start : own.stop] = torch.from_numpy(part.astype(np.int32))
-    operations.gather_chunks_async(flat, chunks, name, group=group).wait()
+    gather_chunks_async(flat, chunks, name, group=group).wait()
     return flat.numpy()

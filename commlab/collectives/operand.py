@@ -31,7 +31,7 @@ def put_back(flat: torch.Tensor, tensor: torch.Tensor) -> None:
 def operand_of(
     flat: torch.Tensor, op: str, chosen: str, size: int, own: Range, wide: torch.Tensor | None = None
 ) -> Operand:
-    """How the algorithm treats this buffer (DESIGN "Rounding").
+    """How the algorithm treats this buffer (docs/rounding.md).
 
     16-bit: ``direct`` sums in fp32 at the owner, and divides there before it rounds; the others round at every hop, so
     a mean is divided first, which keeps the sum in range.
