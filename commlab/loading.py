@@ -11,7 +11,7 @@ import torch
 
 from . import bpe
 from .chunks import Range
-from .collectives import operations
+from .collectives.chunked import gather_chunks_async
 from .collectives.group import Group
 from .collectives.together import together
 from .corpus import Corpus, assemble, dtype_for, encode, encode_with_bytes
