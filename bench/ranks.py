@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,10 +16,13 @@ from commlab.topology import usable_cores
 
 
 def share_cores() -> None:
-    """Give torch the threads that a training process gives it: all cores, shared among the ranks of this host."""
+    """Give torch the threads that a training process gives it: all cores, shared among the ranks of this host; or as
+    many as OMP_NUM_THREADS says (on emulated hosts 1: each of them sees all cores, and threads that wait spin)."""
     import torch
 
-    torch.set_num_threads(max(1, usable_cores() // bringup.detect().local_size))
+    torch.set_num_threads(
+        int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // bringup.detect().local_size))
+    )
 
 
 class Ranks:

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from simulated import AdverseNetwork, simulate
 
 from commlab import native
-from commlab.chunks import EMPTY, Range
+from commlab.chunks import EMPTY, Range, whole_at
 from commlab.collectives import ALGORITHMS, schedules
-from commlab.collectives.execute import Operand
-from commlab.collectives.step import Finish, Schedule, Step
+from commlab.collectives.execute import IN_FLIGHT, Execution, Operand, byte_view
+from commlab.collectives.step import Finish, Relay, Schedule, Step, with_relays
 from commlab.transport.sim import SimNetwork
 
 algorithms = pytest.mark.parametrize("name", ALGORITHMS)
@@ -181,3 +181,40 @@ def test_finish_may_be_cut_in_other_places(seed: int) -> None:
     simulate(finish_elsewhere, [Operand(each, "sum", 2) for each in data], 4 * 7, AdverseNetwork(2, seed))
     assert torch.equal(data[0], halved)
     assert torch.equal(data[1], torch.cat([total[:3], halved[3:]]))
+
+
+@pytest.mark.parametrize("reduce", [True, False], ids=["reduce", "broadcast"])
+def test_a_chain_sends_on_what_has_arrived(reduce: bool) -> None:
+    """The middle rank has sent its first segments before the last ones were even sent to it."""
+    network, numel = SimNetwork(3), 80
+    left, middle, right = network.transports()
+    chunks = whole_at(2 if reduce else 0, numel, 3)
+    half = schedules.reduce_scatter if reduce else schedules.allgather
+    given_ = numbers(0, numel, torch.float32)
+    mine = numbers(1, numel, torch.float32)
+    want = given_ + mine if reduce else given_
+    execution = Execution(half(ALGORITHMS["ring"], 1, chunks), Operand(mine), middle, segment_bytes=4 * 10)
+    going = execution.run()
+    got = torch.empty(numel)
+    for at in range(0, numel, 10):
+        right.irecv(byte_view(got[at : at + 10]), 1)
+        left.isend(byte_view(given_[at : at + 10]), 1)
+        waits = next(going, None)
+        arrived = sum(frm == 1 for frm, _, _ in network.messages)
+        # It looks for a message when the receives in flight are as many as it may have.
+        assert arrived >= at // 10 - IN_FLIGHT + 1
+    assert waits is None and torch.equal(got, want)
+
+
+def test_only_a_step_in_and_a_step_out_of_one_chunk_make_a_relay() -> None:
+    chunk, other = Range(0, 4), Range(4, 8)
+    receive, send = Step(None, EMPTY, 0, chunk, True), Step(2, chunk, None, EMPTY)
+    assert list(with_relays([receive, send])) == [Relay(chunk, 0, 2, True)]
+    for schedule in (
+        [receive, Step(2, other, None, EMPTY)],
+        [receive, Finish(chunk), send],
+        [send, receive],
+        [Step(2, other, 0, chunk, True), send],
+    ):
+        assert list(with_relays(schedule)) == schedule
+    assert list(with_relays([receive, receive, send, send])) == [receive, Relay(chunk, 0, 2, True), send]

@@ -9,12 +9,15 @@ import torch
 
 from ..chunks import Range
 from . import ALGORITHMS, schedules, window
-from .execute import Execution, Operand, Pending
+from .execute import SEGMENT_BYTES, Execution, Operand, Pending
 from .group import Group
 from .handle import Handle
 from .operand import operand_of, place_of
 from .plan import HALVES, divided, plan_of
 from .world import resolve
+
+CHAIN_SEGMENT_BYTES = 128 * 1024
+"""The least that a segment of a chain has: a message's own cost shows below."""
 
 
 def reduce_chunks_async(
@@ -48,7 +51,7 @@ def reduce_chunks_async(
             return
         operand = operand_of(flat, op, chosen, group.size, own, wide)
         schedule = schedules.reduce_scatter(ALGORITHMS[chosen], group.rank, chunks)
-        yield from group.execute(Execution(schedule, operand, group.transport))
+        yield from group.execute(Execution(schedule, operand, group.transport, _segment_bytes(flat, chunks)))
 
     result = flat[own.start : own.stop] if wide is None else wide
     return group.submit(signature, body(), result, lambda: place_of(group, flat, chosen))
@@ -74,6 +77,14 @@ def gather_chunks_async(
             yield from window.gather_chunks(group, flat, chunks)
             return
         schedule = schedules.allgather(ALGORITHMS[chosen], group.rank, chunks)
-        yield from group.execute(Execution(schedule, Operand(flat), group.transport))
+        yield from group.execute(Execution(schedule, Operand(flat), group.transport, _segment_bytes(flat, chunks)))
 
     return group.submit(signature, body(), flat, lambda: place_of(group, flat, chosen))
+
+
+def _segment_bytes(flat: torch.Tensor, chunks: Sequence[Range]) -> int:
+    """A chain of P ranks (ring, one rank owns everything) takes 1 + (P - 2) / segments times as long as its bytes: it
+    wants many segments. Elsewhere all ranks have chunks under way from the start."""
+    if all(chunk.numel < flat.numel() for chunk in chunks):
+        return SEGMENT_BYTES
+    return min(SEGMENT_BYTES, max(CHAIN_SEGMENT_BYTES, flat.numel() * flat.element_size() // 16))

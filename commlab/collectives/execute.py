@@ -8,6 +8,7 @@ Why that is safe. A rank posts its operations in schedule order and completes re
 it
 - sends a segment, it completes the pending receives that overlap it (read after write);
 - writes a segment, by receiving or reducing into it, it waits for the pending sends that overlap it (write after read).
+A relay has receives posted ahead of its sends; it sends a segment when that one has arrived.
 Why it ends. Let every rank stand at a (step, segment) of its schedule. The rank that is furthest behind waits only for
 messages that its peers posted at the same place or before, so it can always go on.
 """
@@ -23,7 +24,7 @@ import torch
 from .. import native
 from ..chunks import Range, segments
 from ..transport.base import Bytes, Request, Transport
-from .step import AnyStep, Finish, Step
+from .step import AnyStep, Finish, Relay, Step, with_relays
 
 SEGMENT_BYTES = 2 * 2**20
 """Small enough that a received segment is still in a cache when it is reduced, large enough that where ranks share
@@ -118,8 +119,10 @@ class Execution:
         self._slots = 0
 
     def run(self) -> Pending:
-        for item in self.schedule:
-            if isinstance(item, Step):
+        for item in with_relays(self.schedule):
+            if isinstance(item, Relay):
+                yield from self._relay(item)
+            elif isinstance(item, Step):
                 yield from self._step(item)
             elif isinstance(item, Finish):
                 yield from self._finish(item.chunk)
@@ -139,6 +142,14 @@ class Execution:
             if at < len(outgoing):
                 assert item.to is not None
                 yield from self._post_send(outgoing[at], item.to)
+
+    def _relay(self, item: Relay) -> Pending:
+        parts = segments(item.chunk, self.segment_numel)
+        for at in range(len(parts) + IN_FLIGHT - 1):
+            if at < len(parts):
+                yield from self._post_receive(parts[at], item.frm, item.reduce)
+            if at >= IN_FLIGHT - 1:
+                yield from self._post_send(parts[at - IN_FLIGHT + 1], item.to)
 
     def _post_receive(self, part: Range, frm: int, reduce: bool) -> Pending:
         while len(self._receives) >= IN_FLIGHT:

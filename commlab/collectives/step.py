@@ -28,6 +28,16 @@ class Finish(NamedTuple):
     chunk: Range
 
 
+class Relay(NamedTuple):
+    """A step that only receives ``chunk`` and one that only sends it on, together: its first segments leave while the
+    last ones arrive. A chain of P ranks takes P chunks' time otherwise."""
+
+    chunk: Range
+    frm: int
+    to: int
+    reduce: bool
+
+
 class NodeStep(NamedTuple):
     """What a native loop over the window does for this rank: counted, priced and traced like the other steps."""
 
@@ -60,3 +70,22 @@ def elements_sent(schedule: Iterable[AnyStep]) -> int:
 def messages_sent(schedule: Iterable[AnyStep]) -> int:
     """How many (unsegmented) messages this rank sends."""
     return sum(item.to is not None for item in schedule if isinstance(item, Step))
+
+
+def with_relays(schedule: Iterable[AnyStep]) -> Iterator[AnyStep | Relay]:
+    """The schedule, with neighbouring steps put together that make a relay."""
+    held: Step | None = None
+    for item in schedule:
+        if held is not None and held.frm is not None:
+            if isinstance(item, Step) and item.to is not None and item.frm is None and item.send == held.recv:
+                yield Relay(held.recv, held.frm, item.to, held.reduce)
+                held = None
+                continue
+            yield held
+            held = None
+        if isinstance(item, Step) and item.to is None:
+            held = item
+        else:
+            yield item
+    if held is not None:
+        yield held
