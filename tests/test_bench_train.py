@@ -31,7 +31,8 @@ def test_all_strategies_have_a_row() -> None:
     options = train.parser().parse_args([])
     configs = [Config.from_argv(train.flags_of(name, options)) for name in ROWS]
     assert {config.strategy for config in configs} == set(STRATEGIES)
-    same = [dataclasses.replace(config, strategy="dps", precision="fp32", wire="none") for config in configs]
+    apart = {"strategy": "dps", "precision": "fp32", "wire": "none", "loss_scale": 1.0}
+    same = [dataclasses.replace(config, **apart) for config in configs]
     assert all(config == same[0] for config in same), "rows differ in strategy and precision alone"
 
 
