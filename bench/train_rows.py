@@ -22,8 +22,8 @@ class Row(NamedTuple):
 REFERENCE = "single"
 
 _16_BIT = ("--precision", "{16-bit}", "--loss-scale", "4096")
-"""From the default scale of 65536 some of a short run's first steps overflow and are skipped, and what would be compared
-then is how training goes on after that."""
+"""From the default scale of 65536 some of a short run's first steps overflow and are skipped, and what would be
+compared then is how training goes on after that."""
 
 ROWS = {
     REFERENCE: Row("Single GPU", ("--strategy", "single")),
