@@ -13,7 +13,6 @@ Memory: the model twice per rank and contestant, and three times beside.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from collections.abc import Iterable, Sequence
@@ -35,11 +34,6 @@ CONTESTANTS = ("allreduce", "allreduce:fp16", "allreduce:bf16", "dps", "dps:fp16
 HEAD = ("contestant", "overlap", "step ms", "compute", "update", "exposed", "floor", "late", "hidden", "wrong")
 Turn = tuple[str, bool]
 """A contestant, and whether buckets travel during backward."""
-
-
-def link_bytes_per_s() -> float:
-    """Of each host, each way, as bench.cluster made it; 0 elsewhere."""
-    return float(os.environ.get("COMMLAB_LINK_BYTES_PER_S", 0))
 
 
 def exposed_s(samples_s: Sequence[tuple[float, float]], computing_s: Sequence[float]) -> list[float]:
@@ -159,7 +153,7 @@ def main() -> int:
     if ranks.size == 1:
         parser().error("one rank sends nothing: start it with mpirun -n 2, or more")
     # Emulated hosts share the cores of this machine.
-    sharing = ranks.size if link_bytes_per_s() else group.local_size
+    sharing = ranks.size if records.link_bytes_per_s() else group.local_size
     torch.set_num_threads(options.threads or max(1, usable_cores() // sharing))
     tiny = options.model == "gpt2-tiny"
     seq_len = options.seq_len or describe_model(options.model).seq_len
@@ -167,13 +161,13 @@ def main() -> int:
     bucket_bytes = round((options.bucket_mb or (0.5 if tiny else 25.0)) * 2**20)
     sides = {name: Side(name, work, bucket_bytes) for name in names}
     computing = Computing(next(iter(sides.values())))
-    run = records.describe(ranks, "bench.overlap", hosts=len(group.nodes), link_bytes_per_s=link_bytes_per_s())
+    run = records.describe(ranks, "bench.overlap", hosts=len(group.nodes), link_bytes_per_s=records.link_bytes_per_s())
     run |= {"progress": group.progress_mode, "threads": torch.get_num_threads(), "bucket_bytes": bucket_bytes}
     found = measure(sides, computing, ranks, options.rounds, options.seed)
     for side in sides.values():
         side.wrong = int(ranks.total([side.wrong])[0])
     # Ranks of one host share its link, and some of what they send does not go there.
-    link = link_bytes_per_s() if len(group.nodes) == ranks.size else 0.0
+    link = records.link_bytes_per_s() if len(group.nodes) == ranks.size else 0.0
     made = rows(found, sides, computing, work, link)
     if ranks.rank == 0:
         hosts = f"{len(group.nodes)} host{'s' * (len(group.nodes) > 1)}"

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from . import records
 from .figures import format_bytes
 
 Run = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -109,7 +110,7 @@ def collective_key(run: dict[str, Any], row: dict[str, Any]) -> tuple[str, str, 
     """What makes rows of bench.allreduce comparable; None for rows of another benchmark."""
     if not {"op", "dtype", "bytes", "ranks", "contestant"} <= row.keys():
         return None
-    return row["op"], row["dtype"], row["ranks"], run["versions"]["mpi"]
+    return row["op"], row["dtype"], row["ranks"], records.place(run)
 
 
 def plain_name(row: dict[str, Any]) -> str:

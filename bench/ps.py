@@ -12,7 +12,6 @@ bench.cluster made, the time that the busiest host's link needs for its bytes. E
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -82,11 +81,6 @@ def _settled(ranks: Ranks, value: tuple[float, int]) -> tuple[float, int]:
     return value
 
 
-def _link_bytes_per_s() -> float:
-    """Of each host, each way, as bench.cluster made it; 0 elsewhere."""
-    return float(os.environ.get("COMMLAB_LINK_BYTES_PER_S", 0))
-
-
 def rows(
     found: dict[str, tuple[list[float], int]],
     playing: dict[str, Contestant],
@@ -94,7 +88,7 @@ def rows(
     nodes: Sequence[Sequence[int]],
 ) -> list[dict[str, Any]]:
     """A record per contestant. GB/s: bytes there and back of one worker, by the time."""
-    link_bytes_per_s = _link_bytes_per_s()
+    link_bytes_per_s = records.link_bytes_per_s()
     copies = {name: median(samples) for name, (samples, _) in found.items() if playing[name].kind == "floor"}
     fastest = min(copies, key=copies.__getitem__)
     made = []
@@ -154,7 +148,7 @@ def main() -> int:
     ranks = Ranks()
     if ranks.size == 1:
         raise UsageError("one rank has no server to talk to: start it with mpirun -n 2, or more")
-    link = {"hosts": len(group.nodes), "link_bytes_per_s": _link_bytes_per_s()}
+    link = {"hosts": len(group.nodes), "link_bytes_per_s": records.link_bytes_per_s()}
     run = records.describe(ranks, "bench.ps", progress=group.progress_mode, **link)
     wrong = 0
     for at, size_bytes in enumerate(options.sizes):

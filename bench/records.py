@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from commlab import bringup
 from commlab.topology import usable_cores
 
 from .ranks import Ranks
@@ -30,7 +31,27 @@ def describe(ranks: Ranks, module: str, **more: Any) -> dict[str, Any]:
 
     found = run_line(module, f"mpirun -n {ranks.size} ", ranks.mpi)
     found["versions"] |= {"torch": torch.__version__, "native": native.backend()}
-    return {**found, "ranks": ranks.size, **more}
+    return {**found, "ranks": ranks.size, **_emulated(), **more}
+
+
+def link_bytes_per_s() -> float:
+    """Of each host, each way, as bench.cluster made it; 0 elsewhere."""
+    return float(os.environ.get("COMMLAB_LINK_BYTES_PER_S", 0))
+
+
+def _emulated() -> dict[str, Any]:
+    """Where the ranks are, if bench.cluster launched them."""
+    launch = bringup.detect()
+    hosts = {"hosts": launch.size // launch.local_size, "link_bytes_per_s": link_bytes_per_s()}
+    return hosts if link_bytes_per_s() else {}
+
+
+def place(run: dict[str, Any]) -> str:
+    """The MPI of a run, and the hosts that bench.cluster made for it."""
+    mpi: str = run["versions"]["mpi"]
+    if not run.get("link_bytes_per_s"):
+        return mpi
+    return f"{mpi}, {run['hosts']} hosts at {8 * run['link_bytes_per_s'] / 1e6:.0f} Mbit per s"
 
 
 def run_line(module: str, launcher: str, mpi: str) -> dict[str, Any]:

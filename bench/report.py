@@ -37,7 +37,7 @@ def tables(runs: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]]) -> dict[
         for row in rows:
             if not {"op", "dtype", "bytes", "contestant"} <= row.keys():
                 continue
-            cells = found.setdefault((row["op"], row["dtype"], row["ranks"], run["versions"]["mpi"]), {})
+            cells = found.setdefault((row["op"], row["dtype"], row["ranks"], records.place(run)), {})
             cells.setdefault(_name(row), {})[row["bytes"]] = _cell(row)
     return found
 
@@ -156,7 +156,7 @@ def drawn(runs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> tuple[
         own = [
             run
             for run, rows in runs
-            if run["versions"]["mpi"] == mpi
+            if records.place(run) == mpi
             and any(_is_collective(row) and (row["op"], row["dtype"], row["ranks"]) == table[:3] for row in rows)
         ]
         found.append(Table(title, ["", *map(format_bytes, sizes)], body, own))

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from . import records
 from .plots import WIDTH_IN, Drawn, Plot, Run, dress, file_name, grouped, legend_beside, panel, runs_of
 
 _PHASES = {"compute": "#9aa5b1", "exchange": "#c0392b", "update": "#e0a21e"}
@@ -223,7 +224,7 @@ def step_plots(runs: Sequence[Run]) -> list[Plot]:
     """bench.step: exchange, clipping and update without forward and backward."""
     groups = grouped(
         runs,
-        lambda run, row: (row["model"], row["ranks"], run["versions"]["mpi"]) if row.get("op") == "step" else None,
+        lambda run, row: (row["model"], row["ranks"], records.place(run)) if row.get("op") == "step" else None,
     )
     found = []
     for (model, ranks, mpi), drawn in groups.items():
