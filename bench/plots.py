@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from . import records
-from .figures import format_bytes
+from .cases import OPS
+from .figures import bus_factor, format_bytes
 
 Run = tuple[dict[str, Any], list[dict[str, Any]]]
 """A ``run`` line and its ``row`` lines."""
@@ -148,7 +149,7 @@ def bandwidths(runs: Sequence[Run]) -> list[Plot]:
         reading = (
             "Higher is better; both axes are logarithmic. Bars reach from the slowest sample to the fastest. Dashed: a"
             " 16-bit wire; dotted: a tensor that lives in the window. The floor is the faster of two copies of the same"
-            " bytes by all ranks at once."
+            " bytes by all ranks at once; between hosts, what their links carry of numbers as they are."
         )
         title = f"Bandwidth: {op} of {dtype}, {ranks} ranks, {mpi}"
         found.append(Plot(file_name("bandwidth", op, dtype, ranks, mpi), title, reading, figure, runs_of(drawn)))
@@ -174,6 +175,11 @@ def _floor(axes: Axes, drawn: Sequence[Drawn]) -> None:
     best: dict[int, float] = {}
     for (_, size), row in latest.items():
         best[size] = max(best.get(size, 0.0), size / row["p50_us"] * 1e6)
+    run, any_row = drawn[0]
+    if run.get("link_bytes_per_s") and any_row["op"] in OPS:
+        # Between hosts memory is not what limits them.
+        link = run["link_bytes_per_s"] / bus_factor(any_row["op"], run["hosts"])
+        best = dict.fromkeys(best, link)
     if best:
         sizes = sorted(best)
         axes.plot(sizes, [best[size] for size in sizes], color=FLOOR_COLOUR, linewidth=5, alpha=0.5, label="floor")

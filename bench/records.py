@@ -51,7 +51,7 @@ def place(run: dict[str, Any]) -> str:
     mpi: str = run["versions"]["mpi"]
     if not run.get("link_bytes_per_s"):
         return mpi
-    return f"{mpi}, {run['hosts']} hosts at {8 * run['link_bytes_per_s'] / 1e6:.0f} Mbit per s"
+    return f"{mpi}, {run['hosts']} hosts at {8 * run['link_bytes_per_s'] / 1e6:.0f} Mbit/s"
 
 
 def run_line(module: str, launcher: str, mpi: str) -> dict[str, Any]:
