@@ -17,8 +17,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Long enough for 8 ranks to pass on 2 cores; too short to matter to anyone when it was in vain.
-constexpr double kYieldUs = 100;
+// Long enough for 8 ranks to pass on 2 cores, slow ones too; only a core that nobody wants is spent on it in vain.
+constexpr double kYieldUs = 500;
 
 // Not FUTEX_PRIVATE: the waiters are other processes.
 void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t seen, double timeout_us) {
