@@ -48,7 +48,7 @@ def operation(progress: Progress, body: Iterator[Message], result: object = None
 
 
 def inline(timeout_s: float = 5.0) -> Progress:
-    return Progress(2, False, timeout_s, threaded=False)
+    return Progress(2, timeout_s, threaded=False)
 
 
 def test_operations_run_one_after_the_other() -> None:
@@ -167,7 +167,7 @@ def test_peers_that_move_are_not_silent(clock: Clock, caplog: pytest.LogCaptureF
 
 
 def test_a_thread_moves_operations_on_while_nobody_waits() -> None:
-    progress = Progress(0, False, 5.0, threaded=True)
+    progress = Progress(0, 5.0, threaded=True)
     try:
         for _ in range(20):
             message = Message(1)
@@ -184,7 +184,7 @@ def test_a_thread_moves_operations_on_while_nobody_waits() -> None:
 
 def test_the_thread_and_the_caller_do_not_disturb_each_other() -> None:
     """Submit, poll and wait as fast as can be while the thread does the same: every operation runs once, in order."""
-    progress, order = Progress(0, False, 5.0, threaded=True), []
+    progress, order = Progress(0, 5.0, threaded=True), []
     switch_interval_s = sys.getswitchinterval()
 
     def body(index: int) -> Iterator[Message]:

@@ -17,7 +17,7 @@ from ..transport.base import Carried, Exchange, Request, Transport
 from ..transport.window import NOWHERE, Unavailable, Window, WindowWait
 from .execute import Execution, Pending
 from .handle import Handle
-from .progress import Progress
+from .progress import SPIN_S, Progress
 from .signature import Signature, disagreement
 from .step import NodeStep
 
@@ -99,9 +99,9 @@ class Group:
         self.cores = usable_cores() if cores is None else cores
         """Cores that the ranks of this node share."""
         free_core = self.cores > self.local_size and usable_cores() > 1 and self.size > 1
-        self.progress = Progress(
-            self.rank, self.cores < self.local_size, timeout_s, threaded=free_core and transport.threads
-        )
+        self.crowded = self.cores < self.local_size
+        """Whether the ranks of this node share cores."""
+        self.progress = Progress(self.rank, timeout_s, threaded=free_core and transport.threads)
         self.progress_mode = (
             "a thread of its own"
             if self.progress.threaded
@@ -239,9 +239,7 @@ class Group:
             made[0].open(cards)
 
         def make() -> None:
-            made.append(
-                Window(self.local_rank, self.size, 0.0 if self.progress.crowded else self.progress.spin_s * 1e6)
-            )
+            made.append(Window(self.local_rank, self.size, 0.0 if self.crowded else SPIN_S * 1e6))
 
         # Each move may fail on some ranks only; after each, all of them go on or none.
         for move in (make, open_all, lambda: made[0].open_staging()):

@@ -24,20 +24,30 @@ log = logging.getLogger("commlab")
 WARN_AFTER_S = 10.0
 
 
-class Progress:
-    """The queue of one group. ``rank`` is for messages: the group's own, like the peers that they name.
-    ``crowded``: ranks share cores."""
+SPIN_S = 2e-3
+"""So long it is asked again at once: the fastest way to wait. (Asleep after 20 us, 64 KB took 4 ranks on 2 cores twice
+as long.)"""
 
-    def __init__(self, rank: int, crowded: bool, timeout_s: float, threaded: bool):
+
+def pause(idle_s: float, spin_s: float = SPIN_S) -> None:
+    """Wait a little, having waited ``idle_s`` already. For ``spin_s`` only offer the core to others: the peer that is
+    waited for may want it, also where nobody can see that (hosts that are containers of one machine; without the offer
+    4 B took 4 such hosts on 2 cores 3.9 ms instead of 1.8). Then sleep a tenth of what was waited already: late by 10 %
+    at most, and a long wait costs nothing."""
+    if idle_s < spin_s:
+        os.sched_yield()
+    else:
+        time.sleep(min(1e-3, max(20e-6, idle_s / 10)))
+
+
+class Progress:
+    """The queue of one group. ``rank`` is for messages: the group's own, like the peers that they name."""
+
+    def __init__(self, rank: int, timeout_s: float, threaded: bool):
         self.rank, self.timeout_s = rank, timeout_s
         self._queue: deque[Handle] = deque()
         self._lock = threading.Lock()
         self._waiting = False
-        # Asking again at once is the fastest way to wait. In between the core is offered to others: the peer that is
-        # waited for may want it, also where nobody can see that (hosts that are containers of one machine). Without the
-        # offer 4 B took 4 such hosts on 2 cores 3.9 ms instead of 1.8; asleep after 20 us, 64 KB took 4 ranks on 2
-        # cores twice as long.
-        self.crowded, self.spin_s = crowded, 2e-3
         self._work = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -55,7 +65,7 @@ class Progress:
         if awaited and self.take():
             try:
                 handle.advance()
-                stop_s = time.perf_counter() + self.spin_s
+                stop_s = time.perf_counter() + SPIN_S
                 while not (handle.finished or hasattr(handle.waits_for, "block") or time.perf_counter() > stop_s):
                     os.sched_yield()
                     handle.advance()
@@ -134,7 +144,7 @@ class Progress:
                     log.warning("%s", self._silence(head, idle_s))
                 block = getattr(head.waits_for, "block", None)
                 if block is None:
-                    self._pause(idle_s)
+                    pause(idle_s)
                 else:
                     # It knows how to wait by itself. Back every 0.1 s: for signals, and to see who is silent.
                     with self._lock:
@@ -148,13 +158,6 @@ class Progress:
             f"rank {self.rank} has waited {idle_s:.1f} s for rank{'s' if len(peers) > 1 else ''} "
             f"{', '.join(map(str, peers))} in {head.describe()}"
         )
-
-    def _pause(self, idle_s: float) -> None:
-        if idle_s < self.spin_s:
-            os.sched_yield()
-        else:
-            # A tenth of what was waited already: late by 10 % at most, and a long wait costs nothing.
-            time.sleep(min(1e-3, max(20e-6, idle_s / 10)))
 
     def _serve(self) -> None:
         while not self._closed:
@@ -170,7 +173,7 @@ class Progress:
                 if not self._queue or self._blocked_on() is not before:
                     idle_since_s = now_s
                 else:
-                    time.sleep(min(1e-3, max(20e-6, (now_s - idle_since_s) / 10)))
+                    pause(now_s - idle_since_s, spin_s=0)
 
     def _blocked_on(self) -> object:
         try:

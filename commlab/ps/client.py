@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import trace
+from ..collectives.progress import pause
 from ..errors import PeerTimeoutError, UsageError
 from ..transport.base import Transport
 from .link import Link, Order
 from .messages import Header, Kind
-from .serving import WARN_AFTER_S, Serving, pause
+from .serving import WARN_AFTER_S, Serving, spin_s
 
 log = logging.getLogger("commlab")
 
@@ -188,7 +189,8 @@ class Client:
             if silent_s > WARN_AFTER_S and now_s - warned_s > WARN_AFTER_S:
                 warned_s = now_s
                 log.warning("%s", self._silence(handle, silent_s))
-            pause(now_s - idle_since_s, self._crowded, any(link.moving for link in self._links))
+            moving = any(link.moving for link in self._links)
+            pause(now_s - idle_since_s, spin_s(self._crowded, moving))
 
     def _silence(self, handle: Handle, silent_s: float) -> str:
         peers = handle.peers()

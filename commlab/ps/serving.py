@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -11,6 +10,7 @@ from functools import partial
 import torch
 
 from .. import trace
+from ..collectives.progress import SPIN_S, pause
 from ..errors import PeerLostError
 from ..transport.base import Transport
 from .link import Link
@@ -115,7 +115,7 @@ class Serving:
                     idle_since_s = time.perf_counter()
                 else:
                     moving = any(link.moving for link in self._links.values())
-                    pause(time.perf_counter() - idle_since_s, self._crowded, moving)
+                    pause(time.perf_counter() - idle_since_s, spin_s(self._crowded, moving))
         except PeerLostError as error:
             clocks = ", ".join(
                 f"{name} {'has left' if state.left else f'at clock {state.clock}'}"
@@ -126,11 +126,7 @@ class Serving:
             ) from error
 
 
-def pause(idle_s: float, crowded: bool, moving: bool) -> None:
-    """Wait a little, having waited ``idle_s`` already: first ask again at once (where ranks share cores, not for long),
-    but offer the core to others in between, then sleep a tenth of it. ``moving``: bytes are under way, and each look
-    may move a piece of them without ending anything, so sleep later."""
-    if idle_s < (_MOVING_S if moving else 200e-6 if crowded else 2e-3):
-        os.sched_yield()
-    else:
-        time.sleep(min(1e-3, max(20e-6, idle_s / 10)))
+def spin_s(crowded: bool, moving: bool) -> float:
+    """How long to look again at once. Not for long where ranks share cores; longer with bytes under way (``moving``):
+    each look may move a piece of them without ending anything."""
+    return _MOVING_S if moving else 200e-6 if crowded else SPIN_S

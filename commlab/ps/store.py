@@ -120,7 +120,7 @@ class ParameterServer:
         """The workers; on a server rank, everyone."""
         near, far = _transports(everyone, alone)
         self._transport = near
-        crowded, timeout_s = everyone.progress.crowded, everyone.timeout_s
+        crowded, timeout_s = everyone.crowded, everyone.timeout_s
         serving: Serving | None = None
         if alone or self.role == "server":
             index = 0 if alone else ranks.index(everyone.rank)
