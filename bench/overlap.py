@@ -24,7 +24,7 @@ from commlab.model import describe_model
 from commlab.topology import usable_cores
 
 from . import records, table
-from .arguments import count
+from .arguments import count, names
 from .figures import ratio
 from .harness import progress_line
 from .overlap_sides import Computing, Side, Work
@@ -128,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seq-len", type=count, help="tokens (default: the model's)")
     found.add_argument(
         "--contestants",
+        type=names(*CONTESTANTS),
         default="allreduce,allreduce:fp16,dps",
         metavar="LIST",
         help=f"{', '.join(CONTESTANTS)} (default: %(default)s)",
@@ -142,10 +143,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = parser().parse_args()
-    names = options.contestants.split(",")
-    unknown = [name for name in names if name not in CONTESTANTS]
-    if unknown:
-        parser().error(f"unknown: {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
     import torch
 
     group = commlab.init()
@@ -159,7 +156,7 @@ def main() -> int:
     seq_len = options.seq_len or describe_model(options.model).seq_len
     work = Work(options.model, options.batch_size or (16 if tiny else 1), seq_len, group, ranks, options.seed)
     bucket_bytes = round((options.bucket_mb or (0.5 if tiny else 25.0)) * 2**20)
-    sides = {name: Side(name, work, bucket_bytes) for name in names}
+    sides = {name: Side(name, work, bucket_bytes) for name in options.contestants}
     computing = Computing(next(iter(sides.values())))
     run = records.describe(ranks, "bench.overlap", hosts=len(group.nodes), link_bytes_per_s=records.link_bytes_per_s())
     run |= {"progress": group.progress_mode, "threads": torch.get_num_threads(), "bucket_bytes": bucket_bytes}

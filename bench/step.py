@@ -25,7 +25,7 @@ import commlab
 from commlab.model import build_model, describe_model
 
 from . import records, table
-from .arguments import count
+from .arguments import count, names
 from .figures import format_ratio, ratio
 from .given import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Parameters, Reference, Work
 from .harness import progress_line
@@ -129,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--model", default="gpt2-100m", help="whose shapes the tensors have (default: %(default)s)")
     found.add_argument(
         "--contestants",
+        type=names("gloo", *(name + wire for name in STRATEGIES for wire in ("", ":fp16", ":bf16"))),
         default="dps,allreduce,gloo",
         metavar="LIST",
         help=f"gloo, {', '.join(STRATEGIES)}; with :fp16 or :bf16 for the wire (default: %(default)s)",
@@ -140,10 +141,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = parser().parse_args()
-    names = options.contestants.split(",")
-    unknown = [name for name in names if name.partition(":")[0] not in ("gloo", *STRATEGIES)]
-    if unknown:
-        parser().error(f"unknown: {', '.join(unknown)}")
     share_cores()
     commlab.init()
     ranks = Ranks()
@@ -153,13 +150,13 @@ def main() -> int:
     work = Work([parameter.shape for parameter in meta.parameters()], ranks)
     numel = sum(shape.numel() for shape in work.shapes)
     sides: dict[str, Side] = {}
-    for name in names:
+    for name in options.contestants:
         kind, _, wire = name.partition(":")
         sides[name] = Gloo(work, ranks.size) if kind == "gloo" else Engine(work, kind, wire or None)
     run = records.describe(ranks, "bench.step")
     order = random.Random(0)
     for turn in range(-1, options.rounds):
-        for name in order.sample(names, len(names)):
+        for name in order.sample(options.contestants, len(options.contestants)):
             progress_line(ranks, "bench.step")(f"round {max(0, turn) + 1} of {options.rounds}: {name}")
             side = sides[name]
             side.fill()

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import bpe, collectives
+from . import bpe
+from .collectives import CHOICES
 from .errors import UsageError
 from .flags import check_fields, knob, parse
 from .model import PRESETS, describe_model
@@ -21,7 +22,6 @@ from .ps.consistency import parse as parse_consistency
 from .topology import declared, usable_cores
 
 STRATEGIES = ("single", "ps", "dps", "allreduce", "horovod", "ddp")
-ALGORITHMS = ("auto", *collectives.ALGORITHMS, "window", "hierarchical")
 _OWN_SCHEDULES = ("ps", "dps", "allreduce")
 
 ADAMW_BETAS = (0.9, 0.95)
@@ -49,7 +49,7 @@ class Config:
     """
 
     strategy: str = knob("dps", _HOW, "how gradients become agreed updates", choices=STRATEGIES)
-    algorithm: str = knob("auto", _HOW, "schedule of the collectives, for ps, dps and allreduce", choices=ALGORITHMS)
+    algorithm: str = knob("auto", _HOW, "schedule of the collectives, for ps, dps and allreduce", choices=CHOICES)
     transport: str = knob("mpi", _HOW, "what moves bytes between ranks", choices=("mpi", "torch"))
     window: str = knob("auto", _HOW, "memory shared by the ranks of a node", choices=("auto", "on", "off"))
     nodes: str | None = knob(

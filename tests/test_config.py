@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commlab.config import ALGORITHMS, STRATEGIES, Config
+from commlab.collectives import CHOICES
+from commlab.config import STRATEGIES, Config
 from commlab.errors import UsageError
 from commlab.model import PRESETS
 from commlab.topology import usable_cores
@@ -70,7 +71,7 @@ def test_servers() -> None:
     ("text", "words"),
     [
         ("--strategy alreduce", ["unknown strategy 'alreduce'", *STRATEGIES, "did you mean allreduce?"]),
-        ("--algorithm rng", ["unknown algorithm 'rng'", *ALGORITHMS, "did you mean ring?"]),
+        ("--algorithm rng", ["unknown algorithm 'rng'", *CHOICES, "did you mean ring?"]),
         ("--servers 1", ["--servers 1 with --strategy dps", "ps has 1 server, dps 2 or more"]),
         ("--servers 2 --strategy allreduce", ["--servers 2 with --strategy allreduce"]),
         ("--consistency asp", ["--consistency asp needs", "--servers 1 with --strategy ps"]),

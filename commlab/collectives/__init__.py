@@ -9,3 +9,6 @@ from . import direct, halving, ring, tree
 from .schedules import Algorithm
 
 ALGORITHMS: Final[dict[str, Algorithm]] = {"ring": ring, "halving": halving, "tree": tree, "direct": direct}
+
+CHOICES: Final[tuple[str, ...]] = ("auto", *ALGORITHMS, "window", "hierarchical")
+"""What a caller may name: schedules, and the two that need shared memory."""

@@ -69,7 +69,7 @@ def _start_allreduce(group: Group, tensor: torch.Tensor, op: str, plan: Plan, aw
         if load is not None:
             travelling.append(carried.carry(stage(), load))
             return travelling[0]
-        return attach(group, stage(), inline=wire_dtype is stage().dtype) if chosen == "window" else Attachment()
+        return attach(group, stage(), inline=inline is not None) if chosen == "window" else Attachment()
 
     return group.submit(signature, body(), tensor, attached, awaited)
 

@@ -7,7 +7,6 @@ import torch
 
 from .. import native
 from ..chunks import Range
-from . import window
 from .execute import Operand
 from .group import Attachment, Group
 from .plan import HALVES, divided
@@ -58,12 +57,11 @@ def operand_of(
 
 
 def attach(group: Group, flat: torch.Tensor, inline: bool = False) -> Attachment:
-    """Where ``flat`` lies in the window, if it does; or its data, where they are few and every rank wants all of
-    them."""
+    """Where ``flat`` lies in the window, if it does; or its data (``inline``), where they are few and every rank wants
+    all of them."""
     assert group.window is not None
-    size_bytes = flat.numel() * flat.element_size()
-    if inline and size_bytes <= window.INLINE_BYTES:
-        return Attachment(address=flat.data_ptr(), size_bytes=size_bytes)
+    if inline:
+        return Attachment(address=flat.data_ptr(), size_bytes=flat.numel() * flat.element_size())
     place = group.window.locate(flat)
     return Attachment() if place is None else Attachment(place.segment, place.offset)
 

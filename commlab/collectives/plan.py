@@ -12,7 +12,7 @@ from ..chunks import Range
 from ..errors import UsageError
 from ..gradients.wire import WIRES
 from ..native.arithmetic import DTYPES, OP_CODES
-from . import ALGORITHMS, carried, hierarchical, window
+from . import CHOICES, carried, hierarchical, window
 from .group import Group, Inline
 from .select import Case, choose
 from .signature import Signature
@@ -65,7 +65,7 @@ def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype
         nodes=len(group.nodes),
         carried=kind == "allreduce" and carried.load_of(group, numel, dtype.itemsize) is not None,
     )
-    return choose(algorithm, case, (*ALGORITHMS, "window", "hierarchical"))
+    return choose(algorithm, case, CHOICES[1:])
 
 
 class Plan(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..collectives import ALGORITHMS
+from ..collectives import CHOICES
 from ..errors import UsageError
 from ..gradients.scaling import LossScale
 from ..gradients.wire import WIRES
@@ -43,8 +43,7 @@ class Options:
         """UsageError for what no strategy knows."""
         if self.wire not in WIRES:
             raise UsageError(f"unknown wire {self.wire!r}; there are none, fp16, bf16")
-        algorithms = ("auto", *ALGORITHMS, "window", "hierarchical")
-        if self.algorithm not in algorithms:
-            raise UsageError(f"unknown algorithm {self.algorithm!r}; there are {', '.join(algorithms)}")
+        if self.algorithm not in CHOICES:
+            raise UsageError(f"unknown algorithm {self.algorithm!r}; there are {', '.join(CHOICES)}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UsageError(f"max_grad_norm must be positive, not {self.max_grad_norm}; None turns clipping off")
