@@ -15,15 +15,13 @@ from typing import Any
 
 import torch
 
+from commlab.cache import cache_folder
+
 from .cases import Case
 from .harness import Block, Contestant, Unavailable, missing
 
 SOURCE = Path(__file__).with_name("floor.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
-
-
-def cache_root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "commlab" / "floor"
 
 
 def compiler() -> list[str]:
@@ -41,7 +39,7 @@ def build() -> Path:
     """The shared library, from the user's cache or compiled into it now. Safe when all ranks call it at once."""
     command = [*compiler(), *FLAGS]
     key = hashlib.sha256(SOURCE.read_bytes() + repr((command, os.uname().machine)).encode()).hexdigest()[:16]
-    library = cache_root() / f"{key}.so"
+    library = cache_folder("floor") / f"{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:

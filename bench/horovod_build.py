@@ -28,6 +28,7 @@ if not __package__:  # run as a file: make `bench` importable as it is with -m
 
 from bench.build_steps import BuildError, Steps, file_lock
 from bench.launcher import LauncherError, Mpi, find_mpi, mpirun_environment
+from commlab.cache import cache_folder
 
 HOROVOD_VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
@@ -47,10 +48,6 @@ assert size == 2, f"{size} ranks instead of 2: Horovod was built against another
 assert torch.equal(got, want), f"rank {rank}: allreduce is wrong, largest difference {(got - want).abs().max()}"
 hvd.shutdown()
 """
-
-
-def cache_root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "commlab" / "horovod"
 
 
 def mpi_rpath(mpi: Mpi) -> str:
@@ -173,15 +170,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         mpi = find_mpi()
         key = wheel_key(mpi)
-        wheel_dir = cache_root() / key
+        wheel_dir = cache_folder("horovod") / key
         wheel_dir.mkdir(parents=True, exist_ok=True)
         print(f"horovod {key}", flush=True)
-        build_log = cache_root() / f"{key}-build.log"
+        build_log = cache_folder("horovod") / f"{key}-build.log"
         with terminated_as_interrupt(), file_lock(wheel_dir / "lock", options.timeout, build_log):
             wheel = next(wheel_dir.glob("*.whl"), None)
             if wheel is None or options.rebuild:
                 wheel = build(mpi, wheel_dir, Steps(build_log, options.timeout), options.jobs)
-            install_and_check(wheel, mpi, Steps(cache_root() / f"{key}-install.log", options.timeout))
+            install_and_check(wheel, mpi, Steps(cache_folder("horovod") / f"{key}-install.log", options.timeout))
     except importlib.metadata.PackageNotFoundError as missing:
         print(f"horovod: this environment has no {missing.name}: install commlab in it first", file=sys.stderr)
         return 2

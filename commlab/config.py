@@ -6,7 +6,6 @@ Importing this loads neither torch nor numpy, so that a mistyped flag is reporte
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import bpe
+from .cache import cache_folder
 from .collectives import CHOICES
 from .errors import UsageError
 from .flags import check_fields, knob, parse
@@ -345,8 +345,7 @@ class Config:
     @property
     def tokenizer_cache(self) -> Path:
         """Folder of tokenizers that were learned from texts."""
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(home, "commlab", "tokenizers")
+        return cache_folder("tokenizers")
 
     @property
     def checkpoint_folder(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from itertools import pairwise
 from pathlib import Path
 
@@ -72,8 +71,7 @@ def _gathered(group: Group, part: np.ndarray, name: str) -> np.ndarray:
     """All ranks' parts in rank order, as int32."""
     if group.size == 1:
         return part
-    lengths = [struct.unpack("<q", record)[0] for record in group.exchange_records(struct.pack("<q", len(part)), name)]
-    ends = np.cumsum([0, *lengths]).tolist()
+    ends = np.cumsum([0, *group.gather_int(len(part), name)]).tolist()
     chunks = [Range(begin, end) for begin, end in pairwise(ends)]
     flat = torch.empty(ends[-1], dtype=torch.int32)
     own = chunks[group.rank]

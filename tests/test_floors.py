@@ -24,7 +24,7 @@ FLOORS = {
     **dict.fromkeys(
         ("topology", "chunks", "bringup", "native", "model", "data", "text", "corpus", "tokenizer", "bpe", "sample"), 1
     ),
-    **dict.fromkeys(("errors", "trace"), 0),
+    **dict.fromkeys(("errors", "trace", "cache"), 0),
 }
 # The wing's own folder on its own floor: the trainer's files are one room, and so are the leaves that feed it.
 ROOMS = (

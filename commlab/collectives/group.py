@@ -279,11 +279,14 @@ class Group:
         self.submit(Signature("exchange", (len(record),), name=name), body(), awaited=True).wait()
         return records
 
+    def gather_int(self, value: int, name: str) -> list[int]:
+        """Every rank's ``value`` (64 bits, signed) on every rank, in rank order. Collective. Cost: one round trip."""
+        return [struct.unpack("<q", record)[0] for record in self.exchange_records(struct.pack("<q", value), name)]
+
     def gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         """Every rank's ``data`` (any length, any content) on every rank, in rank order. Collective. For reports and
         set-up: all ranks get everything."""
-        lengths = self.exchange_records(struct.pack("<q", len(data)), f"length of {name}")
-        sizes = [struct.unpack("<q", length)[0] for length in lengths]
+        sizes = self.gather_int(len(data), f"length of {name}")
         records = self.exchange_records(data.ljust(max(1, *sizes, 1), b"\0"), name)
         return [record[:size] for record, size in zip(records, sizes, strict=True)]
 
