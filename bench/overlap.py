@@ -21,14 +21,13 @@ from typing import Any
 
 import commlab
 from commlab.model import describe_model
-from commlab.topology import usable_cores
 
 from . import records, table
 from .arguments import count, names
 from .figures import ratio
 from .harness import progress_line
 from .overlap_sides import Computing, Side, Work
-from .ranks import Ranks
+from .ranks import Ranks, link_bytes_per_s, share_cores
 
 CONTESTANTS = ("allreduce", "allreduce:fp16", "allreduce:bf16", "dps", "dps:fp16", "dps:bf16")
 HEAD = ("contestant", "overlap", "step ms", "compute", "update", "exposed", "floor", "late", "hidden", "wrong")
@@ -149,22 +148,20 @@ def main() -> int:
     ranks = Ranks()
     if ranks.size == 1:
         parser().error("one rank sends nothing: start it with mpirun -n 2, or more")
-    # Emulated hosts share the cores of this machine.
-    sharing = ranks.size if records.link_bytes_per_s() else group.local_size
-    torch.set_num_threads(options.threads or max(1, usable_cores() // sharing))
+    share_cores(options.threads)
     tiny = options.model == "gpt2-tiny"
     seq_len = options.seq_len or describe_model(options.model).seq_len
     work = Work(options.model, options.batch_size or (16 if tiny else 1), seq_len, group, ranks, options.seed)
     bucket_bytes = round((options.bucket_mb or (0.5 if tiny else 25.0)) * 2**20)
     sides = {name: Side(name, work, bucket_bytes) for name in options.contestants}
     computing = Computing(next(iter(sides.values())))
-    run = records.describe(ranks, "bench.overlap", hosts=len(group.nodes), link_bytes_per_s=records.link_bytes_per_s())
+    run = records.describe(ranks, "bench.overlap")
     run |= {"progress": group.progress_mode, "threads": torch.get_num_threads(), "bucket_bytes": bucket_bytes}
     found = measure(sides, computing, ranks, options.rounds, options.seed)
     for side in sides.values():
         side.wrong = int(ranks.total([side.wrong])[0])
     # Ranks of one host share its link, and some of what they send does not go there.
-    link = records.link_bytes_per_s() if len(group.nodes) == ranks.size else 0.0
+    link = link_bytes_per_s() if len(group.nodes) == ranks.size else 0.0
     made = rows(found, sides, computing, work, link)
     if ranks.rank == 0:
         hosts = f"{len(group.nodes)} host{'s' * (len(group.nodes) > 1)}"

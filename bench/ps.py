@@ -27,7 +27,7 @@ from .arguments import count, counts, names, sizes
 from .figures import format_bytes, format_ratio, format_us, percentile, ratio
 from .harness import Unavailable
 from .ps_sessions import Contestant, contestants
-from .ranks import Ranks, share_cores
+from .ranks import Ranks, link_bytes_per_s, share_cores
 
 SIZES = "4KB,64KB,1MB,4MB,16MB,64MB"
 SAMPLE_S = 0.02
@@ -88,7 +88,7 @@ def rows(
     nodes: Sequence[Sequence[int]],
 ) -> list[dict[str, Any]]:
     """A record per contestant. GB/s: bytes there and back of one worker, by the time."""
-    link_bytes_per_s = records.link_bytes_per_s()
+    link = link_bytes_per_s()
     copies = {name: median(samples) for name, (samples, _) in found.items() if playing[name].kind == "floor"}
     fastest = min(copies, key=copies.__getitem__)
     made = []
@@ -115,9 +115,9 @@ def rows(
         link_bytes = contestant.who.link_bytes(nodes, size_bytes * contestant.travels)
         if name in copies:
             pass
-        elif link_bytes_per_s and link_bytes:
+        elif link and link_bytes:
             # Both ways at once: what is pulled travels while the rest is pushed.
-            floor_s = link_bytes / link_bytes_per_s
+            floor_s = link_bytes / link
             record |= {"floor": "link", "link_bytes": link_bytes, "floor_us": round(1e6 * floor_s, 1)}
             record["ratio_floor"] = float(f"{p50_s / floor_s:.4g}")
         else:
@@ -148,8 +148,7 @@ def main() -> int:
     ranks = Ranks()
     if ranks.size == 1:
         raise UsageError("one rank has no server to talk to: start it with mpirun -n 2, or more")
-    link = {"hosts": len(group.nodes), "link_bytes_per_s": records.link_bytes_per_s()}
-    run = records.describe(ranks, "bench.ps", progress=group.progress_mode, **link)
+    run = records.describe(ranks, "bench.ps", progress=group.progress_mode)
     wrong = 0
     for at, size_bytes in enumerate(options.sizes):
         numel = max(1, size_bytes // 4)

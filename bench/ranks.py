@@ -15,14 +15,20 @@ from commlab import bringup
 from commlab.topology import usable_cores
 
 
-def share_cores() -> None:
-    """Give torch the threads that a training process gives it: all cores, shared among the ranks of this host; or as
-    many as OMP_NUM_THREADS says (on emulated hosts 1: each of them sees all cores, and threads that wait spin)."""
+def link_bytes_per_s() -> float:
+    """Of each host, each way, as bench.cluster made it; 0 elsewhere."""
+    return float(os.environ.get("COMMLAB_LINK_BYTES_PER_S", 0))
+
+
+def share_cores(threads: int | None = None) -> None:
+    """Give torch the threads that a training process gives it: all cores, shared among the ranks of this host. Emulated
+    hosts share this machine's cores, though each of them sees all. ``threads`` or OMP_NUM_THREADS: so many instead."""
     import torch
 
-    torch.set_num_threads(
-        int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // bringup.detect().local_size))
-    )
+    launch = bringup.detect()
+    sharing = launch.size if link_bytes_per_s() else launch.local_size
+    given = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+    torch.set_num_threads(given or max(1, usable_cores() // sharing))
 
 
 class Ranks:

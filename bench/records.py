@@ -15,7 +15,7 @@ from typing import Any
 from commlab import bringup
 from commlab.topology import usable_cores
 
-from .ranks import Ranks
+from .ranks import Ranks, link_bytes_per_s
 
 _TELLING = ("HOROVOD_", "OMPI_MCA_", "PRTE_MCA_", "MPIR_CVAR_", "MPICH_", "UCX_", "GLOO_", "OMP_")
 """Variables of the environment that change what peers do."""
@@ -31,19 +31,8 @@ def describe(ranks: Ranks, module: str, **more: Any) -> dict[str, Any]:
 
     found = run_line(module, f"mpirun -n {ranks.size} ", ranks.mpi)
     found["versions"] |= {"torch": torch.__version__, "native": native.backend()}
-    return {**found, "ranks": ranks.size, **_emulated(), **more}
-
-
-def link_bytes_per_s() -> float:
-    """Of each host, each way, as bench.cluster made it; 0 elsewhere."""
-    return float(os.environ.get("COMMLAB_LINK_BYTES_PER_S", 0))
-
-
-def _emulated() -> dict[str, Any]:
-    """Where the ranks are, if bench.cluster launched them."""
-    launch = bringup.detect()
-    hosts = {"hosts": launch.size // launch.local_size, "link_bytes_per_s": link_bytes_per_s()}
-    return hosts if link_bytes_per_s() else {}
+    hosts = ranks.size // bringup.detect().local_size
+    return {**found, "ranks": ranks.size, "hosts": hosts, "link_bytes_per_s": link_bytes_per_s(), **more}
 
 
 def place(run: dict[str, Any]) -> str:
