@@ -165,15 +165,21 @@ void register_window(nb::module_& m) {
       .def_prop_ro("turn", &Piped::turn);
 
   m.def("gather_reduce", [](const std::vector<Address>& dst, int dst_dtype, const std::vector<Address>& src, int dtype,
-                            std::size_t numel, int op, double divisor) {
+                            std::size_t numel, int op, double divisor, bool squares) {
     const auto to = pointers(dst);
     const auto from = pointers(src);
     const DType from_dtype = dtype_of(dtype);
     // A few microseconds are over before another thread could take the GIL; getting it back may take 5 ms.
     std::optional<nb::gil_scoped_release> released;
     if (numel * dtype_bytes(from_dtype) >= 64 * 1024) released.emplace();
-    gather_reduce(to.data(), to.size(), dtype_of(dst_dtype), const_cast<const void* const*>(from.data()), from.size(),
-                  from_dtype, numel, op_of(op), divisor);
+    const auto* sources = const_cast<const void* const*>(from.data());
+    if (squares) {
+      if (dtype_of(dst_dtype) != DType::kFloat32) throw std::invalid_argument("squares are of fp32 results");
+      return gather_reduce_squares(to.data(), to.size(), sources, from.size(), from_dtype, numel, op_of(op), divisor);
+    }
+    gather_reduce(to.data(), to.size(), dtype_of(dst_dtype), sources, from.size(), from_dtype, numel, op_of(op),
+                  divisor);
+    return 0.0;
   });
   m.def(
       "copy_through",

@@ -28,10 +28,12 @@ backends = pytest.mark.parametrize("backend", BUILT)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def gather_reduce(targets: list[Tensor], sources: list[Tensor], op: str = "sum", divisor: float = 1) -> None:
+def gather_reduce(
+    targets: list[Tensor], sources: list[Tensor], op: str = "sum", divisor: float = 1, squares: bool = False
+) -> float:
     """All tensors contiguous and of one length."""
     assert module.built is not None
-    module.built.gather_reduce(
+    return module.built.gather_reduce(
         [target.data_ptr() for target in targets],
         CODES[targets[0].dtype][0] if targets else CODES[sources[0].dtype][0],
         [source.data_ptr() for source in sources],
@@ -39,6 +41,7 @@ def gather_reduce(targets: list[Tensor], sources: list[Tensor], op: str = "sum",
         sources[0].numel(),
         OP_CODES[op],
         divisor,
+        squares,
     )
 
 
@@ -171,20 +174,47 @@ def test_the_order_is_that_of_the_ranks(backend: str) -> None:
         assert all((each == torch.inf).all() for each in far)
 
 
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_squares_of_the_results_come_along(backend: str, dtype: torch.dtype) -> None:
+    """Beside the same results, bit for bit; in blocks, with a ragged end, the same on every instruction set."""
+    for count, numel in itertools.product((1, 2, 5), (0, 1, 63, 64, 4095, 4096, 4097, 50_001)):
+        generator = torch.Generator().manual_seed(numel + count)
+        sources = laid_out([torch.randn(numel, generator=generator).to(dtype) for _ in range(count)], 0, 3)
+        plain, beside, elsewhere = (laid_out([torch.zeros(numel)], skip)[0] for skip in (0, 1, 2))
+        with native.using(backend):
+            assert gather_reduce([plain], sources, "sum", count) == 0.0
+            squares = gather_reduce([beside, elsewhere], sources, "sum", count, squares=True)
+        with native.using(BUILT[0]):
+            assert squares == gather_reduce([elsewhere], sources, "sum", count, squares=True)
+        assert torch.equal(plain, beside) and torch.equal(plain, elsewhere)
+        assert_nothing_beside(beside, elsewhere)
+        # 64 squares and 64 sums of fp32 are added up before it becomes fp64.
+        assert squares == pytest.approx(float(plain.double().square().sum()), rel=64 * 2.0**-24)
+
+
 def test_misuse_is_refused() -> None:
     one = torch.ones(8)
+    with pytest.raises(ValueError, match="squares are of fp32 results"):
+        gather_reduce([one.double()], [one.double()], squares=True)
     with pytest.raises(ValueError, match="1 to 512 sources"):
-        module.built.gather_reduce([one.data_ptr()], 0, [], 0, 8, 0, 1.0)
+        module.built.gather_reduce([one.data_ptr()], 0, [], 0, 8, 0, 1.0, True)
+    with pytest.raises(ValueError, match="1 to 512 sources"):
+        module.built.gather_reduce([one.data_ptr()], 0, [one.data_ptr()] * 513, 0, 8, 0, 1.0, True)
+    with pytest.raises(ValueError, match="1 to 512 sources and destinations"):
+        module.built.gather_reduce([], 0, [one.data_ptr()], 0, 8, 0, 1.0, True)
+    with pytest.raises(ValueError, match="1 to 512 sources"):
+        module.built.gather_reduce([one.data_ptr()], 0, [], 0, 8, 0, 1.0, False)
     with pytest.raises(ValueError, match="1 to 512 sources"):
         gather_reduce([one], [one] * 513)
     with pytest.raises(ValueError, match="up to 512 destinations"):
         gather_reduce([one] * 513, [one])
     with pytest.raises(ValueError, match="dtype code 6"):
-        module.built.gather_reduce([one.data_ptr()], 6, [one.data_ptr()], 6, 8, 0, 1.0)
+        module.built.gather_reduce([one.data_ptr()], 6, [one.data_ptr()], 6, 8, 0, 1.0, False)
     with pytest.raises(ValueError, match="op code 4"):
-        module.built.gather_reduce([one.data_ptr()], 0, [one.data_ptr()], 0, 8, 4, 1.0)
+        module.built.gather_reduce([one.data_ptr()], 0, [one.data_ptr()], 0, 8, 4, 1.0, False)
     with pytest.raises(ValueError, match="writes the sources' dtype"):
-        module.built.gather_reduce([one.data_ptr()], 1, [one.data_ptr()], 0, 4, 0, 1.0)
+        module.built.gather_reduce([one.data_ptr()], 1, [one.data_ptr()], 0, 4, 0, 1.0, False)
     with pytest.raises(ValueError, match="divides floating-point numbers only"):
         gather_reduce([one.view(torch.int32)], [one.view(torch.int32)], "sum", 2)
     assert (one == 1).all()

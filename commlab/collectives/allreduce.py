@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from ..gradients.norm import Squares
 from ..transport.base import Carried
 from . import ALGORITHMS, carried, hierarchical, schedules, window
 from .execute import Execution, Pending
@@ -31,10 +32,14 @@ def allreduce_async(
     UsageError; from ``wait()``: DisagreementError, PeerLostError, PeerTimeoutError.
     """
     group = resolve(group)
-    return _start_allreduce(group, tensor, op, plan_of(group, "allreduce", tensor, op, name, algorithm, wire))
+    return start_allreduce(group, tensor, op, plan_of(group, "allreduce", tensor, op, name, algorithm, wire))
 
 
-def _start_allreduce(group: Group, tensor: torch.Tensor, op: str, plan: Plan, awaited: bool = False) -> Handle:
+def start_allreduce(
+    group: Group, tensor: torch.Tensor, op: str, plan: Plan, awaited: bool = False, squares: Squares | None = None
+) -> Handle:
+    """The same by ``plan``. ``awaited``: the caller goes on to wait for it. ``squares``: is told, where it is at hand,
+    the sum of squares of a part of the result; the parts of all ranks make up the whole."""
     chosen, wire_dtype, signature, inline, load = plan
     # The window casts many fp32 numbers to a 16-bit wire by itself; everybody else sends what is staged.
     casts = chosen == "window" and tensor.dtype is torch.float32 and inline is None
@@ -52,7 +57,7 @@ def _start_allreduce(group: Group, tensor: torch.Tensor, op: str, plan: Plan, aw
             return
         flat = stage()
         if chosen == "window":
-            yield from window.allreduce(group, flat, wire_dtype, reduction, divisor)
+            yield from window.allreduce(group, flat, wire_dtype, reduction, divisor, squares)
         elif chosen == "hierarchical":
             yield from hierarchical.allreduce(group, flat, reduction, divisor)
         elif travelling:
@@ -90,11 +95,11 @@ def allreduce(
         sent = tensor if plan.wire_dtype is tensor.dtype else as_flat(tensor, plan.wire_dtype)
 
         def otherwise() -> Pending:
-            return window.allreduce(group, sent.detach().view(-1), sent.dtype, reduction, divisor)
+            return window.allreduce(group, sent.detach().view(-1), sent.dtype, reduction, divisor, None)
 
         if group.allreduce_inline(plan.signature, plan.inline, sent, otherwise):
             if sent is not tensor:
                 put_back(sent, tensor)
             return tensor
-    result: torch.Tensor = _start_allreduce(group, tensor, op, plan, awaited=True).wait()
+    result: torch.Tensor = start_allreduce(group, tensor, op, plan, awaited=True).wait()
     return result

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..chunks import Range
+from ..gradients.norm import Squares
 from . import ALGORITHMS, schedules, window
 from .execute import SEGMENT_BYTES, Execution, Operand, Pending
 from .group import Group
@@ -27,12 +28,14 @@ def reduce_chunks_async(
     name: str | None = None,
     algorithm: str = "auto",
     group: Group | None = None,
+    squares: Squares | None = None,
 ) -> Handle:
     """Start to reduce rank r's chunk of ``flat`` on rank r, in place. ``flat``: 1-D, contiguous, CPU; afterwards only
     this rank's chunk means anything. The parameter server's push: with all of it in one chunk, a reduce to that rank.
 
     The handle returns this rank's chunk: a view of ``flat``, or for a 16-bit ``flat`` the fp32 sums that were never
-    rounded (``direct``), so the whole push rounds once, when it was packed.
+    rounded (``direct``), so the whole push rounds once, when it was packed. ``squares``: is told the sum of squares of
+    this rank's chunk where it is at hand, on all ranks or none.
     """
     group = resolve(group)
     chunks = tuple(chunks)
@@ -47,7 +50,7 @@ def reduce_chunks_async(
             return
         if chosen == "window":
             divisor, reduction = divided(op, group.size)
-            yield from window.reduce_chunks(group, flat, chunks, reduction, divisor, wide)
+            yield from window.reduce_chunks(group, flat, chunks, reduction, divisor, wide, squares)
             return
         operand = operand_of(flat, op, chosen, group.size, own, wide)
         schedule = schedules.reduce_scatter(ALGORITHMS[chosen], group.rank, chunks)

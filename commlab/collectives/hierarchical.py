@@ -71,7 +71,7 @@ def allreduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pend
     shard = shared[own.start : own.stop]
     halves = shard.element_size() == 2
     # 16-bit sums are divided before they are rounded to travel, which keeps them in range; others once, at the end.
-    yield from window.reduce_chunks(node, shared, chunks, op, divisor if halves else 1, None)
+    yield from window.reduce_chunks(node, shared, chunks, op, divisor if halves else 1, None, None)
 
     shard_bytes = shard.numel() * shard.element_size()
     case = Case("allreduce", across.size, shard_bytes, halves, group.transport.name, nodes=across.size)

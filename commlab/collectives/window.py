@@ -18,6 +18,7 @@ import torch
 
 from .. import trace
 from ..chunks import Range, split
+from ..gradients.norm import Squares
 from ..native.arithmetic import DTYPES, OP_CODES
 from ..native.module import built
 from ..transport.window import NOWHERE, STAGING_BYTES, Place, Window, WindowWait
@@ -109,11 +110,16 @@ def _gather_reduce(
     divisor: float,
     into: Sequence[int],
     into_dtype: torch.dtype,
+    squares: Squares | None,
 ) -> None:
     assert built is not None
     code, itemsize = DTYPES[dtype]
     parts = [window.address(peer, place) + own.start * itemsize for peer, place in enumerate(places)]
-    built.gather_reduce(into or parts, DTYPES[into_dtype][0], parts, code, own.numel, OP_CODES[op], divisor)
+    told = squares is not None and into_dtype is torch.float32
+    to, to_code = into or parts, DTYPES[into_dtype][0]
+    found = built.gather_reduce(to, to_code, parts, code, own.numel, OP_CODES[op], divisor, told)
+    if squares is not None and told:
+        squares.told = found
 
 
 def _places(window: Window) -> list[Place] | None:
@@ -127,9 +133,12 @@ def aligned_split(numel: int, parts: int, itemsize: int) -> tuple[Range, ...]:
     return split(numel, parts, align=max(1, 64 // itemsize))
 
 
-def allreduce(group: Group, flat: torch.Tensor, wire: torch.dtype, op: str, divisor: float) -> Pending:
+def allreduce(
+    group: Group, flat: torch.Tensor, wire: torch.dtype, op: str, divisor: float, squares: Squares | None
+) -> Pending:
     """Reduce ``flat`` (1-D, contiguous, CPU) in place; ``wire``: its dtype, or 16-bit where it is fp32. Runs after the
-    group's exchange, which has published where ``flat`` lies, or the data themselves."""
+    group's exchange, which has published where ``flat`` lies, or the data themselves. ``squares``: of the part of the
+    result that this rank has made, where it lies in the window."""
     window = group.window
     assert window is not None and built is not None
     size_bytes = flat.numel() * flat.element_size()
@@ -142,7 +151,7 @@ def allreduce(group: Group, flat: torch.Tensor, wire: torch.dtype, op: str, divi
     places = _places(window) if wire is flat.dtype else None
     with trace.span("window allreduce", "window"):
         if places is not None:
-            _gather_reduce(window, places, chunks[group.rank], flat.dtype, op, divisor, (), flat.dtype)
+            _gather_reduce(window, places, chunks[group.rank], flat.dtype, op, divisor, (), flat.dtype, squares)
             yield from _arrive(group, window)
             group.account(NodeStep("allreduce in place", own_bytes * group.size, own_bytes * group.size))
         else:
@@ -152,10 +161,17 @@ def allreduce(group: Group, flat: torch.Tensor, wire: torch.dtype, op: str, divi
 
 
 def reduce_chunks(
-    group: Group, flat: torch.Tensor, chunks: Sequence[Range], op: str, divisor: float, wide: torch.Tensor | None
+    group: Group,
+    flat: torch.Tensor,
+    chunks: Sequence[Range],
+    op: str,
+    divisor: float,
+    wide: torch.Tensor | None,
+    squares: Squares | None,
 ) -> Pending:
     """Reduce this rank's chunk of ``flat`` out of all ranks' ``flat``, into ``wide`` (fp32 sums of 16-bit numbers)
-    where it is given, else in place. Other chunks are left as they were where ``flat`` lies in the window."""
+    where it is given, else in place; its squares, where ``flat`` lies in the window. Other chunks are left as they were
+    there."""
     window = group.window
     assert window is not None
     own = chunks[group.rank]
@@ -165,7 +181,8 @@ def reduce_chunks(
         if places is not None:
             target = wide if wide is not None else flat[own.start : own.stop]
             if own.numel:
-                _gather_reduce(window, places, own, flat.dtype, op, divisor, (target.data_ptr(),), target.dtype)
+                into = (target.data_ptr(),)
+                _gather_reduce(window, places, own, flat.dtype, op, divisor, into, target.dtype, squares)
             yield from _arrive(group, window)
             group.account(NodeStep("reduce", read_bytes, own.numel * target.element_size()))
             return

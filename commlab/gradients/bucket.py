@@ -21,6 +21,7 @@ from .. import trace
 from ..chunks import Range
 from ..errors import UsageError
 from .mirror import Mirror, mirrors
+from .norm import Squares
 from .wire import Packer
 
 
@@ -48,6 +49,8 @@ class Bucket:
     """In CPU memory."""
     mirror: Mirror | None = field(default=None, repr=False)
     """``flat`` on the GPU that the parameters are on."""
+    squares: Squares = field(default_factory=Squares)
+    """Of what this rank reduces of it in this step."""
     waiting: set[int] = field(default_factory=set)
     """Indices of the parameters whose gradients are not there yet."""
 
@@ -268,6 +271,7 @@ class GradientBuckets:
         self.used.clear()
         for bucket in self.buckets:
             bucket.packer.forget()
+            bucket.squares.told = None
             bucket.waiting = {member.index for member in bucket.parameters}
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -20,6 +21,17 @@ def norm_squared(gradients: Iterable[torch.Tensor]) -> float:
         for block in (flat[:even].view(-1, _BLOCK), flat[even:].view(1, -1)):
             total += float(torch.linalg.vector_norm(block, dim=1).double().square().sum())
     return total
+
+
+@dataclass
+class Squares:
+    """The sum of the squares of what this rank reduced: told by whoever reduced it, where those numbers passed by
+    anyway, else found by a pass over them."""
+
+    told: float | None = None
+
+    def of(self, numbers: torch.Tensor) -> float:
+        return norm_squared([numbers]) if self.told is None else self.told
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:

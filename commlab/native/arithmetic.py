@@ -126,7 +126,7 @@ def reduce_rows(dst: Tensor, dst_start: int, rows: Tensor, numel: int, op: str, 
     if active is not None and hasattr(active, "gather_reduce"):
         start, row_bytes = rows.data_ptr(), rows.stride(0) * item_bytes
         sources = [start + row * row_bytes for row in range(rows.shape[0])]
-        active.gather_reduce([to], code, sources, code, numel, _op_code(op), divisor)
+        active.gather_reduce([to], code, sources, code, numel, _op_code(op), divisor, False)
         return
     part = _part(dst, dst_start, numel)
     total = rows[0, :numel].float() if dtype in _16BIT else rows[0, :numel]

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 
 from ..chunks import split
-from ..collectives.allreduce import allreduce_async
+from ..collectives.allreduce import start_allreduce
+from ..collectives.plan import plan_of
 from ..gradients.bucket import Bucket
 from ..gradients.norm import scale_
 from .base import Strategy
@@ -26,15 +27,16 @@ class AllReduce(Strategy):
     name = "allreduce"
 
     def _launch(self, bucket: Bucket) -> None:
-        handle = allreduce_async(bucket.flat, "mean", bucket.name, self.options.algorithm, group=self.group)
+        plan = plan_of(self.group, "allreduce", bucket.flat, "mean", bucket.name, self.options.algorithm)
+        handle = start_allreduce(self.group, bucket.flat, "mean", plan, squares=self._squares(bucket))
         self._launched.append((bucket, handle))
 
-    def _owned_gradients(self) -> list[torch.Tensor]:
-        parts = []
+    def _owned_squares(self) -> float:
+        squares = 0.0
         for bucket, _ in self._launched:
             own = split(bucket.numel, self.group.size)[self.group.rank]
-            parts.append(bucket.flat[own.start : own.stop])
-        return parts
+            squares += bucket.squares.of(bucket.flat[own.start : own.stop])
+        return squares
 
     def _update(self, clip: float, unused: set[int]) -> None:
         for bucket, _ in self._launched:

@@ -16,7 +16,7 @@ from .. import trace
 from ..collectives.group import Group
 from ..errors import CommlabError, UsageError
 from ..gradients.bucket import Bucket
-from ..gradients.norm import clip_factor, norm_squared
+from ..gradients.norm import Squares, clip_factor
 from .agreement import Agreement, agree
 from .coupling import Coupled
 from .options import Options
@@ -65,8 +65,9 @@ class Strategy(Coupled):
 
     # What differs between strategies.
 
-    def _owned_gradients(self) -> list[torch.Tensor]:
-        """After the exchange: tensors that, over all ranks, hold every number of the reduced gradient exactly once."""
+    def _owned_squares(self) -> float:
+        """After the exchange: the sum of the squares of a part of the reduced gradient; the parts of all ranks make up
+        the whole."""
         raise NotImplementedError
 
     def _update(self, clip: float, unused: set[int]) -> None:
@@ -204,12 +205,20 @@ class Strategy(Coupled):
         self._weight.reset()
         self._backward_done = self._stale = False
 
+    @property
+    def _wants_norm(self) -> bool:
+        # With a loss scale also to see what overflowed only when it was added up: no rank packed an inf then.
+        return self.options.max_grad_norm is not None or self.precision.loss_scale is not None
+
+    def _squares(self, bucket: Bucket) -> Squares | None:
+        """Who is to be told the squares of what this rank reduces of a bucket."""
+        return bucket.squares if self._wants_norm else None
+
     def _agree(self) -> Agreement:
         """What is known of the reduced gradient once the last bucket is here. Collective."""
         assert self.buckets is not None
         squares = 0.0
-        # With a loss scale also to see what overflowed only when it was added up: no rank packed an inf then.
-        if self.options.max_grad_norm is not None or self.precision.loss_scale is not None:
-            squares = norm_squared(self._owned_gradients())
+        if self._wants_norm:
+            squares = self._owned_squares()
         finite = self.buckets.finite and math.isfinite(squares) and self._unscale()
         return agree(self.group, squares, finite, self.buckets.used, len(self.parameters))

@@ -135,11 +135,13 @@ class Server(Strategy):
 
     def _launch(self, bucket: Bucket) -> None:
         chunks = self._chunks[bucket.index]
-        handle = reduce_chunks_async(bucket.flat, chunks, "mean", bucket.name, self.options.algorithm, group=self.group)
+        handle = reduce_chunks_async(
+            bucket.flat, chunks, "mean", bucket.name, self.options.algorithm, self.group, self._squares(bucket)
+        )
         self._launched.append((bucket, handle))
 
-    def _owned_gradients(self) -> list[torch.Tensor]:
-        return [handle.result for _, handle in self._launched]
+    def _owned_squares(self) -> float:
+        return sum(bucket.squares.of(handle.result) for bucket, handle in self._launched)
 
     def _bind_masters(self) -> None:
         """Done with the shard, once that is known."""

@@ -1,5 +1,6 @@
 #include "gather.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -73,6 +74,25 @@ void gather_reduce(void* const* dst, std::size_t destinations, DType dst_dtype, 
     return avx2::gather(dst, destinations, dst_dtype, src, sources, dtype, numel, op, divisor, streaming);
 #endif
   portable::gather(dst, destinations, dst_dtype, src, sources, dtype, numel, op, divisor, false);
+}
+
+double gather_reduce_squares(void* const* dst, std::size_t destinations, const void* const* src, std::size_t sources,
+                             DType dtype, std::size_t numel, Op op, double divisor) {
+  // A block's results are still in the first cache when they are squared.
+  if (destinations == 0 || destinations > kMaxRanks || sources > kMaxRanks)
+    throw std::invalid_argument("gather_reduce_squares takes 1 to 512 sources and destinations");
+  double total = 0;
+  float* to[kMaxRanks];
+  const void* from[kMaxRanks];
+  for (std::size_t start = 0; start < numel; start += kSquaresBlock) {
+    const std::size_t block = std::min(numel - start, kSquaresBlock);
+    for (std::size_t d = 0; d < destinations; ++d) to[d] = static_cast<float*>(dst[d]) + start;
+    for (std::size_t s = 0; s < sources; ++s) from[s] = static_cast<const char*>(src[s]) + start * dtype_bytes(dtype);
+    gather_reduce(reinterpret_cast<void* const*>(to), destinations, DType::kFloat32, from, sources, dtype, block, op,
+                  divisor, /*cached=*/true);
+    total += reduce_loops().squares(to[0], block);
+  }
+  return total;
 }
 
 void copy_through(void* dst, const void* src, std::size_t bytes) {

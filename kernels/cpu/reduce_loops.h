@@ -93,6 +93,36 @@ inline void divide(void* dst, std::size_t numel, DType dtype, double divisor) {
   });
 }
 
-constexpr ReduceLoops kReduceLoops{reduce, accumulate, widen, narrow, scale, divide};
+// 64 sums side by side, whatever the registers' width: the same order of additions on every instruction set.
+constexpr std::size_t kRow = 64, kRowRegisters = kRow / Lanes<float>::kNumel;
+
+LANES_INLINE void add_squares(F32* sums, const float* from) {
+#pragma GCC unroll 16
+  for (std::size_t r = 0; r < kRowRegisters; ++r) {
+    const F32 x = Lanes<float>::load(from + r * Lanes<float>::kNumel);
+    sums[r] += x * x;
+  }
+}
+
+LANES_TARGET inline double squares(const float* src, std::size_t numel) {
+  double total = 0;
+  for (std::size_t start = 0; start < numel; start += kSquaresBlock) {
+    const std::size_t stop = std::min(numel, start + kSquaresBlock);
+    F32 sums[kRowRegisters] = {};
+    std::size_t i = start;
+    for (; i + kRow <= stop; i += kRow) add_squares(sums, src + i);
+    if (i < stop) {
+      float padded[kRow] = {};
+      std::memcpy(padded, src + i, (stop - i) * sizeof(float));
+      add_squares(sums, padded);
+    }
+    float parts[kRow];
+    std::memcpy(parts, sums, sizeof(parts));
+    for (const float part : parts) total += part;
+  }
+  return total;
+}
+
+constexpr ReduceLoops kReduceLoops{reduce, accumulate, widen, narrow, scale, divide, squares};
 
 #include "lanes_end.h"
