@@ -24,8 +24,6 @@ from .cluster_mpi import mpirun_across, rank_environment
 from .cluster_plan import Link
 from .launcher import Mpi, mpirun_environment
 
-PHASES = ("forward", "backward", "exchange", "update")
-
 
 class JobFailed(RuntimeError):
     """A run ended with an error; the message is what the trainer said."""
@@ -33,11 +31,16 @@ class JobFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run reports. Times are rank 0's medians over the steps, in seconds; the first two steps are left out."""
+    """What one run reports. Times are medians over the steps, in seconds; the first two steps are left out."""
 
     tokens_per_step: int
     step_s: float
-    phases_s: dict[str, float]
+    compute_s: float
+    """Forward and backward of the rank that took longest, step by step."""
+    exchange_s: float
+    """By rank 0, less what it waited for ranks that computed longer."""
+    update_s: float
+    """By rank 0."""
     loss: float
     held_out_bits: float
     bytes_sent: int
@@ -156,7 +159,9 @@ def _measured(lines: list[dict[str, Any]]) -> Measured:
     return Measured(
         tokens_per_step=int(median(step["tokens"] for step in steps)),
         step_s=median(step["step_s"] for step in steps),
-        phases_s={phase: median(step[f"{phase}_s"] for step in steps) for phase in PHASES},
+        compute_s=median(map(_slowest_compute_s, steps)),
+        exchange_s=median(max(0.0, each["exchange_s"] + _compute_s(each) - _slowest_compute_s(each)) for each in steps),
+        update_s=median(each["update_s"] for each in steps),
         loss=summary["last_loss"],
         held_out_bits=summary["held_out_bits_per_byte"],
         bytes_sent=max(summary["bytes_sent_per_rank_and_step"]),
@@ -165,3 +170,12 @@ def _measured(lines: list[dict[str, Any]]) -> Measured:
         nodes=opening["nodes"],
         versions=opening["versions"],
     )
+
+
+def _compute_s(step: dict[str, Any]) -> float:
+    """Of rank 0."""
+    return float(step["forward_s"] + step["backward_s"])
+
+
+def _slowest_compute_s(step: dict[str, Any]) -> float:
+    return float(step.get("slowest_compute_s", _compute_s(step)))

@@ -71,10 +71,10 @@ def reduced(
     whose exchange and computation are told apart, all in the same rounds; either may be empty."""
     row, last = ROWS[name], rounds[-1]
     hides = row.kind == "peer"
-    compute = [_compute_s(each) for each in (computing if hides and computing else rounds)]
-    update = [each.phases_s["update"] for each in rounds]
+    compute = [each.compute_s for each in (computing if hides and computing else rounds)]
+    update = [each.update_s for each in rounds]
     exchange = [
-        max(0.0, each.step_s - compute_s - update_s) if hides else each.phases_s["exchange"]
+        max(0.0, each.step_s - compute_s - update_s) if hides else each.exchange_s
         for each, compute_s, update_s in zip(rounds, compute, update, strict=True)
     ]
     found = {
@@ -141,10 +141,6 @@ def cells(record: dict[str, Any]) -> list[str]:
         f"{record['loss']:.4f}" + (" WRONG" if record.get("wrong") else ""),
         f"{record['held_out_bits_per_byte']:.3f}",
     ]
-
-
-def _compute_s(run: Measured) -> float:
-    return run.phases_s["forward"] + run.phases_s["backward"]
 
 
 def _round(value: float) -> float:

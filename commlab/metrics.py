@@ -22,6 +22,8 @@ _SHOWN = {
     "backward_s": "step/backward, s",
     "exchange_s": "step/exchange, s",
     "update_s": "step/update, s",
+    "slowest_compute_s": "step/forward and backward of the slowest rank, s",
+    "slowest_rank": "step/slowest rank",
     "bytes_sent": "step/bytes sent by rank 0",
 }
 

@@ -43,6 +43,8 @@ class _Totals:
     forward_s: float = 0.0
     backward_s: float = 0.0
     exchange_s: float = 0.0
+    waited_s: float = 0.0
+    """Of ``exchange_s``: for ranks that computed longer."""
     update_s: float = 0.0
 
 
@@ -57,7 +59,10 @@ class Report:
         self._metrics = Metrics(None, None, False)
         self._totals = _Totals()
         self._phases: dict[str, float] = {}
-        self._pending: tuple[Batch, Handle | None, dict[str, Any]] | None = None
+        self._pending: tuple[Batch, Handle | None, dict[str, Any], bool] | None = None
+        """The last step: its batch, what it asks of all ranks, its line of metrics, whether it counts in the totals."""
+        self._sends_itself = engine.buckets is None and group.size > 1
+        """Its exchange hides in backward then."""
         self._first_loss: float | None = None
         self._last_loss = float("nan")
         self._held_out = float("nan")
@@ -165,8 +170,8 @@ class Report:
             self._memory_bytes = max(self._memory_bytes, memory_bytes())
 
     def step_ends(self, batch: Batch, losses: torch.Tensor, total: int, lr: float) -> None:
-        """``losses``: the sum of this rank's token losses. Its global mean is known, and shown, one step later: nobody
-        waits for it."""
+        """``losses``: the sum of this rank's token losses. Its global mean, and how long each rank has computed, is
+        known, and shown, one step later: nobody waits for it."""
         ended_ns = time.perf_counter_ns()
         trace.record(f"step {batch.step}", "steps", self._step_started_ns, ended_ns, step=batch.step)
         wall_s = (ended_ns - self._step_started_ns) / 1e9
@@ -177,7 +182,8 @@ class Report:
         self._steps_done += 1
         if self._steps_done == 1:
             self._say(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
-        if self._steps_done > min(2, self.total_steps - self._start_step - 1):
+        counts = self._steps_done > min(2, self.total_steps - self._start_step - 1)
+        if counts:
             totals.steps += 1
             totals.bytes_sent += self.group.bytes_sent - self._bytes_before
             totals.tokens += total
@@ -204,26 +210,34 @@ class Report:
         if len(self.group.nodes) > 1:
             row["interface_bytes_sent"] = interface_bytes_sent() - self._on_links_before
         self._settle()
-        mean = losses.view(1) / total
+        told = torch.zeros(1 + self.group.size, dtype=torch.float64)
+        told[0], told[1 + self.group.rank] = losses / total, forward_s + backward_s
         # Where ranks do not wait for each other, they do not for this either: rank 0 shows its own.
-        handle = allreduce_async(mean, "sum", "loss", group=self.group) if self.engine.averages else None
-        self._pending = batch, handle, {**row, "loss": float(mean)}
+        handle = allreduce_async(told, "sum", "loss", group=self.group) if self.engine.averages else None
+        self._pending = batch, handle, {**row, "loss": float(told[0])}, counts
 
     def _step_exchange(self) -> float:
         """The part of the exchange that lies in step(), not in backward."""
         return self._phases["step"] - self.engine.times.update_s
 
     def _settle(self) -> None:
-        """Take in the loss of the step before."""
+        """Take in what all ranks have told of the step before."""
         if self._pending is None:
             return
-        batch, handle, row = self._pending
+        batch, handle, row, counts = self._pending
         self._pending = None
-        loss = row["loss"] if handle is None else float(handle.wait())
+        if handle is not None:
+            row["loss"], *compute_s = handle.wait().tolist()
+            if not self._sends_itself:
+                row["slowest_compute_s"] = max(compute_s)
+                row["slowest_rank"] = compute_s.index(max(compute_s))
+                waited_s = min(row["exchange_s"], max(compute_s) - compute_s[self.group.rank])
+                self._totals.waited_s += waited_s if counts else 0.0
+        loss = row["loss"]
         if self._first_loss is None:
             self._first_loss = loss
         self._last_loss = loss
-        self._metrics.write({**row, "loss": loss})
+        self._metrics.write(row)
         if self._bar is not None:
             self._bar.update(batch.step + 1 - self._bar.n)
             share = row["exchange_s"] / row["step_s"]
@@ -276,10 +290,10 @@ class Report:
             self._bar.close()
         ms = {
             part: 1e3 * getattr(totals, f"{part}_s") / steps
-            for part in ("forward", "backward", "exchange", "update", "wall")
+            for part in ("forward", "backward", "exchange", "waited", "update", "wall")
         }
-        engine_sends_itself = self.engine.buckets is None and group.size > 1
-        hidden = " (its exchange hides in backward)" if engine_sends_itself else ""
+        hidden = " (its exchange hides in backward)" if self._sends_itself else ""
+        waited = f" ({ms['waited']:.1f} of it for ranks that computed longer)" if group.size > 1 and not hidden else ""
         rows = [
             ("strategy", f"{self.config.strategy}, {group.size} ranks"),
             *serving.items(),
@@ -287,11 +301,11 @@ class Report:
             (
                 "step",
                 f"{ms['wall']:.1f} ms = forward {ms['forward']:.1f} + backward "
-                f"{ms['backward']:.1f} + exchange {ms['exchange']:.1f} + "
+                f"{ms['backward']:.1f} + exchange {ms['exchange']:.1f}{waited} + "
                 f"update {ms['update']:.1f} + rest{hidden}",
             ),
             ("sent per rank", "by torch or Horovod, not counted here")
-            if engine_sends_itself
+            if self._sends_itself
             else (
                 "sent per rank",
                 f"{min(sent) / 1e6:.1f} .. {max(sent) / 1e6:.1f} MB" if group.size > 1 else "nothing",

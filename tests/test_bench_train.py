@@ -22,8 +22,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(step_s: float = 1.0, **changes: Any) -> Measured:
-    phases = {"forward": 0.2 * step_s, "backward": 0.4 * step_s, "exchange": 0.3 * step_s, "update": 0.1 * step_s}
-    found = Measured(1000, step_s, phases, 2.0, 4.0, 10**6, None, 2**20, 1, {})
+    parts = {"compute_s": 0.6 * step_s, "exchange_s": 0.3 * step_s, "update_s": 0.1 * step_s}
+    found = Measured(
+        1000,
+        step_s,
+        **parts,
+        loss=2.0,
+        held_out_bits=4.0,
+        bytes_sent=10**6,
+        interface_bytes=None,
+        memory_bytes=2**20,
+        nodes=1,
+        versions={},
+    )
     return dataclasses.replace(found, **changes)
 
 
@@ -48,8 +59,8 @@ def test_figures_are_medians_of_rounds_and_of_their_ratios() -> None:
 
 
 def test_what_a_library_hides_in_backward_is_seen_against_another_computation() -> None:
-    phases = {"forward": 0.2, "backward": 1.5, "exchange": 0.01, "update": 0.1}
-    found = reduced("horovod", 2, [run(2.0, phases_s=phases, interface_bytes=5e6)], [], [run(1.0)])
+    own = run(2.0, compute_s=1.7, exchange_s=0.01, update_s=0.1, interface_bytes=5e6)
+    found = reduced("horovod", 2, [own], [], [run(1.0)])
     assert (found["compute_ms"], found["exchange_ms"], found["update_ms"]) == (600, 1300, 100)
     assert found["exchange_is"] != "measured" and found["bytes_sent"] is None
     shown = dict(zip(HEAD, cells(found), strict=True))
@@ -71,6 +82,11 @@ def test_a_run_as_the_metrics_tell_it() -> None:
     lines.append({"summary": {**summary, "memory_bytes_per_rank": [1, 2]}})
     found = _measured(lines)
     assert (found.step_s, found.bytes_sent, found.interface_bytes, found.memory_bytes) == (11.0, 6, 7, 3)
+    assert (found.compute_s, found.exchange_s, found.update_s) == (3.0, 3.0, 4.0)
+    for line, wait_s in zip(lines[1:6], (9, 9, 1, 5, 0.5), strict=True):
+        line["slowest_compute_s"] = 3.0 + wait_s
+    found = _measured(lines)
+    assert (found.compute_s, found.exchange_s) == (4.0, 2.0), "what is waited for a slower rank is its computation"
 
 
 def test_reasons() -> None:
