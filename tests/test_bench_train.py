@@ -16,7 +16,8 @@ import pytest
 from bench import records, train
 from bench.train_launch import JobFailed, Launcher, Measured, _measured, _reason
 from bench.train_rows import HEAD, ROWS, cells, missing, reduced
-from commlab.config import STRATEGIES, Config
+from commlab.config import Config
+from commlab.knobs import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commlab.collectives import CHOICES
-from commlab.config import STRATEGIES, Config
+from commlab.config import Config
 from commlab.errors import UsageError
+from commlab.knobs import STRATEGIES
 from commlab.model import PRESETS
 from commlab.topology import usable_cores
 
