@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench.given import FACTORS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Parameters, Reference, Work
+from bench.step import cells, rows
 
 SHAPES = [torch.Size(shape) for shape in ((7, 19), (64,), (5, 31, 3), (1,))]
 RANKS = 3
@@ -54,3 +55,13 @@ def test_the_given_gradients_arrive() -> None:
     model(work.gradients).backward()
     for parameter, given in zip(model.parameters(), work.gradients, strict=True):
         assert parameter.grad is not None and torch.equal(parameter.grad, given)
+
+
+def test_the_fastest_peer_that_is_right_is_compared_with() -> None:
+    samples = {"dps": ([2.0, 3.0], 0), "gloo": ([1.0, 1.0], 4), "ddp": ([4.0, 6.0], 0), "horovod": ([8.0, 8.0], 0)}
+    sides: dict[str, Any] = {name: SimpleNamespace(samples_s=times, bad=bad) for name, (times, bad) in samples.items()}
+    ranks: Any = SimpleNamespace(size=2)
+    found = {row["contestant"]: row for row in rows(sides, ranks, "gpt2-tiny", 10)}
+    assert found["dps"]["best_peer"] == "ddp" and found["dps"]["ratio_best_peer"][0] == 0.5
+    assert "best_peer" not in found["ddp"] and found["horovod"]["kind"] == "peer" and found["dps"]["kind"] == "commlab"
+    assert cells(found["dps"])[-1].endswith(" ddp") and cells(found["ddp"])[-1] == ""
