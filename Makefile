@@ -57,10 +57,13 @@ test: test-serial test-mpi ## the whole test suite
 test-serial: venv ## the tests that need no mpirun
 	python -m pytest tests --ignore=tests/mpi $(PYTEST_ARGS)
 
-# A launch per file: what one file leaves behind in a process (torch's default process group, Horovod) does not meet the next.
+# One launch for all but those that leave something behind in a process: torch's default process group, Horovod's thread.
+MPI_TESTS := $(wildcard tests/mpi/test_*.py)
+MPI_ALONE := $(patsubst %,tests/mpi/test_%.py,bench precision strategies strategies_gpt2 transport_torch window_faults)
+
 test-mpi: venv ## the tests that run on 8 ranks
-	for file in tests/mpi/test_*.py; do \
-	  mpirun -n $(RANKS) python -m pytest --with-mpi --color=no -p no:cacheprovider $$file $(PYTEST_ARGS) || exit 1; \
+	for files in "$(filter-out $(MPI_ALONE),$(MPI_TESTS))" $(MPI_ALONE); do \
+	  mpirun -n $(RANKS) python -m pytest --with-mpi --color=no -p no:cacheprovider $$files $(PYTEST_ARGS) || exit 1; \
 	done
 
 horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's cache), for strategy horovod

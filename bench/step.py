@@ -167,9 +167,10 @@ def main() -> int:
         sides[name] = Gloo(work, ranks.size) if kind == "gloo" else Engine(work, kind, wire or None)
     run = records.describe(ranks, "bench.step")
     order = random.Random(0)
+    show = progress_line(ranks, "bench.step")
     for turn in range(-1, options.rounds):
         for name in order.sample(options.contestants, len(options.contestants)):
-            progress_line(ranks, "bench.step")(f"round {max(0, turn) + 1} of {options.rounds}: {name}")
+            show(f"round {max(0, turn) + 1} of {options.rounds}: {name}")
             side = sides[name]
             side.fill()
             ranks.barrier()
@@ -179,6 +180,7 @@ def main() -> int:
             if turn >= 0:  # the first makes what is made on first use
                 side.samples_s.append(spent_s)
             side.check(norm)
+    show("")
     for side in sides.values():
         side.bad = int(ranks.total([side.bad])[0])
     found = rows(sides, ranks, options.model, numel)

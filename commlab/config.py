@@ -109,16 +109,13 @@ class Config(Knobs):
             raise UsageError(
                 f"--algorithm {self.algorithm} is for collectives, and workers send --servers messages; leave it out"
             )
-        if self.checkpoint_every or self.resume:
-            flag = "--resume" if self.resume else f"--checkpoint-every {self.checkpoint_every}"
-            raise UsageError(
-                f"{flag} with --servers {self.servers}: the optimizer's state lies on the servers, and is not saved"
-            )
         if consistency.averages:
             return True
         for flag, given, why in (
             ("--max-grad-norm", self.max_grad_norm, "every push is applied alone, so there is no global norm; give 0"),
             ("--eval-every", self.eval_every, "workers are never at the same step before the end; give 0"),
+            ("--checkpoint-every", self.checkpoint_every, "workers are never at the same step; leave it out"),
+            ("--resume", self.resume, "it has no checkpoints; leave it out"),
             ("--precision fp16", self.precision == "fp16", "workers can't agree to skip a step; give bf16"),
         ):
             if given:

@@ -12,8 +12,7 @@ from . import bpe
 from .collectives import CHOICES
 from .flags import knob
 from .model import PRESETS
-
-STRATEGIES = ("single", "ps", "dps", "allreduce", "horovod", "ddp")
+from .strategies import STRATEGIES
 
 _HOW, _NUMBERS, _WHAT, _TRAIN, _SHOW, _MACHINE = (
     "strategy and communication",
@@ -29,7 +28,7 @@ _HOW, _NUMBERS, _WHAT, _TRAIN, _SHOW, _MACHINE = (
 class Knobs:
     """One field per flag. None: it depends on others; see :class:`.config.Config`."""
 
-    strategy: str = knob("dps", _HOW, "how gradients become agreed updates", choices=STRATEGIES)
+    strategy: str = knob("dps", _HOW, "how gradients become agreed updates", choices=tuple(STRATEGIES))
     algorithm: str = knob("auto", _HOW, "schedule of the collectives, for ps, dps and allreduce", choices=CHOICES)
     transport: str = knob("mpi", _HOW, "what moves bytes between ranks", choices=("mpi", "torch"))
     window: str = knob("auto", _HOW, "memory shared by the ranks of a node", choices=("auto", "on", "off"))

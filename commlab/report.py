@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-import platform
-import resource
-import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +23,7 @@ from .data import Batch
 from .metrics import Metrics, interface_bytes_sent, memory_bytes, versions
 from .sample import Sample
 from .strategies.base import Strategy, Times
-
-_SUMMARY = struct.Struct("<6qd")
-
-
-@dataclass
-class _Totals:
-    """Sums over steps, in seconds, tokens and bytes. The first step, which warms everything up, is left out, and so is
-    the second, in which memory is looked at, unless there are no others."""
-
-    steps: int = 0
-    bytes_sent: int = 0
-    tokens: int = 0
-    wall_s: float = 0.0
-    forward_s: float = 0.0
-    backward_s: float = 0.0
-    exchange_s: float = 0.0
-    waited_s: float = 0.0
-    """Of ``exchange_s``: for ranks that computed longer."""
-    update_s: float = 0.0
+from .summary import Totals, gather, rows, sends_itself
 
 
 class Report:
@@ -57,12 +35,11 @@ class Report:
         self._speaks = group.rank == 0
         self._bar: Any = None
         self._metrics = Metrics(None, None, False)
-        self._totals = _Totals()
+        self._totals = Totals()
         self._phases: dict[str, float] = {}
         self._pending: tuple[Batch, Handle | None, dict[str, Any], bool] | None = None
         """The last step: its batch, what it asks of all ranks, its line of metrics, whether it counts in the totals."""
-        self._sends_itself = engine.buckets is None and group.size > 1
-        """Its exchange hides in backward then."""
+        self._sends_itself = sends_itself(engine)
         self._first_loss: float | None = None
         self._last_loss = float("nan")
         self._held_out = float("nan")
@@ -273,76 +250,14 @@ class Report:
     def closing(self) -> None:
         """The summary table. Collective: peaks and sums over all ranks."""
         self._settle()
-        totals, group = self._totals, self.group
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-        moved_bytes = group.node_bytes_read + group.node_bytes_written
-        steps = max(1, totals.steps)
-        mine = (group.bytes_sent, totals.bytes_sent // steps, moved_bytes, peak_bytes, self._memory_bytes)
-        records = group.exchange_records(_SUMMARY.pack(*mine, totals.tokens, totals.wall_s), "summary")
-        sent, sent_in_step, moved, peaks, memory, tokens, walls = zip(
-            *(_SUMMARY.unpack(record) for record in records), strict=True
-        )
-        # In lockstep all ranks count all tokens; else each its own.
-        speed = (totals.tokens if self.engine.averages else sum(tokens)) / max(*walls, 1e-9)
-        serving = self.engine.serving_report()
-        first_loss = float("nan") if self._first_loss is None else self._first_loss
+        found = gather(self.group, self.engine, self._totals, self._memory_bytes)
         if self._bar is not None:
             self._bar.close()
-        ms = {
-            part: 1e3 * getattr(totals, f"{part}_s") / steps
-            for part in ("forward", "backward", "exchange", "waited", "update", "wall")
-        }
-        hidden = " (its exchange hides in backward)" if self._sends_itself else ""
-        waited = f" ({ms['waited']:.1f} of it for ranks that computed longer)" if group.size > 1 and not hidden else ""
-        rows = [
-            ("strategy", f"{self.config.strategy}, {group.size} ranks"),
-            *serving.items(),
-            ("speed", f"{speed:,.0f} tokens/s"),
-            (
-                "step",
-                f"{ms['wall']:.1f} ms = forward {ms['forward']:.1f} + backward "
-                f"{ms['backward']:.1f} + exchange {ms['exchange']:.1f}{waited} + "
-                f"update {ms['update']:.1f} + rest{hidden}",
-            ),
-            ("sent per rank", "by torch or Horovod, not counted here")
-            if self._sends_itself
-            else (
-                "sent per rank",
-                f"{min(sent) / 1e6:.1f} .. {max(sent) / 1e6:.1f} MB" if group.size > 1 else "nothing",
-            ),
-            ("through the window", f"{max(moved) / 1e6:.1f} MB read and written by the busiest rank"),
-            (
-                "memory",
-                f"{sum(memory) / 2**20:.0f} MiB in all, what ranks share counted once; at most "
-                f"{max(peaks) / 2**20:.0f} MiB of addresses in use by a rank",
-            ),
-            ("loss", f"{first_loss:.4f} -> {self._last_loss:.4f} nats per token"),
-            ("skipped steps", f"{self.engine.skipped_steps}, loss scale {self.engine.precision.scale:g} at the end"),
-            ("held-out", f"{self._held_out:.3f} bits per byte"),
-            ("model", f"{self.config.output} (transformers.GPT2LMHeadModel.from_pretrained opens it)"),
-            ("time", f"{time.perf_counter() - self._started_s:.1f} s in all"),
-        ]
-        if not any(moved):
-            rows = [row for row in rows if row[0] != "through the window"]
-        if self.engine.precision.loss_scale is None:
-            rows = [row for row in rows if row[0] != "skipped steps"]
-        width = max(len(name) for name, _ in rows)
-        self._say("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-        self._metrics.write(
-            {
-                "summary": {
-                    "tokens_per_s": speed,
-                    **serving,
-                    **{f"{part}_ms": value for part, value in ms.items()},
-                    "bytes_sent_per_rank": sent,
-                    "bytes_sent_per_rank_and_step": sent_in_step,
-                    "node_bytes_moved_per_rank": moved,
-                    "peak_bytes_per_rank": peaks,
-                    "memory_bytes_per_rank": memory,
-                    "first_loss": first_loss,
-                    "last_loss": self._last_loss,
-                    "held_out_bits_per_byte": self._held_out,
-                }
-            }
-        )
+        first_loss = float("nan") if self._first_loss is None else self._first_loss
+        learned = {"first_loss": first_loss, "last_loss": self._last_loss, "held_out_bits_per_byte": self._held_out}
+        took_s = time.perf_counter() - self._started_s
+        table = rows(self.config, self.engine, found, learned, took_s)
+        width = max(map(len, table))
+        self._say("\n".join(f"{name:<{width}}  {value}" for name, value in table.items()))
+        self._metrics.write({"summary": {**found.as_dict(), **learned}})
         self._metrics.close()

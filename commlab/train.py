@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AgreedError as error:
         if launch.rank == 0:
             print(f"commlab: {error}", file=sys.stderr)
+            if config.servers is not None:
+                bringup.end_job(2)  # servers have heard of nothing, and wait
         return 2
     except UsageError as error:
         # Perhaps on this rank alone: the others may wait for it already.

@@ -17,7 +17,7 @@ from bench import records, train
 from bench.train_launch import JobFailed, Launcher, Measured, _measured, _reason
 from bench.train_rows import HEAD, ROWS, cells, missing, reduced
 from commlab.config import Config
-from commlab.knobs import STRATEGIES
+from commlab.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,9 +21,9 @@ from training import RAGGED, Recipe, Run, build, digest, go_on
 
 import commlab
 from commlab.checkpoint import Checkpoints, store
-from commlab.checkpoint.state import pack, unpack
 from commlab.errors import UsageError
 from commlab.gradients.scaling import LossScale
+from commlab.nested import pack, unpack
 
 RECIPE = Recipe(max_grad_norm=0.5, optimizer="AdamW")
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from commlab.collectives import CHOICES
 from commlab.config import Config
 from commlab.errors import UsageError
-from commlab.knobs import STRATEGIES
 from commlab.model import PRESETS
+from commlab.strategies import STRATEGIES
 from commlab.topology import usable_cores
 
 
@@ -79,7 +79,8 @@ def test_servers() -> None:
         ("--servers 2 --consistency sps", ["unknown consistency 'sps'", "bsp", "ssp:4", "asp"]),
         ("--servers 2 --algorithm ring", ["--algorithm ring", "leave it out"]),
         ("--servers 2 --consistency asp --max-grad-norm 1", ["--max-grad-norm", "no global norm", "give 0"]),
-        ("--servers 2 --checkpoint-every 5", ["--checkpoint-every 5 with --servers 2", "lies on the servers"]),
+        ("--servers 2 --consistency asp --checkpoint-every 5", ["--checkpoint-every", "never at the same step"]),
+        ("--servers 2 --consistency ssp:1 --resume", ["--resume", "no checkpoints"]),
         ("--servers 2 --consistency asp --eval-every 5", ["--eval-every", "give 0"]),
         ("--servers 2 --consistency asp --precision fp16", ["--precision fp16", "give bf16"]),
         ("--transport tcp", ["unknown transport 'tcp'", "mpi, torch"]),

@@ -16,20 +16,34 @@ FILES = sorted(HOME.rglob("*.py"))
 # A folder has one floor; so has each file outside of folders. A new one has to be given its place here.
 FLOORS = {
     "__init__": 7,
-    **dict.fromkeys(("train", "config", "knobs", "flags", "report", "metrics", "checkpoint", "loading"), 6),
+    **dict.fromkeys(("train", "config", "knobs", "flags", "report", "summary", "metrics", "checkpoint", "loading"), 6),
     "strategies": 5,
     **dict.fromkeys(("precision", "apex", "ps"), 4),
     "collectives": 3,
     **dict.fromkeys(("transport", "gradients"), 2),
     **dict.fromkeys(
-        ("topology", "chunks", "bringup", "native", "model", "data", "text", "corpus", "tokenizer", "bpe", "sample"), 1
+        (
+            "topology",
+            "chunks",
+            "bringup",
+            "native",
+            "nested",
+            "model",
+            "data",
+            "text",
+            "corpus",
+            "tokenizer",
+            "bpe",
+            "sample",
+        ),
+        1,
     ),
     **dict.fromkeys(("errors", "trace", "cache"), 0),
 }
 # The wing's own folder on its own floor: the trainer's files are one room, and so are the leaves that feed it.
 ROOMS = (
     frozenset({"precision", "apex"}),
-    frozenset({"train", "config", "knobs", "flags", "report", "metrics", "checkpoint", "loading"}),
+    frozenset({"train", "config", "knobs", "flags", "report", "summary", "metrics", "checkpoint", "loading"}),
     frozenset({"model", "data", "text", "corpus", "tokenizer", "bpe", "sample"}),
 )
 

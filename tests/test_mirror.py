@@ -16,7 +16,7 @@ from commlab import native
 from commlab.chunks import Range
 from commlab.gradients import bucket, mirror
 from commlab.gradients.mirror import Mirror
-from commlab.strategies import server
+from commlab.strategies import colocated
 
 SIZE = 3
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and a torch built for CUDA")
@@ -56,7 +56,7 @@ class LateMirror(Mirror):
 
 @pytest.fixture
 def mirrored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (bucket, server):
+    for module in (bucket, colocated):
         monkeypatch.setattr(module, "mirrors", lambda device: True)
         monkeypatch.setattr(module, "Mirror", LateMirror)
     LateMirror.made = 0

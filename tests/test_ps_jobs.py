@@ -99,3 +99,22 @@ commlab.shutdown()
 """
     job = finish(start(mpirun(3), program, tmp_path, PYTHONWARNINGS="error::UserWarning"))
     assert job.code == 0 and job.said("right") == ["True True"] * 2, job.output
+
+
+def test_what_workers_refuse_ends_servers_too(tmp_path: Path) -> None:
+    """They serve, and hear of nothing."""
+    (tmp_path / "checkpoints" / "step-0000000007").mkdir(parents=True)
+    (tmp_path / "text.txt").write_text("".join(f"line {number} of {number**2}\n" for number in range(400)))
+    flags = ["--strategy", "ps", "--servers", "1", "--batch-size", "2", "--steps", "2", "--timeout", "300"]
+    flags += ["--data", "text.txt", "--output", "model", "--checkpoint-dir", "checkpoints", "--checkpoint-every", "1"]
+    program = f"""
+from commlab.train import main
+os.chdir({str(tmp_path)!r})
+say("began", time.time())
+sys.exit(main({flags!r}))
+"""
+    job = finish(start(mpirun(3), program, tmp_path))
+    assert job.code == 2, job.output
+    assert job.output.count("commlab: there are checkpoints already, the newest") == 1, job.output
+    assert "Traceback" not in job.output
+    assert job.ended_s - float(job.said("began")[0]) < 100, "nobody waited for the timeout"

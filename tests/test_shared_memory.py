@@ -107,6 +107,20 @@ def test_memory_is_reused() -> None:
     closed(first, second)
 
 
+def test_sizes_that_vary_find_what_was_freed() -> None:
+    """An ordinary tensor of another length in every call takes no segment of its own."""
+    first, second = pair()
+    places = set()
+    for turn in range(60):
+        memory, place = first.allocate(9 * 2**20 + 131071 * (turn * 37 % 60))
+        assert not memory[:: 2**16].any()
+        memory.fill_(turn + 1)
+        places.add(place)
+        first.free(memory)
+    assert len(places) <= 9, "8 sizes for each power of two"
+    closed(first, second)
+
+
 def test_many_small_tensors_share_segments() -> None:
     first, second = pair()
     before = descriptors()

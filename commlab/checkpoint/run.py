@@ -52,11 +52,12 @@ class Checkpoints:
     def save(self, step: int, more: Any = None) -> Path:
         """Write the checkpoint after ``step`` steps; where it lies. Collective. When it returns, on any rank, the
         checkpoint survives the death of every process; until then the ones before it are untouched. ``more``: what the
-        caller needs besides, equal on all ranks; see :func:`commlab.checkpoint.state.pack` for what it may hold.
+        caller needs besides, equal on all ranks; see :func:`commlab.nested.pack` for what it may hold.
 
         Cost: the state is written once over all ranks, and read once (from memory) for its checksum; training waits.
         """
         group = self._group
+        self._engine.settle()
         with trace.span("checkpoint"):
             together(group, lambda: store.begin(self.folder, step) if group.rank == 0 else None)
             place = store.aside(self.folder, step)

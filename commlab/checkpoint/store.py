@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
-from .state import pack, unpack
+from ..nested import pack, unpack
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -56,7 +56,7 @@ def begin(folder: Path, step: int) -> None:
 
 
 def write_part(place: Path, name: str, state: Any) -> Part:
-    """Write ``state`` (:func:`commlab.checkpoint.state.pack`) as a safetensors file, and wait until the disk has it."""
+    """Write ``state`` (:func:`commlab.nested.pack`) as a safetensors file, and wait until the disk has it."""
     from safetensors.torch import save_file
 
     text, tensors = pack(state)

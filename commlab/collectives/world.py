@@ -82,9 +82,8 @@ def _connect(transport: str, timeout_s: float) -> Transport:
         from ..transport.mpi import MpiTransport, library
     except ImportError as error:
         raise UsageError(
-            f"rank {launch.rank}: transport mpi needs mpi4py and an MPI library ({error}); pip "
-            "install 'commlab[mpich]', or use "
-            "transport 'torch'"
+            f"rank {launch.rank}: transport mpi needs mpi4py and an MPI library ({error}); give commlab's "
+            "checkout a pip install '.[mpich]', or use transport 'torch'"
         ) from error
     connected = MpiTransport()
     if connected.size != launch.size:

@@ -15,6 +15,7 @@ from .. import trace
 from ..collectives.progress import pause
 from ..errors import PeerTimeoutError, UsageError
 from ..transport.base import Transport
+from .encoding import decode
 from .link import Link, Order
 from .messages import Header, Kind
 from .serving import WARN_AFTER_S, Serving, spin_s
@@ -34,6 +35,8 @@ class Handle:
         """Requests that are not answered."""
         self.after: Callable[[Handle], None] | None = None
         """Called once with the last answer."""
+        self.before: Handle | None = None
+        """Ends no later, and belongs to it: its error is this one's."""
         self._started_ns = time.perf_counter_ns() if trace.enabled() else 0
 
     @property
@@ -69,6 +72,8 @@ class Handle:
     def wait(self, timeout_s: float | None = None) -> Any:
         """Block until it has ended. Raises what the server had against it; PeerTimeoutError when no server has said
         anything for ``timeout_s`` (default: the group's timeout)."""
+        if self.before is not None:
+            self.before.wait(timeout_s)
         if not self.finished:
             self._client.drive(self, timeout_s)
         if self.error is not None:
@@ -147,6 +152,11 @@ class Client:
             error = UsageError(f"rank {self.rank}: {handle.describe()} was refused by server {server}: {text}")
         elif header.kind == Kind.TEXT:
             handle.result = bytes(data.numpy()).decode()
+        elif header.kind == Kind.STATE:
+            try:
+                handle.result = decode(data)
+            except UsageError as broken:
+                error = UsageError(f"rank {self.rank}: {handle.describe()} by server {server}: {broken}")
         self._heard_s = time.perf_counter()
         if self._open[server]:
             self._links[server].listen()

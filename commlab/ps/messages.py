@@ -20,13 +20,16 @@ from ..errors import CommlabError
 from ..native.arithmetic import DTYPES
 
 MAGIC = b"cmPS"
-VERSION = 1
+VERSION = 2
 MESSAGE_BYTES = 2**20
-"""The most numbers that one message carries: what a more urgent one may have to wait for (docs/parameter-server.md)."""
+"""The most bytes of numbers in one message: what a more urgent one may have to wait for (docs/parameter-server.md)."""
 IN_FLIGHT = 2
 """Messages to one peer that have been handed to the transport; what waits behind them is still sorted by urgency."""
 TEXT_BYTES = 2**20
 """The most that an error or a report may be long."""
+STATE_BYTES = 16 * MESSAGE_BYTES
+"""The most that an optimizer's state of one part may be long: some tensors as large as the part, in up to twice its
+precision."""
 
 _STRUCT = struct.Struct("<4sBBBBIIqqqd")
 HEADER_BYTES = _STRUCT.size
@@ -53,11 +56,16 @@ class Kind(IntEnum):
     """Nor does it say anything more."""
     VERDICT = 10
     """``value``: sum of the squares of this server's part of the step's gradient; ``flag``: all of it is finite."""
+    GET_STATE = 11
+    """Of one part, as the optimizer has it."""
+    SET_STATE = 12
     ACK = 64
     VALUES = 65
     """Answer to PULL; ``value``: the staleness of this read, in clocks."""
     TEXT = 66
     ERROR = 67
+    STATE = 68
+    """Answer to GET_STATE."""
 
 
 WIRE_CODES = {dtype: code for dtype, (code, _) in DTYPES.items() if dtype.is_floating_point}
@@ -113,6 +121,7 @@ def unpack(data: bytes, frm: str) -> Header:
         raise CommlabError(f"{frm} speaks version {version} of the parameter server's messages, this rank {VERSION}")
     if kind not in Kind.__members__.values():
         raise CommlabError(f"{frm} sent a message of kind {kind}, which version {VERSION} does not have")
-    if not 0 <= length <= max(MESSAGE_BYTES, TEXT_BYTES):
-        raise CommlabError(f"{frm} sent a message of {length} B; the most is {max(MESSAGE_BYTES, TEXT_BYTES)} B")
+    most = STATE_BYTES if kind in (Kind.SET_STATE, Kind.STATE) else max(MESSAGE_BYTES, TEXT_BYTES)
+    if not 0 <= length <= most:
+        raise CommlabError(f"{frm} sent a message of {length} B; the most is {most} B")
     return Header(Kind(kind), key, count, sequence, clock, wire, length, value, bool(flag))

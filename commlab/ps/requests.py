@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from .client import Client, Handle
+from .encoding import encode
 from .keys import Keys
 from .messages import WIRE_CODES, Header, Kind
+from .shards import Part
 
 
 class Requests:
@@ -131,11 +133,19 @@ class Requests:
                 self.client.request(server, order, header, handle, data)
         return handle
 
-    def ask(self, server: int, header: Header, order: tuple[int, int, int], what: str) -> Handle:
+    def ask(
+        self, server: int, header: Header, order: tuple[int, int, int], what: str, data: torch.Tensor | None = None
+    ) -> Handle:
         """A request to one of them."""
         handle = Handle(self.client, what)
-        self.client.request(server, order, header, handle)
+        self.client.request(server, order, header, handle, data)
         return handle
+
+    def move_state(self, part: Part, state: dict[str, Any] | None, clock: int) -> Handle:
+        """Set what the optimizer remembers of a part; None: ask for it."""
+        what = f"state of {self.keys.placement.entries[part.entry].name!r}[{part.start}:{part.stop}]"
+        header = Header(Kind.GET_STATE if state is None else Kind.SET_STATE, part.number, 1, clock=clock)
+        return self.ask(part.server, header, (clock, 2, part.number), what, None if state is None else encode(state))
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,8 @@ import json
 
 import torch
 
+from ..errors import UsageError
+from .encoding import decode, encode
 from .lockstep import Lockstep
 from .messages import Header, Kind
 from .rounds import Hypers
@@ -69,6 +71,8 @@ class Server(Lockstep):
             self._tickets += 1
         elif header.kind == Kind.REPORT:
             self._answer_text(peer, header, Kind.TEXT, json.dumps(self.report()))
+        elif header.kind in (Kind.GET_STATE, Kind.SET_STATE):
+            self._move_state(peer, header, data)
         elif header.kind in (Kind.LEAVE, Kind.CLOSE):
             self._leave(peer)
             state.closed = header.kind == Kind.CLOSE
@@ -109,6 +113,23 @@ class Server(Lockstep):
             gradients[part] = self._gradient(part, numbers[at : at + numel], 1 / hypers.scale)
             at += numel
         self._update(gradients, ((peer, header.clock, header.sequence),), hypers, 1 / hypers.scale)
+
+    # The optimizer's state.
+
+    def _move_state(self, peer: int, header: Header, data: torch.Tensor) -> None:
+        refused = "" if header.key < len(self.shard.parts) else self._against(header)
+        if not refused:
+            try:
+                if header.kind == Kind.GET_STATE:
+                    found = encode(self.shard.state(header.key))
+                    self.outbox.append((peer, header.answer(Kind.STATE, found.numel()), found))
+                else:
+                    self.shard.set_state(header.key, decode(data))
+                    self._answer(peer, header)
+                return
+            except UsageError as error:
+                refused = str(error)
+        self._answer_text(peer, header, Kind.ERROR, refused)
 
     # Clocks.
 

@@ -67,7 +67,7 @@ class Serving:
         self._send()
 
     def _describe(self, peer: int, header: Header) -> str:
-        named = header.kind in (Kind.PUSH, Kind.PULL, Kind.INIT)
+        named = header.kind in (Kind.PUSH, Kind.PULL, Kind.INIT, Kind.GET_STATE, Kind.SET_STATE)
         what = f" {self.server.shard.names[header.key]}" if named and header.key < len(self.server.shard.names) else ""
         return f"{header.kind.name.lower()}{what} of peer {peer}, clock {header.clock}"
 
@@ -75,7 +75,7 @@ class Serving:
         outbox, self.server.outbox = self.server.outbox, []
         for peer, header, data in outbox:
             # Of values, those that forward needs first; words before numbers, for they are short.
-            order = (1, 0, header.key) if header.kind == Kind.VALUES else (0, 0, 0)
+            order = (1, 0, header.key) if header.kind in (Kind.VALUES, Kind.STATE) else (0, 0, 0)
             self._links[peer].send(order, header, data)
 
     def poll(self) -> bool:

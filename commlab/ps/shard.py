@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from ..chunks import Range
+from ..errors import UsageError
 from .shards import Part, Placement
 
 Factory: TypeAlias = Callable[[Any], torch.optim.Optimizer]
@@ -96,6 +97,27 @@ class Shard:
                 entry["params"] = params
             for index in gradients:
                 self.pieces[index].grad = None
+
+    def state(self, part: int) -> dict[str, Any]:
+        """What the optimizer remembers of a part."""
+        return {} if self.optimizer is None else dict(self.optimizer.state.get(self.pieces[part], {}))
+
+    def set_state(self, part: int, state: dict[str, Any]) -> None:
+        """UsageError where it is not of such a part."""
+        piece = self.pieces[part]
+        if self.optimizer is None:
+            if state:
+                raise UsageError("there is no optimizer on this server that could have a state")
+            return
+        for key, value in state.items():
+            if not torch.is_tensor(value) or not value.dim():
+                continue
+            if value.shape != piece.shape or not value.is_floating_point():
+                mine, theirs = (
+                    f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for each in (value, piece)
+                )
+                raise UsageError(f"the optimizer's {key!r} is {mine}, and its part of {self.names[part]!r} {theirs}")
+        self.optimizer.state[piece] = state
 
     def _touched(self, indices: Iterable[int]) -> list[list[int]]:
         if len(self._members) == 1:

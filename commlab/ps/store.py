@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import json
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +29,7 @@ from .requests import Requests
 from .server import Server
 from .serving import Serving
 from .shard import Factory, Shard
-from .shards import Placement, server_ranks
+from .shards import Part, Placement, server_ranks
 from .state import Record, Rules
 
 _LAST = 2**62
@@ -115,11 +117,10 @@ class ParameterServer:
         """Whether servers agree on a clock's norm before they update."""
         self._last_step: Handle | None = None
         self._closed = self.role == "server"
-        self._own_group = None if alone else everyone.subgroup(workers)
-        self.group: Group = self._own_group or everyone
+        own_group = None if alone else everyone.subgroup(workers)
+        self.group: Group = own_group or everyone
         """The workers; on a server rank, everyone."""
         near, far = _transports(everyone, alone)
-        self._transport = near
         crowded, timeout_s = everyone.crowded, everyone.timeout_s
         serving: Serving | None = None
         if alone or self.role == "server":
@@ -127,7 +128,8 @@ class ParameterServer:
             names = [f"worker rank {rank}" for rank in workers]
             self.server = Server(Shard(self.placement, index, optimizer, group_count), rules, index, names, log)
             serving = Serving(self.server, far, workers, ranks, timeout_s, crowded)
-        everyone.endings.append((self.close, self._free))
+        # Not the store itself: its values and optimizer are gone when nobody has it any more.
+        everyone.endings.append((partial(_close, weakref.ref(self)), partial(_free, near, own_group)))
         if self.role == "server":
             assert serving is not None
             serving.run()
@@ -165,8 +167,10 @@ class ParameterServer:
         self._require_worker("push_pull")
         self._keys.require(key, tensor, "push_pull")
         self._keys.require(key, out, "push_pull")
-        self.push_flat((key,), tensor.detach().reshape(-1))
-        return self._requests.pull_into(key, out, self.clock + 1, pushed_at=self.clock)
+        pushed = self.push_flat((key,), tensor.detach().reshape(-1))
+        pulled = self._requests.pull_into(key, out, self.clock + 1, pushed_at=self.clock)
+        pulled.before = pushed
+        return pulled
 
     def push_flat(self, keys: Sequence[str], flat: torch.Tensor) -> Handle:
         """:meth:`push` of several tensors of one dtype that lie side by side in ``flat`` (1-D), possibly already in the
@@ -182,6 +186,17 @@ class ParameterServer:
     def assign_flat(self, keys: Sequence[str], flat: torch.Tensor) -> Handle:
         """Overwrite values, from any worker, while nobody pushes or pulls them."""
         return self._requests.assign(tuple(keys), flat)
+
+    def optimizer_state(self, part: Part) -> Handle:
+        """Ask for what the optimizer remembers of a part (one of ``placement``), between two steps: ``wait()`` returns
+        a dict like torch's ``optimizer.state[tensor]``, mostly empty before the first update."""
+        self._require_worker("optimizer_state")
+        return self._requests.move_state(part, None, self.clock)
+
+    def set_optimizer_state(self, part: Part, state: dict[str, Any]) -> Handle:
+        """Overwrite it, from any worker, while nobody pushes."""
+        self._require_worker("set_optimizer_state")
+        return self._requests.move_state(part, state, self.clock)
 
     @property
     def bytes_sent(self) -> int:
@@ -267,10 +282,17 @@ class ParameterServer:
             answer = ended.answers[0]
             ended.result = Verdict(answer.value**0.5 / self.grad_scale, answer.flag)
 
-    def _free(self) -> None:
-        self._transport.close()
-        if self._own_group is not None:
-            self._own_group.close()
+
+def _close(reference: weakref.ref[ParameterServer]) -> None:
+    store = reference()
+    if store is not None:
+        store.close()
+
+
+def _free(transport: Any, own_group: Group | None) -> None:
+    transport.close()
+    if own_group is not None:
+        own_group.close()
 
 
 def _transports(everyone: Group, alone: bool) -> tuple[Any, Any]:

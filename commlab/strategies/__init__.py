@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 STRATEGIES: Final[dict[str, tuple[str, str]]] = {
     "single": ("single", "Single"),
-    "ps": ("server", "SingleServer"),
-    "dps": ("server", "ShardedServer"),
+    "ps": ("colocated", "SingleServer"),
+    "dps": ("colocated", "ShardedServer"),
     "allreduce": ("allreduce", "AllReduce"),
     "horovod": ("horovod", "Horovod"),
     "ddp": ("ddp", "Ddp"),

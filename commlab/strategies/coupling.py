@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -119,19 +119,20 @@ class Coupled:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the optimizer's state, by parameter name and range; no communication. All ranks' parts
-        together are the whole, whatever the strategy and the number of ranks. The model's own state is
-        ``model.state_dict()``."""
+        """This rank's part of the optimizer's state, by parameter name and range; call it between steps, without
+        communication but for dedicated servers, which are asked. All ranks' parts together are the whole, whatever the
+        strategy and the number of ranks. The model's own state is ``model.state_dict()``."""
         return {
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
             "loss_scale": None if self.precision.loss_scale is None else self.precision.loss_scale.state_dict(),
-            **pieces.state(self._pieces(), self.optimizer),
+            **self._optimizer_state(),
         }
 
     def load_state_dict(self, *parts: dict[str, Any]) -> None:
         """Take from ``parts`` (any ranks' :meth:`state_dict`, of any strategy and number of ranks) what this rank owns.
-        UsageError when a needed range is in none of them, or when they are not all of one step."""
+        UsageError when a needed range is in none of them, or when they are not all of one step. With dedicated servers
+        collective."""
         for key in ("steps", "skipped_steps", "loss_scale"):
             values = [part[key] for part in parts]
             if any(value != values[0] for value in values):
@@ -139,10 +140,16 @@ class Coupled:
                     f"rank {self.group.rank}: the parts to load differ in {key!r}: {', '.join(map(str, values))}; they "
                     "were not saved together. Load the parts of one checkpoint"
                 )
-        pieces.load(self._pieces(), self.optimizer, parts)
+        self._load_optimizer_state(parts)
         self.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
         if self.precision.loss_scale is not None and parts[0]["loss_scale"] is not None:
             self.precision.loss_scale.load_state_dict(parts[0]["loss_scale"])
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return pieces.state(self._pieces(), self.optimizer)
+
+    def _load_optimizer_state(self, parts: Sequence[dict[str, Any]]) -> None:
+        pieces.load(self._pieces(), self.optimizer, parts)
 
     def settle(self, last: bool = False) -> None:
         """Make every rank's parameters the newest, in full precision, before they are evaluated or saved. Collective.

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 
 from ..collectives.group import Group
+from ..collectives.together import together
 from ..errors import CommlabError, UsageError
 from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, adjoining, named_parameters, plan
 from ..gradients.wire import WIRES
 from ..ps.consistency import parse
 from ..ps.messages import MESSAGE_BYTES
-from ..ps.shard import Own
+from ..ps.shards import Part
 from ..ps.store import ParameterServer
-from . import pieces
+from . import served
 from .agreement import Agreement
 from .base import Strategy
 from .flat import flatten, require_in_place
@@ -45,6 +46,7 @@ class Dedicated(Strategy):
     "server" then, and the engine is of no use but for its ``store``. On workers ``group`` is that of the workers."""
 
     keeps_gradients = False
+    shards_state = True
 
     def __init__(
         self, name: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options
@@ -75,7 +77,7 @@ class Dedicated(Strategy):
             )
         self.store = ParameterServer(
             [(item.name, item.tensor) for item in named],
-            _UsersOwn(optimizer, named),
+            served.UsersOwn(optimizer, named),
             options.consistency,
             options.servers,
             group=group,
@@ -228,17 +230,24 @@ class Dedicated(Strategy):
         trained = {item.name for item in self.parameters}
         give_from_rank_0(self.group, [entry for entry in tensors_of(self.model) if entry[0] not in trained])
 
-    def state_dict(self) -> dict[str, Any]:
-        raise UsageError(
-            f"rank {self.group.rank}: the optimizer's state lies on the servers, and can't be saved from a worker; "
-            "co-located ps and dps (without servers) can"
-        )
+    def _own_parts(self) -> list[Part]:
+        if not self.averages:
+            raise UsageError(
+                f"rank {self.group.rank}: under {self.options.consistency} workers are never at the same step, so no "
+                "state of one step can be saved or restored; use bsp"
+            )
+        return served.share(self.store, self.group.rank, self.group.size)
 
-    def load_state_dict(self, *parts: dict[str, Any]) -> None:
-        raise UsageError(
-            f"rank {self.group.rank}: dedicated servers can't take over an optimizer's state; co-located ps and dps "
-            "(without servers) can"
-        )
+    def _optimizer_state(self) -> dict[str, Any]:
+        own = self._own_parts()
+        self._pulls.wait_for_all()  # then all updates of the last step are made
+        return served.state(self.store, own, self.optimizer)
+
+    def _load_optimizer_state(self, parts: Sequence[dict[str, Any]]) -> None:
+        self._pulls.wait_for_all()
+        # Nobody has a step under way when a server is told, nor begins one before all are.
+        self.group.barrier()
+        together(self.group, lambda: served.load(self.store, self._own_parts(), self.optimizer, self.parameters, parts))
 
     def close(self) -> None:
         """Also gives this worker parameters of its own again. Servers return when all workers have closed."""
@@ -249,21 +258,3 @@ class Dedicated(Strategy):
             item.tensor.data = item.tensor.data.clone()
         super().close()
         self.store.close()
-
-
-class _UsersOwn:
-    """The user's own optimizer, with its groups, hyper-parameters, schedulers and state, on other tensors."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter]):
-        self._optimizer, self._named = optimizer, {item.name: item for item in named}
-
-    def __call__(self, groups: Any) -> torch.optim.Optimizer:
-        tensors = [group["params"] for group in groups] if isinstance(groups[0], dict) else [groups]
-        for at, entry in enumerate(self._optimizer.param_groups):
-            entry["params"] = tensors[at] if at < len(tensors) else []
-        return self._optimizer
-
-    def on_parts(self, parts: Sequence[Own]) -> torch.optim.Optimizer:
-        own = [pieces.Piece(self._named[name], part.start, part.stop, tensor) for name, part, tensor in parts]
-        pieces.rebind(self._optimizer, own)
-        return self._optimizer

@@ -82,12 +82,31 @@ def state(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str
         if _is_master(piece):
             entry["state"][MASTER] = piece.tensor.view(-1)
         saved.setdefault(piece.parameter.name, []).append(entry)
-    groups = [{key: value for key, value in entry.items() if key != "params"} for entry in optimizer.param_groups]
-    return {"groups": groups, "pieces": saved}
+    return {"groups": groups_of(optimizer), "pieces": saved}
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Its hyper-parameters."""
+    return [{key: value for key, value in entry.items() if key != "params"} for entry in optimizer.param_groups]
 
 
 def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]) -> None:
     """The reverse of :func:`state`, from the parts of any number of ranks."""
+    for piece, found in collect(pieces, optimizer, parts):
+        master = found.pop(MASTER, None)
+        if _is_master(piece):
+            piece.tensor.copy_(parameter_of(piece) if master is None else master.view(piece.tensor.shape))
+        entry = optimizer.param_groups[piece.parameter.group]
+        if entry.get("fused") or entry.get("capturable"):
+            # These want their step counters, too, where the tensor is.
+            found = {k: v.to(piece.tensor.device) if torch.is_tensor(v) else v for k, v in found.items()}
+        optimizer.state[piece.tensor] = found
+
+
+def collect(
+    pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]
+) -> list[tuple[Piece, dict[str, Any]]]:
+    """The state of each piece, out of ``parts``; the groups of ``optimizer`` become those that were saved."""
     if not parts:
         raise UsageError("load_state_dict() needs at least one part")
     if len(parts[0]["groups"]) != len(optimizer.param_groups):
@@ -99,15 +118,7 @@ def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Seque
     collected = [(piece, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
     for entry, saved in zip(optimizer.param_groups, parts[0]["groups"], strict=True):
         entry.update({key: deepcopy(value) for key, value in saved.items() if key != "params"})
-    for piece, found in collected:
-        master = found.pop(MASTER, None)
-        if _is_master(piece):
-            piece.tensor.copy_(parameter_of(piece) if master is None else master.view(piece.tensor.shape))
-        entry = optimizer.param_groups[piece.parameter.group]
-        if entry.get("fused") or entry.get("capturable"):
-            # These want their step counters, too, where the tensor is.
-            found = {k: v.to(piece.tensor.device) if torch.is_tensor(v) else v for k, v in found.items()}
-        optimizer.state[piece.tensor] = found
+    return collected
 
 
 def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

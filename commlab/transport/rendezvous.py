@@ -4,11 +4,12 @@ mpirun."""
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..bringup import Launch
+from ..bringup import Launch, detect
 from ..errors import UsageError
 
 
@@ -58,7 +59,7 @@ def join_store(address: bytes, size: int, timeout_s: float) -> dist.Store:
 
 def _own_address() -> str:
     """The address under which other hosts reach this one: of the interface that gloo was told to use, else of the host
-    name."""
+    name, else of the interface that leads outside."""
     import os
 
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
@@ -71,6 +72,14 @@ def _own_address() -> str:
             siocgifaddr = 0x8915
             return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), siocgifaddr, request)[20:24])
     try:
-        return socket.gethostbyname(socket.gethostname())
+        address = socket.gethostbyname(socket.gethostname())
     except OSError:
-        return "127.0.0.1"
+        address = "127.0.0.1"
+    launch = detect()
+    if address.startswith("127.") and launch.local_size < launch.size:
+        # Many systems know their own name as 127.0.1.1, where other hosts find nobody. Nothing is sent here: the kernel
+        # only says which of its addresses it would send from.
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))
+            address = probe.getsockname()[0]
+    return address

@@ -202,7 +202,7 @@ class Window:
         rounded = self._rounded(size_bytes)
         if self._free.get(rounded):
             place = self._free[rounded].pop()
-            self._segments[place.segment].bytes[place.offset : place.offset + rounded].zero_()
+            self._segments[place.segment].bytes[place.offset : place.offset + size_bytes].zero_()
         elif rounded > _ARENA_BYTES // 2:
             pages = -(-(self._stagger + rounded) // mmap.PAGESIZE)
             place = Place(self._new_segment(pages * mmap.PAGESIZE), self._stagger)
@@ -215,10 +215,13 @@ class Window:
 
     @staticmethod
     def _rounded(size_bytes: int) -> int:
-        return -(-max(1, size_bytes) // _ALIGN_BYTES) * _ALIGN_BYTES
+        """Eight sizes for each power of two, so that what was freed fits again though sizes vary. The rest is never
+        touched, and costs addresses only."""
+        step = max(_ALIGN_BYTES, 1 << max(0, size_bytes.bit_length() - 4))
+        return -(-max(1, size_bytes) // step) * step
 
     def free(self, tensor: torch.Tensor) -> None:
-        """Give back what :meth:`allocate` gave; for tensors of the same size later on. Nobody may use it any more, on
+        """Give back what :meth:`allocate` gave; for tensors of about its size later on. Nobody may use it any more, on
         any rank."""
         if not tensor.numel():
             return  # it has no address to find it by

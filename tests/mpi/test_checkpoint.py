@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Ranks
 from mpi_windows import close_all, window_group
+from test_parameter_server import closing_stores
 from test_strategies import assert_same_bits_everywhere, ours
 from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference
 
@@ -97,6 +98,56 @@ def test_eight_ranks_then_four_then_eight(ranks: Ranks, folder: Path, strategies
     go_on(run, range(step, len(RAGGED)))
     run.norms = reference(recipe).norms[:4] + run.norms
     assert_same(run, reference(recipe))
+    assert_same_bits_everywhere(run)
+    run.engine.close()
+
+
+@closing_stores
+def test_with_servers_the_same_bits_follow(ranks: Ranks, folder: Path) -> None:
+    """Workers share the work of saving what servers remember."""
+    recipe = Recipe(max_grad_norm=0.5, optimizer="AdamW")
+    group = ranks.group(*range(6))
+    if group is None:
+        return
+    run = build("dps", group, recipe, servers=2)
+    if run.engine.role == "worker":
+        go_on(run, range(2))
+        checkpoints_of(run, folder).save(2, {"cursor": 2})
+        assert len(list(folder.glob("step-*/rank-*"))) == 4
+        go_on(run, range(2, len(RAGGED)))
+        run.engine.close()
+    again = build("dps", group, recipe, servers=2)
+    if again.engine.role == "worker":
+        assert checkpoints_of(again, folder).restore() == (2, {"cursor": 2})
+        go_on(again, range(2, len(RAGGED)))
+        assert again.digests == run.digests[2:] and again.norms == run.norms[2:]
+        again.engine.close()
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@closing_stores
+def test_servers_take_over_from_owners_and_owners_from_servers(ranks: Ranks, folder: Path, optimizer: str) -> None:
+    """Eight co-located, then three servers and four workers, then eight that all have everything."""
+    recipe = Recipe(max_grad_norm=0.5, optimizer=optimizer)
+    run = go_on(build("dps", world(ranks), recipe), range(2))
+    checkpoints_of(run, folder).save(2, {"cursor": 2})
+    run.engine.close()
+    some = ranks.group(*range(7))
+    if some is not None:
+        run = build("dps", some, recipe, servers=3)
+        if run.engine.role == "worker":
+            checkpoints = checkpoints_of(run, folder)
+            assert checkpoints.restore() == (2, {"cursor": 2})
+            go_on(run, range(2, 4))
+            checkpoints.save(4, {"cursor": 4})
+            run.engine.close()
+    ranks.world.barrier()
+    run, _, step = resumed("allreduce", world(ranks), recipe, folder)
+    assert step == 4
+    go_on(run, range(step, len(RAGGED)))
+    run.norms = reference(recipe).norms[:4] + run.norms
+    # AdamW turns rounding noise of gradients near zero into whole steps.
+    assert_same(run, reference(recipe), 1e-4 if optimizer == "AdamW" else 3e-6)
     assert_same_bits_everywhere(run)
     run.engine.close()
 

@@ -165,6 +165,35 @@ def test_fp16_skips_together(ranks: Ranks) -> None:
 
 
 @closing_stores
+def test_a_refused_push_is_heard_of_in_push_pull(ranks: Ranks) -> None:
+    """Two workers whose learning rates differ: the second is refused, and must not go on as if it had pushed."""
+    group = ranks.group(0, 1, 2)
+    if group is not None:
+        store = ParameterServer(
+            [("w", torch.zeros(5))], lambda tensors: torch.optim.SGD(tensors, lr=0.1 + group.rank), group=group
+        )
+        if store.role == "worker":
+            assert store.optimizer is not None
+            out, refused = torch.zeros(5), b""
+            if store.group.rank == 0:
+                store.push("w", torch.ones(5)).wait()
+            store.group.barrier()
+            if store.group.rank == 1:
+                handle = store.push_pull("w", torch.ones(5), out)
+                store.step()
+                with pytest.raises(
+                    UsageError, match=r"push of 'w' at clock 0 was refused by server 0: .*lr=0\.1 in group"
+                ):
+                    handle.wait()
+                refused = b"refused"
+            else:
+                store.step()
+                store.pull("w", out).wait()
+            assert store.group.gather_bytes(refused, "who was refused") == [b"", b"refused"]
+            store.close()
+
+
+@closing_stores
 def test_parameters_are_changed_for_all(ranks: Ranks) -> None:
     group = ranks.group(0, 1, 2)
     if group is not None:

@@ -1,4 +1,5 @@
-"""Nested state as JSON text and tensors, and back: the one form in which state lies on disk, without pickle.
+"""Nested state as JSON text and tensors, and back: the one form in which state lies on disk and travels,
+without pickle.
 
 JSON knows neither tensors, nor tuples, nor keys that are no strings; each becomes an object with one tag, so that no
 name that a user gives a parameter can be mistaken for one.
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
+from .errors import UsageError
 
 _PLAIN = (bool, int, float, str, type(None))
 

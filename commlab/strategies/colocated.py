@@ -38,7 +38,7 @@ SERVER = 0
 """The rank that owns everything under ``ps``."""
 
 
-class Server(Strategy):
+class Colocated(Strategy):
     """Co-located servers in lockstep (BSP). Parameters become views of flat buffers, one per bucket; ``p.grad`` is None
     after step.
 
@@ -240,11 +240,11 @@ class Server(Strategy):
                 self.group.window.free(flat)
 
 
-class SingleServer(Server):
+class SingleServer(Colocated):
     name = "ps"
     sharded = False
 
 
-class ShardedServer(Server):
+class ShardedServer(Colocated):
     name = "dps"
     sharded = True
