@@ -22,6 +22,7 @@ _STRATEGIES = {
     "horovod": "#a0399b",
     "horovod 16-bit": "#d090cc",
     "ddp": "#c0392b",
+    "gloo": "#8a8a8a",
 }
 _TRAINING = ("model", "batch_size", "seq_len", "steps", "hosts", "rate")
 
@@ -125,12 +126,12 @@ def _times(key: tuple[Any, ...], drawn: Sequence[Drawn], by_ranks: dict[int, dic
             wrong = ", loss WRONG" if row.get("wrong") else ""
             _note(axes, left, at, f"{row['tokens_per_s']:,.0f} tokens/s{of_single}{wrong}")
         axes.margins(x=0.45)
-    panels[-1].set_xlabel("milliseconds per step (rank 0)")
+    panels[-1].set_xlabel("milliseconds per step")
     legend_beside(figure, next((axes for axes in panels if axes.get_legend_handles_labels()[0]), panels[0]))
     reading = (
-        "Shorter is better. exchange: packing, waiting, norm and pull. Hatched: Horovod and DDP exchange inside"
-        " backward, so their compute is that of another strategy in the same round, and exchange what their step takes"
-        " longer. of single: speed against one rank that has all cores."
+        "Shorter is better. compute: forward and backward of the slowest rank. exchange: packing, sending, norm and"
+        " pull. Hatched: Horovod and DDP exchange inside backward, so their compute is that of another strategy in the"
+        " same round, and exchange what their step takes longer. of single: speed against one rank that has all cores."
     )
     return Plot(f"time-{_short(key)}", f"Time of a step: {described(key)}", reading, figure, runs_of(drawn))
 
@@ -234,7 +235,7 @@ def step_plots(runs: Sequence[Run]) -> list[Plot]:
         for at, row in enumerate(rows.values()):
             samples_ms = [us / 1e3 for us in row["samples_us"]]
             middle = row["p50_us"] / 1e3
-            shade = _STRATEGIES.get(row["contestant"].partition(":")[0], "#e08a1e")
+            shade = _STRATEGIES.get(row["contestant"].partition(":")[0], "#444444")
             axes.barh(at, middle, color=shade, alpha=0.5 if row["wire"] else 1)
             axes.plot([min(samples_ms), max(samples_ms)], [at, at], color="#222222", linewidth=1)
             against = row.get("ratio_best_peer")

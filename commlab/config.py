@@ -175,8 +175,8 @@ class Config(Knobs):
         return max(0.0, min(1.0, (step + 1) / (warmup + 1), (total_steps - step) / (total_steps / 5)))
 
     @property
-    def bucket_bytes(self) -> int:
-        return max(1, int(self.bucket_mb * 2**20))
+    def bucket_bytes(self) -> int | None:
+        return None if self.bucket_mb is None else max(1, int(self.bucket_mb * 2**20))
 
     def thread_count(self, local_size: int) -> tuple[int, str]:
         """(torch threads for this rank, why so many)."""

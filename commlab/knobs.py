@@ -54,7 +54,13 @@ class Knobs:
         " wait for all at the end of a step",
         choices=("on", "off"),
     )
-    bucket_mb: float = knob(25.0, _HOW, "size of a bucket, in MB of 2^20 bytes", float, above=0)
+    bucket_mb: float | None = knob(
+        None,
+        _HOW,
+        "size of a bucket, in MB of 2^20 bytes (default: 25; between nodes a quarter of all gradients, 1 to 25)",
+        float,
+        above=0,
+    )
     overlap: str = knob(
         "on",
         _HOW,

@@ -80,9 +80,10 @@ class Report:
             kind = {"allreduce": "allreduce", "ps": "reduce"}.get(config.strategy, "reduce_scatter")
             wire = engine.buckets.buckets[0].dtype
             algorithm, reason = pick(group, kind, config.algorithm, largest, wire)
+            count = len(engine.buckets.buckets)
             self._say(
-                f"gradients: {len(engine.buckets.buckets)} buckets of at most "
-                f"{config.bucket_mb:g} MB, wire {config.wire or 'as is'}, "
+                f"gradients: {count} bucket{'s' * (count > 1)}, the largest "
+                f"{largest * wire.itemsize / 2**20:.3g} MB, wire {config.wire or 'as is'}, "
                 f"algorithm {algorithm} ({reason})"
             )
         self._say(f"arithmetic: {native.backend()}; {threads} torch thread{'s' * (threads > 1)} per rank ({why})")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commlab.errors import UsageError
-from commlab.gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan
+from commlab.gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan, usual_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -166,6 +166,15 @@ def test_buckets_leave_in_index_order_whatever_the_order_of_gradients() -> None:
     # Used in another order than registered: bucket 2 is complete first, then 0, then 1.
     forward([model[1], model[2], model[0]], log).backward()
     assert log.launched() == ["layer 2", "layer 1", "bucket 0", "layer 0", "bucket 1", "bucket 2"]
+
+
+@pytest.mark.parametrize(
+    "numel, nodes, wanted",
+    [(10, 1, 25 * 2**20), (10, 2, 2**20), (2**20, 2, 2**20), (2**22 + 4, 3, 2**22 + 4), (2**29, 2, 25 * 2**20)],
+)
+def test_the_usual_size_lets_small_models_overlap_between_nodes(numel: int, nodes: int, wanted: int) -> None:
+    tensor = torch.nn.Parameter(torch.empty(numel, device="meta"))
+    assert usual_bytes([NamedParameter("w", tensor, 0, 0)], nodes) == wanted
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -31,7 +31,7 @@ def test_defaults() -> None:
     assert (config.batch_size, config.steps, config.epochs, config.timeout) == (32, 200, None, 300)
     assert config.lr == PRESETS["gpt2-tiny"].learning_rate
     assert (config.sample, flags("--tokenizer bpe").sample, flags("--sample 0").sample) == (200, 60, 0)
-    assert config.bucket_bytes == 25 * 2**20
+    assert config.bucket_bytes is None
     assert flags("--model gpt2-100m").lr == 1.5e-4
     assert flags("--model gpt2-100m").seq_len == 512
 

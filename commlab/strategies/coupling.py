@@ -10,7 +10,7 @@ import torch
 from ..collectives import operations
 from ..collectives.group import Group
 from ..errors import UsageError
-from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan
+from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, named_parameters, plan, usual_bytes
 from ..gradients.mirror import pin
 from ..gradients.norm import scale_
 from ..gradients.wire import WIRES
@@ -54,10 +54,14 @@ class Coupled:
     def _named_parameters(self) -> list[NamedParameter]:
         return named_parameters(self.model, self.optimizer)
 
+    @property
+    def _bucket_bytes(self) -> int:
+        return self.options.bucket_bytes or usual_bytes(self.parameters, len(self.group.nodes))
+
     def _make_buckets(self) -> GradientBuckets | None:
         if self.options.algorithm == "window" and not self.in_window:
             raise UsageError(f"algorithm window is not to be had: {self.group.window_reason}; use auto")
-        buckets = plan(self.parameters, self.options.bucket_bytes, WIRES[self.options.wire], self._allocate)
+        buckets = plan(self.parameters, self._bucket_bytes, WIRES[self.options.wire], self._allocate)
         if any(bucket.mirror is not None for bucket in buckets):
             self._pin([bucket.flat for bucket in buckets])
         return GradientBuckets(

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..collectives.group import Group
 from ..errors import UsageError
+from ..gradients.bucket import USUAL_BYTES
 from ..transport.rendezvous import join_store, open_store
 from .local import Local
 from .options import Options
@@ -82,9 +83,8 @@ class Ddp(Local):
             raise UsageError(f"strategy ddp needs torch 2.6 or later, and this is {torch.__version__}; use allreduce")
         super().__init__(model, optimizer, group, options)
         self._calls = _Calls(model)
-        self._ddp = DistributedDataParallel(
-            self._calls, bucket_cap_mb=options.bucket_bytes / 2**20, process_group=_process_group(group)
-        )
+        cap_mb = (options.bucket_bytes or USUAL_BYTES) / 2**20
+        self._ddp = DistributedDataParallel(self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(group))
         self.model = _Front(self._ddp)
 
     @contextmanager

@@ -110,7 +110,7 @@ class Dedicated(Strategy):
         # One order for pushes and pulls: forward's, in which servers keep their parts; the optimizer's groups are
         # theirs to know.
         parameters = [replace(item, group=0) for item in self.parameters]
-        planned = plan(parameters, min(self.options.bucket_bytes, BUCKET_BYTES), WIRES[self.options.wire])
+        planned = plan(parameters, min(self._bucket_bytes, BUCKET_BYTES), WIRES[self.options.wire])
         buckets = []
         for bucket in planned:
             members = bucket.parameters[::-1]
