@@ -16,8 +16,10 @@ import torch
 from test_native import needs_native
 
 from commlab.errors import PeerLostError
+from commlab.transport import memfd as memfd_module
 from commlab.transport import window as window_module
-from commlab.transport.window import _CARD, Place, Unavailable, Window, WindowWait
+from commlab.transport.memfd import Unavailable
+from commlab.transport.window import _CARD, Place, Window, WindowWait
 
 pytestmark = [
     needs_native,
@@ -235,7 +237,7 @@ def test_missing_memory_is_an_error_and_no_sigbus(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(Unavailable, match="no 0 MiB of shared memory for control page: Too many open files"):
             Window(0, 2, 0.0)
     with monkeypatch.context() as patched:
-        patched.setattr(window_module, "_available_bytes", lambda: 8 * 2**20)
+        patched.setattr(memfd_module, "_available_bytes", lambda: 8 * 2**20)
         with pytest.raises(Unavailable, match="no 9 MiB of shared memory for segment 1: 8 MiB are left"):
             first.allocate(9 * 2**20)
     assert first.allocate(9 * 2**20)[0].numel() == 9 * 2**20, "and it can be had later"

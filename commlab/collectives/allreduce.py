@@ -9,8 +9,9 @@ from ..gradients.norm import Squares
 from ..transport.base import Carried
 from . import ALGORITHMS, carried, hierarchical, schedules, window
 from .execute import Execution, Pending
-from .group import Attachment, Group
+from .group import Group
 from .handle import Handle
+from .node_window import Attachment
 from .operand import as_flat, attach, operand_of, put_back
 from .plan import Plan, divided, plan_of
 from .world import resolve

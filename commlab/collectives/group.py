@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -14,9 +14,10 @@ from ..errors import DisagreementError, UsageError
 from ..native import module as native
 from ..topology import Topology, usable_cores
 from ..transport.base import Carried, Exchange, Request, Transport
-from ..transport.window import NOWHERE, Unavailable, Window, WindowWait
+from ..transport.window import Window, WindowWait
 from .execute import Execution, Pending
 from .handle import Handle
+from .node_window import NOTHING, Attachment, Inline, WindowExchange, open_together
 from .progress import SPIN_S, Progress
 from .signature import Signature, disagreement
 from .step import NodeStep
@@ -24,54 +25,9 @@ from .step import NodeStep
 log = logging.getLogger("commlab")
 
 
-class Attachment(NamedTuple):
-    """What a rank publishes with its next operation in the window: where its data lie
-    (:class:`commlab.transport.window.Place`), or the data themselves (address and size), up to 64 KB."""
-
-    segment: int = NOWHERE
-    offset: int = 0
-    address: int = 0
-    size_bytes: int = 0
-
-
-_NOTHING = Attachment()
-
 _INLINE_WAIT_US = 1e5
 """Back after this long: for signals, and to see who is silent."""
 _INLINE_DONE = getattr(native.built, "INLINE_DONE", 0)
-
-
-class Inline(NamedTuple):
-    """What the native side has to know of an inline allreduce, but for where its data lie."""
-
-    numel: int
-    dtype: int
-    op: int
-    divisor: float
-
-
-class _WindowExchange:
-    """The agreement check in the window: records lie in the control pages, and the wait orders what follows."""
-
-    __slots__ = ("_wait", "_window")
-
-    def __init__(self, window: Window, wait: WindowWait, number: int, attached: Attachment | None):
-        """``attached``: None where all of it is published already."""
-        self._window, self._wait = window, wait
-        if attached is not None:
-            window.sync.publish(number, *attached)
-
-    def test(self) -> bool:
-        return self._wait.test()
-
-    def block(self, timeout_s: float) -> None:
-        self._wait.block(timeout_s)
-
-    def peers(self) -> Sequence[int]:
-        return self._wait.peers()
-
-    def agreed(self, record: bytes) -> bool:
-        return bool(self._window.sync.agreed())
 
 
 class Group:
@@ -146,7 +102,7 @@ class Group:
         if self._closed:
             raise UsageError(f"rank {self.rank}: {signature.kind} on a group that was shut down")
         self._sequence += 1
-        return self._queue(signature, body, result, attached or (lambda: _NOTHING), awaited)
+        return self._queue(signature, body, result, attached or (lambda: NOTHING), awaited)
 
     def _queue(
         self,
@@ -204,12 +160,12 @@ class Group:
 
     def _announce(
         self, record: bytes, attached: Callable[[], Attachment | Carried | None]
-    ) -> Exchange | _WindowExchange:
+    ) -> Exchange | WindowExchange:
         brought = attached()
         if self.window is None or isinstance(brought, Carried):
             return self.transport.exchange(record, brought if isinstance(brought, Carried) else None)
         wait = WindowWait(self.window, self.rank_on_node)
-        return _WindowExchange(self.window, wait, int.from_bytes(record, "little"), brought)
+        return WindowExchange(self.window, wait, int.from_bytes(record, "little"), brought)
 
     def execute(self, execution: Execution) -> Pending:
         """Run an execution and count what it sent."""
@@ -232,33 +188,10 @@ class Group:
         if self.size == 1 or len(self.nodes) > 1:
             self.window_reason = "one rank" if self.size == 1 else f"the ranks are on {len(self.nodes)} nodes"
             return
-        made: list[Window] = []
-        cards: list[bytes] = []
-
-        def open_all() -> None:
-            made[0].open(cards)
-
-        def make() -> None:
-            made.append(Window(self.local_rank, self.size, 0.0 if self.crowded else SPIN_S * 1e6))
-
-        # Each move may fail on some ranks only; after each, all of them go on or none.
-        for move in (make, open_all, lambda: made[0].open_staging()):
-            reason = b""
-            try:
-                move()
-            except Unavailable as error:
-                reason = str(error).encode()
-            reasons = [text.decode() for text in self.gather_bytes(reason, "reasons against a window") if text]
-            if reasons:
-                self.window_reason = reasons[0]
-                for window in made:
-                    window.close()
-                if self.rank == 0:
-                    log.warning("no window for the ranks of this node, which send messages instead: %s", reasons[0])
-                return
-            if move is make:
-                cards += self.gather_bytes(made[0].card(), "window cards")
-        self.window, self.window_reason = made[0], ""
+        spin_us = 0.0 if self.crowded else SPIN_S * 1e6
+        self.window, self.window_reason = open_together(self.local_rank, self.size, spin_us, self.gather_bytes)
+        if self.window is None and self.rank == 0:
+            log.warning("no window for the ranks of this node, which send messages instead: %s", self.window_reason)
 
     def barrier(self) -> None:
         """Return once every rank has called it. Cost: one round trip."""

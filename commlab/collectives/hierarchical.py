@@ -18,7 +18,8 @@ import torch
 from ..errors import UsageError
 from . import ALGORITHMS, schedules, window
 from .execute import Execution, Operand, Pending
-from .group import Attachment, Group
+from .group import Group
+from .node_window import Attachment
 from .select import Case, choose
 
 

@@ -8,7 +8,8 @@ import torch
 from .. import native
 from ..chunks import Range
 from .execute import Operand
-from .group import Attachment, Group
+from .group import Group
+from .node_window import Attachment
 from .plan import HALVES, divided
 
 

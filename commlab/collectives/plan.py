@@ -13,7 +13,8 @@ from ..errors import UsageError
 from ..gradients.wire import WIRES
 from ..native.arithmetic import DTYPES, OP_CODES
 from . import CHOICES, carried, hierarchical, window
-from .group import Group, Inline
+from .group import Group
+from .node_window import Inline
 from .select import Case, choose
 from .signature import Signature
 

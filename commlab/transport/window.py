@@ -9,19 +9,17 @@ they touch a byte, because in another PID namespace the same path can be a stran
 from __future__ import annotations
 
 import bisect
-import contextlib
 import mmap
 import os
 import secrets
 import struct
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import CommlabError
+from .memfd import Mapping, Unavailable, close_all, mapped, memfd
 
 NOWHERE = 2**64 - 1
 """Segment number of an ordinary tensor."""
@@ -34,58 +32,11 @@ _ALIGN_BYTES = 64
 _CARD = struct.Struct("<qqq16s")
 
 
-class Unavailable(CommlabError):
-    """Why these ranks can't have a window; they use point-to-point then."""
-
-
 class Place(NamedTuple):
     """Where data lie in a rank's part of the window; the peers know them by this, never by an address."""
 
     segment: int
     offset: int
-
-
-class _Mapping:
-    """A memfd as this process sees it."""
-
-    def __init__(self, fd: int, size_bytes: int):
-        self.memory = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self.address, self.size_bytes = self.bytes.data_ptr(), size_bytes
-
-
-def _available_bytes() -> int:
-    """Memory that can be had without pushing anybody out, as the kernel and this process's cgroup say."""
-    limits = []
-    with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):
-        used, most = (int(Path(f"/sys/fs/cgroup/memory.{what}").read_text()) for what in ("current", "max"))
-        limits.append(most - used)
-    return min(limits, default=2**63)
-
-
-def _memfd(name: str, size_bytes: int) -> int:
-    # The kernel would rather kill a process, anybody's, than refuse.
-    available = _available_bytes()
-    if size_bytes > available:
-        raise Unavailable(
-            f"no {size_bytes / 2**20:.0f} MiB of shared memory for {name}: {available / 2**20:.0f} MiB are left"
-        )
-    fd = os.memfd_create(f"commlab {name}", os.MFD_CLOEXEC)
-    try:
-        # Truncating alone would promise memory; the first touch of a page that is not there is a SIGBUS.
-        os.posix_fallocate(fd, 0, size_bytes)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())
 
 
 class Window:
@@ -105,14 +56,14 @@ class Window:
         self._spin_us = spin_us
         self._token = secrets.token_bytes(16)
         self._fds: list[int] = []
-        self._close = weakref.finalize(self, _close_all, self._fds)
+        self._close = weakref.finalize(self, close_all, self._fds)
         self._control_fd, self._control = self._memory("control page", _native.CONTROL_BYTES)
         _native.format_page(self._control.address, local_rank, self._token)
         self._pids: list[int] = []
-        self._segments: list[_Mapping] = []
+        self._segments: list[Mapping] = []
         self._starts: list[tuple[int, int]] = []
         """(address, segment) of this rank's segments, ascending."""
-        self._theirs: dict[tuple[int, int], _Mapping] = {}
+        self._theirs: dict[tuple[int, int], Mapping] = {}
         self._stagger = local_rank * max(_ALIGN_BYTES, mmap.PAGESIZE // local_size // _ALIGN_BYTES * _ALIGN_BYTES)
         self._stagger %= mmap.PAGESIZE
         """Where in a page this rank's data begin. Caches choose a line's set by its address within a page or so: if all
@@ -131,12 +82,12 @@ class Window:
         every rank must be through with its operations; a second call does nothing."""
         self._close()
 
-    def _memory(self, name: str, size_bytes: int) -> tuple[int, _Mapping]:
+    def _memory(self, name: str, size_bytes: int) -> tuple[int, Mapping]:
         """New memory: its descriptor, which peers open, and where it lies. Raises Unavailable, whatever the reason: a
         kernel without memfds, no memory, no descriptor left."""
         try:
-            self._fds.append(_memfd(name, size_bytes))
-            return self._fds[-1], _Mapping(self._fds[-1], size_bytes)
+            self._fds.append(memfd(name, size_bytes))
+            return self._fds[-1], Mapping(self._fds[-1], size_bytes)
         except OSError as error:
             megabytes = f"{size_bytes / 2**20:.0f} MiB"
             raise Unavailable(f"no {megabytes} of shared memory for {name}: {error.strerror}") from error
@@ -153,7 +104,7 @@ class Window:
             self._pids.append(pid)
             mapping = self._control
             if peer != self.rank:
-                mapping = self._map(pid, fd, self._native.CONTROL_BYTES, f"the control page of local rank {peer}")
+                mapping = mapped(pid, fd, self._native.CONTROL_BYTES, f"the control page of local rank {peer}")
                 wrong = self._native.wrong_page(mapping.address, peer, token)
                 if wrong:
                     raise Unavailable(
@@ -168,21 +119,6 @@ class Window:
     def open_staging(self) -> None:
         """Once every rank has returned from :meth:`open`: map the staging areas."""
         self.staging = [self.address(peer, Place(0, 0)) for peer in range(self.size)]
-
-    @staticmethod
-    def _map(pid: int, fd: int, size_bytes: int, what: str) -> _Mapping:
-        try:
-            opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise Unavailable(f"cannot open {what} of process {pid}: {error.strerror}") from error
-        try:
-            if os.fstat(opened).st_size != size_bytes:
-                raise Unavailable(f"{what} of process {pid} has {os.fstat(opened).st_size} bytes, not {size_bytes}")
-            return _Mapping(opened, size_bytes)
-        except (OSError, ValueError) as error:
-            raise Unavailable(f"cannot map {what} of process {pid}: {error}") from error
-        finally:
-            os.close(opened)
 
     def _new_segment(self, size_bytes: int) -> int:
         number = len(self._segments)
@@ -257,7 +193,7 @@ class Window:
         mapping = self._theirs.get((peer, place.segment))
         if mapping is None:
             fd, size_bytes = self.sync.segment(peer, place.segment)
-            mapping = self._map(self._pids[peer], fd, size_bytes, f"segment {place.segment} of local rank {peer}")
+            mapping = mapped(self._pids[peer], fd, size_bytes, f"segment {place.segment} of local rank {peer}")
             self._theirs[peer, place.segment] = mapping
         return mapping.address + place.offset
 
