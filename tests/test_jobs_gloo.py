@@ -57,7 +57,7 @@ commlab.allreduce(torch.ones(5))
         survivor, killed = map(finish, processes)
         assert killed.code == -signal.SIGKILL
         assert survivor.code == 1
-        named = r".*(lost rank 1|rank 1 is gone)"
+        named = r"rank 0: .*(lost rank 1|rank 1 is gone).*, in allreduce #\d+ of float32\[5\]"
         assert re.search(f"^first {named}", survivor.output, re.MULTILINE), survivor.output
         again = rf"\[rank 0 of 2\] commlab\.errors\.PeerLostError: {named}"
         assert re.search(again, survivor.output), survivor.output

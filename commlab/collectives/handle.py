@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .. import trace
+from ..errors import PeerLostError
 from .execute import Pending
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ class Handle:
         """The operation in messages: its name, sequence number and tensor."""
         return self._signature.text(self._sequence)
 
+    def lost(self, error: PeerLostError) -> PeerLostError:
+        """The transport knows the peer; this knows what was to be done with it."""
+        named = PeerLostError(f"rank {self._progress.rank}: {error}, in {self.describe()}")
+        named.__cause__ = error
+        return named
+
     def advance(self) -> None:
         """Go on as far as possible without waiting. Called by :class:`Progress` only."""
         if not self._started_ns and trace.enabled():
@@ -52,7 +59,7 @@ class Handle:
             self.finished = True
         except BaseException as error:
             # In this order: a thread that sees `finished` looks for `error` next.
-            self.error = error
+            self.error = self.lost(error) if isinstance(error, PeerLostError) else error
             self.finished = True
             # An interrupt is for the program, not for whoever waits; but it has ended this operation too.
             if not isinstance(error, Exception):

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from ..errors import PeerTimeoutError
+from ..errors import PeerLostError, PeerTimeoutError
 from .handle import Handle
 
 log = logging.getLogger("commlab")
@@ -148,7 +148,10 @@ class Progress:
                 else:
                     # It knows how to wait by itself. Back every 0.1 s: for signals, and to see who is silent.
                     with self._lock:
-                        block(0.1)
+                        try:
+                            block(0.1)
+                        except PeerLostError as error:
+                            raise head.lost(error) from error
         finally:
             self._waiting = False
 
