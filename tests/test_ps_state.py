@@ -98,10 +98,8 @@ def test_what_is_not_of_this_part_is_refused() -> None:
     stepped(store, range(1))
     part = store.placement.of_server[0][0]
     kept = store.optimizer_state(part).wait()
-    for wrong in (torch.zeros(3), kept["exp_avg"].view(1, -1), kept["exp_avg"].int()):
-        with pytest.raises(
-            UsageError, match=r"'exp_avg' is (float32|int32)\[.*\], and its part of 'big' float32\[\d+\]"
-        ):
+    for wrong in (torch.zeros(3), kept["exp_avg"].view(1, -1)):
+        with pytest.raises(UsageError, match=r"'exp_avg' has shape \[.*\], and its part of 'big' \[\d+\]"):
             store.set_optimizer_state(part, {**kept, "exp_avg": wrong}).wait()
     assert torch.equal(store.optimizer_state(part).wait()["exp_avg"], kept["exp_avg"])
     with pytest.raises(UsageError, match=r"parts 99\.\.99 do not lie side by side"):

@@ -192,6 +192,14 @@ def test_select() -> None:
                     assert reason
     assert choose("auto", Case("allreduce", 8, 1 << 20, True, "mpi"), ())[0] == "direct"
     assert all(row.reason for row in TABLE)
+    for kind, wanted in (
+        ("allreduce", "direct"),
+        ("reduce_scatter", "direct"),
+        ("reduce", "ring"),
+        ("broadcast", "ring"),
+    ):
+        # One rank would take in (P - 1) n over its link.
+        assert choose("auto", Case(kind, 4, 1 << 19, True, "mpi", nodes=4), tuple(ALGORITHMS))[0] == wanted
     assert choose("tree", Case("allreduce", 8, 1 << 30, True, "mpi"), tuple(ALGORITHMS))[0] == "tree"
     with pytest.raises(UsageError, match=r"'rnig'.*ring, halving, tree, direct"):
         choose("rnig", Case("allreduce", 8, 4, False, "mpi"), tuple(ALGORITHMS))

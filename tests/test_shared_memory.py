@@ -19,7 +19,7 @@ from commlab.errors import PeerLostError
 from commlab.transport import memfd as memfd_module
 from commlab.transport import window as window_module
 from commlab.transport.memfd import Unavailable
-from commlab.transport.window import _CARD, Place, Window, WindowWait
+from commlab.transport.window import _CARD, Place, Window, WindowWait, size_class
 
 pytestmark = [
     needs_native,
@@ -114,7 +114,9 @@ def test_sizes_that_vary_find_what_was_freed() -> None:
     first, second = pair()
     places = set()
     for turn in range(60):
-        memory, place = first.allocate(9 * 2**20 + 131071 * (turn * 37 % 60))
+        size_bytes = 9 * 2**20 + 131071 * (turn * 37 % 60)
+        assert size_bytes <= size_class(size_bytes) <= 1.125 * size_bytes
+        memory, place = first.allocate(size_class(size_bytes))
         assert not memory[:: 2**16].any()
         memory.fill_(turn + 1)
         places.add(place)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import UsageError
+from ..transport.window import size_class
 from . import ALGORITHMS, schedules, window
 from .execute import Execution, Operand, Pending
 from .group import Group
@@ -59,10 +60,10 @@ def allreduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pend
     node, across = group.node, group.across
     if node is None or across is None or node.window is None:
         raise UsageError(f"rank {group.rank}: algorithm hierarchical, but: {reason_against(group)}")
-    shared, place = flat, node.window.locate(flat)
+    shared, place, memory = flat, node.window.locate(flat), None
     if place is None:
-        memory, place = node.window.allocate(flat.numel() * flat.element_size())
-        shared = memory.view(flat.dtype)
+        memory, place = node.window.allocate(size_class(flat.numel() * flat.element_size()))
+        shared = memory.view(flat.dtype)[: flat.numel()]
         shared.copy_(flat)
     chunks = window.aligned_split(flat.numel(), node.size, flat.element_size())
     own = chunks[node.rank]
@@ -87,6 +88,6 @@ def allreduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pend
     yield from window.wait(node)
     yield from window.gather_chunks(node, shared, chunks)
     group.node_bytes_read, group.node_bytes_written = node.node_bytes_read, node.node_bytes_written
-    if shared is not flat:
+    if memory is not None:
         flat.copy_(shared)
-        node.window.free(shared)
+        node.window.free(memory)

@@ -51,7 +51,11 @@ TABLE: tuple[Row, ...] = (
         "with one peer all algorithms send the same bytes; direct needs the fewest steps and rounds once",
     ),
     Row(
-        lambda case: case.wire_is_16_bit and case.size <= 16 and (case.nodes == 1 or case.bytes <= 2**20),
+        lambda case: (
+            case.wire_is_16_bit
+            and case.size <= 16
+            and (case.nodes == 1 or (case.bytes <= 2**20 and case.kind not in ("reduce", "broadcast")))
+        ),
         "direct",
         "a 16-bit wire is rounded once here and at every hop elsewhere; on a slow link its "
         "crowd costs 1.3 times the ring",

@@ -99,25 +99,28 @@ class Shard:
                 self.pieces[index].grad = None
 
     def state(self, part: int) -> dict[str, Any]:
-        """What the optimizer remembers of a part."""
-        return {} if self.optimizer is None else dict(self.optimizer.state.get(self.pieces[part], {}))
+        """What the optimizer remembers of a part. UsageError where :meth:`set_state` could not take it."""
+        found = {} if self.optimizer is None else dict(self.optimizer.state.get(self.pieces[part], {}))
+        self._require_of_part(part, found)
+        return found
 
     def set_state(self, part: int, state: dict[str, Any]) -> None:
         """UsageError where it is not of such a part."""
+        if self.optimizer is not None:
+            self._require_of_part(part, state)
+            self.optimizer.state[self.pieces[part]] = state
+        elif state:
+            raise UsageError("there is no optimizer on this server that could have a state")
+
+    def _require_of_part(self, part: int, state: dict[str, Any]) -> None:
+        """An element-wise optimizer remembers something of every number, or one thing for all."""
         piece = self.pieces[part]
-        if self.optimizer is None:
-            if state:
-                raise UsageError("there is no optimizer on this server that could have a state")
-            return
         for key, value in state.items():
-            if not torch.is_tensor(value) or not value.dim():
-                continue
-            if value.shape != piece.shape or not value.is_floating_point():
-                mine, theirs = (
-                    f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for each in (value, piece)
+            if torch.is_tensor(value) and value.dim() and value.shape != piece.shape:
+                raise UsageError(
+                    f"the optimizer's {key!r} has shape {list(value.shape)}, and its part of {self.names[part]!r} "
+                    f"{list(piece.shape)}"
                 )
-                raise UsageError(f"the optimizer's {key!r} is {mine}, and its part of {self.names[part]!r} {theirs}")
-        self.optimizer.state[piece] = state
 
     def _touched(self, indices: Iterable[int]) -> list[list[int]]:
         if len(self._members) == 1:

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..collectives.group import Group
 from ..errors import UsageError
-from ..gradients.bucket import USUAL_BYTES
 from ..transport.rendezvous import join_store, open_store
 from .local import Local
 from .options import Options
@@ -83,7 +82,7 @@ class Ddp(Local):
             raise UsageError(f"strategy ddp needs torch 2.6 or later, and this is {torch.__version__}; use allreduce")
         super().__init__(model, optimizer, group, options)
         self._calls = _Calls(model)
-        cap_mb = (options.bucket_bytes or USUAL_BYTES) / 2**20
+        cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
         self._ddp = DistributedDataParallel(self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(group))
         self.model = _Front(self._ddp)
 

@@ -29,7 +29,7 @@ from ..ps.consistency import parse
 from ..ps.messages import MESSAGE_BYTES
 from ..ps.shards import Part
 from ..ps.store import ParameterServer
-from . import served
+from . import pieces, served
 from .agreement import Agreement
 from .base import Strategy
 from .flat import flatten, require_in_place
@@ -245,9 +245,11 @@ class Dedicated(Strategy):
 
     def _load_optimizer_state(self, parts: Sequence[dict[str, Any]]) -> None:
         self._pulls.wait_for_all()
-        # Nobody has a step under way when a server is told, nor begins one before all are.
-        self.group.barrier()
-        together(self.group, lambda: served.load(self.store, self._own_parts(), self.optimizer, self.parameters, parts))
+        own = self._own_parts()
+        found = together(self.group, lambda: served.collect(self.store, own, self.optimizer, self.parameters, parts))
+        # Every worker has what it needs, and nobody has a step under way, nor begins one before all servers are told.
+        pieces.load_groups(self.optimizer, parts)
+        together(self.group, lambda: served.tell(self.store, own, found))
 
     def close(self) -> None:
         """Also gives this worker parameters of its own again. Servers return when all workers have closed."""

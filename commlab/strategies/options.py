@@ -26,7 +26,7 @@ class Options:
     max_grad_norm: float | None = None
     """Clip the reduced gradient to this global 2-norm; None: don't compute it."""
     bucket_bytes: int | None = None
-    """The most that is sent together; None: :func:`commlab.gradients.bucket.usual_bytes`."""
+    """The most that is sent together; None: :func:`commlab.gradients.bucket.usual_bytes`; ddp: torch's own."""
     overlap: bool = True
     """Buckets leave while backward goes on; False: the same buckets, once it has ended. For ps, dps and allreduce."""
     elementwise: bool | None = None

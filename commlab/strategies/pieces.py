@@ -92,7 +92,9 @@ def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]) -> None:
     """The reverse of :func:`state`, from the parts of any number of ranks."""
-    for piece, found in collect(pieces, optimizer, parts):
+    collected = collect(pieces, optimizer, parts)
+    load_groups(optimizer, parts)
+    for piece, found in collected:
         master = found.pop(MASTER, None)
         if _is_master(piece):
             piece.tensor.copy_(parameter_of(piece) if master is None else master.view(piece.tensor.shape))
@@ -106,19 +108,21 @@ def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Seque
 def collect(
     pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]
 ) -> list[tuple[Piece, dict[str, Any]]]:
-    """The state of each piece, out of ``parts``; the groups of ``optimizer`` become those that were saved."""
+    """The state of each piece, out of ``parts``. Changes nothing: an error must leave the optimizer as it was."""
     if not parts:
         raise UsageError("load_state_dict() needs at least one part")
     if len(parts[0]["groups"]) != len(optimizer.param_groups):
         raise UsageError(
             f"the saved optimizer has {len(parts[0]['groups'])} groups, this one {len(optimizer.param_groups)}"
         )
-    # All of it first: an error must leave the optimizer as it was. A parameter without numbers has a state too, which
-    # nobody saved.
-    collected = [(piece, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
+    # A parameter without numbers has a state too, which nobody saved.
+    return [(piece, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
+
+
+def load_groups(optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]) -> None:
+    """Its hyper-parameters become those that were saved."""
     for entry, saved in zip(optimizer.param_groups, parts[0]["groups"], strict=True):
         entry.update({key: deepcopy(value) for key, value in saved.items() if key != "params"})
-    return collected
 
 
 def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

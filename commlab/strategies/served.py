@@ -54,24 +54,29 @@ def state(store: ParameterServer, parts: Sequence[Part], optimizer: torch.optim.
     return {"groups": pieces.groups_of(optimizer), "pieces": saved}
 
 
-def load(
+def collect(
     store: ParameterServer,
     parts: Sequence[Part],
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[NamedParameter],
     saved: Sequence[dict[str, Any]],
-) -> None:
-    """The reverse; ``saved`` by any strategy, on any ranks."""
+) -> list[dict[str, Any]]:
+    """The state of each part, out of what any strategy saved, on any ranks. Changes nothing."""
     named = {item.name: item for item in parameters}
     wanted = []
     for part in parts:
         entry = store.placement.entries[part.entry]
         stand_in = torch.empty((part.numel,) if entry.shape else (), dtype=entry.dtype)
         wanted.append(pieces.Piece(named[entry.name], part.start, part.stop, stand_in))
-    collected = pieces.collect(wanted, optimizer, saved)
-    for _, found in collected:
-        found.pop(pieces.MASTER, None)
-    told = (store.set_optimizer_state(part, found) for part, (_, found) in zip(parts, collected, strict=True))
+    found = [state for _, state in pieces.collect(wanted, optimizer, saved)]
+    for state in found:
+        state.pop(pieces.MASTER, None)
+    return found
+
+
+def tell(store: ParameterServer, parts: Sequence[Part], states: Sequence[dict[str, Any]]) -> None:
+    """Give the servers what :func:`collect` found."""
+    told = (store.set_optimizer_state(part, state) for part, state in zip(parts, states, strict=True))
     for _ in _few_at_a_time(told):
         pass
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..bringup import Launch, detect
+from ..bringup import Launch
 from ..errors import UsageError
 
 
@@ -75,8 +75,7 @@ def _own_address() -> str:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
         address = "127.0.0.1"
-    launch = detect()
-    if address.startswith("127.") and launch.local_size < launch.size:
+    if address.startswith("127."):
         # Many systems know their own name as 127.0.1.1, where other hosts find nobody. Nothing is sent here: the kernel
         # only says which of its addresses it would send from.
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

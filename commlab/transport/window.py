@@ -32,6 +32,13 @@ _ALIGN_BYTES = 64
 _CARD = struct.Struct("<qqq16s")
 
 
+def size_class(size_bytes: int) -> int:
+    """What to ask for where sizes vary from call to call, so that what was freed fits again: one of eight sizes for
+    each power of two, an eighth more at most."""
+    step = 1 << max(6, size_bytes.bit_length() - 4)
+    return -(-max(1, size_bytes) // step) * step
+
+
 class Place(NamedTuple):
     """Where data lie in a rank's part of the window; the peers know them by this, never by an address."""
 
@@ -151,13 +158,10 @@ class Window:
 
     @staticmethod
     def _rounded(size_bytes: int) -> int:
-        """Eight sizes for each power of two, so that what was freed fits again though sizes vary. The rest is never
-        touched, and costs addresses only."""
-        step = max(_ALIGN_BYTES, 1 << max(0, size_bytes.bit_length() - 4))
-        return -(-max(1, size_bytes) // step) * step
+        return -(-max(1, size_bytes) // _ALIGN_BYTES) * _ALIGN_BYTES
 
     def free(self, tensor: torch.Tensor) -> None:
-        """Give back what :meth:`allocate` gave; for tensors of about its size later on. Nobody may use it any more, on
+        """Give back what :meth:`allocate` gave; for tensors of the same size later on. Nobody may use it any more, on
         any rank."""
         if not tensor.numel():
             return  # it has no address to find it by
