@@ -159,8 +159,8 @@ def _measured(lines: list[dict[str, Any]]) -> Measured:
     return Measured(
         tokens_per_step=int(median(step["tokens"] for step in steps)),
         step_s=median(step["step_s"] for step in steps),
-        compute_s=median(map(_slowest_compute_s, steps)),
-        exchange_s=median(max(0.0, each["exchange_s"] + _compute_s(each) - _slowest_compute_s(each)) for each in steps),
+        compute_s=median(each.get("slowest_compute_s", each["forward_s"] + each["backward_s"]) for each in steps),
+        exchange_s=median(each["exchange_s"] - each.get("waited_s", 0.0) for each in steps),
         update_s=median(each["update_s"] for each in steps),
         loss=summary["last_loss"],
         held_out_bits=summary["held_out_bits_per_byte"],
@@ -170,12 +170,3 @@ def _measured(lines: list[dict[str, Any]]) -> Measured:
         nodes=opening["nodes"],
         versions=opening["versions"],
     )
-
-
-def _compute_s(step: dict[str, Any]) -> float:
-    """Of rank 0."""
-    return float(step["forward_s"] + step["backward_s"])
-
-
-def _slowest_compute_s(step: dict[str, Any]) -> float:
-    return float(step.get("slowest_compute_s", _compute_s(step)))

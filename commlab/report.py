@@ -209,8 +209,8 @@ class Report:
             if not self._sends_itself:
                 row["slowest_compute_s"] = max(compute_s)
                 row["slowest_rank"] = compute_s.index(max(compute_s))
-                waited_s = min(row["exchange_s"], max(compute_s) - compute_s[self.group.rank])
-                self._totals.waited_s += waited_s if counts else 0.0
+                row["waited_s"] = min(row["exchange_s"], max(compute_s) - compute_s[self.group.rank])
+                self._totals.waited_s += row["waited_s"] if counts else 0.0
         loss = row["loss"]
         if self._first_loss is None:
             self._first_loss = loss

@@ -21,7 +21,7 @@ constexpr std::size_t kMaxRanks = 512;
 void gather_reduce(void* const* dst, std::size_t destinations, DType dst_dtype, const void* const* src,
                    std::size_t sources, DType dtype, std::size_t numel, Op op, double divisor, bool cached = false);
 
-// The same for fp32 results, and the sum of their squares (as ReduceLoops::squares): the norm of a reduced gradient
+// The same for fp32 results, and the sum of their squares, in blocks of kSquaresBlock: the norm of a reduced gradient
 // without another pass over it.
 double gather_reduce_squares(void* const* dst, std::size_t destinations, const void* const* src, std::size_t sources,
                              DType dtype, std::size_t numel, Op op, double divisor);

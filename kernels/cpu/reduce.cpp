@@ -1,6 +1,5 @@
 #include "reduce.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 

@@ -32,8 +32,7 @@ struct ReduceLoops {
   void (*scale)(void* dst, std::size_t numel, DType dtype, double factor);
   // dst[i] = dst[i] / divisor, floating point only; the divisor is rounded to fp32 except for fp64
   void (*divide)(void* dst, std::size_t numel, DType dtype, double divisor);
-  // The sum of the squares: kSquaresBlock numbers at a time in fp32, the blocks' sums in fp64. Adding the squares of
-  // consecutive whole blocks gives the same bits as one call for all of them.
+  // The sum of the squares of kSquaresBlock numbers or fewer: 64 sums in fp32, added in fp64.
   double (*squares)(const float* src, std::size_t numel);
 };
 

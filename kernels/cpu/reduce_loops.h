@@ -105,21 +105,18 @@ LANES_INLINE void add_squares(F32* sums, const float* from) {
 }
 
 LANES_TARGET inline double squares(const float* src, std::size_t numel) {
-  double total = 0;
-  for (std::size_t start = 0; start < numel; start += kSquaresBlock) {
-    const std::size_t stop = std::min(numel, start + kSquaresBlock);
-    F32 sums[kRowRegisters] = {};
-    std::size_t i = start;
-    for (; i + kRow <= stop; i += kRow) add_squares(sums, src + i);
-    if (i < stop) {
-      float padded[kRow] = {};
-      std::memcpy(padded, src + i, (stop - i) * sizeof(float));
-      add_squares(sums, padded);
-    }
-    float parts[kRow];
-    std::memcpy(parts, sums, sizeof(parts));
-    for (const float part : parts) total += part;
+  F32 sums[kRowRegisters] = {};
+  std::size_t i = 0;
+  for (; i + kRow <= numel; i += kRow) add_squares(sums, src + i);
+  if (i < numel) {
+    float padded[kRow] = {};
+    std::memcpy(padded, src + i, (numel - i) * sizeof(float));
+    add_squares(sums, padded);
   }
+  float parts[kRow];
+  std::memcpy(parts, sums, sizeof(parts));
+  double total = 0;
+  for (const float part : parts) total += part;
   return total;
 }
 

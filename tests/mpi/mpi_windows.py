@@ -32,6 +32,12 @@ def window_groups(ranks: Ranks) -> list[Group]:
     return found
 
 
+def few_ranks(ranks: Ranks) -> list[Group]:
+    """This rank's groups of 4, 3 and 2 ranks."""
+    made = [window_group(ranks, *members) for members in ((0, 1, 2, 3), (4, 5, 6), (6, 7))]
+    return [group for group in made if group is not None]
+
+
 def close_all() -> None:
     """Collective. Those of ranks that a failure has left apart are forgotten."""
     for group in _opened.values():

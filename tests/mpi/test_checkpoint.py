@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ranks
+from mpi_stores import closing_stores
 from mpi_windows import close_all, window_group
-from test_parameter_server import closing_stores
 from test_strategies import assert_same_bits_everywhere, ours
 from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference
 

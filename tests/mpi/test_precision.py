@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -16,7 +15,8 @@ import pytest
 import torch
 import training
 from conftest import Ranks
-from mpi_windows import close_all, window_group
+from mpi_windows import close_all, few_ranks, window_group
+from test_strategies import OURS
 
 import commlab
 from commlab import apex
@@ -24,14 +24,10 @@ from commlab.chunks import split
 from commlab.collectives.group import Group
 from commlab.corpus import load_corpus
 from commlab.data import Blocks
-from commlab.errors import DisagreementError
 from commlab.gradients.scaling import LossScale
 from commlab.model import build_model, loss_sum
 from commlab.strategies.base import Strategy
 
-GROUPS = ((0, 1, 2, 3), (4, 5, 6), (6, 7))
-OURS = ("allreduce", "ps", "dps")
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 STEPS, SAMPLES, WIDTH, SEQ_LEN = 20, 24, 12, 32
 
 
@@ -39,12 +35,6 @@ STEPS, SAMPLES, WIDTH, SEQ_LEN = 20, 24, 12, 32
 def close_groups() -> Iterator[None]:
     yield
     close_all()
-
-
-def groups_of(ranks: Ranks) -> list[Group]:
-    """This rank's groups of 4, 3 and 2 ranks that share a window."""
-    made = [window_group(ranks, *members) for members in GROUPS]
-    return [group for group in made if group is not None]
 
 
 def learner() -> torch.nn.Sequential:
@@ -116,7 +106,7 @@ def test_16_bits_follow_the_loss_of_fp32(ranks: Ranks, strategy: str, precision:
     if strategy == "ddp" and wire != "as is":
         pytest.skip("torch's own sends gradients as they are")
     options = {"wire": precision} if wire != "as is" else {}
-    for group in groups_of(ranks):
+    for group in few_ranks(ranks):
         _, wanted, fp32, _ = taught(strategy, group, max_grad_norm=5.0)
         engine, got, digests, updates = taught(
             strategy, group, precision=precision, autocast="on", max_grad_norm=5.0, **options
@@ -138,7 +128,7 @@ def test_an_inf_on_one_rank_skips_the_step_on_all(
     """Bit for bit what comes out when the step is left out; the scale halves, and grows again after 4 good steps."""
     if strategy == "ddp" and (optimizer == "SGD" or factor == 1e38):
         pytest.skip("one case of torch's own is enough")
-    for group in groups_of(ranks):
+    for group in few_ranks(ranks):
         bad = 7
         wires = (None,) if strategy == "ddp" else (None, "fp16")
         for wire in wires:
@@ -168,7 +158,7 @@ def test_an_inf_on_one_rank_skips_the_step_on_all(
 
 @pytest.mark.parametrize("strategy", OURS)
 def test_a_scale_that_is_too_high_comes_down_by_itself(ranks: Ranks, strategy: str) -> None:
-    for group in groups_of(ranks):
+    for group in few_ranks(ranks):
         engine, losses, digests, updates = taught(
             strategy, group, precision="fp16", autocast="on", wire="fp16", scale=2.0**24
         )
@@ -275,83 +265,3 @@ def test_horovod_with_apex(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> Non
     mine, wanted = curve("horovod"), curve("allreduce")
     assert wanted[-1] < wanted[0] / 3
     assert mine == pytest.approx(wanted, rel=0.02)
-
-
-WORST = (math.inf, -math.inf, math.nan, 65504.0, 65520.0, 1e6, 3e38, -3e38)
-NUMELS = (3, 40, 1, 700)
-
-
-@pytest.mark.parametrize("strategy", OURS)
-@pytest.mark.parametrize("wire", [None, "fp16", "bf16"])
-def test_any_gradients_are_judged_alike(ranks: Ranks, strategy: str, wire: str | None) -> None:
-    """60 steps in a row of gradients with the worst numbers anywhere on any rank. Drawn from one seed on all ranks."""
-    for group in groups_of(ranks):
-        draw = random.Random(11 + group.size)
-        model = torch.nn.ParameterList([torch.full((numel,), 2.0) for numel in NUMELS])
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        engine = commlab.strategy(
-            strategy,
-            model,
-            optimizer,
-            group,
-            precision="fp16",
-            autocast="off",
-            wire=wire,
-            bucket_bytes=170,
-            max_grad_norm=draw.choice((None, 1.0)),
-        )
-        loss_scale = engine.precision.loss_scale
-        assert loss_scale is not None
-        decisions, wanted = [], []
-        for step in range(60):
-            loss_scale.value = 2.0 ** draw.randrange(8)
-            everyone = torch.randn(group.size, sum(NUMELS), generator=torch.Generator().manual_seed(step))
-            for _ in range(draw.choice((0, 0, 1, 3))):
-                everyone[draw.randrange(group.size), draw.randrange(sum(NUMELS))] = draw.choice(WORST)
-            packed = everyone * loss_scale.value
-            packed = packed if wire is None else packed.to(HALVES[wire])
-            # The squares of what is beyond 2^63 do not fit fp32.
-            sound = packed.isfinite().all() and packed.float().abs().sum(0).max() < 2.0**60
-            wanted.append(bool(sound))
-            before = training.digest(model)
-            gradients = everyone[group.rank].split(NUMELS)
-            engine.backward(sum((p * gradient).sum() for p, gradient in zip(model, gradients, strict=True)))
-            decisions.append(engine.step())
-            engine.zero_grad()
-            assert (training.digest(model) != before) is decisions[-1]
-        assert decisions == wanted
-        assert 10 < decisions.count(True) < 50
-        assert engine.skipped_steps == decisions.count(False)
-        assert all(parameter.isfinite().all() for parameter in model)
-        everyones = group.gather_bytes(bytes(decisions) + training.digest(model), "decisions")
-        assert len(set(everyones)) == 1
-        engine.close()
-
-
-def test_all_ranks_decide_alike_on_autocast(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On where 16-bit products are faster on all ranks; one where they are slow switches it off for all."""
-    from commlab import precision
-
-    for group in groups_of(ranks):
-        for slow_rank, casts in ((None, True), (0, False), (group.size - 1, False)):
-            monkeypatch.setattr(precision, "_slowdown", lambda *_: 3.0 if group.rank == slow_rank else 0.5)  # noqa: B023
-            made = precision.Precision("bf16", "auto", torch.device("cpu"), group)
-            assert made.casts is casts
-            assert made.reason == (
-                f"16-bit products take {3 if group.rank == slow_rank else 0.5} times as long as fp32 ones here: "
-                f"autocast {'on' if casts else 'off'}"
-            )
-
-
-def test_ranks_of_different_precisions_are_told(ranks: Ranks) -> None:
-    for group in [ranks.world.subgroup([0, 1, 2])]:  # of its own: its ranks part ways in the middle of an operation
-        if group is not None:
-            model = learner()
-            with pytest.raises(DisagreementError, match="fast 16-bit products"):
-                commlab.strategy(
-                    "dps",
-                    model,
-                    torch.optim.SGD(model.parameters(), lr=0.1),
-                    group,
-                    precision="bf16" if group.rank else "fp32",
-                )
