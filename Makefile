@@ -58,8 +58,8 @@ test-serial: venv ## the tests that need no mpirun
 	python -m pytest tests --ignore=tests/mpi $(PYTEST_ARGS)
 
 # One launch for all but those that leave something behind in a process: torch's default process group, Horovod's thread.
-MPI_TESTS := $(wildcard tests/mpi/test_*.py)
-MPI_ALONE := $(patsubst %,tests/mpi/test_%.py,bench precision strategies strategies_gpt2 transport_torch window_faults)
+MPI_TESTS := $(shell find tests/mpi -name 'test_*.py')
+MPI_ALONE := $(patsubst %,tests/mpi/%.py,bench/test_allreduce precision/test_modes strategies/test_strategies strategies/test_gpt2 transport/test_torchdist window/test_faults)
 
 test-mpi: venv ## the tests that run on 8 ranks
 	for files in "$(filter-out $(MPI_ALONE),$(MPI_TESTS))" $(MPI_ALONE); do \

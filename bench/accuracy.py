@@ -15,12 +15,13 @@ import torch
 
 import commlab
 from commlab.errors import UsageError
-from commlab.gradients.wire import WIRES
+from commlab.native.dtypes import WIRES
 
-from . import ours, records, table
-from .harness import Unavailable
-from .peers import gloo
-from .ranks import Ranks
+from .contestants import commlab as ours
+from .contestants import gloo
+from .core import results, table
+from .core.harness import Unavailable
+from .core.ranks import Ranks
 
 LARGE = 60_000.0
 """fp16 ends at 65,504: a sum of two of these does not fit, their mean does."""
@@ -146,7 +147,7 @@ def main() -> int:
     ranks = Ranks()
     if ranks.size == 1:
         raise UsageError("one rank has no mean to form: start it with mpirun -n 2, or more")
-    run = records.describe(ranks, "bench.accuracy")
+    run = results.describe(ranks, "bench.accuracy")
     failed = 0
     for at, wire in enumerate(options.wires):
         rows = [compared(way, ranks, wire, options.numel) for way in ways(groups, wire)]
@@ -156,7 +157,7 @@ def main() -> int:
         if ranks.rank == 0:
             print(f"mean of {options.numel} numbers on {ranks.size} ranks, wire {wire}\n{rendered(rows)}\n", flush=True)
             if options.json:
-                records.append(options.json, [run, *rows] if at == 0 else rows)
+                results.append(options.json, [run, *rows] if at == 0 else rows)
     return ranks.end(failed, f"means of {LARGE:g}s are wrong")
 
 

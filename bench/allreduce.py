@@ -6,17 +6,17 @@ import argparse
 import sys
 from typing import Any
 
-from commlab import bringup
-from commlab.collectives.world import TRANSPORTS, WINDOWS
 from commlab.errors import UsageError
+from commlab.job import launch
+from commlab.runtime.world import TRANSPORTS, WINDOWS
 
-from . import floor, ours, records, table
-from .arguments import count, names, sizes
-from .cases import DTYPES, EXACT_UP_TO, OPS, Case
-from .figures import format_bytes
-from .harness import Block, measure, progress_line
-from .peers import PEERS
-from .ranks import Ranks, share_cores
+from .contestants import PEERS, commlab, floor
+from .contestants.case import DTYPES, EXACT_UP_TO, OPS, Case
+from .core import results, table
+from .core.arguments import count, names, sizes
+from .core.harness import Block, measure, progress_line
+from .core.ranks import Ranks, share_cores
+from .core.stats import format_bytes
 from .rows import HEAD, cells, rows, title
 
 SIZES = "4B,64B,1KB,16KB,64KB,256KB,1MB,4MB,16MB,100MB,256MB"
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "--sizes", type=sizes, default=SIZES, metavar="LIST", help="bytes of the whole buffer, as 4B,64KiB,100MB"
     )
     found.add_argument("--dtype", choices=DTYPES, default="float32")
-    found.add_argument("--algorithms", type=names(*ours.NAMES), default=",".join(ours.NAMES), metavar="LIST")
+    found.add_argument("--algorithms", type=names(*commlab.NAMES), default=",".join(commlab.NAMES), metavar="LIST")
     found.add_argument(
         "--wires", type=names("none", "fp16", "bf16"), default="none,fp16", metavar="LIST", help="for allreduce"
     )
@@ -56,9 +56,9 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def contestants(case: Case, groups: ours.Groups, options: argparse.Namespace) -> list[Block]:
+def contestants(case: Case, groups: commlab.Groups, options: argparse.Namespace) -> list[Block]:
     wires = [None if wire == "none" else wire for wire in options.wires]
-    blocks = floor.blocks(case) + ours.blocks(case, groups, options.algorithms, wires, CHECKS[options.check])
+    blocks = floor.blocks(case) + commlab.blocks(case, groups, options.algorithms, wires, CHECKS[options.check])
     for peer in options.peers:
         blocks += PEERS[peer](case) if peer != "none" else []
     return blocks
@@ -73,7 +73,7 @@ def exact_up_to(options: argparse.Namespace) -> int:
 
 
 def one_size(
-    size_bytes: int, at: int, groups: ours.Groups, ranks: Ranks, options: argparse.Namespace
+    size_bytes: int, at: int, groups: commlab.Groups, ranks: Ranks, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Measure, and on rank 0 print the table. Its memory is given back before the next size asks for more."""
     numel = max(1, size_bytes // DTYPES[options.dtype].itemsize)
@@ -91,18 +91,18 @@ def one_size(
 def main() -> int:
     options = parser().parse_args()
     share_cores()
-    largest_bytes = max(options.sizes) + DTYPES[options.dtype].itemsize * bringup.detect().size
-    groups = ours.connect(options.transport, options.window, options.timeout, largest_bytes)
+    largest_bytes = max(options.sizes) + DTYPES[options.dtype].itemsize * launch.detect().size
+    groups = commlab.connect(options.transport, options.window, options.timeout, largest_bytes)
     ranks = Ranks()
     if ranks.size == 1:
         raise UsageError("one rank exchanges nothing: start it with mpirun -n 2, or more")
-    run = records.describe(ranks, "bench.allreduce", progress=groups.world.progress_mode)
+    run = results.describe(ranks, "bench.allreduce", progress=groups.world.progress_mode)
     wrong = 0
     for at, size_bytes in enumerate(options.sizes):
         found = one_size(size_bytes, at, groups, ranks, options)
         wrong += sum(record.get("wrong", 0) for record in found)
         if ranks.rank == 0 and options.json:
-            records.append(options.json, [run, *found] if at == 0 else found)
+            results.append(options.json, [run, *found] if at == 0 else found)
     return ranks.end(wrong, "numbers are wrong")
 
 

@@ -1,6 +1,6 @@
 """Run a command on emulated hosts: `python -m bench.cluster --hosts 4 --rate 200mbit -- python -m bench.allreduce`.
 
-The hosts are network namespaces with shaped links (bench.cluster_hosts); the command is started on them by the mpirun
+The hosts are network namespaces with shaped links (bench.hosts.namespaces); the command is started on them by the mpirun
 of this environment, one or more ranks to a host. The exit code is the command's; 2: no cluster can be made here, or a
 bad argument; 124: out of time; 130 and 143: interrupted, terminated. Whatever happens, everything is taken down.
 """
@@ -14,11 +14,11 @@ import signal
 import subprocess
 import sys
 
-from bench.cluster_check import check
-from bench.cluster_hosts import Cluster
-from bench.cluster_mpi import mpirun_across, rank_environment, rank_variables
-from bench.cluster_plan import SLEEPER, ClusterError, Link, host_names, plan, unshare_command
-from bench.launcher import MPI_KINDS, LauncherError, Mpi, find_mpi
+from bench.core.mpirun import MPI_KINDS, LauncherError, Mpi, find_mpi
+from bench.hosts.check import check
+from bench.hosts.mpi import mpirun_across, rank_environment, rank_variables
+from bench.hosts.namespaces import Cluster
+from bench.hosts.plan import SLEEPER, ClusterError, Link, host_names, plan, unshare_command
 
 
 class Ended(BaseException):

@@ -1,7 +1,7 @@
 """``python -m bench.compare A.jsonl B.jsonl``: what got faster or slower from A to B, row by row, and what is noise.
 
 Times of two launches on a shared machine can't be compared; ratios to a yardstick that ran in the same rounds can. The
-rounds say how far off a median may be (bench.figures.ratio). A verdict needs the ranges of A and B to lie apart, and a
+rounds say how far off a median may be (bench.core.stats.ratio). A verdict needs the ranges of A and B to lie apart, and a
 change beyond --least, because two launches differ by more than their rounds show.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from . import records, table
-from .figures import Ratio, format_bytes, format_us, ratio
+from .core import results, table
+from .core.stats import Ratio, format_bytes, format_us, ratio
 
 YARDSTICKS = ("auto", "peer", "floor", "time")
 HEAD = ("", "contestant", "A", "range", "B", "range", "B / A", "verdict")
@@ -47,7 +47,7 @@ class Change(NamedTuple):
 def load(path: str, with_mpi: bool) -> dict[_Key, Measured]:
     """Rows by what they measured; of rows measured twice the last one counts. ``with_mpi``: the MPI is part of it."""
     found: dict[_Key, Measured] = {}
-    for run, rows in records.read(path):
+    for run, rows in results.read(path):
         work: dict[_Key, list[dict[str, Any]]] = {}
         for row in rows:
             work.setdefault(tuple(row.get(name) for name in _SAME[:4]), []).append(row)
@@ -98,7 +98,7 @@ def differences(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
-        runs = [[run for run, _ in records.read(path)] for path in (options.a, options.b)]
+        runs = [[run for run, _ in results.read(path)] for path in (options.a, options.b)]
         with_mpi = any(len({run["versions"]["mpi"] for run in each}) > 1 for each in runs)
         before, after = load(options.a, with_mpi), load(options.b, with_mpi)
     except (OSError, ValueError, KeyError) as error:

@@ -12,7 +12,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader ||
 "$python" -c 'from commlab import native; print(native.backend()); print(native.cuda_backend())'
 
 echo "==== tests"
-timeout 120 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_pack.py tests/test_mirror.py -k "OnGpu" || status=1
+timeout 120 "$python" -m pytest -q -p no:cacheprovider tests/native/test_cuda.py tests/gradients/test_mirror.py -k "OnGpu" || status=1
 
 echo "==== pack"
 timeout 150 "$python" -m bench.pack --device cuda --json "$out" || status=1

@@ -23,12 +23,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-if not __package__:  # run as a file: make `bench` importable as it is with -m
+if not __package__:  # run as a file: make `bench` importable is with -m
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.build_steps import BuildError, Steps, file_lock
-from bench.launcher import LauncherError, Mpi, find_mpi, mpirun_environment
-from commlab.cache import cache_folder
+from bench.core.build_steps import BuildError, Steps, file_lock
+from bench.core.mpirun import LauncherError, Mpi, find_mpi, mpirun_environment
+from commlab.job.cache import cache_folder
 
 HOROVOD_VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"

@@ -20,14 +20,14 @@ from statistics import median
 from typing import Any
 
 import commlab
-from commlab.model import describe_model
+from commlab.trainer.model import describe_model
 
-from . import records, table
-from .arguments import count, names
-from .figures import ratio
-from .harness import progress_line
-from .overlap_sides import Computing, Side, Work
-from .ranks import Ranks, link_bytes_per_s, share_cores
+from .contestants.training_step import Computing, Side, Work
+from .core import results, table
+from .core.arguments import count, names
+from .core.harness import progress_line
+from .core.ranks import Ranks, link_bytes_per_s, share_cores
+from .core.stats import ratio
 
 CONTESTANTS = ("allreduce", "allreduce:fp16", "allreduce:bf16", "dps", "dps:fp16", "dps:bf16")
 HEAD = ("contestant", "overlap", "step ms", "compute", "update", "exposed", "floor", "late", "hidden", "wrong")
@@ -155,7 +155,7 @@ def main() -> int:
     bucket_bytes = round((options.bucket_mb or (0.5 if tiny else 25.0)) * 2**20)
     sides = {name: Side(name, work, bucket_bytes) for name in options.contestants}
     computing = Computing(next(iter(sides.values())))
-    run = records.describe(ranks, "bench.overlap")
+    run = results.describe(ranks, "bench.overlap")
     run |= {"progress": group.progress_mode, "threads": torch.get_num_threads(), "bucket_bytes": bucket_bytes}
     found = measure(sides, computing, ranks, options.rounds, options.seed)
     for side in sides.values():
@@ -168,7 +168,7 @@ def main() -> int:
         print(f"a step of {options.model}, {work.tokens} tokens per rank, {ranks.size} ranks on {hosts}")
         print(table.render(HEAD, [cells(row) for row in made], left=(0, 1)))
         if options.json:
-            records.append(options.json, [run, *made])
+            results.append(options.json, [run, *made])
     return ranks.end(sum(side.wrong for side in sides.values()), "results are wrong")
 
 

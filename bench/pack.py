@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from commlab.chunks import Range
-from commlab.gradients import wire
+from commlab.gradients import packer
 from commlab.native import CudaPackPlan, PackPlan, cuda_backend
 
-from . import floor, records, table
-from .figures import ratio
-from .harness import Block, Contestant, Result, Unavailable, measure, missing, progress_line
-from .ranks import Ranks
+from .contestants import floor
+from .core import results as records
+from .core import table
+from .core.harness import Block, Contestant, Result, Unavailable, measure, missing, progress_line
+from .core.ranks import Ranks
+from .core.stats import ratio
 
 SCALE = 0.5
 NUMELS = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
@@ -107,7 +109,7 @@ def _foreach(work: Work) -> torch.Tensor:
 
 
 def _per_tensor(work: Work) -> None:
-    wire.pack(work.tensors, work.ranges, work.flat, SCALE)
+    packer.pack(work.tensors, work.ranges, work.flat, SCALE)
 
 
 def _back_per_tensor(work: Work) -> None:

@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from . import records, table
-from .launcher import find_mpi, mpirun_environment
-from .ranks import Ranks
+from .core import results, table
+from .core.mpirun import find_mpi, mpirun_environment
+from .core.ranks import Ranks
 
 STRATEGIES = ("single", "allreduce", "dps", "ps", "ddp", "horovod")
 PRECISIONS = ("fp32", "bf16", "fp16", "apex")
@@ -96,7 +96,7 @@ def rendered(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     options = parser().parse_args()
-    run = records.describe(Ranks(), "bench.precision")
+    run = results.describe(Ranks(), "bench.precision")
     run |= {"command": " ".join(run["command"].split()[3:]), "ranks": options.ranks}
     rows = []
     for strategy in options.strategies:
@@ -104,7 +104,7 @@ def main() -> int:
             print(f"{strategy}, {precision} ...", file=sys.stderr, flush=True)
             rows.append(train(strategy, precision, options))
             if options.json:
-                records.append(options.json, [run, rows[-1]] if len(rows) == 1 else [rows[-1]])
+                results.append(options.json, [run, rows[-1]] if len(rows) == 1 else [rows[-1]])
     print(rendered(rows))
     return 0
 

@@ -19,15 +19,15 @@ from statistics import median
 from typing import Any
 
 import commlab
-from commlab.collectives.world import TRANSPORTS
 from commlab.errors import UsageError
+from commlab.runtime.world import TRANSPORTS
 
-from . import records, table
-from .arguments import count, counts, names, sizes
-from .figures import format_bytes, format_ratio, format_us, percentile, ratio
-from .harness import Unavailable
-from .ps_sessions import Contestant, contestants
-from .ranks import Ranks, link_bytes_per_s, share_cores
+from .contestants.parameter_server import Contestant, contestants
+from .core import results, table
+from .core.arguments import count, counts, names, sizes
+from .core.harness import Unavailable
+from .core.ranks import Ranks, link_bytes_per_s, share_cores
+from .core.stats import format_bytes, format_ratio, format_us, percentile, ratio
 
 SIZES = "4KB,64KB,1MB,4MB,16MB,64MB"
 SAMPLE_S = 0.02
@@ -148,7 +148,7 @@ def main() -> int:
     ranks = Ranks()
     if ranks.size == 1:
         raise UsageError("one rank has no server to talk to: start it with mpirun -n 2, or more")
-    run = records.describe(ranks, "bench.ps", progress=group.progress_mode)
+    run = results.describe(ranks, "bench.ps", progress=group.progress_mode)
     wrong = 0
     for at, size_bytes in enumerate(options.sizes):
         numel = max(1, size_bytes // 4)
@@ -163,7 +163,7 @@ def main() -> int:
             print(f"push+pull of {format_bytes(4 * numel)} of float32, {made[0]['workers']} workers")
             print(table.render(HEAD, [cells(record) for record in made]) + "\n", flush=True)
             if options.json:
-                records.append(options.json, [run, *made] if at == 0 else made)
+                results.append(options.json, [run, *made] if at == 0 else made)
     return ranks.end(wrong, "numbers are wrong")
 
 

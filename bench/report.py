@@ -17,12 +17,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import records, train_rows
-from .figures import format_bytes
+from .core import results
+from .core.stats import format_bytes
+from .training import rows as train_rows
 
 if TYPE_CHECKING:
-    from .page import Table
-    from .plots import Plot
+    from .pictures.collectives import Plot
+    from .pictures.page import Table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,7 +38,7 @@ def tables(runs: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]]) -> dict[
         for row in rows:
             if not {"op", "dtype", "bytes", "contestant"} <= row.keys():
                 continue
-            cells = found.setdefault((row["op"], row["dtype"], row["ranks"], records.place(run)), {})
+            cells = found.setdefault((row["op"], row["dtype"], row["ranks"], results.place(run)), {})
             cells.setdefault(_name(row), {})[row["bytes"]] = _cell(row)
     return found
 
@@ -140,10 +141,10 @@ def drawn(runs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> tuple[
     """Every picture and every table that these results make."""
     import matplotlib
 
-    from .overlap_plots import overlap_plots
-    from .page import Table
-    from .plots import SETTINGS, accuracies, bandwidths
-    from .train_plots import step_plots, train_plots
+    from .pictures.collectives import SETTINGS, accuracies, bandwidths
+    from .pictures.overlap import overlap_plots
+    from .pictures.page import Table
+    from .pictures.training import step_plots, train_plots
 
     with matplotlib.rc_context(SETTINGS):
         plots = [*bandwidths(runs), *train_plots(runs), *step_plots(runs), *overlap_plots(runs), *accuracies(runs)]
@@ -156,7 +157,7 @@ def drawn(runs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> tuple[
         own = [
             run
             for run, rows in runs
-            if records.place(run) == mpi
+            if results.place(run) == mpi
             and any(_is_collective(row) and (row["op"], row["dtype"], row["ranks"]) == table[:3] for row in rows)
         ]
         found.append(Table(title, ["", *map(format_bytes, sizes)], body, own))
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write each picture as a PNG")
     options = parser.parse_args(argv)
     try:
-        runs = [run for path in options.files or sorted(RESULTS.glob("*.jsonl")) for run in records.read(path)]
+        runs = [run for path in options.files or sorted(RESULTS.glob("*.jsonl")) for run in results.read(path)]
         if not runs:
             raise ValueError("no results: no file is named, and bench/results has none")
         if options.html is None and options.png is None:
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(runs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]], html: Path | None, png: Path | None) -> None:
     plots, found = drawn(runs)
-    from .page import page, write_png
+    from .pictures.page import page, write_png
 
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from .cases import Case
-from .figures import bus_factor, format_bytes, format_ratio, format_us, percentile, ratio
-from .harness import Result
+from .contestants.case import Case
+from .core.harness import Result
+from .core.stats import bus_factor, format_bytes, format_ratio, format_us, percentile, ratio
 
 HEAD = ("contestant", "p50 us", "p99 us", "algbw", "busbw GB/s", "wrong", "/ floor", "/ best peer", "check us")
 

@@ -23,15 +23,15 @@ import torch
 import torch.distributed as dist
 
 import commlab
-from commlab.model import build_model, describe_model
+from commlab.trainer.model import build_model, describe_model
 
-from . import records, table
-from .arguments import count, names
-from .figures import format_ratio, ratio
-from .given import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Parameters, Reference, Work
-from .harness import progress_line
-from .peers import gloo
-from .ranks import Ranks, share_cores
+from .contestants import gloo
+from .contestants.known_gradients import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Parameters, Reference, Work
+from .core import results, table
+from .core.arguments import count, names
+from .core.harness import progress_line
+from .core.ranks import Ranks, share_cores
+from .core.stats import format_ratio, ratio
 
 HEAD = ("contestant", "p50 ms", "wrong", "/ best peer")
 STRATEGIES = ("dps", "allreduce", "ps", "ddp", "horovod")
@@ -165,7 +165,7 @@ def main() -> int:
     for name in options.contestants:
         kind, _, wire = name.partition(":")
         sides[name] = Gloo(work, ranks.size) if kind == "gloo" else Engine(work, kind, wire or None)
-    run = records.describe(ranks, "bench.step")
+    run = results.describe(ranks, "bench.step")
     order = random.Random(0)
     show = progress_line(ranks, "bench.step")
     for turn in range(-1, options.rounds):
@@ -188,7 +188,7 @@ def main() -> int:
         print(f"a step of {options.model} ({numel:,} numbers in {len(work.shapes)} tensors), {ranks.size} ranks")
         print(table.render(HEAD, [cells(row) for row in found]))
         if options.json:
-            records.append(options.json, [run, *found])
+            results.append(options.json, [run, *found])
     commlab.shutdown()
     return 1 if any(side.bad for side in sides.values()) else 0
 

@@ -1,7 +1,7 @@
 """``python -m bench.straggler``: one worker of a parameter server is slow. What do the consistency models make of it?
 
 The same training under bsp, ssp and asp, each run a job of its own, in a new order every round; worker 1's forward and
-backward take ``--factor`` times as long (:mod:`bench.slowed`). All runs train on the same tokens. Figures are medians
+backward take ``--factor`` times as long (:mod:`bench.training.slowed`). All runs train on the same tokens. Figures are medians
 over rounds; ``of bsp`` is the median of per-round ratios. Exit code 1: asp ended with a held-out loss that is more than
 10 % above bsp's.
 
@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from . import records, table
-from .arguments import count, names
-from .figures import ratio
-from .launcher import MPI_KINDS, LauncherError, find_mpi
-from .train_launch import JobFailed, Launcher, metrics
+from .core import results as records
+from .core import table
+from .core.arguments import count, names
+from .core.mpirun import MPI_KINDS, LauncherError, find_mpi
+from .core.stats import ratio
+from .training.jobs import JobFailed, Launcher, metrics
 
 ROWS = ("bsp alone", "bsp", "ssp:0", "ssp:1", "ssp:4", "asp")
 """``bsp alone``: nobody is slow."""
@@ -65,7 +66,7 @@ def run(where: Launcher, row: str, options: argparse.Namespace) -> Ended:
     flags += f"--batch-size {options.batch_size} --steps {options.steps} --seed {options.seed} "
     flags += "--max-grad-norm 0 --eval-every 0 --eval-batches 8 --sample 0"
     factor = 1.0 if row.endswith("alone") else options.factor
-    lines = metrics(where, options.ranks, flags.split(), ("bench.slowed", str(SLOW_RANK), str(factor)))
+    lines = metrics(where, options.ranks, flags.split(), ("bench.training.slowed", str(SLOW_RANK), str(factor)))
     summary = next(line["summary"] for line in lines if "summary" in line)
     return Ended(
         summary["tokens_per_s"],

@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"rank {row.rank}: waits {waited_ms(row):.1f} ms of {length_ms:.1f}")
         files = [name for name in (options.png, options.svg) if name]
         if files:
-            from .timeline_plot import draw
+            from .pictures.timeline import draw
 
             command = " ".join(filter(None, (options.launcher, about.get("command", ""))))
             draw(found, title_of(about, options.step, options.where), command, files)

@@ -19,15 +19,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from commlab.config import Config
 from commlab.errors import UsageError
+from commlab.trainer.config import Config
 
-from . import records, table
-from .arguments import count, counts, names
-from .cluster_plan import ClusterError
-from .launcher import MPI_KINDS, LauncherError, find_mpi
-from .train_launch import JobFailed, Launcher, Measured, launcher, train
-from .train_rows import HEAD, REFERENCE, ROWS, cells, missing, reduced
+from .core import results as records
+from .core import table
+from .core.arguments import count, counts, names
+from .core.mpirun import MPI_KINDS, LauncherError, find_mpi
+from .hosts.plan import ClusterError
+from .training.jobs import JobFailed, Launcher, Measured, launcher, train
+from .training.rows import HEAD, REFERENCE, ROWS, cells, missing, reduced
 
 _COMPUTING = ("dps", "allreduce", "ps")
 """Whose computation stands for that of the peers, the first that has run."""
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.ranks = options.ranks or [options.hosts * options.ranks_per_host or 2]
     try:
         for name in options.rows:
-            Config.from_argv(flags_of(name, options))  # a wrong flag is told before the first run, not as a missing row
+            Config.from_argv(flags_of(name, options))  # a wrong flag is told before the first run, not missing row
         mpi = find_mpi(options.mpi)
         place = (options.hosts, options.rate, options.delay, options.ranks_per_host)
         with launcher(mpi, options.timeout, *place) as where:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "init": "collectives.world",
-    "shutdown": "collectives.world",
+    "init": "runtime.world",
+    "shutdown": "runtime.world",
     "allreduce": "collectives.allreduce",
     "allreduce_async": "collectives.allreduce",
     "reduce_scatter": "collectives.operations",
@@ -21,8 +21,8 @@ _HOME = {
     "reduce": "collectives.operations",
     "barrier": "collectives.operations",
     "empty": "collectives.operations",
-    "Group": "collectives.group",
-    "Handle": "collectives.handle",
+    "Group": "runtime.group",
+    "Handle": "runtime.handle",
     "ParameterServer": "ps.store",
     "strategy": "strategies",
     "CommlabError": "errors",
@@ -57,12 +57,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .collectives.allreduce import allreduce, allreduce_async
-    from .collectives.group import Group
-    from .collectives.handle import Handle
     from .collectives.operations import allgather, barrier, broadcast, empty, reduce, reduce_scatter
-    from .collectives.world import init, shutdown
     from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
     from .ps.store import ParameterServer
+    from .runtime.group import Group
+    from .runtime.handle import Handle
+    from .runtime.world import init, shutdown
     from .strategies import strategy
 
 

@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from . import bringup, trace
-from .config import ADAMW_BETAS, Config
+from . import trace
 from .errors import AgreedError, UsageError
+from .job import launch as bringup
+from .trainer.build import device_of, make_optimizer
+from .trainer.config import Config
 
 if TYPE_CHECKING:
     import torch
 
     from .checkpoint import Checkpoints
-    from .collectives.group import Group
-    from .data import Blocks
+    from .runtime.group import Group
+    from .trainer.data.batches import Blocks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config, started_s: float) -> int:
-    from .collectives import world
-    from .collectives.together import together
+    from .runtime import world
+    from .runtime.control import together
 
     if config.trace:
         trace.enable()
@@ -64,13 +66,13 @@ def train(config: Config, started_s: float) -> int:
     import torch
 
     from .checkpoint import Checkpoints
-    from .data import BatchSampler, Blocks
-    from .gradients.scaling import LossScale
-    from .loading import load_together
-    from .model import build_model, loss_sum, save_model
-    from .report import Report
-    from .sample import generate
+    from .precision.loss_scale import LossScale
     from .strategies import strategy
+    from .trainer.data.batches import BatchSampler, Blocks
+    from .trainer.data.loading import load_together
+    from .trainer.model import build_model, loss_sum, save_model
+    from .trainer.report import Report
+    from .trainer.sample import generate
 
     threads, why = config.thread_count(group.local_size)
     torch.set_num_threads(threads)
@@ -186,7 +188,7 @@ def train(config: Config, started_s: float) -> int:
 
 def end(config: Config, group: Group) -> None:
     """What all ranks do last, servers too. Collective."""
-    from .collectives import world
+    from .runtime import world
 
     if config.trace:
         dumps = group.gather_bytes(trace.dump(), "trace")
@@ -199,7 +201,7 @@ def end(config: Config, group: Group) -> None:
 
 def resume(config: Config, group: Group, checkpoints: Checkpoints, cursor: dict[str, object], total_steps: int) -> int:
     """The step to start with: 0, or where the newest whole checkpoint ended. Collective."""
-    from .collectives.together import together
+    from .runtime.control import together
 
     if not config.resume:
         if config.checkpoint_every:
@@ -226,49 +228,13 @@ def resume(config: Config, group: Group, checkpoints: Checkpoints, cursor: dict[
     return step
 
 
-def device_of(config: Config, group: Group) -> torch.device:
-    """Where this rank computes: the node's GPUs are dealt to its ranks in turn."""
-    import torch
-
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"--device cuda, but torch {torch.__version__} sees no GPU; leave it out, or give --device cpu"
-        )
-    device = torch.device("cuda", group.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def make_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW; with precision apex, Apex's."""
-    import torch
-
-    groups = decay_groups(model, config.weight_decay)
-    if config.precision == "apex":
-        from .apex import fused_adam
-
-        return fused_adam(groups, lr=config.lr, betas=ADAMW_BETAS)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=ADAMW_BETAS, fused=True)
-
-
-def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices are decayed; biases and norms, which have one dimension, are not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
 def held_out_bits(config: Config, group: Group, model: torch.nn.Module, held_out: Blocks) -> float:
     """Bits per byte of held-out text; every rank evaluates its part. Collective."""
     import torch
 
     from .collectives.allreduce import allreduce
-    from .data import held_out_batches
-    from .model import bits_per_byte, evaluate
+    from .trainer.data.batches import held_out_batches
+    from .trainer.model import bits_per_byte, evaluate
 
     limit = config.eval_batches or None
     with trace.span("evaluate"):

@@ -1,4 +1,4 @@
-"""What all tests share. Being here puts this folder on the import path: ``tests/mpi`` finds the helpers in it."""
+"""What all tests share. ``pythonpath`` in pyproject.toml lets them import the modules of ``tests/helpers``."""
 
 from __future__ import annotations
 

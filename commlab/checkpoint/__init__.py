@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from .run import Checkpoints
+from .checkpoints import Checkpoints
 
 __all__ = ["Checkpoints"]

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import torch
 
-from ..gradients.norm import Squares
-from ..transport.base import Carried
-from . import ALGORITHMS, carried, hierarchical, schedules, window
-from .execute import Execution, Pending
-from .group import Group
-from .handle import Handle
-from .node_window import Attachment
-from .operand import as_flat, attach, operand_of, put_back
-from .plan import Plan, divided, plan_of
-from .world import resolve
+from ..native.norm import Squares
+from ..runtime.execute import Execution
+from ..runtime.group import Group
+from ..runtime.handle import Handle
+from ..runtime.operand import divided, operand_of
+from ..runtime.world import resolve
+from ..schedules import ALGORITHMS, compose
+from ..transport.base import Carried, Pending
+from ..window import loops
+from ..window.exchange import Attachment
+from .plan import Plan, plan_of
+from .routes import hierarchical, piggyback
+from .staging import as_flat, attach, put_back
 
 
 def allreduce_async(
@@ -58,22 +61,22 @@ def start_allreduce(
             return
         flat = stage()
         if chosen == "window":
-            yield from window.allreduce(group, flat, wire_dtype, reduction, divisor, squares)
+            yield from loops.allreduce(group, flat, wire_dtype, reduction, divisor, squares)
         elif chosen == "hierarchical":
             yield from hierarchical.allreduce(group, flat, reduction, divisor)
         elif travelling:
-            yield from carried.allreduce(group, flat, travelling[0], reduction, divisor)
+            yield from piggyback.allreduce(group, flat, travelling[0], reduction, divisor)
         else:
             schedule_of = ALGORITHMS[chosen]
             own = schedule_of.owners(flat.numel(), group.size)[group.rank]
             operand = operand_of(flat, op, chosen, group.size, own)
-            schedule = schedules.allreduce(schedule_of, group.rank, group.size, flat.numel())
+            schedule = compose.allreduce(schedule_of, group.rank, group.size, flat.numel())
             yield from group.execute(Execution(schedule, operand, group.transport))
         put_back(flat, tensor)
 
     def attached() -> Attachment | Carried:
         if load is not None:
-            travelling.append(carried.carry(stage(), load))
+            travelling.append(piggyback.carry(stage(), load))
             return travelling[0]
         return attach(group, stage(), inline=inline is not None) if chosen == "window" else Attachment()
 
@@ -96,7 +99,7 @@ def allreduce(
         sent = tensor if plan.wire_dtype is tensor.dtype else as_flat(tensor, plan.wire_dtype)
 
         def otherwise() -> Pending:
-            return window.allreduce(group, sent.detach().view(-1), sent.dtype, reduction, divisor, None)
+            return loops.allreduce(group, sent.detach().view(-1), sent.dtype, reduction, divisor, None)
 
         if group.allreduce_inline(plan.signature, plan.inline, sent, otherwise):
             if sent is not tensor:

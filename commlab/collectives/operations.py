@@ -14,11 +14,11 @@ import torch
 
 from ..chunks import Range, split, whole_at
 from ..errors import UsageError
-from .chunked import gather_chunks_async, reduce_chunks_async
-from .group import Group
-from .operand import as_flat, put_back
+from ..runtime.group import Group
+from ..runtime.world import resolve
+from .halves import gather_chunks_async, reduce_chunks_async
 from .plan import require
-from .world import resolve
+from .staging import as_flat, put_back
 
 
 def _chunks_of(group: Group, kind: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[Range, ...]:

@@ -10,16 +10,16 @@ import torch
 
 from ..chunks import Range
 from ..errors import UsageError
-from ..gradients.wire import WIRES
-from ..native.arithmetic import DTYPES, OP_CODES
-from . import CHOICES, carried, hierarchical, window
-from .group import Group
-from .node_window import Inline
-from .select import Case, choose
-from .signature import Signature
+from ..native.dtypes import DTYPES, HALVES, OP_CODES, WIRES
+from ..runtime.agreement import Signature
+from ..runtime.group import Group
+from ..runtime.operand import divided
+from ..window import loops
+from ..window.exchange import Inline
+from .routes import hierarchical, piggyback
+from .select import CHOICES, Case, choose
 
 OPS = ("sum", "mean", "min", "max", "prod")
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wire: str | None = None) -> None:
@@ -37,11 +37,6 @@ def require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wire
         raise UsageError(f"{where}: unknown wire {wire!r}; there are None, fp16, bf16")
     if wire is not None and (not tensor.dtype.is_floating_point or op not in ("sum", "mean")):
         raise UsageError(f"{where}: a 16-bit wire is for sum and mean of floating-point tensors, not op={op!r}")
-
-
-def divided(op: str, size: int) -> tuple[int, str]:
-    """What the reduced numbers are divided by, and how they are reduced."""
-    return (size, "sum") if op == "mean" else (1, op)
 
 
 def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> tuple[str, str]:
@@ -64,7 +59,7 @@ def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype
         window=not against["window"],
         hierarchical=not against["hierarchical"],
         nodes=len(group.nodes),
-        carried=kind == "allreduce" and carried.load_of(group, numel, dtype.itemsize) is not None,
+        carried=kind == "allreduce" and piggyback.load_of(group, numel, dtype.itemsize) is not None,
     )
     return choose(algorithm, case, CHOICES[1:])
 
@@ -77,7 +72,7 @@ class Plan(NamedTuple):
     signature: Signature
     inline: Inline | None
     """Of an allreduce whose data travel with the agreement check in the window, and"""
-    load: carried.Load | None
+    load: piggyback.Load | None
     """of one whose data travel with it in messages."""
 
 
@@ -106,12 +101,12 @@ def plan_of(
             group.plans.clear()
         inline = None
         in_window = kind == "allreduce" and chosen == "window"
-        if in_window and 0 < tensor.numel() * wire_dtype.itemsize <= window.INLINE_BYTES:
+        if in_window and 0 < tensor.numel() * wire_dtype.itemsize <= loops.INLINE_BYTES:
             divisor, reduction = divided(op, group.size)
             inline = Inline(tensor.numel(), DTYPES[wire_dtype][0], OP_CODES[reduction], divisor)
         signature = Signature(kind, tuple(tensor.shape), tensor.dtype, name, detail)
         by_direct = kind == "allreduce" and chosen == "direct"
-        load = carried.load_of(group, tensor.numel(), wire_dtype.itemsize) if by_direct else None
+        load = piggyback.load_of(group, tensor.numel(), wire_dtype.itemsize) if by_direct else None
         found = Plan(chosen, wire_dtype, signature, inline, load)
         group.plans[key] = found
     return found

@@ -4,9 +4,13 @@ behind the rows are in docs/select.md and come from ``python -m bench.allreduce`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ..errors import UsageError
+from ..schedules import ALGORITHMS
+
+CHOICES: Final[tuple[str, ...]] = ("auto", *ALGORITHMS, "window", "hierarchical")
+"""What a caller may name: schedules, and the two that need shared memory."""
 
 
 class Case(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from ..chunks import Range
-from ..native import module
+from ..native import library
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 _pinned: dict[int, int] = {}
@@ -31,13 +31,13 @@ def mirrors(device: torch.device) -> bool:
 def pin(owner: object, memories: Sequence[torch.Tensor]) -> None:
     """Register host memory with CUDA for as long as ``owner`` lives, and keep it mapped. Whole segments: CUDA refuses a
     part of what is registered already. What cannot be registered is copied more slowly."""
-    if not torch.cuda.is_available() or not hasattr(module.built, "cuda_register"):
+    if not torch.cuda.is_available() or not hasattr(library.built, "cuda_register"):
         return
     for memory in memories:
         address = memory.data_ptr()
         registered = address in _pinned
         if not registered and memory.numel():
-            registered = module.built.cuda_register(address, memory.numel() * memory.element_size())
+            registered = library.built.cuda_register(address, memory.numel() * memory.element_size())
         if registered:
             _pinned[address] = _pinned.get(address, 0) + 1
             weakref.finalize(owner, _unpin, memory)
@@ -49,7 +49,7 @@ def _unpin(memory: torch.Tensor) -> None:
     _pinned[address] -= 1
     if not _pinned[address]:
         del _pinned[address]
-        module.built.cuda_unregister(address)
+        library.built.cuda_unregister(address)
 
 
 class Mirror:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from commlab.native.arithmetic import accumulate, divide, narrow, reduce, reduce_rows, scale, widen
 from commlab.native.cuda import CudaPackPlan, cuda_backend
-from commlab.native.module import backend, backends, using
+from commlab.native.library import backend, backends, using
 from commlab.native.pack import PackPlan
 
 __all__ = [

@@ -6,22 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from commlab.native import module
+from commlab.native import library
+from commlab.native.dtypes import DTYPES, HALVES, OP_CODES
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-OP_CODES = {"sum": 0, "prod": 1, "min": 2, "max": 3}
-# dtype -> (its code in kernels/cpu/dtype.h, bytes per number)
-DTYPES = {
-    torch.float32: (0, 4),
-    torch.float64: (1, 8),
-    torch.float16: (2, 2),
-    torch.bfloat16: (3, 2),
-    torch.int32: (4, 4),
-    torch.int64: (5, 8),
-}
-_16BIT = {torch.float16: 2, torch.bfloat16: 3}
 
 
 def reduce(dst: Tensor, dst_start: int, src: Tensor, src_start: int, numel: int, op: str) -> None:
@@ -35,7 +24,7 @@ def reduce(dst: Tensor, dst_start: int, src: Tensor, src_start: int, numel: int,
     code, item_bytes = DTYPES[dtype]
     to = address_of("reduce dst", dst, dst_start, numel, item_bytes)
     frm = address_of("reduce src", src, src_start, numel, item_bytes)
-    active = module.active
+    active = library.active
     if active is not None:
         active.reduce(to, frm, numel, code, _op_code(op))
     else:
@@ -44,26 +33,26 @@ def reduce(dst: Tensor, dst_start: int, src: Tensor, src_start: int, numel: int,
 
 def accumulate(dst: Tensor, dst_start: int, src: Tensor, src_start: int, numel: int, op: str) -> None:
     """Combine 16-bit src into fp32 dst, widening on the way: exact but for the fp32 operation itself."""
-    if src.dtype not in _16BIT or dst.dtype is not torch.float32:
+    if src.dtype not in HALVES or dst.dtype is not torch.float32:
         raise _wrong_dtypes("accumulate", "dst in fp32, src in fp16 or bf16", dst, src)
     to = address_of("accumulate dst", dst, dst_start, numel, 4)
     frm = address_of("accumulate src", src, src_start, numel, 2)
-    active = module.active
+    active = library.active
     if active is not None:
-        active.accumulate(to, frm, numel, _16BIT[src.dtype], _op_code(op))
+        active.accumulate(to, frm, numel, DTYPES[src.dtype][0], _op_code(op))
     else:
         _torch_combine(_part(dst, dst_start, numel), _part(src, src_start, numel).float(), op)
 
 
 def widen(dst: Tensor, dst_start: int, src: Tensor, src_start: int, numel: int) -> None:
     """Write 16-bit src into fp32 dst. Exact."""
-    if src.dtype not in _16BIT or dst.dtype is not torch.float32:
+    if src.dtype not in HALVES or dst.dtype is not torch.float32:
         raise _wrong_dtypes("widen", "dst in fp32, src in fp16 or bf16", dst, src)
     to = address_of("widen dst", dst, dst_start, numel, 4)
     frm = address_of("widen src", src, src_start, numel, 2)
-    active = module.active
+    active = library.active
     if active is not None:
-        active.widen(to, frm, numel, _16BIT[src.dtype])
+        active.widen(to, frm, numel, DTYPES[src.dtype][0])
     else:
         _part(dst, dst_start, numel).copy_(_part(src, src_start, numel))
 
@@ -74,13 +63,13 @@ def narrow(dst: Tensor, dst_start: int, src: Tensor, src_start: int, numel: int,
     Two roundings: the fp32 division (none where the divisor is a power of two) and the cast. A divisor and not a
     factor, because the mean of 3 ranks is x / 3, and x * (1 / 3) is another number for about a third of all x.
     """
-    if dst.dtype not in _16BIT or src.dtype is not torch.float32:
+    if dst.dtype not in HALVES or src.dtype is not torch.float32:
         raise _wrong_dtypes("narrow", "dst in fp16 or bf16, src in fp32", dst, src)
     to = address_of("narrow dst", dst, dst_start, numel, 2)
     frm = address_of("narrow src", src, src_start, numel, 4)
-    active = module.active
+    active = library.active
     if active is not None:
-        active.narrow(to, frm, numel, _16BIT[dst.dtype], divisor)
+        active.narrow(to, frm, numel, DTYPES[dst.dtype][0], divisor)
     else:
         _part(dst, dst_start, numel).copy_(_part(src, src_start, numel) / divisor)
 
@@ -89,7 +78,7 @@ def scale(dst: Tensor, dst_start: int, numel: int, factor: float) -> None:
     """dst[dst_start + i] *= factor, floating point only. The factor is first rounded to fp32, except for fp64."""
     code, item_bytes = _float_dtype("scale", dst)
     to = address_of("scale dst", dst, dst_start, numel, item_bytes)
-    active = module.active
+    active = library.active
     if active is not None:
         active.scale(to, numel, code, factor)
     else:
@@ -100,7 +89,7 @@ def divide(dst: Tensor, dst_start: int, numel: int, divisor: float) -> None:
     """dst[dst_start + i] /= divisor, correctly rounded, floating point only."""
     code, item_bytes = _float_dtype("divide", dst)
     to = address_of("divide dst", dst, dst_start, numel, item_bytes)
-    active = module.active
+    active = library.active
     if active is not None:
         active.divide(to, numel, code, divisor)
     else:
@@ -122,16 +111,16 @@ def reduce_rows(dst: Tensor, dst_start: int, rows: Tensor, numel: int, op: str, 
     to = address_of("reduce_rows dst", dst, dst_start, numel, item_bytes)
     if rows.dim() != 2 or not 0 <= numel <= rows.shape[1] or (numel > 1 and rows.stride(1) != 1):
         raise ValueError(f"native.reduce_rows of {numel} numbers cannot read rows of shape {tuple(rows.shape)}")
-    active = module.active
+    active = library.active
     if active is not None and hasattr(active, "gather_reduce"):
         start, row_bytes = rows.data_ptr(), rows.stride(0) * item_bytes
         sources = [start + row * row_bytes for row in range(rows.shape[0])]
         active.gather_reduce([to], code, sources, code, numel, _op_code(op), divisor, False)
         return
     part = _part(dst, dst_start, numel)
-    total = rows[0, :numel].float() if dtype in _16BIT else rows[0, :numel]
+    total = rows[0, :numel].float() if dtype in HALVES else rows[0, :numel]
     for row in rows[1:]:
-        _torch_combine(total, row[:numel].float() if dtype in _16BIT else row[:numel], op)
+        _torch_combine(total, row[:numel].float() if dtype in HALVES else row[:numel], op)
     part.copy_(total if divisor == 1 else total / divisor)
 
 

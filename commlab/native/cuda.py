@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from commlab.native import module
-from commlab.native.arithmetic import DTYPES
+from commlab.native import library
+from commlab.native.dtypes import DTYPES
 from commlab.native.pack import end_of_places, signature_of
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def cuda_backend() -> str:
     """What packs on GPUs: the kernels and what they were compiled for, or torch and why."""
-    if module.built is None:
+    if library.built is None:
         return "torch: there is no native module"
-    if hasattr(module.built, "CUDA"):
-        return f"native: {module.built.CUDA}"
-    return f"torch: {getattr(module.built, 'CUDA_MISSING', 'this build is older than the CUDA kernels')}"
+    if hasattr(library.built, "CUDA"):
+        return f"native: {library.built.CUDA}"
+    return f"torch: {getattr(library.built, 'CUDA_MISSING', 'this build is older than the CUDA kernels')}"
 
 
 class CudaPackPlan:
@@ -52,7 +52,7 @@ class CudaPackPlan:
         self.device = tensors[0].device if tensors else torch.device("cuda", torch.cuda.current_device())
         self._addresses: list[int] = []
         self._tensors: list[Tensor] = []
-        self._native = module.built if hasattr(module.built, "CUDA") else None
+        self._native = library.built if hasattr(library.built, "CUDA") else None
         if self._native is not None:
             codes = [DTYPES[dtype][0] for dtype, _ in self._signature]
             self._places = torch.tensor([numels, self.starts, codes], dtype=torch.int64).t().contiguous()

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from commlab.native import module
-from commlab.native.arithmetic import DTYPES, address_of
+from commlab.native import library
+from commlab.native.arithmetic import address_of
+from commlab.native.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +23,7 @@ class PackPlan:
     """Where the tensors of a bucket lie and where their numbers go on the wire; made once per bucket.
 
     Tensor i takes the wire's numbers starts[i] .. starts[i] + numel, by default one tensor behind the other.
-    Tensors: CPU, fp32, fp64, fp16 or bf16, mixed as you like, of any strides (others than contiguous ones cost one
+    Tensors: CPU, fp32, fp64, fp16 or bf16, mixed like, of any strides (others than contiguous ones cost one
     more copy). Wire: fp32, fp16, bf16; or fp64 if all tensors are fp64.
 
     The scale is applied in fp32 (fp64 numbers are rounded to fp32 first, but on an fp64 wire nothing is),
@@ -39,9 +40,9 @@ class PackPlan:
         self.starts = list(starts) if starts is not None else list(accumulate(numels, initial=0))[:-1]
         self.end = end_of_places(self.starts, numels)
         self._native: Any = None
-        if module.built is not None:
+        if library.built is not None:
             codes = [DTYPES[dtype][0] for dtype, _ in self._signature]
-            self._native = module.built.PackPlan(numels, self.starts, codes, DTYPES[wire][0])
+            self._native = library.built.PackPlan(numels, self.starts, codes, DTYPES[wire][0])
         self.rebind(tensors)
 
     def rebind(self, tensors: Sequence[Tensor]) -> None:
@@ -78,7 +79,7 @@ class PackPlan:
         """
         address = self._address_on(wire, wire_start)
         with torch.no_grad():
-            if module.active is None:
+            if library.active is None:
                 return self._torch_pack(wire.view(-1)[wire_start:], scale)
             for tensor, stage in self._staged:
                 stage.copy_(tensor)
@@ -88,7 +89,7 @@ class PackPlan:
         """Write scale x wire[wire_start:] to the tensors, cast to their dtypes."""
         address = self._address_on(wire, wire_start)
         with torch.no_grad():
-            if module.active is None:
+            if library.active is None:
                 self._torch_unpack(wire.view(-1)[wire_start:], scale)
                 return
             self._native.unpack(address, scale)

@@ -7,15 +7,15 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from ..checkpoint.nested import pack, unpack
 from ..errors import UsageError
-from ..nested import pack, unpack
 from .messages import STATE_BYTES
 
 _TEXT = "text"
 
 
 def encode(state: dict[str, Any]) -> torch.Tensor:
-    """``state`` as uint8[:]. UsageError for what :func:`commlab.nested.pack` can't hold, or no message."""
+    """``state`` as uint8[:]. UsageError for what :func:`commlab.checkpoint.nested.pack` can't hold, or no message."""
     text, tensors = pack(state)
     tensors[_TEXT] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     data = torch.frombuffer(bytearray(safetensors.torch.save(tensors)), dtype=torch.uint8)

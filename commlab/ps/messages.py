@@ -4,7 +4,7 @@
     magic version kind wire flag | key parts | sequence | clock | length | value           numbers, or JSON
 
 All messages of a pair of ranks travel in order on a communicator of their own, so none of them needs a tag: the header
-says what follows. ``key`` is the index of a part among those of its server (:mod:`commlab.ps.shards`); one message may
+says what follows. ``key`` is the index of a part among those of its server (:mod:`commlab.ps.placement`); one message may
 carry several ``parts`` that adjoin.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import CommlabError
-from ..native.arithmetic import DTYPES
+from ..native.dtypes import DTYPES
 
 MAGIC = b"cmPS"
 VERSION = 2

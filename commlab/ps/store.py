@@ -15,22 +15,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..collectives.group import Group
-from ..collectives.world import resolve
 from ..errors import UsageError
-from ..gradients.wire import WIRES
+from ..native.dtypes import WIRES
+from ..runtime.group import Group
+from ..runtime.world import resolve
 from ..transport.sim import SimNetwork
-from .client import Client, Handle
 from .consistency import parse
 from .elementwise import require_elementwise
-from .keys import Keys
 from .messages import Header, Kind
-from .requests import Requests
-from .server import Server
-from .serving import Serving
-from .shard import Factory, Shard
-from .shards import Part, Placement, server_ranks
-from .state import Record, Rules
+from .placement import Part, Placement, server_ranks
+from .server.ledger import Record, Rules
+from .server.loop import Serving
+from .server.server import Server
+from .server.shard import Factory, Shard
+from .worker.client import Client, Handle
+from .worker.keys import Keys
+from .worker.requests import Requests
 
 _LAST = 2**62
 
@@ -296,7 +296,7 @@ def _free(transport: Any, own_group: Group | None) -> None:
 
 
 def _transports(everyone: Group, alone: bool) -> tuple[Any, Any]:
-    """This rank's end as a worker, and as a server: the same but for a rank alone, which is both."""
+    """This rank's end as a worker, and server: the same but for a rank alone, which is both."""
     if alone:
         near, far = SimNetwork(2).transports()
         return near, far

@@ -11,13 +11,13 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from ..collectives.group import Group
-    from .base import Strategy
+    from ..runtime.group import Group
+    from .engine import Strategy
 
 STRATEGIES: Final[dict[str, tuple[str, str]]] = {
     "single": ("single", "Single"),
-    "ps": ("colocated", "SingleServer"),
-    "dps": ("colocated", "ShardedServer"),
+    "ps": ("sharded", "SingleServer"),
+    "dps": ("sharded", "ShardedServer"),
     "allreduce": ("allreduce", "AllReduce"),
     "horovod": ("horovod", "Horovod"),
     "ddp": ("ddp", "Ddp"),
@@ -40,7 +40,7 @@ def strategy(
     hyper-parameters and LR schedulers stay. With ``servers`` this returns on the ranks that serve when all others have
     closed their engines. Errors: UsageError.
     """
-    from ..collectives.world import resolve
+    from ..runtime.world import resolve
     from .options import Options
 
     if name not in STRATEGIES:

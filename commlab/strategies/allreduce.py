@@ -16,8 +16,8 @@ from ..chunks import split
 from ..collectives.allreduce import start_allreduce
 from ..collectives.plan import plan_of
 from ..gradients.bucket import Bucket
-from ..gradients.norm import scale_
-from .base import Strategy
+from ..native.norm import scale_
+from .engine import Strategy
 
 
 class AllReduce(Strategy):

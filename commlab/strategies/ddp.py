@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ..collectives.group import Group
 from ..errors import UsageError
+from ..runtime.group import Group
 from ..transport.rendezvous import join_store, open_store
-from .local import Local
+from .external import Local
 from .options import Options
 
 _process_groups: WeakKeyDictionary[Group, dist.ProcessGroup] = WeakKeyDictionary()

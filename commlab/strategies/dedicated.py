@@ -20,22 +20,25 @@ from typing import Any
 
 import torch
 
-from ..collectives.group import Group
-from ..collectives.together import together
+from ..checkpoint import pieces
 from ..errors import CommlabError, UsageError
-from ..gradients.bucket import Bucket, GradientBuckets, NamedParameter, adjoining, named_parameters, plan
-from ..gradients.wire import WIRES
+from ..gradients.bucket import Bucket, adjoining, plan
+from ..gradients.hooks import GradientBuckets
+from ..gradients.parameters import NamedParameter, named_parameters
+from ..native.dtypes import WIRES
 from ..ps.consistency import parse
 from ..ps.messages import MESSAGE_BYTES
-from ..ps.shards import Part
+from ..ps.placement import Part
 from ..ps.store import ParameterServer
-from . import pieces, served
-from .agreement import Agreement
-from .base import Strategy
+from ..runtime.control import together
+from ..runtime.group import Group
+from . import server_state
+from .engine import Strategy
 from .flat import flatten, require_in_place
+from .late_pulls import Pulls
 from .options import Options
-from .pulls import Pulls
 from .replicas import give_from_rank_0, tensors_of
+from .verdict import Agreement
 
 BUCKET_BYTES = 4 * MESSAGE_BYTES
 """The most that is packed at once, whatever ``bucket_bytes`` says: servers can be busy before a bucket is full."""
@@ -77,7 +80,7 @@ class Dedicated(Strategy):
             )
         self.store = ParameterServer(
             [(item.name, item.tensor) for item in named],
-            served.UsersOwn(optimizer, named),
+            server_state.UsersOwn(optimizer, named),
             options.consistency,
             options.servers,
             group=group,
@@ -236,20 +239,22 @@ class Dedicated(Strategy):
                 f"rank {self.group.rank}: under {self.options.consistency} workers are never at the same step, so no "
                 "state of one step can be saved or restored; use bsp"
             )
-        return served.share(self.store, self.group.rank, self.group.size)
+        return server_state.share(self.store, self.group.rank, self.group.size)
 
     def _optimizer_state(self) -> dict[str, Any]:
         own = self._own_parts()
         self._pulls.wait_for_all()  # then all updates of the last step are made
-        return served.state(self.store, own, self.optimizer)
+        return server_state.state(self.store, own, self.optimizer)
 
     def _load_optimizer_state(self, parts: Sequence[dict[str, Any]]) -> None:
         self._pulls.wait_for_all()
         own = self._own_parts()
-        found = together(self.group, lambda: served.collect(self.store, own, self.optimizer, self.parameters, parts))
+        found = together(
+            self.group, lambda: server_state.collect(self.store, own, self.optimizer, self.parameters, parts)
+        )
         # Every worker has what it needs, and nobody has a step under way, nor begins one before all servers are told.
         pieces.load_groups(self.optimizer, parts)
-        together(self.group, lambda: served.tell(self.store, own, found))
+        together(self.group, lambda: server_state.tell(self.store, own, found))
 
     def close(self) -> None:
         """Also gives this worker parameters of its own again. Servers return when all workers have closed."""

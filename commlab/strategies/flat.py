@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UsageError
 from ..gradients.bucket import Bucket
-from .base import Strategy
+from .engine import Strategy
 
 
 def flatten(bucket: Bucket, flat: torch.Tensor | None = None, *, fill: bool = True) -> torch.Tensor:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..collectives.group import Group
 from ..errors import UsageError
-from .agreement import Agreement
-from .local import Local
+from ..runtime.group import Group
+from .external import Local
 from .options import Options
+from .verdict import Agreement
 
 
 def _import() -> Any:

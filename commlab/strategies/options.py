@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..collectives import CHOICES
+from ..collectives.select import CHOICES
 from ..errors import UsageError
-from ..gradients.scaling import LossScale
-from ..gradients.wire import WIRES
+from ..native.dtypes import WIRES
+from ..precision.loss_scale import LossScale
 
 
 @dataclass(frozen=True)

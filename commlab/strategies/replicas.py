@@ -6,10 +6,10 @@ from hashlib import sha256
 
 import torch
 
-from ..collectives.execute import byte_view
-from ..collectives.group import Group
 from ..collectives.operations import broadcast
-from ..native.arithmetic import DTYPES
+from ..native.dtypes import DTYPES
+from ..runtime.group import Group
+from ..runtime.operand import byte_view
 
 
 def tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..collectives.group import Group
 from ..errors import UsageError
-from .local import Local
+from ..runtime.group import Group
+from .external import Local
 from .options import Options
 
 

@@ -1,1 +1,1 @@
-"""Transports: how bytes move between two ranks. The table of names is in ``commlab.collectives.world``."""
+"""Transports: how bytes move between two ranks. The table of names is in ``commlab.runtime.world``."""

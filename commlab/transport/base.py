@@ -3,8 +3,8 @@ schedules."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Generator, Sequence
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ done."""
 
 
 RECORD_BYTES = 8
-"""Of the agreement check (:mod:`commlab.collectives.signature`)."""
+"""Of the agreement check (:mod:`commlab.runtime.agreement`)."""
 
 CARRIED_BYTES = 32 * 1024
 """The most that travels with a record to each peer: a message that MPI still sends without asking the receiver first
@@ -74,6 +74,10 @@ class Request(Protocol):
 
     def peers(self) -> Sequence[int]:
         """The ranks that have not done their part yet; for messages to the user."""
+
+
+Pending: TypeAlias = Generator[Request, None, None]
+"""A computation that yields the request it waits for, and goes on when that request has been completed."""
 
 
 class Transport(Protocol):

@@ -9,8 +9,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..bringup import Launch
 from ..errors import UsageError
+from ..job.launch import Launch
 
 
 def store_for(launch: Launch, timeout_s: float) -> dist.Store:

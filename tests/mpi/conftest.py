@@ -10,82 +10,17 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
-import time
 import traceback
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from mpi_ranks import Ranks
 
 import commlab
-from commlab.collectives import world as world_module
-from commlab.collectives.group import Group
 
 WATCHDOG_S = 150
-TIMEOUT_S = 60.0
-"""How long a group waits for a rank that has failed: after it the others get to the verdict too."""
-
-
-class Ranks:
-    """The groups of this launch: made when first asked for, and anew after a failure, which leaves ranks apart."""
-
-    def __init__(self) -> None:
-        from mpi4py import MPI
-
-        self._mpi = MPI
-        self._verdicts = MPI.COMM_WORLD.Dup()
-        self.rank, self.size = self._verdicts.rank, self._verdicts.size
-        self._groups: dict[tuple[int, ...], Group | None] = {}
-
-    @property
-    def world(self) -> Group:
-        """All ranks: also the group of operations that are given none."""
-        return commlab.init("mpi", timeout_s=TIMEOUT_S)
-
-    def group(self, *ranks: int) -> Group | None:
-        """A group of these ranks; None on the others. Collective over all ranks."""
-        if ranks not in self._groups:
-            self._groups[ranks] = self.world.subgroup(ranks)
-        return self._groups[ranks]
-
-    def halves(self, first: int) -> Group:
-        """This rank's group when the first ``first`` ranks and the others go separate ways."""
-        first = min(first, self.size)
-        parts = [ranks for ranks in (range(first), range(first, self.size)) if ranks]
-        groups = [self.group(*ranks) for ranks in parts]
-        return next(group for group in groups if group is not None)
-
-    @property
-    def splits(self) -> range:
-        """What to give :meth:`halves` so that every number of ranks from 1 to all occurs, and nobody is ever idle."""
-        return range(self.size // 2 + 1)
-
-    def forget(self) -> None:
-        self._groups.clear()
-        world_module._world = None
-
-    def tell(self, text: bytes) -> list[bytes]:
-        """Every rank's ``text`` on every rank. Never spins: the ranks that wait leave the cores to those that don't."""
-        sizes, mine = bytearray(8 * self.size), len(text).to_bytes(8, "little")
-        self._patiently(self._verdicts.Iallgather([mine, self._mpi.BYTE], [sizes, self._mpi.BYTE]))
-        widest = max(int.from_bytes(sizes[at : at + 8], "little") for at in range(0, 8 * self.size, 8))
-        if not widest:
-            return [b""] * self.size
-        texts = bytearray(widest * self.size)
-        padded = text.ljust(widest, b"\0")
-        self._patiently(self._verdicts.Iallgather([padded, self._mpi.BYTE], [texts, self._mpi.BYTE]))
-        return [bytes(texts[at : at + widest]).rstrip(b"\0") for at in range(0, widest * self.size, widest)]
-
-    @staticmethod
-    def _patiently(request: Any) -> None:
-        pause_s = 2e-5
-        while not request.Test():
-            time.sleep(pause_s)
-            pause_s = min(5e-3, 1.2 * pause_s)
-
-
 _ranks: Ranks | None = None
 _watched_stderr = 2
 

@@ -1,0 +1,150 @@
+"""What :mod:`bench.overlap` measures: the steps of one engine, and whether they are right."""
+
+from __future__ import annotations
+
+import time
+from hashlib import sha256
+
+import torch
+
+import commlab
+from commlab.runtime.group import Group
+from commlab.strategies.engine import Times
+from commlab.trainer.model import build_model, loss_sum
+
+from ..core.ranks import Ranks
+
+VOCABULARY = 257
+
+
+class Work:
+    """What every contestant computes: ``batch_size`` sequences on each rank, other ones on every rank, from the same
+    parameters in every step."""
+
+    def __init__(self, model_name: str, batch_size: int, seq_len: int, group: Group, ranks: Ranks, seed: int):
+        self.model_name, self.seq_len, self.group, self.ranks, self.seed = model_name, seq_len, group, ranks, seed
+        self.size, self.tokens = ranks.size, batch_size * seq_len
+        generator = torch.Generator().manual_seed(1000 * seed + ranks.rank)
+        self.ids = torch.randint(0, VOCABULARY, (batch_size, seq_len), generator=generator)
+        self.labels = self.ids.roll(-1, dims=1)
+        self.start = [parameter.detach().clone() for parameter in self.build().parameters()]
+        self.samples = [
+            torch.tensor(sorted({0, tensor.numel() // 3, tensor.numel() // 2, tensor.numel() - 1}))
+            for tensor in self.start
+        ]
+        self.mean: list[torch.Tensor] = []
+        """Of the gradient over all ranks, at the samples, in float64; known once :class:`Computing` has run."""
+        self.mean_size: list[torch.Tensor] = []
+        """The same of its absolute values, to which a wire rounds."""
+
+    def build(self) -> torch.nn.Module:
+        # A config file's own dropout would make every step another one.
+        return build_model(self.model_name, seq_len=self.seq_len, vocab_size=VOCABULARY, dropout=0.0, seed=self.seed)
+
+    def loss(self, model: torch.nn.Module) -> tuple[torch.Tensor, int]:
+        return loss_sum(model, self.ids, self.labels)
+
+    def take_mean(self, model: torch.nn.Module, count: int) -> None:
+        """From the ranks' own gradients, of a sum over ``count`` tokens each. Collective."""
+        own = [
+            parameter.grad.view(-1)[at].double() if parameter.grad is not None else torch.zeros(len(at)).double()
+            for parameter, at in zip(model.parameters(), self.samples, strict=True)
+        ]
+        numbers, lengths = torch.cat(own), [len(at) for at in self.samples]
+        totals = torch.tensor(self.ranks.total([*numbers, *numbers.abs()]), dtype=torch.float64) / (count * self.size)
+        mean, mean_size = totals.chunk(2)
+        self.mean, self.mean_size = list(mean.split(lengths)), list(mean_size.split(lengths))
+
+
+class Side:
+    """One contestant: ``dps``, or ``allreduce:fp16`` with a wire. SGD at learning rate 1 leaves the reduced gradient in
+    the parameters, where every strategy has it."""
+
+    def __init__(self, name: str, work: Work, bucket_bytes: int):
+        self.name, self.work = name, work
+        strategy, _, self.wire = name.partition(":")
+        self.model = work.build()
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.engine = commlab.strategy(
+            strategy, self.model, optimizer, work.group, wire=self.wire or None, bucket_bytes=bucket_bytes
+        )
+        assert self.engine.buckets is not None
+        self.buckets = self.engine.buckets
+        self.bytes_sent = 0
+        """In a step, the most that any rank sends."""
+        last, share = self.buckets.buckets[-1], (work.size - 1) / work.size
+        late = last.numel * last.dtype.itemsize * share * (2 if strategy == "allreduce" else 1)
+        pulled = share * sum(4 * tensor.numel() for tensor in work.start) if strategy == "dps" else 0
+        self.late_bytes = round(late + pulled)
+        """Of them, those that are not known before backward ends: the last bucket, and what is updated."""
+        self.wrong = 0
+        self._digest = b""
+
+    def step(self, *, overlap: bool) -> tuple[float, float]:
+        """A whole step from the same parameters, checked; (seconds, of these in the update). Collective."""
+        engine, work = self.engine, self.work
+        self.buckets.overlap, engine.times = overlap, Times()
+        sent_before = work.group.bytes_sent
+        work.ranks.barrier()
+        started_s = time.perf_counter()
+        loss, count = work.loss(engine.model)
+        engine.backward(loss, count, count * work.size)
+        engine.step()
+        spent_s = time.perf_counter() - started_s
+        self.bytes_sent = int(work.ranks.maximum([work.group.bytes_sent - sent_before])[0])
+        self._check_bits()
+        self._check_numbers()
+        engine.zero_grad()
+        engine.update_parameters(self._restore)
+        return spent_s, engine.times.update_s
+
+    @torch.no_grad()
+    def _restore(self, model: torch.nn.Module) -> None:
+        for parameter, start in zip(model.parameters(), self.work.start, strict=True):
+            parameter.copy_(start)
+
+    def _check_bits(self) -> None:
+        """The same on all ranks, and after every step, with and without overlap."""
+        work, digest = self.work, sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().contiguous().view(-1).numpy().data)
+        found = digest.digest()
+        self._digest = self._digest or found
+        self.wrong += int(found != self._digest) + int(len(set(work.group.exchange_records(found, "digest"))) > 1)
+
+    def _check_numbers(self) -> None:
+        """The parameters before, less the mean of all ranks' gradients."""
+        work = self.work
+        # A 16-bit number has 10 bits (8 in bf16), and steps of 6e-8 where it is small.
+        relative, least = (2**-7, 2e-7) if self.wire else (1e-4, 1e-8)
+        for parameter, start, at, mean, size in zip(
+            self.model.parameters(), work.start, work.samples, work.mean, work.mean_size, strict=True
+        ):
+            before = start.view(-1)[at].double()
+            off = (before - parameter.detach().view(-1)[at].double() - mean).abs()
+            self.wrong += int((off > relative * size + 1.2e-7 * before.abs() + least).sum())
+
+
+class Computing:
+    """Forward and backward of ``side``'s model with nothing packed or sent."""
+
+    def __init__(self, side: Side):
+        self.side = side
+        self.samples_s: list[tuple[float, float]] = []
+        """Forward and backward, the slowest rank's."""
+
+    def run(self) -> None:
+        """Collective."""
+        engine, work = self.side.engine, self.side.work
+        work.ranks.barrier()
+        started_s = time.perf_counter()
+        with engine.no_sync():
+            loss, count = work.loss(engine.model)
+            between_s = time.perf_counter()
+            engine.backward(loss, count, count * work.size)
+        ended_s = time.perf_counter()
+        forward_s, backward_s = work.ranks.maximum([between_s - started_s, ended_s - between_s])
+        self.samples_s.append((forward_s, backward_s))
+        if not work.mean:
+            work.take_mean(engine.model, count)
+        engine.zero_grad()

@@ -1,0 +1,93 @@
+"""The ranks of a benchmark, as the harness needs them: met over MPI, beside and not through what is measured."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import commlab
+from commlab.job import launch as bringup
+from commlab.job.topology import usable_cores
+
+
+def link_bytes_per_s() -> float:
+    """Of each host, each way, as bench.cluster made it; 0 elsewhere."""
+    return float(os.environ.get("COMMLAB_LINK_BYTES_PER_S", 0))
+
+
+def share_cores(threads: int | None = None) -> None:
+    """Give torch the threads that a training process gives it: all cores, shared among the ranks of this host. Emulated
+    hosts share this machine's cores, though each of them sees all. ``threads`` or OMP_NUM_THREADS: so many instead."""
+    import torch
+
+    launch = bringup.detect()
+    sharing = launch.size if link_bytes_per_s() else launch.local_size
+    given = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+    torch.set_num_threads(given or max(1, usable_cores() // sharing))
+
+
+class Ranks:
+    """All ranks of the launch; one rank without a launcher, which then needs no MPI."""
+
+    def __init__(self) -> None:
+        self._comm: Any = None
+        self.rank, self.size, self.mpi = 0, 1, "none"
+        if bringup.detect().launcher is not None:
+            from mpi4py import MPI
+
+            from commlab.transport.mpi import library
+
+            self._comm = MPI.COMM_WORLD.Dup()
+            self.rank, self.size, self.mpi = self._comm.rank, self._comm.size, library()
+
+    def barrier(self) -> None:
+        if self._comm is not None:
+            self._comm.Barrier()
+
+    def rest(self) -> None:
+        """A barrier that leaves the core to others; late by up to 2 ms. Collective."""
+        if self._comm is not None:
+            request = self._comm.Ibarrier()
+            while not request.Test():
+                time.sleep(2e-3)
+
+    def maximum(self, values: Sequence[float]) -> list[float]:
+        """The largest value over all ranks, place by place. Collective; as many values on every rank."""
+        return self._reduced(values, "MAX")
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        return self._reduced(values, "SUM")
+
+    def _reduced(self, values: Sequence[float], op: str) -> list[float]:
+        mine = np.asarray(values, np.float64)
+        if self._comm is None:
+            return list(map(float, mine))
+        from mpi4py import MPI
+
+        everyone = np.empty_like(mine)
+        self._comm.Allreduce(mine, everyone, getattr(MPI, op))
+        return list(map(float, everyone))
+
+    def first(self, text: str) -> str:
+        """The text of the lowest rank whose text is not empty; empty when all are. Collective."""
+        if self._comm is None:
+            return text
+        width = int(self.maximum([len(text.encode())])[0])
+        if not width:
+            return ""
+        mine = np.frombuffer(text.encode().ljust(width, b"\0"), np.uint8)
+        table = np.empty((self.size, width), np.uint8)
+        self._comm.Allgather(mine, table)
+        return next((said for row in table if (said := row.tobytes().rstrip(b"\0").decode())), "")
+
+    def end(self, failed: int, said: str) -> int:
+        """Shut commlab down; the exit code. Rank 0 says how many of its checks ``failed``. Collective."""
+        if failed and self.rank == 0:
+            print(f"{failed} {said}", file=sys.stderr)
+        commlab.shutdown()
+        return 1 if failed else 0

@@ -1,0 +1,130 @@
+"""Result files: JSON lines. A ``run`` line says when, where, with what and how; the ``row`` lines, what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from commlab.job import launch
+from commlab.job.topology import usable_cores
+
+from .ranks import Ranks, link_bytes_per_s
+
+_TELLING = ("HOROVOD_", "OMPI_MCA_", "PRTE_MCA_", "MPIR_CVAR_", "MPICH_", "UCX_", "GLOO_", "OMP_")
+"""Variables of the environment that change what peers do."""
+_LAUNCHERS = ("OMPI_MCA_PREFIXES", "OMPI_MCA_cpu_type", "OMPI_MCA_initial_wdir", "OMPI_MCA_num_procs")
+"""What Open MPI's mpirun sets by itself."""
+
+
+def describe(ranks: Ranks, module: str, **more: Any) -> dict[str, Any]:
+    """The ``run`` line. Not collective: rank 0 describes its own host."""
+    import torch
+
+    from commlab import native
+
+    found = run_line(module, f"mpirun -n {ranks.size} ", ranks.mpi)
+    found["versions"] |= {"torch": torch.__version__, "native": native.backend()}
+    hosts = ranks.size // launch.detect().local_size
+    return {**found, "ranks": ranks.size, "hosts": hosts, "link_bytes_per_s": link_bytes_per_s(), **more}
+
+
+def place(run: dict[str, Any]) -> str:
+    """The MPI of a run, and the hosts that bench.cluster made for it."""
+    mpi: str = run["versions"]["mpi"]
+    if not run.get("link_bytes_per_s"):
+        return mpi
+    return f"{mpi}, {run['hosts']} hosts at {8 * run['link_bytes_per_s'] / 1e6:.0f} Mbit/s"
+
+
+def run_line(module: str, launcher: str, mpi: str) -> dict[str, Any]:
+    """What a ``run`` line says without knowing what is measured. ``launcher``: what stands before ``python``."""
+    import commlab
+
+    return {
+        "type": "run",
+        "bench": module,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join([f"{launcher}python -m {module}", *_arguments()]),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": usable_cores(),
+            "memory_GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        },
+        "load": round(os.getloadavg()[0], 2),
+        "versions": {
+            "commlab": commlab.__version__,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "mpi": mpi,
+        },
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_TELLING) and name not in _LAUNCHERS
+        },
+    }
+
+
+def append(path: str | Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Add lines to a file, all in one write; the folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read(path: str | Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The runs of a file, each with its rows. ValueError, with the line's number, for what is no result file."""
+    runs: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if line["type"] == "run":
+                runs.append((line, []))
+            else:
+                runs[-1][1].append(line)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path}, line {number}: not a line of a result file ({error!r})") from error
+    return runs
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return found[0] if found else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with ``+`` where files differ from it; None outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=20, check=True
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _arguments() -> list[str]:
+    """The command's arguments without the file that it writes: that is where the reader found them."""
+    shown, skip = [], False
+    for argument in sys.argv[1:]:
+        if not skip and not argument.startswith("--json"):
+            shown.append(argument)
+        skip = argument == "--json"
+    return shown

@@ -1,0 +1,1 @@
+"""Emulated hosts: network namespaces of this machine."""

@@ -1,0 +1,1 @@
+"""Training runs as rows of a table."""

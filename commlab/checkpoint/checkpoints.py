@@ -1,0 +1,223 @@
+"""Checkpoints of a run: every rank writes what it owns, and a run on any number of ranks takes up what it needs.
+
+    rank r   its pieces of the parameters and of the optimizer's state; its random state
+    rank 0   also what exists once: buffers, frozen parameters, the schedule, whatever the caller adds
+
+Under ``ps`` and ``dps`` pieces are shards; under the other strategies rank 0 writes them all. So a checkpoint holds
+every number once, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import trace
+from ..errors import AgreedError, UsageError
+from ..runtime.control import together
+from . import files
+
+if TYPE_CHECKING:
+    from ..strategies.engine import Strategy
+
+
+class Checkpoints:
+    """Saves and restores ``model``, ``engine`` (its optimizer, loss scale, counters), ``scheduler`` and random state.
+
+    ``folder``: on a file system that all ranks see. ``keep``: how many of the newest checkpoints stay, at least 1; with
+    2 there is one to fall back to. All ranks of the engine's group make the same calls, between steps. Errors:
+    UsageError, on all ranks.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: torch.nn.Module,
+        engine: Strategy,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        keep: int = 2,
+    ):
+        if keep < 1:
+            raise UsageError(f"checkpoints to keep: at least 1, got {keep}")
+        self.folder, self.keep = Path(folder), keep
+        self.refused: list[str] = []
+        """What :meth:`restore` did not take, and why; the same on all ranks."""
+        self._model, self._engine, self._scheduler, self._group = model, engine, scheduler, engine.group
+        self._good: list[Path] = []
+        """Checkpoints that are known to be whole, the newest last."""
+
+    def save(self, step: int, more: Any = None) -> Path:
+        """Write the checkpoint after ``step`` steps; where it lies. Collective. When it returns, on any rank, the
+        checkpoint survives the death of every process; until then the ones before it are untouched. ``more``: what the
+        caller needs besides, equal on all ranks; see :func:`commlab.checkpoint.nested.pack` for what it may hold.
+
+        Cost: the state is written once over all ranks, and read once (from memory) for its checksum; training waits.
+        """
+        group = self._group
+        self._engine.settle()
+        with trace.span("checkpoint"):
+            together(group, lambda: files.begin(self.folder, step) if group.rank == 0 else None)
+            place = files.aside(self.folder, step)
+            name = f"rank-{group.rank}-of-{group.size}.safetensors"
+            part = together(group, lambda: files.write_part(place, name, self._own_state(step, more)))
+            records = group.gather_bytes(json.dumps(part).encode(), "parts of the checkpoint")
+            parts = [files.Part(*json.loads(record)) for record in records]
+            about = {"ranks": group.size, "strategy": self._engine.name}
+            path = together(group, lambda: files.commit(self.folder, step, parts, about) if group.rank == 0 else Path())
+            path = Path(group.gather_bytes(str(path).encode(), "name of the checkpoint")[0].decode())
+            self._good.append(path)
+            together(group, lambda: self._prune() if group.rank == 0 else None)
+        return path
+
+    def restore(self) -> tuple[int, Any] | None:
+        """Take up the newest checkpoint that is whole: its step and ``more``, or None where there is none at all.
+        Collective. Truncated and altered ones are passed over and listed in ``refused``; UsageError where all were.
+
+        The optimizer's hyper-parameters, learning rate included, become those of the checkpoint. Random state comes
+        back on the same number of ranks; on another, every rank draws a new one from its own and the step.
+        """
+        group = self._group
+        listed = together(group, lambda: files.newest_first(self.folder) if group.rank == 0 else [])
+        names = group.gather_bytes(json.dumps([path.name for path in listed]).encode(), "checkpoints")[0]
+        found = [self.folder / name for name in json.loads(names)]
+        for path in found:
+            manifest = self._checked(path)
+            if manifest is not None:
+                self._good.append(path)
+                return manifest["step"], self._take(path, manifest)
+        if found:
+            raise AgreedError(
+                f"none of the {len(found)} checkpoints in {self.folder} is whole: {'; '.join(self.refused)}; "
+                "start anew without --resume, in another folder"
+            )
+        return None
+
+    def require_none(self) -> None:
+        """UsageError where the folder holds checkpoints: those of another run would be mixed with this one's.
+        Collective."""
+        found = together(self._group, lambda: files.newest_first(self.folder) if self._group.rank == 0 else [])
+        told = self._group.gather_bytes(str(found[0]).encode() if found else b"", "newest checkpoint")[0].decode()
+        if told:
+            raise AgreedError(
+                f"there are checkpoints already, the newest {told}; --resume goes on from it, another --checkpoint-dir "
+                "starts anew"
+            )
+
+    def _own_state(self, step: int, more: Any) -> dict[str, Any]:
+        """What this rank writes."""
+        engine, rank = self._engine, self._group.rank
+        state: dict[str, Any] = {"step": step, "random": self._random()}
+        if rank == 0 or engine.shards_state:
+            state["engine"] = engine.state_dict()
+            values = {item.name: item.tensor.detach().reshape(-1) for item in engine.parameters}
+            for name, pieces in state["engine"]["pieces"].items():
+                for piece in pieces:
+                    piece["value"] = values[name][piece["start"] : piece["stop"]]
+        if rank == 0:
+            state["fixed"] = dict(self._fixed())
+            state["scheduler"] = None if self._scheduler is None else self._scheduler.state_dict()
+            state["more"] = more
+        return state
+
+    def _fixed(self) -> list[tuple[str, torch.Tensor]]:
+        """What is not trained, by name."""
+        trained = {item.name for item in self._engine.parameters}
+        frozen = [(name, tensor) for name, tensor in self._model.named_parameters() if name not in trained]
+        return [*frozen, *self._model.named_buffers()]
+
+    def _random(self) -> dict[str, torch.Tensor]:
+        devices = {item.tensor.device for item in self._engine.parameters if item.tensor.is_cuda}
+        states = {str(device): torch.cuda.get_rng_state(device) for device in devices}
+        return {"cpu": torch.get_rng_state(), **states}
+
+    def _checked(self, path: Path) -> dict[str, Any] | None:
+        """The manifest of a checkpoint that is whole; else None, and the reason is noted. Ranks share the reading."""
+        group = self._group
+        text = reason = ""
+
+        def look() -> None:
+            nonlocal text, reason
+            try:
+                text = files.read_manifest(path)
+                for part in files.parts_of(json.loads(text))[group.rank :: group.size]:
+                    files.verify(path, part)
+            except files.Refused as refused:
+                text, reason = "", str(refused)
+
+        together(group, look)
+        verdicts = group.gather_bytes(json.dumps([text, reason]).encode(), "checkpoint found")
+        texts, reasons = zip(*(json.loads(verdict) for verdict in verdicts), strict=True)
+        if any(reasons):
+            self.refused.append(f"{path.name}: {next(filter(None, reasons))}")
+            return None
+        if len(set(texts)) > 1:
+            raise AgreedError(f"{path} is not the same on all ranks: the folder must be on one shared file system")
+        manifest: dict[str, Any] = json.loads(text)
+        return manifest
+
+    def _take(self, path: Path, manifest: dict[str, Any]) -> Any:
+        parts = files.parts_of(manifest)
+        # Every rank looks at all parts, and reads what it needs: tensors lie in mapped files.
+        states = together(self._group, lambda: [files.read_part(path, part) for part in parts])
+        shards = [state["engine"] for state in states if "engine" in state]
+        fixed = states[0]["fixed"]
+
+        def load() -> None:
+            steps = {state["step"] for state in states}
+            if steps != {manifest["step"]}:
+                raise UsageError(
+                    f"{path} has parts of steps {sorted(steps)} under a manifest of step {manifest['step']}"
+                )
+            self._require_same_model(shards, fixed)
+            self._engine.load_state_dict(*shards)
+
+        together(self._group, load)
+        self._engine.update_parameters(lambda _: self._write_values(shards, fixed))
+        if self._scheduler is not None and states[0]["scheduler"] is not None:
+            self._scheduler.load_state_dict(states[0]["scheduler"])
+        if len(states) == self._group.size:
+            for device, random in states[self._group.rank]["random"].items():
+                torch.set_rng_state(random) if device == "cpu" else torch.cuda.set_rng_state(random, device)
+        else:
+            torch.manual_seed((torch.initial_seed() + 7919 * manifest["step"]) % 2**63)
+        return states[0]["more"]
+
+    def _require_same_model(self, shards: list[dict[str, Any]], fixed: dict[str, torch.Tensor]) -> None:
+        saved = {name: list(tensor.shape) for name, tensor in fixed.items()}
+        mine = {name: list(tensor.shape) for name, tensor in self._fixed()}
+        for item in self._engine.parameters:
+            mine[item.name] = [item.tensor.numel()]
+        for shard in shards:
+            for name, pieces in shard["pieces"].items():
+                saved.setdefault(name, [0])
+                saved[name][0] += sum(piece["stop"] - piece["start"] for piece in pieces)
+        # A parameter without numbers may be in nobody's shard.
+        for name in sorted(mine.keys() | saved.keys()):
+            if mine.get(name, [0]) != saved.get(name, [0]):
+                raise UsageError(
+                    f"{name!r} has shape or size {saved.get(name, 'none')} in the checkpoint, and "
+                    f"{mine.get(name, 'none')} in this model; resume with the model that was saved"
+                )
+
+    def _write_values(self, shards: list[dict[str, Any]], fixed: dict[str, torch.Tensor]) -> None:
+        for item in self._engine.parameters:
+            for piece in (piece for shard in shards for piece in shard["pieces"].get(item.name, ())):
+                whole = item.tensor.data
+                if whole.is_contiguous():
+                    whole.view(-1)[piece["start"] : piece["stop"]].copy_(piece["value"])
+                else:
+                    flat = whole.reshape(-1)
+                    flat[piece["start"] : piece["stop"]] = piece["value"]
+                    whole.copy_(flat.view(whole.shape))
+        for name, tensor in self._fixed():
+            tensor.data.copy_(fixed[name])
+
+    def _prune(self) -> None:
+        """All but the newest good ones go: also those that were refused, once there is a newer one."""
+        del self._good[: -self.keep]
+        for path in files.newest_first(self.folder):
+            if path not in self._good:
+                files.remove(path)

@@ -1,0 +1,202 @@
+"""Checkpoints as files: written aside, checked, and there only once they are whole.
+
+    FOLDER/.step-0000000200.partial/     while it is written
+    FOLDER/step-0000000200/              renamed when every byte of it is on disk
+        rank-0-of-8.safetensors ...      what one rank knows
+        manifest.json                    step, parts with their sizes and SHA-256, and the SHA-256 of itself
+
+A process may die between any two instructions: before the rename the checkpoint is not there, after it it is whole.
+What the disk, or a hand, changes later is found when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import UsageError
+from .nested import pack, unpack
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{10})(?:-(\d+))?")
+
+
+class Refused(Exception):
+    """A checkpoint that is truncated, altered, or not all there; the message says what is wrong with it."""
+
+
+class Part(NamedTuple):
+    """One file of a checkpoint: its name in the folder, its size in bytes, the SHA-256 of its content."""
+
+    name: str
+    size_bytes: int
+    digest: str
+
+
+def aside(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is while it is written."""
+    return folder / f".step-{step:010d}.partial"
+
+
+def begin(folder: Path, step: int) -> None:
+    """Make the place aside, and remove what writers that died have left. One rank."""
+    with _reported(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left)
+        aside(folder, step).mkdir()
+
+
+def write_part(place: Path, name: str, state: Any) -> Part:
+    """Write ``state`` (:func:`commlab.checkpoint.nested.pack`) as a safetensors file, and wait until the disk has it."""
+    from safetensors.torch import save_file
+
+    text, tensors = pack(state)
+    path = place / name
+    with _reported(path):
+        if not place.is_dir():
+            raise UsageError(f"{place} was made by another rank and is not to be seen here; {_SHARED}")
+        save_file(tensors, str(path), {"state": text})
+        _to_disk(path)
+        return Part(name, path.stat().st_size, _digest(path))
+
+
+def commit(folder: Path, step: int, parts: Sequence[Part], more: dict[str, Any]) -> Path:
+    """Write the manifest and let the checkpoint appear; when this returns, it is there for good. One rank, after all
+    parts are written. ``more``: plain JSON, for the manifest."""
+    place = aside(folder, step)
+    content = {"format": FORMAT, "step": step, "parts": [list(part) for part in parts], **more}
+    with _reported(place):
+        for part in parts:
+            if not (place / part.name).exists():
+                raise UsageError(
+                    f"{place / part.name} was written by another rank and is not to be seen here; {_SHARED}"
+                )
+        (place / MANIFEST).write_text(_rendered(content), encoding="utf-8")
+        _to_disk(place / MANIFEST)
+        _to_disk(place)
+        # One that was refused may have this name: it stays until a newer one is there.
+        names = [f"step-{step:010d}", *(f"step-{step:010d}-{again}" for again in range(1, 1000))]
+        final = next(path for path in (folder / name for name in names) if not path.exists())
+        os.rename(place, final)
+        _to_disk(folder)
+    return final
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """All checkpoints of the folder, whole or not."""
+    if not folder.is_dir():
+        return []
+    with _reported(folder):
+        found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda item: (int(item[0][1]), int(item[0][2] or 0)), reverse=True)]
+
+
+def remove(path: Path) -> None:
+    """Under another name first: half of a checkpoint must not look like a damaged one."""
+    with _reported(path):
+        hidden = path.with_name(f".{path.name}.removed")
+        os.rename(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def read_manifest(path: Path) -> str:
+    """The text of a checkpoint's manifest. Refused unless every byte of it is as it was written."""
+    with _refused_if_missing(path / MANIFEST):
+        content = (path / MANIFEST).read_bytes()
+    try:
+        text = content.decode()
+        manifest = json.loads(text)
+        stated = manifest.pop("sha256")
+        whole = isinstance(stated, str) and _rendered(manifest) == text
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"{MANIFEST} is truncated or altered ({error!r})") from error
+    if not whole:
+        raise Refused(f"{MANIFEST} was altered: it does not have the SHA-256 that it states")
+    if manifest["format"] != FORMAT:
+        raise Refused(f"it has format {manifest['format']}, and this commlab reads format {FORMAT}")
+    if _NAME.fullmatch(path.name) and int(path.name[5:15]) != manifest["step"]:
+        raise Refused(f"its folder was renamed: it is of step {manifest['step']}")
+    return text
+
+
+def parts_of(manifest: dict[str, Any]) -> list[Part]:
+    return [Part(*part) for part in manifest["parts"]]
+
+
+def verify(path: Path, part: Part) -> None:
+    """Refused unless the part's file has exactly the bytes that were written."""
+    with _refused_if_missing(path / part.name):
+        size_bytes = (path / part.name).stat().st_size
+        if size_bytes != part.size_bytes:
+            raise Refused(f"{part.name} has {size_bytes} bytes, and was written with {part.size_bytes}")
+        if _digest(path / part.name) != part.digest:
+            raise Refused(f"{part.name} was altered: its content does not have the SHA-256 of the manifest")
+
+
+def read_part(path: Path, part: Part) -> Any:
+    """The state of a verified part; tensors lie in the mapped file, and are read when they are used."""
+    from safetensors import safe_open
+
+    with _reported(path / part.name), safe_open(str(path / part.name), "pt") as file:
+        return unpack(file.metadata()["state"], {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+_SHARED = "all ranks must share the folder of checkpoints: put it on a file system that all hosts mount"
+
+
+def _rendered(content: dict[str, Any]) -> str:
+    """JSON with its own checksum, in the one form that is accepted: a byte more or less is an alteration."""
+    body = json.dumps(content, indent=1)
+    return json.dumps({**content, "sha256": sha256(body.encode()).hexdigest()}, indent=1) + "\n"
+
+
+def _digest(path: Path) -> str:
+    found = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """A file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"checkpoint {path}: {error}; no checkpoint that was there before is touched. Make room or mend the disk, "
+            "then --resume"
+        ) from error
+
+
+@contextmanager
+def _refused_if_missing(path: Path) -> Iterator[None]:
+    """A file that is gone is damage; one that cannot be read (rights, a broken disk) is for the user to decide."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Refused(f"{path.name} is missing") from error
+    except OSError as error:
+        raise UsageError(
+            f"checkpoint {path} cannot be read: {error.strerror or error}; mend that, or move it away"
+        ) from error

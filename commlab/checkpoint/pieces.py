@@ -1,0 +1,168 @@
+"""Optimizer state by parameter name and range: the one form in which it is sharded, saved and loaded.
+
+A piece is a range of one flattened parameter together with the tensor that the optimizer updates for it. Strategies
+without sharding have one piece per parameter, the whole of it; so state saved under one strategy and number of ranks
+loads under any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+
+from ..chunks import Range
+from ..errors import UsageError
+from ..gradients.parameters import NamedParameter
+
+
+class Piece(NamedTuple):
+    """Elements ``start .. stop - 1`` of ``parameter`` (flattened), updated through ``tensor``."""
+
+    parameter: NamedParameter
+    start: int
+    stop: int
+    tensor: torch.Tensor
+
+
+MASTER = "master"
+"""Under which name the fp32 master is saved, beside the optimizer's state, where a piece is updated through one."""
+
+
+def parameter_of(piece: Piece) -> torch.Tensor:
+    """The piece's part of the parameter itself, in the shape of ``piece.tensor``."""
+    whole = piece.parameter.tensor.detach()
+    if piece.tensor.shape == whole.shape:
+        return whole
+    return whole.view(-1)[piece.start : piece.stop].view(piece.tensor.shape)
+
+
+def _is_master(piece: Piece) -> bool:
+    return piece.tensor.dtype != piece.parameter.tensor.dtype
+
+
+def rebind(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> None:
+    """Let the user's own optimizer update ``pieces`` instead of whole parameters; its groups, hyper-parameters and
+    schedulers stay, and state that it has already is cut the same way."""
+    before = {id(parameter): dict(state) for parameter, state in optimizer.state.items()}
+    optimizer.state.clear()
+    members: list[list[torch.Tensor]] = [[] for _ in optimizer.param_groups]
+    for piece in sorted(pieces, key=lambda piece: (piece.parameter.index, piece.start)):
+        members[piece.parameter.group].append(piece.tensor)
+        old = before.get(id(piece.parameter.tensor))
+        if old:
+            whole = piece.parameter.tensor
+            optimizer.state[piece.tensor] = {
+                key: _cut(value, whole.shape, piece.start, piece.stop).clone() if torch.is_tensor(value) else value
+                for key, value in old.items()
+            }
+    for entry, tensors in zip(optimizer.param_groups, members, strict=True):
+        entry["params"] = tensors
+
+
+def _cut(value: torch.Tensor, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    """The part of a state tensor that belongs to a piece; what is not shaped like the parameter (a step counter)
+    belongs to all."""
+    return value.reshape(-1)[start:stop] if value.shape == shape and value.dim() else value
+
+
+def state(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """``{"groups": [hyper-parameters], "pieces": {name: [{"start", "stop", "numel", "state"}]}}`` of this rank; tensors
+    are not copied."""
+    saved: dict[str, list[dict[str, Any]]] = {}
+    for piece in pieces:
+        entry: dict[str, Any] = {"start": piece.start, "stop": piece.stop, "numel": piece.parameter.tensor.numel()}
+        values = optimizer.state.get(piece.tensor, {})
+        entry["state"] = {
+            key: _cut(value, piece.tensor.shape, 0, piece.stop - piece.start) if torch.is_tensor(value) else value
+            for key, value in values.items()
+        }
+        if _is_master(piece):
+            entry["state"][MASTER] = piece.tensor.view(-1)
+        saved.setdefault(piece.parameter.name, []).append(entry)
+    return {"groups": groups_of(optimizer), "pieces": saved}
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Its hyper-parameters."""
+    return [{key: value for key, value in entry.items() if key != "params"} for entry in optimizer.param_groups]
+
+
+def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]) -> None:
+    """The reverse of :func:`state`, from the parts of any number of ranks."""
+    collected = collect(pieces, optimizer, parts)
+    load_groups(optimizer, parts)
+    for piece, found in collected:
+        master = found.pop(MASTER, None)
+        if _is_master(piece):
+            piece.tensor.copy_(parameter_of(piece) if master is None else master.view(piece.tensor.shape))
+        entry = optimizer.param_groups[piece.parameter.group]
+        if entry.get("fused") or entry.get("capturable"):
+            # These want their step counters, too, where the tensor is.
+            found = {k: v.to(piece.tensor.device) if torch.is_tensor(v) else v for k, v in found.items()}
+        optimizer.state[piece.tensor] = found
+
+
+def collect(
+    pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]
+) -> list[tuple[Piece, dict[str, Any]]]:
+    """The state of each piece, out of ``parts``. Changes nothing: an error must leave the optimizer as it was."""
+    if not parts:
+        raise UsageError("load_state_dict() needs at least one part")
+    if len(parts[0]["groups"]) != len(optimizer.param_groups):
+        raise UsageError(
+            f"the saved optimizer has {len(parts[0]['groups'])} groups, this one {len(optimizer.param_groups)}"
+        )
+    # A parameter without numbers has a state too, which nobody saved.
+    return [(piece, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
+
+
+def load_groups(optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]) -> None:
+    """Its hyper-parameters become those that were saved."""
+    for entry, saved in zip(optimizer.param_groups, parts[0]["groups"], strict=True):
+        entry.update({key: deepcopy(value) for key, value in saved.items() if key != "params"})
+
+
+def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    name, wanted = piece.parameter.name, Range(piece.start, piece.stop)
+    saved = [entry for part in parts for entry in part["pieces"].get(name, ())]
+    if saved and saved[0]["numel"] != piece.parameter.tensor.numel():
+        raise UsageError(
+            f"parameter {name!r}: saved with {saved[0]['numel']} numbers, the model has "
+            f"{piece.parameter.tensor.numel()}"
+        )
+    result: dict[str, Any] = {}
+    # Ranks that do not shard save the same numbers each; they are taken once.
+    covered = wanted.start
+    for entry in sorted(saved, key=lambda entry: int(entry["start"])):
+        here = Range(entry["start"], entry["stop"])
+        common = here.intersect(Range(covered, wanted.stop))
+        if not common.numel or common.start > covered:
+            continue
+        covered = common.stop
+        for key, value in entry["state"].items():
+            if not torch.is_tensor(value) or value.dim() == 0 or value.numel() != here.numel:
+                result[key] = value.clone() if torch.is_tensor(value) else value
+                continue
+            if key not in result:
+                result[key] = torch.empty(wanted.numel, dtype=value.dtype)
+            result[key][common.start - wanted.start : common.stop - wanted.start] = value[
+                common.start - here.start : common.stop - here.start
+            ]
+    if covered != wanted.stop:
+        raise UsageError(
+            f"parameter {name!r}: this rank updates its numbers "
+            f"{wanted.start}..{wanted.stop - 1}, and number {covered} has no saved state; "
+            "load the parts of all ranks that saved"
+        )
+    return {key: _shaped(value, piece) for key, value in result.items()}
+
+
+def _shaped(value: Any, piece: Piece) -> Any:
+    """State of a whole parameter has the parameter's shape, and its strides: torch's fused optimizers walk both as
+    plain memory."""
+    if torch.is_tensor(value) and value.dim() == 1 and value.numel() == piece.tensor.numel():
+        return torch.empty_like(piece.tensor, dtype=value.dtype).copy_(value.view(piece.tensor.shape))
+    return value

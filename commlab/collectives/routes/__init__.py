@@ -1,0 +1,1 @@
+"""Routes: the ways by which an operation's numbers can travel."""

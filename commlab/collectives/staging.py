@@ -1,0 +1,51 @@
+"""A call's tensor as an algorithm wants it: a flat CPU buffer, its place in the window, what is reduced how; and back
+into the tensor."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import native
+from ..native.dtypes import HALVES
+from ..runtime.group import Group
+from ..window.exchange import Attachment
+
+
+def as_flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor as a flat CPU buffer of ``dtype``: itself where it is one already, else a copy."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_cpu and tensor.is_contiguous():
+        if tensor.dtype is dtype:
+            return tensor if tensor.dim() == 1 else tensor.view(-1)
+        if tensor.dtype is torch.float32 and dtype in HALVES:
+            # Not torch's cast: its threads, where others want the cores, cost 1 MB on 4 emulated hosts as much as the
+            # 16-bit wire saved.
+            flat = torch.empty(tensor.numel(), dtype=dtype)
+            native.narrow(flat, 0, tensor, 0, flat.numel())
+            return flat
+    return tensor.to("cpu", dtype).contiguous().view(-1)
+
+
+def put_back(flat: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Write a staged buffer back where it is a copy."""
+    if flat is tensor or (flat.data_ptr() == tensor.data_ptr() and flat.dtype == tensor.dtype):
+        return
+    if flat.dtype in HALVES and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous():
+        native.widen(tensor, 0, flat, 0, flat.numel())
+    else:
+        tensor.detach().copy_(flat.view(tensor.shape))
+
+
+def attach(group: Group, flat: torch.Tensor, inline: bool = False) -> Attachment:
+    """Where ``flat`` lies in the window, if it does; or its data (``inline``), where they are few and every rank wants
+    all of them."""
+    assert group.window is not None
+    if inline:
+        return Attachment(address=flat.data_ptr(), size_bytes=flat.numel() * flat.element_size())
+    place = group.window.locate(flat)
+    return Attachment() if place is None else Attachment(place.segment, place.offset)
+
+
+def place_of(group: Group, flat: torch.Tensor, chosen: str) -> Attachment:
+    return attach(group, flat) if chosen == "window" else Attachment()

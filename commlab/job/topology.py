@@ -1,0 +1,96 @@
+"""Which ranks share a node: told by the launcher's host names, or declared by hand with ``--nodes``."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The nodes of a group: a tuple of tuples of ranks, nodes ordered by their lowest rank, ranks ascending."""
+
+    nodes: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        ranks = sorted(rank for node in self.nodes for rank in node)
+        assert ranks == list(range(len(ranks))), f"every rank lies on exactly one node: {self.nodes}"
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.nodes))
+
+    def node_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks that share ``rank``'s node, itself included."""
+        return next(node for node in self.nodes if rank in node)
+
+    def local_rank(self, rank: int) -> int:
+        return self.node_of(rank).index(rank)
+
+    def subgroup(self, ranks: Sequence[int]) -> Topology:
+        """The same nodes seen by a group made of ``ranks``; rank ``i`` there is ``ranks[i]`` here."""
+        index = {rank: position for position, rank in enumerate(ranks)}
+        kept = (tuple(sorted(index[rank] for rank in node if rank in index)) for node in self.nodes)
+        return Topology(tuple(sorted(node for node in kept if node)))
+
+
+def from_keys(keys: Sequence[str]) -> Topology:
+    """Ranks with equal keys share a node; ``keys[rank]`` is what :func:`node_key` gave on that rank."""
+    nodes: dict[str, list[int]] = {}
+    for rank, key in enumerate(keys):
+        nodes.setdefault(key, []).append(rank)
+    return Topology(tuple(map(tuple, nodes.values())))
+
+
+def declared(text: str, size: int) -> Topology:
+    """Parse ``--nodes``: ``"2"`` = two ranks on each node, in rank order; ``"0-3,4-7"`` or ``"0,1-2"`` = one entry per
+    node."""
+    try:
+        if text.isdigit():
+            per_node = int(text)
+            if per_node < 1:
+                raise ValueError
+            return Topology(tuple(tuple(range(at, min(at + per_node, size))) for at in range(0, size, per_node)))
+        nodes = []
+        for entry in text.split(","):
+            first, dash, last = entry.partition("-")
+            nodes.append(tuple(range(int(first), int(last if dash else first) + 1)))
+    except ValueError:
+        raise UsageError(
+            f"--nodes {text!r}: give the number of ranks per node (2), or one range of ranks per node (0-3,4-7)"
+        ) from None
+    if not all(nodes) or sorted(rank for node in nodes for rank in node) != list(range(size)):
+        raise UsageError(
+            f"--nodes {text!r} does not name each of the ranks 0..{size - 1} exactly once, in ranges that go upwards"
+        )
+    return Topology(tuple(sorted(nodes)))
+
+
+def node_key() -> str:
+    """A text that is equal on two ranks exactly when they run on one host: host name and the kernel's boot id (two
+    machines may both be called ``localhost``; two emulated hosts share a kernel and differ in name)."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot_id.read_text().strip() if boot_id.exists() else ''}"
+
+
+def cores_of_node(keys: Sequence[str], nodes: Sequence[Sequence[int]], rank: int) -> int:
+    """Cores that the ranks of ``rank``'s node may use together: a launcher may have bound each of them to some only.
+    ``keys``: every rank's :func:`bound_cores`."""
+    node = next(node for node in nodes if rank in node)
+    return len({core for peer in node for core in keys[peer].split(",")})
+
+
+def bound_cores() -> str:
+    """The cores this process may run on, as text."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return ",".join(map(str, sorted(cores)))
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: the affinity mask where there is one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

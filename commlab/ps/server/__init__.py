@@ -1,0 +1,1 @@
+"""A server: it owns a shard of the parameters and updates them."""

@@ -1,0 +1,126 @@
+"""The keys of a parameter server, the same on all ranks: which tensors they name, and where their parts lie."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from typing import NamedTuple
+
+import torch
+
+from ...errors import DisagreementError, UsageError
+from ...runtime.group import Group
+from ..messages import MESSAGE_BYTES, WIRE_CODES
+from ..placement import Entry, Placement, place
+
+
+class Run(NamedTuple):
+    """Parts ``first .. first + parts - 1`` of a server, and where they lie in a flat tensor on this side."""
+
+    server: int
+    first: int
+    parts: int
+    start: int
+    stop: int
+
+
+class Keys:
+    """``named_params`` and ``groups`` as :class:`commlab.ParameterServer` is given them, on ``servers`` servers.
+    UsageError, naming ``rank``, for two tensors of one name, for dtypes that no server has, and for what :meth:`entry`
+    and :meth:`require` are asked and is not there."""
+
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, torch.Tensor]],
+        groups: Mapping[str, int],
+        servers: int,
+        rank: int,
+    ):
+        self.rank = rank
+        self.tensors: dict[str, torch.Tensor] = {}
+        """As they were given; of tied ones only the first."""
+        self.entry_of: dict[str, int] = {}
+        self._runs: dict[tuple[str, ...], list[Run]] = {}
+        self.placement: Placement = place(self._entries(named_params, groups), servers)
+
+    def _entries(self, named_params: Iterable[tuple[str, torch.Tensor]], groups: Mapping[str, int]) -> list[Entry]:
+        entries: list[Entry] = []
+        known: dict[object, int] = {}
+        for name, tensor in named_params:
+            if name in self.entry_of:
+                raise UsageError(f"two tensors are named {name!r}; a key names one")
+            if tensor.dtype not in WIRE_CODES:
+                kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in WIRE_CODES)
+                raise UsageError(
+                    f"{name!r} is {tensor.dtype}; a parameter server has {kinds}: cast it, or leave it out"
+                )
+            # Tied: the same numbers under two names.
+            same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
+            if same not in known:
+                known[same] = len(entries)
+                entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, groups.get(name, 0)))
+                self.tensors[name] = tensor
+            self.entry_of[name] = known[same]
+        return entries
+
+    def require_agreement(self, everyone: Group, rules: str) -> None:
+        """DisagreementError on every rank unless all were given the same tensors and rules."""
+        lines = [rules, *(f"{name!r} is {self.placement.entries[at]}" for name, at in self.entry_of.items())]
+        digest = sha256("\n".join(lines).encode()).digest()
+        if len(set(everyone.exchange_records(digest, "parameter server"))) == 1:
+            return
+        texts = [text.decode().split("\n") for text in everyone.gather_bytes("\n".join(lines).encode(), "the stores")]
+        other = next(rank for rank, text in enumerate(texts) if text != lines) if texts[0] == lines else 0
+        at = next(
+            (at for at, (mine, theirs) in enumerate(zip(lines, texts[other], strict=False)) if mine != theirs),
+            min(len(lines), len(texts[other])),
+        )
+        mine, theirs = (text[at] if at < len(text) else "nothing more" for text in (lines, texts[other]))
+        raise DisagreementError(
+            f"rank {everyone.rank} and rank {other} make different parameter servers: here {mine}; there {theirs}. "
+            "Build it with the same arguments on all ranks, servers included"
+        )
+
+    def entry(self, key: str) -> Entry:
+        if key not in self.entry_of:
+            near = difflib.get_close_matches(key, self.entry_of, n=3, cutoff=0.4)
+            hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {len(self.entry_of)} keys"
+            raise UsageError(f"rank {self.rank}: the parameter server has no key {key!r}; {hint}")
+        return self.placement.entries[self.entry_of[key]]
+
+    def require(self, key: str, tensor: torch.Tensor, what: str) -> None:
+        """UsageError unless ``tensor`` has the shape and dtype of ``key``; ``what`` is to be done with it."""
+        entry = self.entry(key)
+        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+            mine, theirs = (
+                f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+                for dtype, shape in ((tensor.dtype, tensor.shape), (entry.dtype, entry.shape))
+            )
+            raise UsageError(
+                f"rank {self.rank}: {what} of {key!r} with a tensor of {mine}, and the parameter server has "
+                f"{theirs}; give one of that shape and dtype"
+            )
+
+    def runs_of(self, keys: tuple[str, ...]) -> list[Run]:
+        """The messages that carry these tensors, where they lie side by side."""
+        if keys not in self._runs:
+            runs: list[Run] = []
+            base = 0
+            for key in keys:
+                at = self.entry_of[key]
+                itemsize = self.placement.entries[at].dtype.itemsize
+                for part in self.placement.of_entry[at]:
+                    start, stop = base + part.start, base + part.stop
+                    last = runs[-1] if runs else None
+                    if (
+                        last is not None
+                        and (last.server, last.first + last.parts, last.stop) == (part.server, part.number, start)
+                        and (stop - last.start) * itemsize <= MESSAGE_BYTES
+                    ):
+                        runs[-1] = last._replace(parts=last.parts + 1, stop=stop)
+                    else:
+                        runs.append(Run(part.server, part.number, 1, start, stop))
+                base += self.placement.entries[at].numel
+            self._runs[keys] = runs
+        return self._runs[keys]

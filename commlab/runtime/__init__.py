@@ -1,0 +1,1 @@
+"""The runtime: groups of ranks, and what moves their operations on."""

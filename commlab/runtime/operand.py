@@ -1,0 +1,87 @@
+"""The flat buffer of one rank, and what is done to it."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import native
+from ..chunks import Range
+from ..native.dtypes import HALVES
+from ..transport.base import Bytes
+
+
+def byte_view(tensor: torch.Tensor) -> Bytes:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+class Operand:
+    """The flat buffer of one rank, what is done to it, and in what precision.
+
+    ``op``: sum, prod, min or max. ``divisor``: the owner divides its chunk by it (mean). ``own``: given for a 16-bit
+    buffer whose contributions all meet at the owner: that range is summed in fp32, divided, and only then rounded into
+    the buffer; or not rounded at all but left in ``wide`` (fp32, ``own.numel``) where that is given.
+    """
+
+    def __init__(
+        self,
+        buffer: torch.Tensor,
+        op: str = "sum",
+        divisor: float = 1,
+        own: Range | None = None,
+        wide: torch.Tensor | None = None,
+    ):
+        assert buffer.dim() == 1 and buffer.is_contiguous() and buffer.device.type == "cpu"
+        self.buffer, self.op, self.divisor, self.own = buffer, op, divisor, own
+        self.itemsize = buffer.element_size()
+        self.bytes = byte_view(buffer)
+        self.accumulator: torch.Tensor | None = None
+        self.rounds = wide is None
+        if own is not None:
+            self.accumulator = torch.empty(own.numel, dtype=torch.float32) if wide is None else wide
+            native.widen(self.accumulator, 0, buffer, own.start, own.numel)
+
+    def view(self, part: Range) -> Bytes:
+        return self.bytes[part.start * self.itemsize : part.stop * self.itemsize]
+
+    def reduce(self, part: Range, scratch: torch.Tensor) -> None:
+        """Combine ``scratch[: part.numel]`` into ``part``."""
+        if self.accumulator is not None and self.own is not None:
+            assert self.own.start <= part.start and part.stop <= self.own.stop, (part, self.own)
+            native.accumulate(self.accumulator, part.start - self.own.start, scratch, 0, part.numel, self.op)
+        else:
+            native.reduce(self.buffer, part.start, scratch, 0, part.numel, self.op)
+
+    def finish(self, part: Range) -> None:
+        """Divide, and round to the buffer's dtype, once."""
+        if self.accumulator is not None and self.own is not None:
+            start = part.start - self.own.start
+            if self.rounds:
+                native.narrow(self.buffer, part.start, self.accumulator, start, part.numel, self.divisor)
+            elif self.divisor != 1:
+                native.divide(self.accumulator, start, part.numel, self.divisor)
+        elif self.divisor != 1:
+            native.divide(self.buffer, part.start, part.numel, self.divisor)
+
+
+def divided(op: str, size: int) -> tuple[int, str]:
+    """What the reduced numbers are divided by, and how they are reduced."""
+    return (size, "sum") if op == "mean" else (1, op)
+
+
+def operand_of(
+    flat: torch.Tensor, op: str, chosen: str, size: int, own: Range, wide: torch.Tensor | None = None
+) -> Operand:
+    """How the algorithm treats this buffer (docs/rounding.md).
+
+    16-bit: ``direct`` sums in fp32 at the owner, and divides there before it rounds; the others round at every hop, so
+    a mean is divided first, which keeps the sum in range.
+    """
+    divisor, reduction = divided(op, size)
+    if flat.dtype not in HALVES:
+        return Operand(flat, reduction, divisor)
+    if chosen == "direct":
+        return Operand(flat, reduction, divisor, own, wide)
+    if divisor != 1:
+        native.divide(flat, 0, flat.numel(), divisor)
+    return Operand(flat, reduction)

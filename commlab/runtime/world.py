@@ -1,0 +1,140 @@
+"""The group of all ranks: made once, used by every operation that is given no other."""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+from ..errors import UsageError
+from ..job import launch as bringup
+from ..job import topology
+from ..transport.base import Transport
+from .group import Group
+
+TRANSPORTS = ("mpi", "torch")
+WINDOWS = ("auto", "on", "off")
+
+_world: Group | None = None
+
+
+def init(
+    transport: str = "mpi", nodes: str | None = None, timeout_s: float = 300.0, check: bool = True, window: str = "auto"
+) -> Group:
+    """Connect all ranks of the job and return their group. Collective; later calls return the same group.
+
+    ``transport``: ``"mpi"`` (under mpirun) or ``"torch"`` (gloo; under mpirun or torchrun). Without a launcher: a group
+    of one rank, which needs neither. ``nodes``: which ranks share a node, declared by hand
+    (:func:`commlab.job.topology.declared`); default: ranks with one host name. ``timeout_s``: how long a silent peer is
+    waited for. ``check``: compare operations between ranks first (in a window always). ``window``: share memory between
+    ranks of a node: ``"auto"`` (where it can be had), ``"on"`` (an error where not) or ``"off"``. From here on an
+    unhandled exception in one rank ends all of them.
+    """
+    global _world
+    if _world is not None:
+        return _world
+    if transport not in TRANSPORTS:
+        raise UsageError(f"unknown transport {transport!r}; there are {', '.join(TRANSPORTS)}")
+    if window not in WINDOWS:
+        raise UsageError(f"unknown window {window!r}; there are {', '.join(WINDOWS)}")
+    if bringup.detect().launcher is not None:
+        # While connecting, others wait already for a rank that fails; every launcher ends them when one leaves with an
+        # error.
+        bringup.install_exception_hook(os._exit)
+    connected = _connect(transport, timeout_s)
+    bringup.install_exception_hook(connected.abort)
+    alone = topology.Topology((tuple(range(connected.size)),))
+    group = Group(connected, alone, timeout_s)
+    if connected.size > 1:
+        # Gathered even when the nodes are declared, and always checked: arguments that differ between ranks are seen
+        # here.
+        arguments = f"node keys, for init(nodes={nodes!r}, check={check}, window={window!r})"
+        keys = [key.decode() for key in group.gather_bytes(topology.node_key().encode(), arguments)]
+        found = topology.from_keys(keys) if nodes is None else topology.declared(nodes, connected.size)
+        bound = [cores.decode() for cores in group.gather_bytes(topology.bound_cores().encode(), "cores")]
+        group.progress.close()
+        cores = topology.cores_of_node(bound, found.nodes, connected.rank)
+        group = Group(connected, found, timeout_s, check, cores)
+        if window != "off":
+            group.open_window() if len(found.nodes) == 1 else open_nodes(group)
+        if window == "on" and group.window is None and group.node is None:
+            raise UsageError(f"rank {group.rank}: a window was asked for and can't be had: {group.window_reason}")
+    _world = group
+    atexit.register(group.progress.close)
+    return group
+
+
+def _connect(transport: str, timeout_s: float) -> Transport:
+    launch = bringup.detect()
+    if launch.launcher is None:
+        from ..transport.sim import SimNetwork
+
+        return SimNetwork(1).transports()[0]
+    if transport == "torch":
+        from ..transport.rendezvous import store_for
+        from ..transport.torchdist import TorchTransport
+
+        return TorchTransport(store_for(launch, timeout_s), launch.rank, launch.size, timeout_s)
+    if launch.launcher == "torchrun":
+        raise UsageError(
+            f"rank {launch.rank}: torchrun launched this job, which MPI knows nothing of; use transport 'torch'"
+        )
+    try:
+        from ..transport.mpi import MpiTransport, library
+    except ImportError as error:
+        raise UsageError(
+            f"rank {launch.rank}: transport mpi needs mpi4py and an MPI library ({error}); give commlab's "
+            "checkout a pip install '.[mpich]', or use transport 'torch'"
+        ) from error
+    connected = MpiTransport()
+    if connected.size != launch.size:
+        raise UsageError(
+            f"rank {launch.rank}: {launch.launcher} launched {launch.size} ranks, but MPI sees "
+            f"{connected.size}: mpirun and mpi4py's "
+            f"library ({library()}) belong to different MPIs; use the mpirun that was installed with it"
+        )
+    return connected
+
+
+def resolve(group: Group | None) -> Group:
+    """``group``, or the world. UsageError before :func:`init`."""
+    if group is not None:
+        return group
+    if _world is None:
+        raise UsageError("no group yet: call commlab.init() first")
+    return _world
+
+
+def shutdown() -> None:
+    """Release the group of all ranks; :func:`init` may be called again. Collective."""
+    global _world
+    if _world is not None:
+        group, _world = _world, None
+        atexit.unregister(group.progress.close)
+        group.leave()
+        if group.size > 1:
+            group.barrier()
+        group.close()
+
+
+def open_nodes(group: Group) -> None:
+    """Make the groups of each node, with a window, and across nodes. Collective over ``group``. Where it can't be done
+    on all nodes, no rank has them."""
+    local_sizes = {len(node) for node in group.nodes}
+    if len(local_sizes) != 1 or local_sizes == {1}:
+        group.window_reason = (
+            f"nodes have {sorted(map(len, group.nodes))} ranks: hierarchical wants equally many, and more than one"
+        )
+        return
+    for ranks in group.nodes:
+        node = group.subgroup(ranks)
+        if node is not None:
+            node.open_window()
+            group.node = node
+    assert group.node is not None
+    reasons = group.gather_bytes(group.node.window_reason.encode(), "reasons against a window")
+    if any(reasons):
+        group.node.close()
+        group.node, group.window_reason = None, next(reason.decode() for reason in reasons if reason)
+        return
+    for local_rank in range(group.local_size):
+        group.across = group.subgroup([node[local_rank] for node in group.nodes]) or group.across

@@ -1,0 +1,1 @@
+"""The trainer: the program behind ``python -m commlab.train``."""

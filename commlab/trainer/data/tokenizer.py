@@ -1,0 +1,176 @@
+"""Text to token ids and back: bytes as they are, or a trained tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...errors import UsageError
+
+_END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+_PIECE_CHARACTERS = 1 << 18
+_LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
+"""Here every byte-level token ends: white space of one character is a token's neighbour, never a part of two."""
+
+
+class Tokenizer(Protocol):
+    """Text (UTF-8 bytes) to token ids. `separator` ends every document; None where the vocabulary has no such token."""
+
+    name: str
+    vocab_size: int
+    separator: int | None
+    slow: bool
+    """Whether ranks had better share the work."""
+
+    def pieces(self, text: bytes) -> list[bytes]:
+        """`text`, cut where no token lies across: encoded one by one they have the tokens of the whole. Never none."""
+        ...
+
+    def encode(self, text: bytes) -> np.ndarray: ...
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """As `encode` for each, in the library's own threads where it has some."""
+        ...
+
+    def encode_with_bytes(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, and how many bytes of `text` each of them stands for; their sum is len(text)."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """What these ids stand for; bytes that are no UTF-8 are replaced by U+FFFD."""
+        ...
+
+    def digest(self) -> bytes:
+        """Equal exactly for equal vocabularies and rules."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Put it beside a model, so that transformers' AutoTokenizer finds it; nothing to do for bytes."""
+        ...
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8. Id 0 separates documents: no text file holds a NUL."""
+
+    name = "bytes"
+    vocab_size = 256
+    separator: int | None = 0
+    slow = False
+
+    def pieces(self, text: bytes) -> list[bytes]:
+        return [text]
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return np.frombuffer(text, np.uint8)
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def encode_with_bytes(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        return self.encode(text), np.ones(len(text), np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def digest(self) -> bytes:
+        return blake2b(b"bytes", digest_size=16).digest()
+
+    def save(self, folder: str) -> None:
+        pass
+
+
+class TrainedTokenizer:
+    """One of the tokenizers library. Adds no special tokens but the separator. `byte_level`: it was made by
+    :mod:`commlab.trainer.data.bpe`, so it is known where tokens end."""
+
+    slow = True
+
+    def __init__(self, name: str, opened: Any, byte_level: bool = False) -> None:
+        self.name, self._tokenizer, self._byte_level = name, opened, byte_level
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        # Ids may have gaps, so the largest one counts, not how many there are.
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.separator = next((vocabulary[token] for token in _END_OF_TEXT if token in vocabulary), None)
+
+    def pieces(self, text: bytes) -> list[bytes]:
+        if not self._byte_level or len(text) <= _PIECE_CHARACTERS:
+            return [text]
+        characters = text.decode()
+        cuts = [0]
+        while found := _LINE_END.search(characters, cuts[-1] + _PIECE_CHARACTERS):
+            cuts.append(found.start())
+        cuts.append(len(characters))
+        return [characters[begin:end].encode() for begin, end in pairwise(cuts)]
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        # Without offsets, where the library can: a quarter less time.
+        encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
+        encodings = encode([text.decode() for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_with_bytes(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        characters = text.decode()
+        encoding = self._tokenizer.encode(characters, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        if not len(ids):
+            return ids, np.zeros(0, np.int32)
+        code_points = np.frombuffer(characters.encode("utf-32-le"), np.uint32)
+        width_bytes = 1 + (code_points > 0x7F) + (code_points > 0x7FF) + (code_points > 0xFFFF)
+        end_bytes = np.concatenate([[0], np.cumsum(width_bytes)])[[end for _, end in encoding.offsets]]
+        # Differences of the ends, not lengths of the spans: tokens that share a character, and white space that belongs
+        # to no token, are then counted exactly once.
+        end_bytes = np.maximum.accumulate(end_bytes)
+        end_bytes[-1] = len(text)
+        return ids, np.diff(end_bytes, prepend=0).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def digest(self) -> bytes:
+        return blake2b(self._tokenizer.to_str().encode(), digest_size=16).digest()
+
+    def save(self, folder: str) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        end = None if self.separator is None else self._tokenizer.id_to_token(self.separator)
+        PreTrainedTokenizerFast(tokenizer_object=self._tokenizer, eos_token=end).save_pretrained(folder)
+
+
+def _open_file(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a file or folder; transformers is imported only for folders without a
+    tokenizer.json."""
+    if not path.exists():
+        raise UsageError(
+            f"--tokenizer {str(path)!r}: no such file or folder; give 'bytes', 'bpe' for one that is trained on the"
+            " text, or the path of a tokenizer.json or of a folder that transformers' AutoTokenizer can open"
+        )
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        if file.is_file():
+            from tokenizers import Tokenizer as FastTokenizer
+
+            return FastTokenizer.from_file(str(file))
+        from transformers import AutoTokenizer
+
+        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # both libraries raise bare Exceptions of many kinds; the cause stays attached
+        raise UsageError(f"--tokenizer {str(path)!r} cannot be read as a tokenizer: {error}") from error
+    if not getattr(loaded, "is_fast", False):
+        raise UsageError(f"--tokenizer {str(path)!r} has no fast version; convert it to a tokenizer.json first")
+    return loaded.backend_tokenizer
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """'bytes', or the path of a tokenizer.json or tokenizer folder. UsageError where there is none."""
+    return ByteTokenizer() if name == "bytes" else TrainedTokenizer(name, _open_file(Path(name)))

@@ -1,0 +1,137 @@
+"""A dataclass whose fields are flags: each says once what its flag is; help, parsing and checks follow from it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.metadata
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class _Knob:
+    group: str
+    help: str
+    kind: type
+    choices: Sequence[str] = ()
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+
+def knob(default: Any, group: str, help: str, kind: type = str, **limits: Any) -> Any:
+    """A dataclass field that is also a flag of the field's name; `kind` is str, int, float, or bool for a flag that
+    takes no value and is False by default.
+
+    `limits`: `choices` of a text; `least` (itself allowed), `above` and `below` (themselves not) of a number. A default
+    of None is described in `help`, any other is added to it.
+    """
+    return dataclasses.field(default=default, metadata={"knob": _Knob(group, help, kind, **limits)})
+
+
+def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str, speak: bool) -> dict[str, Any]:
+    """The fields given in `argv` (sys.argv's where None), as values. --help and --version print, where `speak`, and end
+    with exit code 0."""
+    parser = _Parser(usage=usage, description=description, allow_abbrev=False, add_help=False)
+    knobs: dict[str, _Knob] = {field.name: field.metadata["knob"] for field in dataclasses.fields(cls)}
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(knob.group for knob in knobs.values())}
+    for field in dataclasses.fields(cls):
+        knob = knobs[field.name]
+        shown = (
+            ""
+            if field.default is None or knob.kind is bool
+            else f" (default: {field.default if knob.kind is not float else format(field.default, 'g')})"
+        )
+        if knob.kind is bool:
+            groups[knob.group].add_argument(_flag(field.name), action="store_const", const="yes", help=knob.help)
+            continue
+        metavar = "|".join(knob.choices) or {int: "N", float: "X", str: field.name.upper()}[knob.kind]
+        # Values stay text here: what a number must be is said by _value and check_fields, better than argparse says it.
+        groups[knob.group].add_argument(_flag(field.name), metavar=metavar, help=knob.help.replace("%", "%%") + shown)
+    other = parser.add_argument_group("other")
+    other.add_argument(
+        "--help", "-h", action=_Print, nargs=0, const=speak, default=argparse.SUPPRESS, help="show this and stop"
+    )
+    other.add_argument(
+        "--version", action=_Print, nargs=0, const=speak, default=argparse.SUPPRESS, help="show the version and stop"
+    )
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        hint = _near(rest[0].split("=")[0], [*map(_flag, knobs), "--help", "--version"])
+        raise UsageError(f"unknown flag {rest[0]!r}{hint}; --help lists all")
+    return {name: _value(name, knobs[name], text) for name, text in vars(given).items() if text is not None}
+
+
+def check_fields(config: Any) -> None:
+    """UsageError for the first field that is not among its choices or outside its bounds; None is always allowed."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is not None:
+            _check(_flag(field.name), field.metadata["knob"], value)
+
+
+def _check(flag: str, knob: _Knob, value: Any) -> None:
+    if knob.choices and value not in knob.choices:
+        raise UsageError(
+            f"unknown {flag[2:]} {value!r}: give one of {', '.join(knob.choices)}{_near(str(value), knob.choices)}"
+        )
+    if knob.kind is str:
+        if not value:
+            raise UsageError(f"{flag} is empty; leave it out, or give a value")
+        return
+    if knob.kind is bool:
+        return
+    if not math.isfinite(value):
+        raise UsageError(f"{flag} must be a finite number, got {value}")
+    for limit, text, inside in (
+        (knob.least, "at least", knob.least is None or value >= knob.least),
+        (knob.above, "more than", knob.above is None or value > knob.above),
+        (knob.below, "less than", knob.below is None or value < knob.below),
+    ):
+        if not inside:
+            raise UsageError(f"{flag} must be {text} {limit}, got {value}")
+
+
+def _value(name: str, knob: _Knob, text: str) -> Any:
+    try:
+        return knob.kind(text)
+    except ValueError:
+        raise UsageError(
+            f"{_flag(name)} must be a {'whole ' if knob.kind is int else ''}number, got {text!r}"
+        ) from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _near(given: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(given, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists all flags")
+
+
+class _Print(argparse.Action):
+    """--help and --version, printed by one rank and not by all of them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        if self.const:
+            print(parser.format_help() if self.dest == "help" else f"commlab {_version()}")
+        parser.exit()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("commlab")
+    except importlib.metadata.PackageNotFoundError:
+        return "(run from its sources, not installed)"

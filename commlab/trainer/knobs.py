@@ -1,0 +1,176 @@
+"""Every knob of the trainer on one page: flag, unit, default, and what it does. What they may be together, and what
+follows from them, is :mod:`.config`.
+
+Importing this loads neither torch nor numpy, so that a mistyped flag is reported at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..collectives.select import CHOICES
+from ..strategies import STRATEGIES
+from .data import bpe
+from .flags import knob
+from .model import PRESETS
+
+_HOW, _NUMBERS, _WHAT, _TRAIN, _SHOW, _MACHINE = (
+    "strategy and communication",
+    "numbers",
+    "model and data",
+    "training",
+    "evaluation and output",
+    "machine",
+)
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """One field per flag. None: it depends on others; see :class:`.config.Config`."""
+
+    strategy: str = knob("dps", _HOW, "how gradients become agreed updates", choices=tuple(STRATEGIES))
+    algorithm: str = knob("auto", _HOW, "schedule of the collectives, for ps, dps and allreduce", choices=CHOICES)
+    transport: str = knob("mpi", _HOW, "what moves bytes between ranks", choices=("mpi", "torch"))
+    window: str = knob("auto", _HOW, "memory shared by the ranks of a node", choices=("auto", "on", "off"))
+    nodes: str | None = knob(
+        None,
+        _HOW,
+        "ranks that share a node, by hand: ranks per node (2) or a range for each (0-3,4-7) (default: as launched)",
+    )
+    servers: int | None = knob(
+        None,
+        _HOW,
+        "ranks that only serve parameters: 1 for ps, 2 or more for dps (default: none; every rank trains and serves)",
+        int,
+        least=1,
+    )
+    consistency: str = knob(
+        "bsp", _HOW, "when a worker may read, with --servers: bsp (lockstep), ssp:S (S steps apart), asp (never wait)"
+    )
+    overlap_pulls: str = knob(
+        "on",
+        _HOW,
+        "with --servers, let parameters travel during the next forward, which waits for each where it reads it; off:"
+        " wait for all at the end of a step",
+        choices=("on", "off"),
+    )
+    bucket_mb: float | None = knob(
+        None,
+        _HOW,
+        "size of a bucket, in MB of 2^20 bytes (default: 25; between nodes a quarter of all gradients, 1 to 25; ddp has"
+        " torch's own)",
+        float,
+        above=0,
+    )
+    overlap: str = knob(
+        "on",
+        _HOW,
+        "for ps, dps and allreduce, send buckets while backward goes on; off: once it has ended",
+        choices=("on", "off"),
+    )
+    wire: str | None = knob(
+        None,
+        _HOW,
+        "how numbers travel (default: the 16-bit format of --precision fp16 or bf16, otherwise none = as they are)",
+        choices=("none", "fp16", "bf16"),
+    )
+    precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=("fp32", "bf16", "fp16", "apex"))
+    loss_scale: float = knob(
+        2.0**16, _NUMBERS, "what the loss is multiplied by at first, for --precision fp16 and apex", float, least=1
+    )
+    loss_scale_interval: int = knob(
+        2000, _NUMBERS, "good steps in a row after which the loss scale grows", int, least=1
+    )
+    loss_scale_growth: float = knob(2.0, _NUMBERS, "factor by which it grows then", float, least=1)
+    loss_scale_backoff: float = knob(
+        0.5, _NUMBERS, "factor by which it falls when a step has overflowed", float, above=0, below=1
+    )
+    apex_level: str | None = knob(
+        None,
+        _NUMBERS,
+        "for --precision apex: of apex.amp, where Apex has it (default: none)",
+        choices=("O1", "O2"),
+    )
+    autocast: str = knob(
+        "auto", _NUMBERS, "16-bit matrix products; auto = where they are fast", choices=("auto", "on", "off")
+    )
+    model: str = knob("gpt2-tiny", _WHAT, f"{', '.join(PRESETS)}, or the path of a transformers GPT-2 config.json")
+    data: str | None = knob(
+        None,
+        _WHAT,
+        "a text file, a folder of them, or a .json array of texts (default: this Python's own library sources)",
+    )
+    tokenizer: str = knob(
+        "bytes",
+        _WHAT,
+        f"bytes; bpe or bpe:SIZE = learned from the text, SIZE entries ({bpe.DEFAULT_SIZE}); or the path of a"
+        " tokenizer.json or tokenizer folder",
+    )
+    seq_len: int = knob(None, _WHAT, "tokens in a sequence (default: the model's; gpt2-tiny 128)", int, least=1)
+    dropout: float | None = knob(
+        None, _WHAT, "share of activations dropped (default: a config file's own, otherwise 0)", float, least=0, below=1
+    )
+    batch_size: int = knob(32, _TRAIN, "sequences in a global batch, over all ranks and micro-batches", int, least=1)
+    grad_accumulation: int = knob(1, _TRAIN, "micro-batches to a step", int, least=1)
+    steps: int | None = knob(None, _TRAIN, "optimizer steps (default: 200 where --epochs is not given)", int, least=1)
+    epochs: int | None = knob(None, _TRAIN, "passes over the training text, instead of --steps", int, least=1)
+    lr: float = knob(
+        None,
+        _TRAIN,
+        "AdamW's peak learning rate; over the last fifth of the steps it falls in a line"
+        f" (default: {PRESETS['gpt2-tiny'].learning_rate:g} for gpt2-tiny, otherwise the paper's 1.5e-4)",
+        float,
+        above=0,
+    )
+    warmup_steps: int | None = knob(
+        None,
+        _TRAIN,
+        "steps in which the learning rate rises in a line (default: a tenth of all, 1000 at most)",
+        int,
+        least=0,
+    )
+    weight_decay: float = knob(0.01, _TRAIN, "AdamW's weight decay, per step and unit of learning rate", float, least=0)
+    max_grad_norm: float = knob(
+        None,
+        _TRAIN,
+        "the gradient's global norm is clipped to this; 0 = not clipped (default: 1; 0 under ssp and asp)",
+        float,
+        least=0,
+    )
+    seed: int = knob(0, _TRAIN, "of the weights and of the order of samples", int, least=0, below=2**32)
+    eval_every: int = knob(
+        None,
+        _SHOW,
+        "steps between two evaluations on held-out text; 0 = only after the last step (default: 100; 0 under ssp and"
+        " asp)",
+        int,
+        least=0,
+    )
+    eval_batches: int = knob(
+        16, _SHOW, "global batches in an evaluation, spread over all held-out text; 0 = all of it", int, least=0
+    )
+    sample: int = knob(
+        None,
+        _SHOW,
+        "tokens that the trained model generates at the end, for you to read; 0 = none (default: about 200 bytes of"
+        " text: 200 with the bytes tokenizer, otherwise 60)",
+        int,
+        least=0,
+    )
+    output: str = knob("commlab-model", _SHOW, "folder that the trained model is written to")
+    metrics: str | None = knob(None, _SHOW, "file for one JSON line per step and evaluation (default: none)")
+    tensorboard: str | None = knob(None, _SHOW, "folder for TensorBoard's event files (default: none)")
+    checkpoint_every: int = knob(0, _SHOW, "steps between two checkpoints; 0 = none", int, least=0)
+    checkpoint_dir: str | None = knob(
+        None, _SHOW, "folder of the checkpoints, which all hosts see (default: checkpoints in --output)"
+    )
+    checkpoint_keep: int = knob(2, _SHOW, "how many of the newest checkpoints stay", int, least=1)
+    resume: bool = knob(
+        False, _SHOW, "go on from the newest whole checkpoint; with none at all, start at the beginning", bool
+    )
+    trace: str | None = knob(None, _SHOW, "file for the timeline of all ranks, for Perfetto (default: none)")
+    timeout: float = knob(300.0, _MACHINE, "seconds of silence after which a peer counts as lost", float, above=0)
+    device: str = knob(
+        "auto", _MACHINE, "where the model is; auto = a GPU where torch sees one", choices=("auto", "cpu", "cuda")
+    )
+    threads: int | None = knob(None, _MACHINE, "torch threads per rank (default: cores / local ranks)", int, least=1)

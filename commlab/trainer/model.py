@@ -1,0 +1,221 @@
+"""GPT-2 from transformers: named shapes, the same weights on every rank, and losses as sums.
+
+Nothing heavy is imported before it is used: the flags are checked against `describe_model` before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""Labels of this value carry no loss (torch's own default `ignore_index`)."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What is known of a model before it is built.
+
+    `seq_len`: default sequence length in tokens; `positions`: the longest; `vocab_size`: None where the tokenizer
+    decides;
+    `learning_rate`: default peak; `config`: GPT2Config's arguments.
+    """
+
+    name: str
+    seq_len: int
+    positions: int
+    vocab_size: int | None
+    learning_rate: float
+    config: dict[str, Any]
+
+
+def _shape(name: str, seq_len: int, vocab_size: int | None, learning_rate: float, **config: Any) -> ModelShape:
+    return ModelShape(name, seq_len, config["n_positions"], vocab_size, learning_rate, config)
+
+
+PRESETS = {
+    shape.name: shape
+    for shape in (
+        _shape("gpt2-tiny", 128, None, 3e-3, n_layer=4, n_embd=128, n_head=4, n_positions=128),
+        # The paper's (arXiv 2206.06356): trained on 512 tokens (n_ctx), with room for 1024.
+        _shape("gpt2-100m", 512, 26679, 1.5e-4, n_layer=12, n_embd=768, n_head=12, n_positions=1024),
+        _shape("gpt2", 1024, 50257, 1.5e-4, n_layer=12, n_embd=768, n_head=12, n_positions=1024),
+    )
+}
+
+
+def describe_model(name: str) -> ModelShape:
+    """The shape behind a preset's name or the path of a transformers config file. UsageError for anything else; imports
+    nothing heavy."""
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(
+            f"unknown model {name!r}: give one of {', '.join(PRESETS)}, or the path of a GPT-2 config.json{hint}"
+        )
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model config {name!r} cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("model_type", "gpt2") != "gpt2":
+        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise UsageError(f"model config {name!r} describes {kind!r}; commlab trains GPT-2 (model_type 'gpt2')")
+    defaults = {"n_positions": 1024, "vocab_size": 50257}
+    for key, default in defaults.items():
+        value = config.get(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise UsageError(f"model config {name!r}: {key} must be a positive whole number, got {value!r}")
+        config[key] = value
+    positions: int = config["n_positions"]
+    return ModelShape(
+        name, min(config.get("n_ctx", positions), positions), positions, config["vocab_size"], 1.5e-4, config
+    )
+
+
+def build_model(
+    name: str,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    dropout: float | None = None,
+    seed: int = 0,
+    separator: int | None = None,
+) -> torch.nn.Module:
+    """A transformers GPT2LMHeadModel in float32 on the CPU, in training mode; the same weights on every rank for the
+    same seed.
+
+    `vocab_size`: how many ids the tokenizer has. gpt2-tiny takes it as its own; the others keep theirs, so that their
+    size, and with it what is exchanged, stays what the name says. `separator`: the tokenizer's end of a document, for
+    the model's bos and eos ids. `dropout` None: a config file's own rates, 0 for the presets. The caller's random state
+    is left as it was.
+    Errors: UsageError where the sequence is longer than the model or the tokenizer has more ids than it.
+    """
+    shape = describe_model(name)
+    if seq_len > shape.positions:
+        raise UsageError(f"--seq-len {seq_len} is longer than the {shape.positions} positions of model {name!r}")
+    model_vocab_size = vocab_size if shape.vocab_size is None else shape.vocab_size
+    if vocab_size > model_vocab_size:
+        raise UsageError(
+            f"the tokenizer has {vocab_size} ids, more than the {model_vocab_size} of model {name!r};"
+            f" take a smaller tokenizer, or a config file with vocab_size {vocab_size}"
+        )
+    GPT2Config, GPT2LMHeadModel = import_gpt2()
+    import torch
+
+    arguments = {**shape.config, "vocab_size": model_vocab_size}
+    if dropout is not None or name in PRESETS:
+        arguments |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout or 0.0)
+    # GPT-2's own 50256 lies outside a small vocabulary, which generation would trip over.
+    for key in ("bos_token_id", "eos_token_id"):
+        given = arguments.get(key)
+        if given is None or not 0 <= given < model_vocab_size:
+            arguments[key] = separator if separator is not None else model_vocab_size - 1
+    try:
+        config = GPT2Config(**arguments)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: torch.nn.Module = GPT2LMHeadModel(config)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"transformers cannot build model {name!r}: {error}") from error
+    return model.train()
+
+
+def import_gpt2() -> tuple[Any, Any]:
+    """(GPT2Config, GPT2LMHeadModel), from their own modules and with the garbage collector paused.
+
+    Imports make some 10^5 long-lived objects and no garbage, and the collector walks them again and again; docs/data.md
+    has the figures.
+    """
+    with _collector_paused():
+        from transformers.models.gpt2.configuration_gpt2 import GPT2Config
+        from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+    return GPT2Config, GPT2LMHeadModel
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def loss_sum(model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(sum of the token losses in nats, a float32 scalar with a gradient; number of tokens that carry a loss).
+
+    `input_ids` and `labels`: [n, seq_len], labels[i, j] being the token after input_ids[i, j], or IGNORED. Sums and
+    counts rather than means, so that ranks and micro-batches of different sizes weigh every token the same: the caller
+    divides once, by the global count. Without samples (n = 0) one row of ignored labels runs instead: the sum is 0 and
+    so is every gradient, but backward passes through every parameter, so a rank that has nothing to train on at a
+    ragged end still takes part in the exchange.
+    """
+    import torch
+
+    if not len(input_ids):
+        input_ids = input_ids.new_zeros((1, input_ids.shape[1]))
+        labels = labels.new_full(input_ids.shape, IGNORED)
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    # flatten is a view: labels are shifted already, so no part of the largest tensor of the step is copied. Under
+    # autocast logits have 16 bits, in which a sum of thousands of losses would drown; .float() does nothing in fp32.
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return loss, int((labels != IGNORED).sum())
+
+
+def evaluate(
+    model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor, int]]
+) -> tuple[float, int, int]:
+    """(sum of losses in nats, tokens, bytes of text) over batches of (input ids, labels, bytes). Dropout off; the mode
+    is restored.
+
+    Each rank sums its own part; add the three over ranks before `bits_per_byte`.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    was_training = model.training
+    total, token_count, byte_count = 0.0, 0, 0
+    model.eval()
+    try:
+        with torch.no_grad():
+            for input_ids, labels, batch_bytes in batches:
+                loss, tokens = loss_sum(model, input_ids.to(device), labels.to(device))
+                total, token_count, byte_count = total + float(loss), token_count + tokens, byte_count + batch_bytes
+    finally:
+        model.train(was_training)
+    return total, token_count, byte_count
+
+
+def save_model(model: torch.nn.Module, folder: str) -> None:
+    """Write a folder (made if missing) that `transformers.GPT2LMHeadModel.from_pretrained(folder)` opens.
+
+    One rank calls it. `model`: what `build_model` returned, not a wrapper around it.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would draw over the trainer's own
+    model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def bits_per_byte(loss_sum_nats: float, byte_count: int) -> float:
+    """Bits needed per byte of text: comparable between tokenizers, as losses per token are not."""
+    return loss_sum_nats / math.log(2) / byte_count

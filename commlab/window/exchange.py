@@ -1,0 +1,112 @@
+"""A group's use of its window: opening it, on all ranks or none; what a rank publishes there with its next operation;
+the agreement check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from .memfd import Unavailable
+from .memory import NOWHERE, Window
+
+
+class Attachment(NamedTuple):
+    """What a rank publishes with its next operation in the window: where its data lie
+    (:class:`commlab.window.memory.Place`), or the data themselves (address and size), up to 64 KB."""
+
+    segment: int = NOWHERE
+    offset: int = 0
+    address: int = 0
+    size_bytes: int = 0
+
+
+NOTHING = Attachment()
+
+
+class Inline(NamedTuple):
+    """What the native side has to know of an inline allreduce, but for where its data lie."""
+
+    numel: int
+    dtype: int
+    op: int
+    divisor: float
+
+
+class WindowExchange:
+    """The agreement check in the window: records lie in the control pages, and the wait orders what follows."""
+
+    __slots__ = ("_wait", "_window")
+
+    def __init__(self, window: Window, wait: WindowWait, number: int, attached: Attachment | None):
+        """``attached``: None where all of it is published already."""
+        self._window, self._wait = window, wait
+        if attached is not None:
+            window.sync.publish(number, *attached)
+
+    def test(self) -> bool:
+        return self._wait.test()
+
+    def block(self, timeout_s: float) -> None:
+        self._wait.block(timeout_s)
+
+    def peers(self) -> Sequence[int]:
+        return self._wait.peers()
+
+    def agreed(self, record: bytes) -> bool:
+        return bool(self._window.sync.agreed())
+
+
+def open_together(
+    local_rank: int, size: int, spin_us: float, gather: Callable[[bytes, str], list[bytes]]
+) -> tuple[Window | None, str]:
+    """The window of ``size`` ranks, or None on all of them, and why. Collective over them; ``gather(data, name)``:
+    every rank's data on every rank."""
+    made: list[Window] = []
+    cards: list[bytes] = []
+
+    def make() -> None:
+        made.append(Window(local_rank, size, spin_us))
+
+    def open_all() -> None:
+        made[0].open(cards)
+
+    # Each move may fail on some ranks only; after each, all of them go on or none.
+    for move in (make, open_all, lambda: made[0].open_staging()):
+        reason = b""
+        try:
+            move()
+        except Unavailable as error:
+            reason = str(error).encode()
+        reasons = [text.decode() for text in gather(reason, "reasons against a window") if text]
+        if reasons:
+            for window in made:
+                window.close()
+            return None, reasons[0]
+        if move is make:
+            cards += gather(made[0].card(), "window cards")
+    return made[0], ""
+
+
+class WindowWait:
+    """A request: all ranks of the node have arrived."""
+
+    __slots__ = ("_lost", "_name_of", "_window")
+
+    def __init__(self, window: Window, name_of: Callable[[int], int]):
+        self._window, self._name_of = window, name_of
+
+    def test(self) -> bool:
+        return bool(self._window.sync.lagging() < 0)
+
+    def block(self, timeout_s: float) -> None:
+        """Wait natively, asleep if it takes long. Raises PeerLostError when the awaited rank's process has ended."""
+        from ..errors import PeerLostError
+
+        late = self._window.sync.wait(timeout_s * 1e6)
+        # It may have arrived and left in good order meanwhile; only then is its absence no loss.
+        if late >= 0 and not self._window.alive(late) and self._window.sync.lagging() == late:
+            raise PeerLostError(f"rank {self._name_of(late)} is gone: its process ended while its peers waited for it")
+
+    def peers(self) -> Sequence[int]:
+        late = self._window.sync.lagging()
+        return () if late < 0 else (self._name_of(late),)

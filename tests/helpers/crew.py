@@ -1,0 +1,73 @@
+"""Ranks that are threads of one process, on a simulated network: whole engines without mpirun."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from commlab.job.topology import Topology
+from commlab.runtime.group import Group
+from commlab.transport.base import Bytes
+from commlab.transport.sim import SimNetwork, SimRequest
+
+by_turns = threading.Lock()
+"""For what uses torch's random numbers: threads share them."""
+
+
+class SharedNetwork(SimNetwork):
+    """For ranks that are threads."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self._lock = threading.Lock()
+
+    def post(self, frm: int, to: int, data: Bytes, sending: bool) -> SimRequest:
+        with self._lock:
+            return super().post(frm, to, data, sending)
+
+
+class Crew:
+    """A thread per rank."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._tasks: list[queue.SimpleQueue[Callable[[int], Any] | None]] = [
+            queue.SimpleQueue() for _ in range(self.size)
+        ]
+        self._results: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, args=(rank,), daemon=True) for rank in range(size)]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self, rank: int) -> None:
+        while (task := self._tasks[rank].get()) is not None:
+            try:
+                self._results.put((rank, task(rank), None))
+            except BaseException as error:
+                self._results.put((rank, None, error))
+
+    def all(self, task: Callable[[int], Any]) -> list[Any]:
+        """``task(rank)`` on every rank; the results in rank order."""
+        for tasks in self._tasks:
+            tasks.put(task)
+        results: list[Any] = [None] * self.size
+        for _ in range(self.size):
+            rank, result, error = self._results.get(timeout=60)
+            if error is not None:
+                raise error
+            results[rank] = result
+        return results
+
+    def close(self) -> None:
+        for tasks in self._tasks:
+            tasks.put(None)
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+
+def groups(size: int) -> list[Group]:
+    """A group for each rank, on a network of their own."""
+    everyone = Topology((tuple(range(size)),))
+    return [Group(transport, everyone, 30.0) for transport in SharedNetwork(size).transports()]

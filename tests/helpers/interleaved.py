@@ -1,0 +1,213 @@
+"""Workers and servers of a parameter server in one process: every message delivered when a seeded coin says so.
+
+The servers are the real state machines; the workers are scripts. Messages of one worker to one server stay in order, as
+on a real network, and everything else is up to the coin: the same seed gives the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from commlab.ps.consistency import parse
+from commlab.ps.messages import WIRE_CODES, Header, Kind
+from commlab.ps.placement import Entry, Part, place
+from commlab.ps.server.ledger import Record, Rules
+from commlab.ps.server.server import Server
+from commlab.ps.server.shard import Shard
+
+ENTRIES = (
+    Entry("wide", (40, 31), torch.float32),
+    Entry("bias", (7,), torch.float32),
+    Entry("none", (), torch.float32),
+    Entry("half", (50,), torch.bfloat16, 1),
+    Entry("last", (33,), torch.float32, 1),
+)
+
+
+def sgd(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+def adam(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, lr=0.01)
+
+
+def gradient(worker: int, clock: int, entry: int, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers that tell everything apart, not exact in any dtype."""
+    at = torch.arange(start, stop, dtype=torch.float64)
+    return torch.sin(at * 0.7 + 11 * worker + 3.3 * clock + 101 * entry).to(dtype)
+
+
+@dataclass
+class Story:
+    """What the workers do, drawn from the seed."""
+
+    seed: int
+    consistency: str
+    workers: int = 3
+    servers: int = 2
+    clocks: int = 4
+    wire: torch.dtype | None = None
+    max_grad_norm: float | None = None
+    leavers: dict[int, int] = field(default_factory=dict)
+    """Worker to the clock after which it leaves."""
+    factory: Any = sgd
+    slow: int | None = None
+    """A worker that the coin seldom lets go on."""
+    skipping: bool = False
+    """Whether workers leave out some tensors in some clocks."""
+
+
+class Run:
+    """One story, told to its end by :meth:`run`."""
+
+    def __init__(self, story: Story, server_type: type[Server] = Server):
+        self.story, self.coin = story, random.Random(story.seed)
+        self.placement = place(ENTRIES, story.servers)
+        rules = Rules(
+            parse(story.consistency),
+            story.workers,
+            story.servers,
+            agrees=story.max_grad_norm is not None,
+            max_grad_norm=story.max_grad_norm,
+        )
+        self.logs: list[list[Record]] = [[] for _ in range(story.servers)]
+        self.servers = [
+            server_type(Shard(self.placement, index, story.factory, 2), rules, index, log=self.logs[index])
+            for index in range(story.servers)
+        ]
+        self.boxes: dict[tuple[int, int], deque[tuple[Header, torch.Tensor]]] = {}
+        self.pushed: dict[tuple[int, int, int], tuple[int, int]] = {}
+        """(server, worker, sequence) to (clock, part)."""
+        self.plan: dict[tuple[int, int], list[int]] = {}
+        """(worker, clock) to the tensors that it pushes."""
+        self.answers: dict[tuple[int, int], tuple[Header, torch.Tensor | None]] = {}
+        self.reads: list[tuple[int, int, int, int, float]] = []
+        """(server, worker, clock, part, staleness) of every read, in the order of the answers."""
+        self._sequence = 0
+        self._asked: dict[int, tuple[int, int, int, int]] = {}
+        for server in self.servers:
+            for part in server.shard.parts:
+                first = self.first_value(part)
+                header = Header(Kind.INIT, part.number, 1, wire=WIRE_CODES[first.dtype])
+                self._deliver(0, server.index, header._replace(length=first.numel() * first.element_size()), first)
+            server.outbox.clear()
+
+    def first_value(self, part: Part) -> torch.Tensor:
+        return gradient(99, 0, part.entry, part.start, part.stop, ENTRIES[part.entry].dtype)
+
+    def _deliver(self, peer: int, server: int, header: Header, data: torch.Tensor) -> bool:
+        target = self.servers[server].place(peer, header)
+        if target is None:
+            return False
+        target.copy_(data.view(-1).view(torch.uint8))
+        self.servers[server].receive(peer, header, target)
+        return True
+
+    def send(self, worker: int, server: int, header: Header, data: torch.Tensor | None = None) -> int:
+        self._sequence += 1
+        data = torch.empty(0, dtype=torch.uint8) if data is None else data.view(-1).view(torch.uint8)
+        header = header._replace(sequence=self._sequence, length=data.numel())
+        self.boxes.setdefault((worker, server), deque()).append((header, data))
+        return self._sequence
+
+    def worker(self, me: int) -> Iterator[list[int]]:
+        """The script of one worker; it yields the requests whose answers it waits for."""
+        story = self.story
+        everywhere = range(story.servers)
+        for clock in range(story.clocks):
+            hyper = {"groups": [{"lr": 0.1 / (1 + clock)}, {"lr": 0.05}], "scale": 1.0}
+            text = torch.frombuffer(bytearray(json.dumps(hyper).encode()), dtype=torch.uint8)
+            for server in everywhere:
+                self.send(me, server, Header(Kind.HYPER), text)
+            reads = []
+            parts = [part for parts in self.placement.of_entry for part in parts]
+            self.coin.shuffle(parts)
+            for part in parts:
+                header = Header(Kind.PULL, part.number, 1, clock=clock, wire=WIRE_CODES[ENTRIES[part.entry].dtype])
+                reads.append(self.send(me, part.server, header))
+                self._asked[reads[-1]] = (part.server, me, clock, part.number)
+            yield reads
+            wanted = self.plan[me, clock] = [
+                at for at in range(len(ENTRIES)) if not story.skipping or self.coin.random() < 0.7
+            ]
+            writes = []
+            for part in parts:
+                if part.entry in wanted:
+                    dtype = story.wire or ENTRIES[part.entry].dtype
+                    numbers = gradient(me, clock, part.entry, part.start, part.stop, dtype)
+                    header = Header(Kind.PUSH, part.number, 1, clock=clock, wire=WIRE_CODES[dtype])
+                    writes.append(self.send(me, part.server, header, numbers))
+                    self.pushed[part.server, me, writes[-1]] = clock, part.number
+            if self.coin.random() < 0.5:
+                yield writes
+            ends = [self.send(me, server, Header(Kind.CLOCK, clock=clock)) for server in everywhere]
+            if self.coin.random() < 0.5:
+                yield ends
+            if story.leavers.get(me) == clock:
+                break
+        yield [self.send(me, server, Header(Kind.CLOSE)) for server in everywhere]
+
+    def run(self) -> Run:
+        scripts = {me: self.worker(me) for me in range(self.story.workers)}
+        waits: dict[int, list[int]] = {me: [] for me in scripts}
+        while scripts or any(self.boxes.values()):
+            moves: list[tuple[int, int]] = [pair for pair, box in self.boxes.items() if box]
+            ready = [me for me in scripts if all(sequence in self.answers for sequence in waits[me])]
+            choices: list[Any] = [*moves, *ready]
+            self.coin.shuffle(choices)
+            if self.coin.random() < 0.97:
+                choices.sort(key=lambda choice: choice == self.story.slow)
+            for choice in choices:
+                if isinstance(choice, tuple):
+                    header, data = self.boxes[choice][0]
+                    if not self._deliver(*choice, header, data):
+                        continue
+                    self.boxes[choice].popleft()
+                    self._collect(choice[1])
+                else:
+                    try:
+                        waits[choice] = next(scripts[choice])
+                    except StopIteration:
+                        del scripts[choice]
+                break
+            else:
+                raise AssertionError(f"nobody can go on: {waits}")
+        return self
+
+    def _collect(self, server: int) -> None:
+        outbox, self.servers[server].outbox = self.servers[server].outbox, []
+        for peer, header, data in outbox:
+            if peer >= self.story.workers:
+                body = torch.empty(0, dtype=torch.uint8)
+                self.boxes.setdefault((self.story.workers + server, peer - self.story.workers), deque()).append(
+                    (header, body)
+                )
+                continue
+            assert header.kind != Kind.ERROR, bytes(data.numpy())  # type: ignore[union-attr]
+            self.answers[header.sequence] = header, data
+            if header.kind == Kind.VALUES:
+                where, me, clock, part = self._asked[header.sequence]
+                self.reads.append((where, me, clock, part, header.value))
+                self.check_read(where, me, clock, part)
+
+    def check_read(self, server: int, me: int, clock: int, part: int) -> None:
+        """What SSP promises, by what is in the value and not by any clock: the server's log has every push to this part
+        by whom is still there, of clocks <= clock - s - 1."""
+        staleness = self.servers[server].rules.consistency.staleness
+        if staleness is None:
+            return
+        entry = self.servers[server].shard.parts[part].entry
+        made = {(worker, at) for record in self.logs[server] if part in record.parts for worker, at, _ in record.pushes}
+        for worker in range(self.story.workers):
+            for at in range(clock - staleness):
+                gone = worker in self.story.leavers and at > self.story.leavers[worker]
+                if not gone and entry in self.plan.get((worker, at), range(len(ENTRIES))):
+                    assert (worker, at) in made, f"read by {me} at {clock} lacks {worker}'s push of {at}"

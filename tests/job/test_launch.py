@@ -1,0 +1,129 @@
+"""What launchers say, and the last words of a rank. Real processes, but no torch and no MPI: a moment each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import commlab
+from commlab.job.launch import Launch, detect
+
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+MPICH = {"PMI_RANK": "2", "PMI_SIZE": "3", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "launch"),
+    [
+        ({}, Launch(None, 0, 1, 0, 1)),
+        (OPENMPI, Launch("openmpi", 5, 8, 1, 4)),
+        (MPICH, Launch("mpich", 2, 3, 0, 1)),
+        (TORCHRUN, Launch("torchrun", 1, 2, 1, 2)),
+        (SLURM, Launch("slurm", 3, 4, 1, 2)),
+        (SLURM | MPICH, Launch("mpich", 2, 3, 0, 1)),
+        (SLURM | {"SLURM_NTASKS_PER_NODE": "2(x2)"}, Launch("slurm", 3, 4, 1, 4)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Launch("mpich", 1, 2, 1, 2)),
+        ({"RANK": "1"}, Launch(None, 0, 1, 0, 1)),
+    ],
+    ids=["none", "openmpi", "mpich", "torchrun", "slurm", "mpirun-in-slurm", "odd-slurm", "no-local", "half"],
+)
+def test_detect(environ: dict[str, str], launch: Launch) -> None:
+    assert detect(environ) == launch
+
+
+def python(code: str, environ: dict[str, str] | None = None, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a fresh interpreter, after a hook whose abort leaves with the code + 40."""
+    hooked = f"import os, sys, threading\nfrom commlab import errors\nfrom commlab.job import launch\n{code}"
+    clean = {name: value for name, value in os.environ.items() if "RANK" not in name and not name.startswith("PMI")}
+    clean["PYTHONPATH"] = os.pathsep.join([str(Path(commlab.__file__).parents[1]), clean.get("PYTHONPATH", "")])
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        [sys.executable, "-c", hooked],
+        env=clean | (environ or {}),
+        text=True,
+        timeout=60,
+        **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options),
+    )
+
+
+HOOK = "launch.install_exception_hook(lambda code: os._exit(code + 40))\n"
+
+
+def test_an_exception_is_printed_once_with_its_rank_and_ends_the_job() -> None:
+    done = python(HOOK + "def broken():\n    raise ValueError('seven')\nbroken()", MPICH)
+    assert done.returncode == 41
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("[rank 2 of 3] ") for line in lines), done.stderr
+    assert done.stderr.count("Traceback") == done.stderr.count("ValueError: seven") == 1
+    assert lines[-1] == "[rank 2 of 3] ValueError: seven"
+
+
+def test_our_own_errors_say_their_message_once() -> None:
+    done = python(HOOK + "raise errors.UsageError('no such thing')")
+    assert done.returncode == 41
+    assert done.stderr.count("UsageError: no such thing") == 1
+    assert done.stderr.splitlines()[-1] == "commlab.errors.UsageError: no such thing"
+
+
+def test_an_exception_in_any_thread_ends_the_job() -> None:
+    code = "thread = threading.Thread(target=lambda: 1 / 0)\nthread.start()\nthread.join()\nprint('went on')"
+    done = python(HOOK + code, MPICH)
+    assert done.returncode == 41
+    assert "[rank 2 of 3] ZeroDivisionError" in done.stderr
+    assert "went on" not in done.stdout
+
+
+def test_a_thread_that_leaves_is_no_failure() -> None:
+    done = python(HOOK + "thread = threading.Thread(target=sys.exit)\nthread.start()\nthread.join()\nprint('went on')")
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+
+
+def test_ctrl_c_ends_the_job_without_a_traceback() -> None:
+    done = python(HOOK + "raise KeyboardInterrupt")
+    assert (done.returncode, done.stderr) == (170, "")
+
+
+def test_the_last_abort_counts() -> None:
+    """``init`` after ``shutdown`` brings another transport, and the hook must not end the job through the old one."""
+    done = python(HOOK + "launch.install_exception_hook(lambda code: os._exit(code + 50))\nraise ValueError")
+    assert done.returncode == 51
+
+
+def test_output_before_the_end_is_not_lost() -> None:
+    done = python(HOOK + "print('so far', end='')\nraise ValueError")
+    assert (done.returncode, done.stdout) == (41, "so far")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_job_ends_even_when_nobody_reads_its_output(stream: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = python(HOOK + "sys.stdout.write('unread')\nraise ValueError", **{stream: writer})
+    finally:
+        os.close(writer)
+    assert done.returncode == 41
+
+
+def test_end_job_without_other_ranks_returns() -> None:
+    done = python("launch.end_job(1)\nprint('alone')")
+    assert (done.returncode, done.stdout) == (0, "alone\n")
+
+
+def test_importing_commlab_imports_nothing_heavy() -> None:
+    """So that a wrong flag is told in a moment, not after seconds of imports."""
+    done = python("import commlab\nprint(sorted({'torch', 'numpy', 'mpi4py', 'transformers'} & set(sys.modules)))")
+    assert done.stdout == "[]\n"
+    assert set(commlab.__all__) <= set(dir(commlab))
+    with pytest.raises(AttributeError, match="no attribute 'allreduze'"):
+        _ = commlab.allreduze

@@ -1,0 +1,267 @@
+"""Precisions on 2, 3 and 4 ranks: 16 bits follow fp32's loss, and a step that overflows anywhere happens nowhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training
+from mpi_ranks import Ranks
+from mpi_strategies import OURS
+from mpi_windows import close_all, few_ranks, window_group
+
+import commlab
+from commlab import apex
+from commlab.chunks import split
+from commlab.precision.loss_scale import LossScale
+from commlab.runtime.group import Group
+from commlab.strategies.engine import Strategy
+from commlab.trainer.data.batches import Blocks
+from commlab.trainer.data.corpus import load_corpus
+from commlab.trainer.model import build_model, loss_sum
+
+STEPS, SAMPLES, WIDTH, SEQ_LEN = 20, 24, 12, 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_groups() -> Iterator[None]:
+    yield
+    close_all()
+
+
+def learner() -> torch.nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return torch.nn.Sequential(
+            torch.nn.Linear(WIDTH, 32), torch.nn.LayerNorm(32), torch.nn.GELU(), torch.nn.Linear(32, 4)
+        )
+
+
+def lesson(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs, and targets that can be learned from them."""
+    inputs = torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(step))
+    return inputs, torch.stack([inputs[:, :3].sum(1), inputs[:, 3], inputs[:, 4] * 2, inputs[:, 5:7].mean(1)], 1)
+
+
+Tamper = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def taught(
+    strategy: str,
+    group: Group,
+    skip: int | None = None,
+    tamper: Tamper = lambda loss, step: loss,
+    scale: float = 2.0**10,
+    growth_interval: int = 2000,
+    optimizer: str = "AdamW",
+    **options: Any,
+) -> tuple[Strategy, list[float], list[bytes], list[bool]]:
+    """The engine, each step's loss over all ranks, the parameters' digests, and whether there was an update.
+
+    ``skip``: a step that is not taken at all, as if it had overflowed. ``tamper(loss, step)`` on this rank's loss.
+    """
+    model = learner()
+    made = getattr(torch.optim, optimizer)(model.parameters(), lr=0.02)
+    engine = commlab.strategy(strategy, model, made, group, **options)
+    loss_scale = engine.precision.loss_scale
+    if loss_scale is not None:
+        loss_scale.value, loss_scale.growth_interval = scale, growth_interval
+    losses, digests, updates = [], [], []
+    for step in range(STEPS):
+        inputs, targets = lesson(step)
+        own = split(SAMPLES, group.size)[group.rank]
+        with engine.autocast():
+            got = engine.model(inputs[own.start : own.stop])
+            loss = (got.float() - targets[own.start : own.stop]).square().sum()
+        losses.append(float(loss.detach()))
+        if step == skip:
+            assert loss_scale is not None
+            loss_scale.update(True)
+            updates.append(False)
+        else:
+            engine.backward(tamper(loss, step), own.numel, SAMPLES)
+            updates.append(engine.step())
+            engine.zero_grad()
+        digests.append(training.digest(model))
+    engine.close()
+    rows = group.gather_bytes(torch.tensor(losses).numpy().tobytes(), "losses")
+    total = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0) / SAMPLES
+    same = group.gather_bytes(b"".join(digests), "digests")
+    assert len(set(same)) == 1, "ranks have different parameters"
+    return engine, total.tolist(), digests, updates
+
+
+@pytest.mark.parametrize("strategy", [*OURS, "ddp"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("wire", ["as is", "the precision's"])
+def test_16_bits_follow_the_loss_of_fp32(ranks: Ranks, strategy: str, precision: str, wire: str) -> None:
+    if strategy == "ddp" and wire != "as is":
+        pytest.skip("torch's own sends gradients as they are")
+    options = {"wire": precision} if wire != "as is" else {}
+    for group in few_ranks(ranks):
+        _, wanted, fp32, _ = taught(strategy, group, max_grad_norm=5.0)
+        engine, got, digests, updates = taught(
+            strategy, group, precision=precision, autocast="on", max_grad_norm=5.0, **options
+        )
+        assert engine.precision.casts and engine.precision.reason == "autocast on"
+        assert all(updates) and engine.skipped_steps == 0
+        assert wanted[-1] < wanted[0] / 3, "there was nothing to follow"
+        for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+            assert abs(mine - theirs) <= 0.02 * theirs, f"step {step}: {mine:.4f}, in fp32 {theirs:.4f}"
+        assert digests[0] != fp32[0], "nothing was computed in 16 bits"
+
+
+@pytest.mark.parametrize("strategy", [*OURS, "ddp"])
+@pytest.mark.parametrize("optimizer, clip", [("AdamW", None), ("SGD", 1.0)])
+@pytest.mark.parametrize("factor", [math.inf, math.nan, 1e38], ids=str)
+def test_an_inf_on_one_rank_skips_the_step_on_all(
+    ranks: Ranks, strategy: str, optimizer: str, clip: float | None, factor: float
+) -> None:
+    """Bit for bit what comes out when the step is left out; the scale halves, and grows again after 4 good steps."""
+    if strategy == "ddp" and (optimizer == "SGD" or factor == 1e38):
+        pytest.skip("one case of torch's own is enough")
+    for group in few_ranks(ranks):
+        bad = 7
+        wires = (None,) if strategy == "ddp" else (None, "fp16")
+        for wire in wires:
+            options: dict[str, Any] = {
+                "precision": "fp16",
+                "autocast": "off",
+                "max_grad_norm": clip,
+                "optimizer": optimizer,
+                "wire": wire,
+                "scale": 16.0,
+                "growth_interval": 4,
+            }
+
+            def tamper(loss: torch.Tensor, step: int) -> torch.Tensor:
+                return loss * factor if step == bad and group.rank == group.size - 1 else loss  # noqa: B023
+
+            hurt, _, digests, updates = taught(strategy, group, tamper=tamper, **options)
+            flagged, _, wanted, _ = taught(strategy, group, skip=bad, **options)
+            assert updates == [step != bad for step in range(STEPS)]
+            assert hurt.skipped_steps == 1
+            assert digests == wanted, (
+                f"different from step {[a == b for a, b in zip(digests, wanted, strict=True)].index(False)} on"
+            )
+            assert digests[bad] == digests[bad - 1]
+            assert hurt.precision.scale == flagged.precision.scale == 16.0 * 2 * 0.5 * 2 * 2 * 2
+
+
+@pytest.mark.parametrize("strategy", OURS)
+def test_a_scale_that_is_too_high_comes_down_by_itself(ranks: Ranks, strategy: str) -> None:
+    for group in few_ranks(ranks):
+        engine, losses, digests, updates = taught(
+            strategy, group, precision="fp16", autocast="on", wire="fp16", scale=2.0**24
+        )
+        first = updates.index(True)
+        assert 2 <= first <= 16
+        assert len(set(digests[:first])) == 1, "a skipped step changed something"
+        assert engine.skipped_steps == updates.count(False)
+        assert losses[-1] < losses[0]
+        assert engine.precision.scale < 2.0**24
+
+
+@cache
+def text() -> Blocks:
+    tokens = load_corpus(str(Path(json.__file__).parent)).train
+    return Blocks(tokens[: 2 * STEPS * SEQ_LEN + 1], SEQ_LEN)
+
+
+@cache
+def gpt2_losses(strategy: str, group: Group | None, precision: str) -> list[float]:
+    """Mean loss per token of 20 steps of 1 x 32 tokens a rank, on 2 ranks; ``single`` does the work of both."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "config.json")
+        shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": SEQ_LEN, "vocab_size": 257}
+        config.write_text(json.dumps({"model_type": "gpt2", **shape}))
+        model = build_model(str(config), seq_len=SEQ_LEN, vocab_size=257, dropout=0.0, seed=7)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    autocast = "off" if precision == "fp32" else "on"
+    group = training.alone() if group is None else group
+    engine = commlab.strategy(strategy, model, optimizer, group, precision=precision, autocast=autocast)
+    losses, each = [], 2 // group.size
+    for step in range(STEPS):
+        samples = range(2 * step + group.rank, 2 * step + group.rank + each)
+        with engine.autocast():
+            loss, count = loss_sum(engine.model, *text().batch(np.array(samples))[:2])
+        engine.backward(loss, count, 2 * SEQ_LEN)
+        assert engine.step()
+        engine.zero_grad()
+        losses.append(float(loss.detach()))
+    engine.close()
+    rows = group.gather_bytes(torch.tensor(losses).numpy().tobytes(), "losses")
+    total = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0)
+    return (total / (2 * SEQ_LEN)).tolist()
+
+
+@pytest.mark.parametrize("strategy", [*OURS, "ddp"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_gpt2_with_autocast_follows_fp32(ranks: Ranks, strategy: str, precision: str) -> None:
+    group = window_group(ranks, 0, 1)
+    if group is not None:
+        wanted, got = gpt2_losses("single", None, "fp32"), gpt2_losses(strategy, group, precision)
+        assert wanted[-1] < wanted[0] - 1, "there was nothing to follow"
+        for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+            assert abs(mine - theirs) <= 0.02 * theirs, f"step {step}: {mine:.4f}, in fp32 {theirs:.4f}"
+        assert got != wanted
+
+
+def test_horovod_in_16_bits(ranks: Ranks) -> None:
+    """On all ranks of the launch: follows fp32 on both wires, and an inf on one rank skips the step on all."""
+    pytest.importorskip("horovod.torch")
+    group = ranks.world
+    _, wanted, _, _ = taught("horovod", group)
+    for precision, wire in (("bf16", None), ("fp16", None), ("fp16", "fp16")):
+        engine, got, _, updates = taught("horovod", group, precision=precision, autocast="on", wire=wire)
+        assert all(updates) and engine.precision.casts
+        for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+            assert abs(mine - theirs) <= 0.02 * theirs, f"step {step}: {mine:.4f}, in fp32 {theirs:.4f}"
+
+    def tamper(loss: torch.Tensor, step: int) -> torch.Tensor:
+        return loss * math.inf if step == 7 and group.rank == 3 else loss
+
+    options: dict[str, Any] = {"precision": "fp16", "autocast": "off", "max_grad_norm": 1.0}
+    hurt, _, digests, updates = taught("horovod", group, tamper=tamper, **options)
+    _, _, flagged, _ = taught("horovod", group, skip=7, **options)
+    assert updates == [step != 7 for step in range(STEPS)] and hurt.skipped_steps == 1
+    assert digests == flagged
+
+
+def test_horovod_with_apex(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the stand-in for Apex: the same as ``allreduce`` with it, to the rounding of Horovod's fp16 sums."""
+    pytest.importorskip("horovod.torch")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "tests/helpers/fake_apex"))
+    monkeypatch.setattr(apex, "_sees_gpu", lambda: True)
+
+    def curve(strategy: str) -> list[float]:
+        model = learner()
+        optimizer = apex.fused_adam(model.parameters(), lr=0.02)
+        # Low, because Horovod adds in fp16 before it divides: sums overflow where means do not.
+        low = LossScale(value=16.0)
+        engine = commlab.strategy(strategy, model, optimizer, ranks.world, precision="apex", loss_scale=low)
+        losses = []
+        for step in range(STEPS):
+            inputs, targets = lesson(step)
+            own = split(SAMPLES, ranks.size)[ranks.rank]
+            loss = (engine.model(inputs[own.start : own.stop].half()).float() - targets[own.start : own.stop]).square()
+            engine.backward(loss.sum(), own.numel, SAMPLES)
+            assert engine.step()
+            engine.zero_grad()
+            losses.append(float(loss.detach().sum()))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+        engine.close()
+        rows = ranks.world.gather_bytes(torch.tensor(losses).numpy().tobytes(), "losses")
+        return torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0).tolist()
+
+    mine, wanted = curve("horovod"), curve("allreduce")
+    assert wanted[-1] < wanted[0] / 3
+    assert mine == pytest.approx(wanted, rel=0.02)
