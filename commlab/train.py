@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from . import trace
 from .errors import AgreedError, UsageError
 from .job import launch as bringup
+from .runtime.control import gather_bytes
 from .trainer.build import device_of, make_optimizer
 from .trainer.config import Config
 
@@ -55,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, started_s: float) -> int:
     from .runtime import world
-    from .runtime.control import together
+    from .runtime.control import raise_together
 
     if config.trace:
         trace.enable()
     group = world.init(config.transport, config.nodes, config.timeout, window=config.window)
-    together(group, lambda: config.validate_for(group.size))
-    together(group, lambda: config.check_outputs() if group.rank == 0 else None)
+    raise_together(group, lambda: config.validate_for(group.size))
+    raise_together(group, lambda: config.check_outputs() if group.rank == 0 else None)
 
     import torch
 
@@ -76,12 +77,12 @@ def train(config: Config, started_s: float) -> int:
 
     threads, why = config.thread_count(group.local_size)
     torch.set_num_threads(threads)
-    device = together(group, lambda: device_of(config, group))
+    device = raise_together(group, lambda: device_of(config, group))
 
     corpus = load_together(group, config.data, config.tokenizer, config.tokenizer_cache)
     blocks = Blocks(corpus.train, config.seq_len)
     held_out = Blocks(corpus.held_out, config.seq_len, token_bytes=corpus.held_out_bytes)
-    bare_model = together(
+    bare_model = raise_together(
         group,
         lambda: build_model(
             config.model,
@@ -93,7 +94,7 @@ def train(config: Config, started_s: float) -> int:
         ).to(device),
     )
     torch.manual_seed(config.seed * 1_000_003 + group.rank)  # dropout differs between ranks, weights do not
-    optimizer = together(group, lambda: make_optimizer(config, bare_model))
+    optimizer = raise_together(group, lambda: make_optimizer(config, bare_model))
     engine = strategy(
         config.strategy,
         bare_model,
@@ -118,7 +119,7 @@ def train(config: Config, started_s: float) -> int:
         end(config, group)
         return 0
     everyone, group, model = group, engine.group, engine.model
-    sampler = together(
+    sampler = raise_together(
         group,
         lambda: BatchSampler(
             len(blocks),
@@ -191,7 +192,7 @@ def end(config: Config, group: Group) -> None:
     from .runtime import world
 
     if config.trace:
-        dumps = group.gather_bytes(trace.dump(), "trace")
+        dumps = gather_bytes(group, trace.dump(), "trace")
         if group.rank == 0:
             command = shlex.join(["python", "-m", "commlab.train", *sys.argv[1:]])
             about = {"command": command, "ranks": group.size, "nodes": len(group.nodes), "config": config.as_dict()}
@@ -201,7 +202,7 @@ def end(config: Config, group: Group) -> None:
 
 def resume(config: Config, group: Group, checkpoints: Checkpoints, cursor: dict[str, object], total_steps: int) -> int:
     """The step to start with: 0, or where the newest whole checkpoint ended. Collective."""
-    from .runtime.control import together
+    from .runtime.control import raise_together
 
     if not config.resume:
         if config.checkpoint_every:
@@ -224,7 +225,7 @@ def resume(config: Config, group: Group, checkpoints: Checkpoints, cursor: dict[
                 f"the checkpoint is of step {step}, and this run ends after {total_steps}; give more steps"
             )
 
-    together(group, compare)
+    raise_together(group, compare)
     return step
 
 

@@ -85,10 +85,10 @@ def _block(
     name += "" if check else ", no check"
 
     def start() -> None:
-        group.check = check
+        group.agreement.required = check
 
     def stop() -> None:
-        group.check = True
+        group.agreement.required = True
 
     result = case.part if case.op == "reduce_scatter" else case.whole
     run = partial(_run, _call(case, group, algorithm, wire), result)

@@ -8,6 +8,7 @@ from hashlib import sha256
 import torch
 
 import commlab
+from commlab.runtime.control import exchange_records
 from commlab.runtime.group import Group
 from commlab.strategies.engine import Times
 from commlab.trainer.model import build_model, loss_sum
@@ -110,7 +111,7 @@ class Side:
             digest.update(parameter.detach().contiguous().view(-1).numpy().data)
         found = digest.digest()
         self._digest = self._digest or found
-        self.wrong += int(found != self._digest) + int(len(set(work.group.exchange_records(found, "digest"))) > 1)
+        self.wrong += int(found != self._digest) + int(len(set(exchange_records(work.group, found, "digest"))) > 1)
 
     def _check_numbers(self) -> None:
         """The parameters before, less the mean of all ranks' gradients."""

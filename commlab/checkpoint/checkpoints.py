@@ -17,7 +17,7 @@ import torch
 
 from .. import trace
 from ..errors import AgreedError, UsageError
-from ..runtime.control import together
+from ..runtime.control import gather_bytes, raise_together
 from . import files
 
 if TYPE_CHECKING:
@@ -59,17 +59,19 @@ class Checkpoints:
         group = self._group
         self._engine.settle()
         with trace.span("checkpoint"):
-            together(group, lambda: files.begin(self.folder, step) if group.rank == 0 else None)
+            raise_together(group, lambda: files.begin(self.folder, step) if group.rank == 0 else None)
             place = files.aside(self.folder, step)
             name = f"rank-{group.rank}-of-{group.size}.safetensors"
-            part = together(group, lambda: files.write_part(place, name, self._own_state(step, more)))
-            records = group.gather_bytes(json.dumps(part).encode(), "parts of the checkpoint")
+            part = raise_together(group, lambda: files.write_part(place, name, self._own_state(step, more)))
+            records = gather_bytes(group, json.dumps(part).encode(), "parts of the checkpoint")
             parts = [files.Part(*json.loads(record)) for record in records]
             about = {"ranks": group.size, "strategy": self._engine.name}
-            path = together(group, lambda: files.commit(self.folder, step, parts, about) if group.rank == 0 else Path())
-            path = Path(group.gather_bytes(str(path).encode(), "name of the checkpoint")[0].decode())
+            path = raise_together(
+                group, lambda: files.commit(self.folder, step, parts, about) if group.rank == 0 else Path()
+            )
+            path = Path(gather_bytes(group, str(path).encode(), "name of the checkpoint")[0].decode())
             self._good.append(path)
-            together(group, lambda: self._prune() if group.rank == 0 else None)
+            raise_together(group, lambda: self._prune() if group.rank == 0 else None)
         return path
 
     def restore(self) -> tuple[int, Any] | None:
@@ -80,8 +82,8 @@ class Checkpoints:
         back on the same number of ranks; on another, every rank draws a new one from its own and the step.
         """
         group = self._group
-        listed = together(group, lambda: files.newest_first(self.folder) if group.rank == 0 else [])
-        names = group.gather_bytes(json.dumps([path.name for path in listed]).encode(), "checkpoints")[0]
+        listed = raise_together(group, lambda: files.newest_first(self.folder) if group.rank == 0 else [])
+        names = gather_bytes(group, json.dumps([path.name for path in listed]).encode(), "checkpoints")[0]
         found = [self.folder / name for name in json.loads(names)]
         for path in found:
             manifest = self._checked(path)
@@ -98,8 +100,8 @@ class Checkpoints:
     def require_none(self) -> None:
         """UsageError where the folder holds checkpoints: those of another run would be mixed with this one's.
         Collective."""
-        found = together(self._group, lambda: files.newest_first(self.folder) if self._group.rank == 0 else [])
-        told = self._group.gather_bytes(str(found[0]).encode() if found else b"", "newest checkpoint")[0].decode()
+        found = raise_together(self._group, lambda: files.newest_first(self.folder) if self._group.rank == 0 else [])
+        told = gather_bytes(self._group, str(found[0]).encode() if found else b"", "newest checkpoint")[0].decode()
         if told:
             raise AgreedError(
                 f"there are checkpoints already, the newest {told}; --resume goes on from it, another --checkpoint-dir "
@@ -147,8 +149,8 @@ class Checkpoints:
             except files.Refused as refused:
                 text, reason = "", str(refused)
 
-        together(group, look)
-        verdicts = group.gather_bytes(json.dumps([text, reason]).encode(), "checkpoint found")
+        raise_together(group, look)
+        verdicts = gather_bytes(group, json.dumps([text, reason]).encode(), "checkpoint found")
         texts, reasons = zip(*(json.loads(verdict) for verdict in verdicts), strict=True)
         if any(reasons):
             self.refused.append(f"{path.name}: {next(filter(None, reasons))}")
@@ -161,7 +163,7 @@ class Checkpoints:
     def _take(self, path: Path, manifest: dict[str, Any]) -> Any:
         parts = files.parts_of(manifest)
         # Every rank looks at all parts, and reads what it needs: tensors lie in mapped files.
-        states = together(self._group, lambda: [files.read_part(path, part) for part in parts])
+        states = raise_together(self._group, lambda: [files.read_part(path, part) for part in parts])
         shards = [state["engine"] for state in states if "engine" in state]
         fixed = states[0]["fixed"]
 
@@ -174,7 +176,7 @@ class Checkpoints:
             self._require_same_model(shards, fixed)
             self._engine.load_state_dict(*shards)
 
-        together(self._group, load)
+        raise_together(self._group, load)
         self._engine.update_parameters(lambda _: self._write_values(shards, fixed))
         if self._scheduler is not None and states[0]["scheduler"] is not None:
             self._scheduler.load_state_dict(states[0]["scheduler"])

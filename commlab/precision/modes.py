@@ -20,6 +20,7 @@ import torch
 from ..apex import Apex
 from ..errors import UsageError
 from ..gradients.parameters import NamedParameter
+from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from .loss_scale import LossScale
 from .masters import Masters
@@ -54,7 +55,7 @@ class Precision:
             return autocast == "on", f"autocast {autocast}"
         # A processor without 16-bit matrix units does these products by conversion, up to 70 times slower than in fp32.
         ratio = _slowdown(self.dtype, self._device)
-        verdicts = group.exchange_records(b"1" if ratio < 1.0 else b"0", "fast 16-bit products")
+        verdicts = exchange_records(group, b"1" if ratio < 1.0 else b"0", "fast 16-bit products")
         fast = all(verdict == b"1" for verdict in verdicts)
         return (
             fast,

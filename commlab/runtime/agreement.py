@@ -1,13 +1,18 @@
-"""What a rank says it is about to do. Ranks compare it before anything is reduced: eight bytes each way when they
-agree."""
+"""What a rank says it is about to do, and the check that precedes every operation: ranks compare what they are about to
+do before anything is reduced, eight bytes each way when they agree."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
+
+from ..errors import DisagreementError
+from ..transport.base import Carried, Exchange, Pending, Request, Transport
+from ..window.exchange import Attachment, WindowExchange, WindowWait
+from ..window.memory import Window
 
 TEXT_BYTES = 512
 _ODD = 0x9E3779B97F4A7C15  # any odd number: multiplying by it maps sequence numbers to distinct 64-bit words
@@ -52,6 +57,45 @@ class Signature:
 
     def padded_text(self, sequence: int) -> bytes:
         return self.text(sequence).encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
+
+
+class Agreement:
+    """The check of one group's operations. ``required``: whether ranks compare all that they do; with a window they
+    always do, because the same exchange tells where the data lie. ``name_of(local rank)``: the rank in the group."""
+
+    def __init__(self, transport: Transport, required: bool, name_of: Callable[[int], int]):
+        self._transport, self.required, self._name_of = transport, required, name_of
+        self.window: Window | None = None
+        """Memory of the group's ranks, once they share one: records travel through its control pages."""
+
+    def before(
+        self,
+        signature: Signature,
+        sequence: int,
+        body: Iterable[Request],
+        attached: Callable[[], Attachment | Carried | None],
+    ) -> Pending:
+        """``body``, once all ranks are known to agree on ``signature``. ``attached()``: what this rank publishes in the
+        window, or what travels with its record; asked for just before the others are told. DisagreementError on every
+        rank where they do not agree."""
+        always = signature.kind in ("barrier", "subgroup")
+        if self._transport.size > 1 and (self.required or self.window is not None or always):
+            record = signature.record(sequence)
+            exchange = self._announce(record, attached())
+            while not exchange.test():
+                yield exchange
+            if not exchange.agreed(record):
+                texts = self._transport.exchange(signature.padded_text(sequence))
+                while not texts.test():
+                    yield texts
+                raise DisagreementError(disagreement(texts.records(), self._transport.rank))
+        yield from body
+
+    def _announce(self, record: bytes, brought: Attachment | Carried | None) -> Exchange | WindowExchange:
+        if self.window is None or isinstance(brought, Carried):
+            return self._transport.exchange(record, brought if isinstance(brought, Carried) else None)
+        wait = WindowWait(self.window, self._name_of)
+        return WindowExchange(self.window, wait, int.from_bytes(record, "little"), brought)
 
 
 def disagreement(records: Sequence[bytes], rank: int) -> str:

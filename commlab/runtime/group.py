@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from .. import trace
-from ..errors import DisagreementError, UsageError
+from ..errors import UsageError
 from ..job.topology import Topology, usable_cores
 from ..native import library
 from ..schedules.step import NodeStep
-from ..transport.base import Carried, Exchange, Pending, Request, Transport
-from ..window.exchange import NOTHING, Attachment, Inline, WindowExchange, WindowWait, open_together
+from ..transport.base import Carried, Pending, Request, Transport
+from ..window.exchange import NOTHING, Attachment, Inline
 from ..window.memory import Window
-from .agreement import Signature, disagreement
+from .agreement import Agreement, Signature
 from .execute import Execution
 from .handle import Handle
-from .progress import Progress
-from .waiting import SPIN_S
+from .progress import Operation, Progress
 
 log = logging.getLogger("commlab")
 
@@ -48,7 +47,7 @@ class Group:
         cores: int | None = None,
     ):
         assert topology.size == transport.size
-        self.transport, self.topology, self.timeout_s, self.check = transport, topology, timeout_s, check
+        self.transport, self.topology, self.timeout_s = transport, topology, timeout_s
         self.rank, self.size = transport.rank, transport.size
         self.nodes = topology.nodes
         self.local_rank = topology.local_rank(self.rank)
@@ -69,15 +68,15 @@ class Group:
         self.bytes_sent = self.messages_sent = 0
         self.node_bytes_read = self.node_bytes_written = 0
         """What this rank's loops over the window read and wrote."""
+        self.agreement = Agreement(transport, check, self.rank_on_node)
         self.window: Window | None = None
-        """Memory shared with all other ranks of this group; None until :meth:`open_window`, or where it can't be
-        had."""
-        self.node: Group | None = None
-        """The ranks of this rank's node, and"""
-        self.across: Group | None = None
-        """the ranks with this rank's local rank on all nodes; for algorithm hierarchical."""
+        """Memory shared with all other ranks of this group; None until :meth:`share`, or where it can't be had."""
         self.window_reason = "not asked for"
         """Why there is no window."""
+        self.node: Group | None = None
+        """The ranks of this rank's node, which share a window; None where the group has one node, or no windows."""
+        self.across: Group | None = None
+        """The ranks that have this rank's local rank, one on each node; None where :attr:`node` is."""
         self.plans: dict[tuple[Any, ...], Any] = {}
         """What operations have worked out once for each shape of call."""
         self.endings: list[tuple[Callable[[], None], Callable[[], None]]] = []
@@ -113,8 +112,9 @@ class Group:
         attached: Callable[[], Attachment | Carried | None],
         awaited: bool,
     ) -> Handle:
-        checked = self._checked(signature, self._sequence, body, attached)
-        return self.progress.submit(Handle(checked, result, signature, self._sequence, self.progress), awaited)
+        checked = self.agreement.before(signature, self._sequence, body, attached)
+        handle = Handle(self.progress, partial(signature.text, self._sequence), result)
+        return self.progress.submit(Operation(checked, handle, self.rank), awaited)
 
     def allreduce_inline(
         self, signature: Signature, data: Inline, result: torch.Tensor, otherwise: Callable[[], Pending]
@@ -140,34 +140,6 @@ class Group:
             self._queue(signature, otherwise(), result, lambda: None, awaited=True).wait()
         return True
 
-    def _checked(
-        self,
-        signature: Signature,
-        sequence: int,
-        body: Iterable[Request],
-        attached: Callable[[], Attachment | Carried | None],
-    ) -> Pending:
-        if self.size > 1 and (self.check or self.window is not None or signature.kind in ("barrier", "subgroup")):
-            record = signature.record(sequence)
-            exchange = self._announce(record, attached)
-            while not exchange.test():
-                yield exchange
-            if not exchange.agreed(record):
-                texts = self.transport.exchange(signature.padded_text(sequence))
-                while not texts.test():
-                    yield texts
-                raise DisagreementError(disagreement(texts.records(), self.rank))
-        yield from body
-
-    def _announce(
-        self, record: bytes, attached: Callable[[], Attachment | Carried | None]
-    ) -> Exchange | WindowExchange:
-        brought = attached()
-        if self.window is None or isinstance(brought, Carried):
-            return self.transport.exchange(record, brought if isinstance(brought, Carried) else None)
-        wait = WindowWait(self.window, self.rank_on_node)
-        return WindowExchange(self.window, wait, int.from_bytes(record, "little"), brought)
-
     def execute(self, execution: Execution) -> Pending:
         """Run an execution and count what it sent."""
         yield from execution.run()
@@ -183,46 +155,13 @@ class Group:
         """The rank in this group of a local rank of this node; for messages."""
         return self.topology.node_of(self.rank)[local_rank]
 
-    def open_window(self) -> None:
-        """Share memory among all ranks of the group, which must be on one node. Collective. Where it can't be had on
-        any rank, none has it, and ``window_reason`` says why."""
-        if self.size == 1 or len(self.nodes) > 1:
-            self.window_reason = "one rank" if self.size == 1 else f"the ranks are on {len(self.nodes)} nodes"
-            return
-        spin_us = 0.0 if self.crowded else SPIN_S * 1e6
-        self.window, self.window_reason = open_together(self.local_rank, self.size, spin_us, self.gather_bytes)
-        if self.window is None and self.rank == 0:
-            log.warning("no window for the ranks of this node, which send messages instead: %s", self.window_reason)
+    def share(self, window: Window) -> None:
+        """From now on the group's operations go through ``window``, which all its ranks have opened."""
+        self.window = self.agreement.window = window
 
     def barrier(self) -> None:
         """Return once every rank has called it. Cost: one round trip."""
         self.submit(Signature("barrier"), awaited=True).wait()
-
-    def exchange_records(self, record: bytes, name: str) -> list[bytes]:
-        """Every rank's ``record`` on every rank, in rank order; all of one length. Collective. Cost: one round trip."""
-        if self.size == 1:
-            return [record]
-        records: list[bytes] = []
-
-        def body() -> Pending:
-            exchange = self.transport.exchange(record)
-            while not exchange.test():
-                yield exchange
-            records.extend(exchange.records())
-
-        self.submit(Signature("exchange", (len(record),), name=name), body(), awaited=True).wait()
-        return records
-
-    def gather_int(self, value: int, name: str) -> list[int]:
-        """Every rank's ``value`` (64 bits, signed) on every rank, in rank order. Collective. Cost: one round trip."""
-        return [struct.unpack("<q", record)[0] for record in self.exchange_records(struct.pack("<q", value), name)]
-
-    def gather_bytes(self, data: bytes, name: str) -> list[bytes]:
-        """Every rank's ``data`` (any length, any content) on every rank, in rank order. Collective. For reports and
-        set-up: all ranks get everything."""
-        sizes = self.gather_int(len(data), f"length of {name}")
-        records = self.exchange_records(data.ljust(max(1, *sizes, 1), b"\0"), name)
-        return [record[:size] for record, size in zip(records, sizes, strict=True)]
 
     def subgroup(self, ranks: Sequence[int]) -> Group | None:
         """A group of ``ranks`` of this one, in that order. Collective over this group; None on ranks that are not in
@@ -234,7 +173,7 @@ class Group:
         return (
             None
             if transport is None
-            else Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.check, self.cores)
+            else Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.agreement.required, self.cores)
         )
 
     def leave(self) -> None:
@@ -256,5 +195,6 @@ class Group:
             self.progress.close()
             if self.window is not None:
                 self.window.close()
-                self.window, self.window_reason = None, "the group was shut down"
+                self.window = self.agreement.window = None
+                self.window_reason = "the group was shut down"
             self.transport.close()

@@ -3,79 +3,77 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from .. import trace
-from ..errors import PeerLostError
-from ..transport.base import Pending
 
-if TYPE_CHECKING:
-    from .agreement import Signature
-    from .progress import Progress
+
+class Driver(Protocol):
+    """Who moves operations on: a group's queue (:mod:`.progress`), or a worker's links to its servers."""
+
+    def poll(self) -> object:
+        """Move on as far as possible without waiting."""
+
+    def drive(self, handle: Handle, timeout_s: float | None) -> None:
+        """Return once ``handle`` has finished. PeerTimeoutError when peers have been silent for ``timeout_s`` (None:
+        the driver's own timeout)."""
 
 
 class Handle:
-    """An operation under way: the ``sequence``-th of its group, on what ``signature`` says."""
+    """An operation under way, moved on by ``driver``. ``describe()`` names the operation in messages; ``result`` is
+    what :meth:`wait` returns."""
 
-    __slots__ = (
-        "_progress",
-        "_sequence",
-        "_signature",
-        "_started_ns",
-        "error",
-        "finished",
-        "pending",
-        "result",
-        "waits_for",
-    )
+    __slots__ = ("_callbacks", "_driver", "_started_ns", "describe", "error", "finished", "result")
 
-    def __init__(self, pending: Pending, result: Any, signature: Signature, sequence: int, progress: Progress):
-        self.pending, self.result, self._progress = pending, result, progress
-        self._signature, self._sequence = signature, sequence
-        self.finished = False
+    def __init__(self, driver: Driver, describe: Callable[[], str], result: Any = None):
+        self._driver, self.describe, self.result = driver, describe, result
         self.error: BaseException | None = None
-        self.waits_for: Any = None
+        self.finished = False
+        self._callbacks: list[Callable[[Handle], object]] = []
         self._started_ns = 0
 
-    def describe(self) -> str:
-        """The operation in messages: its name, sequence number and tensor."""
-        return self._signature.text(self._sequence)
-
-    def lost(self, error: PeerLostError) -> PeerLostError:
-        """The transport knows the peer; this knows what was to be done with it."""
-        named = PeerLostError(f"rank {self._progress.rank}: {error}, in {self.describe()}")
-        named.__cause__ = error
-        return named
-
-    def advance(self) -> None:
-        """Go on as far as possible without waiting. Called by :class:`Progress` only."""
-        if not self._started_ns and trace.enabled():
+    def begin(self) -> None:
+        """The operation's first step is taken now: the span in the trace starts here. Called by the driver."""
+        if trace.enabled():
             self._started_ns = time.perf_counter_ns()
-        try:
-            self.waits_for = next(self.pending)
-        except StopIteration:
-            if self._started_ns:
-                trace.record(self.describe(), "exchange", self._started_ns, time.perf_counter_ns())
-            self.finished = True
-        except BaseException as error:
-            # In this order: a thread that sees `finished` looks for `error` next.
-            self.error = self.lost(error) if isinstance(error, PeerLostError) else error
-            self.finished = True
-            # An interrupt is for the program, not for whoever waits; but it has ended this operation too.
-            if not isinstance(error, Exception):
-                raise
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """The operation has ended, with ``error`` or with :attr:`result` complete. Called once, by the driver."""
+        if self._started_ns and error is None:
+            trace.record(self.describe(), "exchange", self._started_ns, time.perf_counter_ns())
+        # In this order: a thread that sees ``finished`` looks for ``error`` next.
+        self.error = error
+        self.finished = True
+        self._call_back()
+
+    def when_finished(self, call: Callable[[Handle], object]) -> None:
+        """Run ``call(handle)`` once, when the operation has ended: at once if it has, else in the thread that ends
+        it."""
+        self._callbacks.append(call)
+        if self.finished:
+            self._call_back()
+
+    def _call_back(self) -> None:
+        # Both threads may come here; a list gives each of its items to one of them.
+        while self._callbacks:
+            try:
+                call = self._callbacks.pop(0)
+            except IndexError:
+                return
+            call(self)
 
     def done(self) -> bool:
-        """Whether it has ended; never blocks, and helps it on. An error is kept for :meth:`wait`."""
+        """Whether the operation has ended; never blocks, and helps it on. An error is kept for :meth:`wait`."""
         if not self.finished:
-            self._progress.poll()
+            self._driver.poll()
         return self.finished
 
     def wait(self, timeout_s: float | None = None) -> Any:
-        """Block until it has ended; returns the reduced tensor. Raises what went wrong; PeerTimeoutError when a peer
-        has been silent for ``timeout_s`` (default: the group's timeout)."""
+        """Block until the operation has ended; returns :attr:`result`, for a collective the reduced tensor. Raises what
+        went wrong; PeerTimeoutError when a peer has been silent for ``timeout_s`` (default: the group's timeout)."""
         if not self.finished:
-            self._progress.drive(self, timeout_s)
+            self._driver.drive(self, timeout_s)
         if self.error is not None:
             raise self.error
         return self.result

@@ -9,18 +9,58 @@ and in ``wait``.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from typing import Any
 
-from ..errors import PeerLostError, PeerTimeoutError
+from ..errors import PeerLostError
+from ..transport.base import Pending
 from .handle import Handle
-from .waiting import SPIN_S, WARN_AFTER_S, pause
+from .waiting import SPIN_S, pause, silence_of, wait_until
 
-log = logging.getLogger("commlab")
+
+class Operation:
+    """A computation under way, and the handle that its caller holds. ``rank`` is for messages."""
+
+    __slots__ = ("_begun", "_pending", "_rank", "handle", "waits_for")
+
+    def __init__(self, pending: Pending, handle: Handle, rank: int):
+        self._pending, self.handle, self._rank = pending, handle, rank
+        self.waits_for: Any = None
+        """The request that the computation waits for."""
+        self._begun = False
+
+    def advance(self) -> bool:
+        """Go on as far as possible without waiting; returns whether the operation has ended."""
+        if self.handle.finished:
+            return True  # an interrupt has ended it
+        if not self._begun:
+            self._begun = True
+            self.handle.begin()
+        try:
+            self.waits_for = next(self._pending)
+            return False
+        except StopIteration:
+            self.handle.finish()
+        except Exception as error:
+            self.handle.finish(self.lost(error) if isinstance(error, PeerLostError) else error)
+        except BaseException as interrupt:
+            # An interrupt is for the program, not for whoever waits; but it has ended this operation too.
+            self.handle.finish(interrupt)
+            raise
+        return True
+
+    def lost(self, error: PeerLostError) -> PeerLostError:
+        """The transport knows the peer; the operation knows what was to be done with it."""
+        named = PeerLostError(f"rank {self._rank}: {error}, in {self.handle.describe()}")
+        named.__cause__ = error
+        return named
+
+    def peers(self) -> tuple[int, ...]:
+        """The ranks that the operation waits for."""
+        return tuple(self.waits_for.peers()) if self.waits_for is not None else ()
 
 
 class Progress:
@@ -28,7 +68,7 @@ class Progress:
 
     def __init__(self, rank: int, timeout_s: float, threaded: bool):
         self.rank, self.timeout_s = rank, timeout_s
-        self._queue: deque[Handle] = deque()
+        self._queue: deque[Operation] = deque()
         self._lock = threading.Lock()
         self._waiting = False
         self._work = threading.Event()
@@ -42,27 +82,27 @@ class Progress:
     def threaded(self) -> bool:
         return self._thread is not None
 
-    def submit(self, handle: Handle, awaited: bool = False) -> Handle:
+    def submit(self, operation: Operation, awaited: bool = False) -> Handle:
         """Append an operation and start it if nothing is before it. ``awaited``: the caller goes on to wait for it;
         it is moved on here for a while, and the thread, which would only want the GIL for nothing, sleeps on."""
         if awaited and self.take():
             try:
-                handle.advance()
+                ended = operation.advance()
                 stop_s = time.perf_counter() + SPIN_S
-                while not (handle.finished or hasattr(handle.waits_for, "block") or time.perf_counter() > stop_s):
+                while not (ended or hasattr(operation.waits_for, "block") or time.perf_counter() > stop_s):
                     os.sched_yield()
-                    handle.advance()
-                if handle.finished:
-                    return handle
-                self._queue.append(handle)
+                    ended = operation.advance()
+                if ended:
+                    return operation.handle
+                self._queue.append(operation)
             finally:
                 self.leave()
-            return handle
-        self._queue.append(handle)
+            return operation.handle
+        self._queue.append(operation)
         self.poll()
         if not awaited:
             self._work.set()
-        return handle
+        return operation.handle
 
     def take(self) -> bool:
         """Whether nothing is under way; then nothing starts before :meth:`leave`."""
@@ -85,12 +125,11 @@ class Progress:
             finally:
                 self._lock.release()
 
-    def _advance(self) -> Handle | None:
+    def _advance(self) -> Operation | None:
         """Advance the queue's head, and the next ones while they end; returns the one that has to wait."""
         while self._queue:
             head = self._queue[0]
-            head.advance()
-            if not head.finished:
+            if not head.advance():
                 return head
             self._queue.popleft()
         self._work.clear()
@@ -102,48 +141,12 @@ class Progress:
     def drive(self, handle: Handle, timeout_s: float | None = None) -> None:
         """Wait for ``handle`` (and all before it), moving the queue on. PeerTimeoutError when nothing has moved for
         ``timeout_s``; a warning that names the silent peer after 10 s."""
-        limit_s = self.timeout_s if timeout_s is None else timeout_s
-        blocked_on: tuple[object, object] = (None, None)
-        since_s = warned_s = time.perf_counter()
         self._waiting = True
         try:
-            while not handle.finished:
-                with self._lock:
-                    head = None if handle.finished else self._advance()
-                if head is None:
-                    continue
-                now_s = time.perf_counter()
-                # Operations may share a request that is started anew for each: the head belongs to the comparison.
-                if head is not blocked_on[0] or head.waits_for is not blocked_on[1]:
-                    blocked_on, since_s, warned_s = (head, head.waits_for), now_s, now_s
-                idle_s = now_s - since_s
-                if idle_s > limit_s:
-                    raise PeerTimeoutError(
-                        self._silence(head, idle_s)
-                        + "; it may be stuck or slow: see its own output, or raise the timeout"
-                    )
-                if now_s - warned_s > WARN_AFTER_S:
-                    warned_s = now_s
-                    log.warning("%s", self._silence(head, idle_s))
-                block = getattr(head.waits_for, "block", None)
-                if block is None:
-                    pause(idle_s)
-                else:
-                    # It knows how to wait by itself. Back every 0.1 s: for signals, and to see who is silent.
-                    with self._lock:
-                        try:
-                            block(0.1)
-                        except PeerLostError as error:
-                            raise head.lost(error) from error
+            limit_s = self.timeout_s if timeout_s is None else timeout_s
+            wait_until(lambda: handle.finished, _Turn(self, handle), limit_s)
         finally:
             self._waiting = False
-
-    def _silence(self, head: Handle, idle_s: float) -> str:
-        peers: Sequence[int] = head.waits_for.peers() if head.waits_for is not None else ()
-        return (
-            f"rank {self.rank} has waited {idle_s:.1f} s for rank{'s' if len(peers) > 1 else ''} "
-            f"{', '.join(map(str, peers))} in {head.describe()}"
-        )
 
     def _serve(self) -> None:
         while not self._closed:
@@ -173,3 +176,40 @@ class Progress:
         self._work.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
+
+
+class _Turn:
+    """A caller's turn at moving the queue on, while it waits for ``handle``."""
+
+    def __init__(self, progress: Progress, handle: Handle):
+        self._progress, self._handle = progress, handle
+        self._head: Operation | None = None
+
+    def advance(self) -> object:
+        with self._progress._lock:
+            self._head = None if self._handle.finished else self._progress._advance()
+        # Operations may share a request that is started anew for each: the head belongs to the mark.
+        return self._head, None if self._head is None else self._head.waits_for
+
+    def rest(self, idle_s: float) -> None:
+        head = self._head
+        if head is None:
+            return
+        block = getattr(head.waits_for, "block", None)
+        if block is None:
+            pause(idle_s)
+            return
+        # The request knows how to wait by itself. Back every 0.1 s: for signals, and to see who is silent.
+        with self._progress._lock:
+            try:
+                block(0.1)
+            except PeerLostError as error:
+                raise head.lost(error) from error
+
+    def silence(self, idle_s: float) -> str:
+        head = self._head
+        return (
+            ""
+            if head is None
+            else silence_of(self._progress.rank, head.peers(), "rank", idle_s, head.handle.describe())
+        )

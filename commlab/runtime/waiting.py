@@ -1,16 +1,66 @@
-"""How to wait."""
+"""Waiting: the one loop in which a rank waits for others, whether for a collective's messages, as a worker for its
+servers, or as a server for requests.
+
+    nothing has moved for   2 ms    look again at once, offering the core to others between two looks
+                            more    sleep a tenth of what was waited already: late by 10 % at most
+                            10 s    a warning that names who is silent, and another one every 10 s
+                            limit   PeerTimeoutError
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ..errors import PeerTimeoutError
+
+log = logging.getLogger("commlab")
 
 WARN_AFTER_S = 10.0
-
 
 SPIN_S = 2e-3
 """So long it is asked again at once: the fastest way to wait. (Asleep after 20 us, 64 KB took 4 ranks on 2 cores twice
 as long.)"""
+
+_MOVING_S = 5e-3
+_CROWDED_S = 200e-6
+
+
+class Waiter(Protocol):
+    """What the loop asks of the side that waits."""
+
+    def advance(self) -> object:
+        """Go on as far as possible without waiting. Returns a mark that is another one whenever something has moved
+        since the last call."""
+
+    def rest(self, idle_s: float) -> None:
+        """Wait a little, after nothing has moved for ``idle_s``."""
+
+    def silence(self, idle_s: float) -> str:
+        """The sentence that says for whom this rank has waited ``idle_s``, and in what; empty while nobody owes it
+        anything."""
+
+
+def wait_until(finished: Callable[[], bool], waiter: Waiter, limit_s: float = math.inf) -> None:
+    """Move ``waiter`` on until ``finished()``. PeerTimeoutError when nothing has moved for ``limit_s``."""
+    mark: object = None
+    since_s = warned_s = time.perf_counter()
+    while not finished():
+        found = waiter.advance()
+        now_s = time.perf_counter()
+        if found != mark:
+            mark, since_s, warned_s = found, now_s, now_s
+        idle_s = now_s - since_s
+        if idle_s > limit_s and (silence := waiter.silence(idle_s)):
+            raise PeerTimeoutError(f"{silence}; it may be stuck or slow: see its own output, or raise the timeout")
+        if now_s - warned_s > WARN_AFTER_S and (silence := waiter.silence(idle_s)):
+            warned_s = now_s
+            log.warning("%s", silence)
+        waiter.rest(idle_s)
 
 
 def pause(idle_s: float, spin_s: float = SPIN_S) -> None:
@@ -24,10 +74,14 @@ def pause(idle_s: float, spin_s: float = SPIN_S) -> None:
         time.sleep(min(1e-3, max(20e-6, idle_s / 10)))
 
 
-_MOVING_S = 5e-3
-
-
 def spin_s(crowded: bool, moving: bool) -> float:
-    """How long to look again at once. Not for long where ranks share cores; longer with bytes under way (``moving``):
-    each look may move a piece of them without ending anything."""
-    return _MOVING_S if moving else 200e-6 if crowded else SPIN_S
+    """How long to look again at once. Not for long where ranks share cores (``crowded``); longer with bytes under way
+    (``moving``): each look may move a piece of them without ending anything."""
+    return _MOVING_S if moving else _CROWDED_S if crowded else SPIN_S
+
+
+def silence_of(rank: int, peers: list[int] | tuple[int, ...], who: str, idle_s: float, what: str) -> str:
+    """``rank 2 has waited 10.1 s for ranks 1, 3 in allreduce #7``; ``who``: what the peers are (``rank``, ``server
+    rank``)."""
+    names = f"{who}{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers))}"
+    return f"rank {rank} has waited {idle_s:.1f} s for {names} in {what}"

@@ -9,7 +9,9 @@ from ..errors import UsageError
 from ..job import launch as bringup
 from ..job import topology
 from ..transport.base import Transport
+from .control import gather_bytes
 from .group import Group
+from .nodes import open_nodes, open_window
 
 TRANSPORTS = ("mpi", "torch")
 WINDOWS = ("auto", "on", "off")
@@ -48,14 +50,14 @@ def init(
         # Gathered even when the nodes are declared, and always checked: arguments that differ between ranks are seen
         # here.
         arguments = f"node keys, for init(nodes={nodes!r}, check={check}, window={window!r})"
-        keys = [key.decode() for key in group.gather_bytes(topology.node_key().encode(), arguments)]
+        keys = [key.decode() for key in gather_bytes(group, topology.node_key().encode(), arguments)]
         found = topology.from_keys(keys) if nodes is None else topology.declared(nodes, connected.size)
-        bound = [cores.decode() for cores in group.gather_bytes(topology.bound_cores().encode(), "cores")]
+        bound = [cores.decode() for cores in gather_bytes(group, topology.bound_cores().encode(), "cores")]
         group.progress.close()
         cores = topology.cores_of_node(bound, found.nodes, connected.rank)
         group = Group(connected, found, timeout_s, check, cores)
         if window != "off":
-            group.open_window() if len(found.nodes) == 1 else open_nodes(group)
+            open_window(group) if len(found.nodes) == 1 else open_nodes(group)
         if window == "on" and group.window is None and group.node is None:
             raise UsageError(f"rank {group.rank}: a window was asked for and can't be had: {group.window_reason}")
     _world = group
@@ -114,27 +116,3 @@ def shutdown() -> None:
         if group.size > 1:
             group.barrier()
         group.close()
-
-
-def open_nodes(group: Group) -> None:
-    """Make the groups of each node, with a window, and across nodes. Collective over ``group``. Where it can't be done
-    on all nodes, no rank has them."""
-    local_sizes = {len(node) for node in group.nodes}
-    if len(local_sizes) != 1 or local_sizes == {1}:
-        group.window_reason = (
-            f"nodes have {sorted(map(len, group.nodes))} ranks: hierarchical wants equally many, and more than one"
-        )
-        return
-    for ranks in group.nodes:
-        node = group.subgroup(ranks)
-        if node is not None:
-            node.open_window()
-            group.node = node
-    assert group.node is not None
-    reasons = group.gather_bytes(group.node.window_reason.encode(), "reasons against a window")
-    if any(reasons):
-        group.node.close()
-        group.node, group.window_reason = None, next(reason.decode() for reason in reasons if reason)
-        return
-    for local_rank in range(group.local_size):
-        group.across = group.subgroup([node[local_rank] for node in group.nodes]) or group.across

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UsageError
+from ..runtime.control import gather_bytes
 from ..runtime.group import Group
 from ..transport.rendezvous import join_store, open_store
 from .external import Local
@@ -31,7 +32,7 @@ def _process_group(group: Group) -> dist.ProcessGroup:
     """
     if group not in _process_groups:
         server, address = open_store(group.size, group.timeout_s) if group.rank == 0 else (None, b"")
-        address = group.gather_bytes(address, "address of torch's store")[0]
+        address = gather_bytes(group, address, "address of torch's store")[0]
         store = server or join_store(address, group.size, group.timeout_s)
         gloo = dist.ProcessGroupGloo(store, group.rank, group.size, timedelta(seconds=group.timeout_s))
         made = dist.ProcessGroup(store, group.rank, group.size)

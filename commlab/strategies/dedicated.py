@@ -30,7 +30,7 @@ from ..ps.consistency import parse
 from ..ps.messages import MESSAGE_BYTES
 from ..ps.placement import Part
 from ..ps.store import ParameterServer
-from ..runtime.control import together
+from ..runtime.control import raise_together
 from ..runtime.group import Group
 from . import server_state
 from .engine import Strategy
@@ -249,12 +249,12 @@ class Dedicated(Strategy):
     def _load_optimizer_state(self, parts: Sequence[dict[str, Any]]) -> None:
         self._pulls.wait_for_all()
         own = self._own_parts()
-        found = together(
+        found = raise_together(
             self.group, lambda: server_state.collect(self.store, own, self.optimizer, self.parameters, parts)
         )
         # Every worker has what it needs, and nobody has a step under way, nor begins one before all servers are told.
         pieces.load_groups(self.optimizer, parts)
-        together(self.group, lambda: server_state.tell(self.store, own, found))
+        raise_together(self.group, lambda: server_state.tell(self.store, own, found))
 
     def close(self) -> None:
         """Also gives this worker parameters of its own again. Servers return when all workers have closed."""

@@ -8,6 +8,7 @@ import torch
 
 from ..collectives.operations import broadcast
 from ..native.dtypes import DTYPES
+from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..runtime.operand import byte_view
 
@@ -25,7 +26,7 @@ def give_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]) -> N
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(byte_view(tensor.cpu().contiguous()).data)
-    if len(set(group.exchange_records(digest.digest(), "model digest"))) == 1:
+    if len(set(exchange_records(group, digest.digest(), "model digest"))) == 1:
         return
     for name, tensor in tensors:
         # The shape in the name: a broadcast itself compares numbers of numbers only.

@@ -28,6 +28,7 @@ from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets
 from ..gradients.mirror import Mirror, mirrors
 from ..ps.elementwise import require_elementwise
+from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..window.memory import Place
 from .engine import Strategy
@@ -110,7 +111,7 @@ class Colocated(Strategy):
         place = Place(0, 0)
         if self.group.rank == 0:
             _, place = window.allocate(size_bytes)
-        records = self.group.exchange_records(struct.pack("<qq", *place), "place of the parameters")
+        records = exchange_records(self.group, struct.pack("<qq", *place), "place of the parameters")
         return window.view(0, Place(*struct.unpack("<qq", records[0])), size_bytes).view(dtype)
 
     def _cut(self, bucket: Bucket) -> list[pieces.Piece]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+from ..runtime.control import exchange_records
 from ..runtime.group import Group
 
 _VERDICT = struct.Struct("<d??")
@@ -30,12 +31,12 @@ def agree(group: Group, squares: float, finite: bool, used: set[int], count: int
     unused = set(range(count)) - used
     if group.size == 1:
         return Agreement(squares, finite, unused)
-    records = group.exchange_records(_VERDICT.pack(squares, finite, bool(unused)), "norm")
+    records = exchange_records(group, _VERDICT.pack(squares, finite, bool(unused)), "norm")
     parts, finites, some_unused = zip(*(_VERDICT.unpack(record) for record in records), strict=True)
     if any(some_unused):
         used_here = bytearray(count)
         for index in used:
             used_here[index] = 1
-        maps = group.exchange_records(bytes(used_here), "used parameters")
+        maps = exchange_records(group, bytes(used_here), "used parameters")
         unused = {index for index in range(count) if not any(row[index] for row in maps)}
     return Agreement(sum(parts), all(finites), unused)

@@ -8,6 +8,7 @@ import struct
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..strategies.engine import Strategy
 from .config import Config
@@ -61,7 +62,7 @@ def gather(group: Group, engine: Strategy, totals: Totals, memory_bytes: int) ->
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     moved_bytes, steps = group.node_bytes_read + group.node_bytes_written, max(1, totals.steps)
     mine = (group.bytes_sent, totals.bytes_sent // steps, moved_bytes, peak_bytes, memory_bytes, totals.tokens)
-    records = group.exchange_records(_OWN.pack(*mine, totals.wall_s), "summary")
+    records = exchange_records(group, _OWN.pack(*mine, totals.wall_s), "summary")
     *counted, tokens, walls_s = zip(*(_OWN.unpack(record) for record in records), strict=True)
     # In lockstep all ranks count all tokens; else each its own.
     speed = (totals.tokens if engine.averages else sum(tokens)) / max(*walls_s, 1e-9)

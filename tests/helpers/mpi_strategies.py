@@ -7,6 +7,7 @@ from mpi_ranks import Ranks
 from mpi_windows import window_group
 from training import Run
 
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 from commlab.schedules import ALGORITHMS
 
@@ -31,7 +32,7 @@ def groups_of(ranks: Ranks) -> list[Group]:
 
 def assert_same_bits_everywhere(run: Run) -> None:
     """All ranks had the same parameters after every step. Collective."""
-    everyones = run.engine.group.gather_bytes(b"".join(run.digests), "digests")
+    everyones = gather_bytes(run.engine.group, b"".join(run.digests), "digests")
     for step, mine in enumerate(run.digests):
         same = {row[16 * step : 16 * step + 16] for row in everyones} == {mine}
         assert same, f"ranks have different parameters after step {step}"

@@ -6,6 +6,7 @@ import torch
 from mpi_ranks import Ranks
 
 from commlab.runtime.group import Group
+from commlab.runtime.nodes import open_window
 
 _opened: dict[tuple[Group, tuple[int, ...]], Group | None] = {}
 
@@ -16,7 +17,7 @@ def window_group(ranks: Ranks, *members: int) -> Group | None:
     if key not in _opened:
         group = ranks.world.subgroup(members)
         if group is not None and group.size > 1:
-            group.open_window()
+            open_window(group)
             assert group.window is not None, group.window_reason
         _opened[key] = group
     return _opened[key]

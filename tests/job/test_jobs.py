@@ -73,8 +73,8 @@ commlab.allreduce(torch.ones(5))
 
 def test_a_peer_that_never_answers(tmp_path: Path) -> None:
     program = """
-from commlab.runtime import progress
-progress.WARN_AFTER_S = 0.3
+from commlab.runtime import waiting
+waiting.WARN_AFTER_S = 0.3
 group = commlab.init(timeout_s=1.2, window=os.environ["WINDOW"])
 if group.rank == 1:
     time.sleep(300)

@@ -15,11 +15,12 @@ from commlab.collectives.allreduce import allreduce, allreduce_async
 from commlab.collectives.operations import broadcast, reduce, reduce_scatter
 from commlab.errors import PeerTimeoutError, UsageError
 from commlab.job.topology import Topology
-from commlab.runtime import progress as progress_module
+from commlab.runtime import waiting
 from commlab.runtime.agreement import Signature
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 from commlab.runtime.handle import Handle
-from commlab.runtime.progress import Progress
+from commlab.runtime.progress import Operation, Progress
 from commlab.transport.sim import SimNetwork
 
 
@@ -42,9 +43,10 @@ def waiting_for(*messages: Message) -> Iterator[Message]:
             yield message
 
 
-def operation(progress: Progress, body: Iterator[Message], result: object = None, sequence: int = 1) -> Handle:
+def operation(progress: Progress, body: Iterator[Message], result: object = None, sequence: int = 1) -> Operation:
     """An operation that has not been submitted yet."""
-    return Handle(body, result, Signature("allreduce", name="w"), sequence, progress)  # type: ignore[arg-type]
+    handle = Handle(progress, lambda: Signature("allreduce", name="w").text(sequence), result)
+    return Operation(body, handle, progress.rank)  # type: ignore[arg-type]
 
 
 def inline(timeout_s: float = 5.0) -> Progress:
@@ -95,11 +97,33 @@ def test_an_interrupt_is_not_taken_for_the_end() -> None:
                 raise KeyboardInterrupt
             return True
 
-    handle = operation(progress, waiting_for(Interrupts(1)), "result")
+    interrupts = operation(progress, waiting_for(Interrupts(1)), "result")
     with pytest.raises(KeyboardInterrupt):
-        progress.submit(handle)
-    with pytest.raises(KeyboardInterrupt):
-        handle.wait()
+        progress.submit(interrupts)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.handle.wait()
+    assert progress.submit(operation(progress, waiting_for(), "next")).wait() == "next"
+
+
+def test_who_asked_is_called_back_once() -> None:
+    """Before the end and after it, and also when the operation has failed."""
+    progress, message, called = inline(), Message(1), []
+    handle = progress.submit(operation(progress, waiting_for(message), "result"))
+    handle.when_finished(lambda ended: called.append((ended.finished, ended.result)))
+    assert not called
+    message.arrived = True
+    handle.wait()
+    handle.when_finished(lambda ended: called.append("late"))
+    assert called == [(True, "result"), "late"]
+
+    def fails() -> Iterator[Message]:
+        raise ValueError("mine")
+        yield
+
+    failed = progress.submit(operation(progress, fails()))
+    failed.when_finished(lambda ended: called.append(str(ended.error)))
+    assert called[2:] == ["mine"]
 
 
 class Clock:
@@ -119,7 +143,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress_module, "time", clock)
+    monkeypatch.setattr(waiting, "time", clock)
     return clock
 
 
@@ -221,7 +245,7 @@ def test_a_group_of_one_changes_nothing(alone: Group) -> None:
         assert torch.equal(reduce_scatter(torch.empty(4), values, op, group=alone), values.view(-1))
         assert torch.equal(reduce(values.clone(), 0, op, group=alone), values)
     assert torch.equal(broadcast(values.clone(), group=alone), values)
-    assert alone.gather_bytes(b"one", "this") == [b"one"]
+    assert gather_bytes(alone, b"one", "this") == [b"one"]
     alone.barrier()
     assert repr(alone) == "<Group rank 0 of 1, 1 node(s), transport sim>"
 

@@ -34,7 +34,7 @@ class Load(NamedTuple):
 
 def load_of(group: Group, numel: int, itemsize: int) -> Load | None:
     """What the records of an allreduce of ``numel`` numbers carry; None where they can't carry it."""
-    room_bytes = group.transport.carries_bytes if group.check and group.window is None else 0
+    room_bytes = group.transport.carries_bytes if group.agreement.required and group.window is None else 0
     if not room_bytes or not numel:
         return None
     if numel * itemsize <= EVERYTHING_BYTES:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import DisagreementError, UsageError
+from ...runtime.control import exchange_records, gather_bytes
 from ...runtime.group import Group
 from ..messages import MESSAGE_BYTES, WIRE_CODES
 from ..placement import Entry, Placement, place
@@ -68,9 +69,9 @@ class Keys:
         """DisagreementError on every rank unless all were given the same tensors and rules."""
         lines = [rules, *(f"{name!r} is {self.placement.entries[at]}" for name, at in self.entry_of.items())]
         digest = sha256("\n".join(lines).encode()).digest()
-        if len(set(everyone.exchange_records(digest, "parameter server"))) == 1:
+        if len(set(exchange_records(everyone, digest, "parameter server"))) == 1:
             return
-        texts = [text.decode().split("\n") for text in everyone.gather_bytes("\n".join(lines).encode(), "the stores")]
+        texts = [text.decode().split("\n") for text in gather_bytes(everyone, "\n".join(lines).encode(), "the stores")]
         other = next(rank for rank, text in enumerate(texts) if text != lines) if texts[0] == lines else 0
         at = next(
             (at for at, (mine, theirs) in enumerate(zip(lines, texts[other], strict=False)) if mine != theirs),

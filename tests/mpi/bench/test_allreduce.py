@@ -38,7 +38,7 @@ def test_all_contestants_are_right(ranks: Any, everyone: Ranks, op: str) -> None
     assert {"commlab ring", "commlab tree", "commlab halving", "commlab direct", "commlab ring, no check"} <= names
     assert any(name.startswith("MPI_") for name in names) and "gloo" in names
     assert (op == "allreduce") == ("commlab ring, wire fp16" in names)
-    assert messages is not None and messages.check and world.check, "the check is on again"
+    assert messages is not None and messages.agreement.required and world.agreement.required, "the check is on again"
 
 
 @pytest.mark.parametrize("wire", ["fp16", "bf16"])

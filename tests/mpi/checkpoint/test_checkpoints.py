@@ -18,6 +18,7 @@ from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference
 
 from commlab.checkpoint import Checkpoints, files
 from commlab.errors import AgreedError
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 
 ALL, HALF = tuple(range(8)), (2, 3, 4, 5)
@@ -33,7 +34,7 @@ def close_groups() -> Iterator[None]:
 def folder(ranks: Ranks) -> Iterator[Path]:
     """One for all ranks."""
     made = tempfile.mkdtemp() if ranks.rank == 0 else ""
-    path = Path(ranks.world.gather_bytes(made.encode(), "folder")[0].decode())
+    path = Path(gather_bytes(ranks.world, made.encode(), "folder")[0].decode())
     yield path
     if ranks.rank == 0:
         shutil.rmtree(path, ignore_errors=True)

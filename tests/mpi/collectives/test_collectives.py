@@ -24,6 +24,7 @@ import commlab
 from commlab.chunks import split
 from commlab.collectives.halves import reduce_chunks_async
 from commlab.job.topology import Topology
+from commlab.runtime.control import exchange_records, gather_bytes
 from commlab.runtime.group import Group
 from commlab.schedules import ALGORITHMS
 
@@ -42,7 +43,7 @@ def test_allreduce(ranks: Ranks, algorithm: str, dtype: torch.dtype) -> None:
                 n for at, n in enumerate((*NUMELS, LARGE)) if op in ("sum", "mean") or (at + place + turn) % 4 == 0
             ]
             # Without the check operations follow one another with nothing in between; that must be right too.
-            group.check = op == "sum"
+            group.agreement.required = op == "sum"
             data = [numbers(group.rank, numel, dtype, op) for numel in numels]
             handles = [commlab.allreduce_async(each, op, algorithm=algorithm, group=group) for each in data]
             for numel, handle, given in zip(numels, handles, data, strict=True):
@@ -51,7 +52,7 @@ def test_allreduce(ranks: Ranks, algorithm: str, dtype: torch.dtype) -> None:
                 tolerance = hop_tolerance(group.size, dtype) if divided_first(op, dtype, algorithm) else 0
                 if got is not given or ((got.double() - want.double()).abs() > tolerance).any():
                     wrong.append((group.size, op, numel))
-        group.check = True
+        group.agreement.required = True
     assert not wrong
 
 
@@ -75,7 +76,7 @@ def test_the_same_bits_on_all_ranks_and_every_time(ranks: Ranks, algorithm: str,
         first, again = mine.clone(), mine.clone()
         commlab.allreduce(first, algorithm=algorithm, group=group)
         commlab.allreduce(again, algorithm=algorithm, group=group)
-        everyone = group.gather_bytes(first.view(torch.uint8).numpy().tobytes(), "result")
+        everyone = gather_bytes(group, first.view(torch.uint8).numpy().tobytes(), "result")
         assert same_bits(first, again)
         assert len(set(everyone)) == 1
 
@@ -225,9 +226,11 @@ def test_counters_and_records(ranks: Ranks) -> None:
     commlab.allreduce(torch.ones(8 * 100), algorithm="ring")
     if group.size == 8:
         assert group.bytes_sent - before == 4 * 2 * 7 * 100
-    texts = group.gather_bytes(b"\0" * group.rank + bytes([65 + group.rank]), "texts")
+    texts = gather_bytes(group, b"\0" * group.rank + bytes([65 + group.rank]), "texts")
     assert texts == [b"\0" * rank + bytes([65 + rank]) for rank in range(group.size)]
-    assert group.gather_bytes(b"", "nothing") == [b""] * group.size
-    assert group.exchange_records(bytes([group.rank] * 3), "three") == [bytes([rank] * 3) for rank in range(group.size)]
+    assert gather_bytes(group, b"", "nothing") == [b""] * group.size
+    assert exchange_records(group, bytes([group.rank] * 3), "three") == [
+        bytes([rank] * 3) for rank in range(group.size)
+    ]
     assert sorted(rank for node in group.nodes for rank in node) == list(range(group.size))
     assert commlab.init() is group

@@ -22,6 +22,7 @@ import commlab
 from commlab import apex
 from commlab.chunks import split
 from commlab.precision.loss_scale import LossScale
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 from commlab.strategies.engine import Strategy
 from commlab.trainer.data.batches import Blocks
@@ -92,9 +93,9 @@ def taught(
             engine.zero_grad()
         digests.append(training.digest(model))
     engine.close()
-    rows = group.gather_bytes(torch.tensor(losses).numpy().tobytes(), "losses")
+    rows = gather_bytes(group, torch.tensor(losses).numpy().tobytes(), "losses")
     total = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0) / SAMPLES
-    same = group.gather_bytes(b"".join(digests), "digests")
+    same = gather_bytes(group, b"".join(digests), "digests")
     assert len(set(same)) == 1, "ranks have different parameters"
     return engine, total.tolist(), digests, updates
 
@@ -198,7 +199,7 @@ def gpt2_losses(strategy: str, group: Group | None, precision: str) -> list[floa
         engine.zero_grad()
         losses.append(float(loss.detach()))
     engine.close()
-    rows = group.gather_bytes(torch.tensor(losses).numpy().tobytes(), "losses")
+    rows = gather_bytes(group, torch.tensor(losses).numpy().tobytes(), "losses")
     total = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0)
     return (total / (2 * SEQ_LEN)).tolist()
 
@@ -259,7 +260,7 @@ def test_horovod_with_apex(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> Non
             losses.append(float(loss.detach().sum()))
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
         engine.close()
-        rows = ranks.world.gather_bytes(torch.tensor(losses).numpy().tobytes(), "losses")
+        rows = gather_bytes(ranks.world, torch.tensor(losses).numpy().tobytes(), "losses")
         return torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0).tolist()
 
     mine, wanted = curve("horovod"), curve("allreduce")

@@ -16,6 +16,7 @@ from mpi_windows import close_all, few_ranks
 import commlab
 from commlab.errors import DisagreementError
 from commlab.native.dtypes import WIRES
+from commlab.runtime.control import gather_bytes
 
 WORST = (math.inf, -math.inf, math.nan, 65504.0, 65520.0, 1e6, 3e38, -3e38)
 NUMELS = (3, 40, 1, 700)
@@ -69,7 +70,7 @@ def test_any_gradients_are_judged_alike(ranks: Ranks, strategy: str, wire: str |
         assert 10 < decisions.count(True) < 50
         assert engine.skipped_steps == decisions.count(False)
         assert all(parameter.isfinite().all() for parameter in model)
-        everyones = group.gather_bytes(bytes(decisions) + training.digest(model), "decisions")
+        everyones = gather_bytes(group, bytes(decisions) + training.digest(model), "decisions")
         assert len(set(everyones)) == 1
         engine.close()
 

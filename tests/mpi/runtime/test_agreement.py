@@ -13,6 +13,7 @@ from mpi_ranks import Ranks
 import commlab
 from commlab.chunks import split
 from commlab.collectives.halves import gather_chunks_async
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -94,8 +95,8 @@ CASES: dict[str, tuple[Call, Call, str, str]] = {
         r"subgroup #\d+ \(ranks 1, 0\)",
     ),
     "report": (
-        lambda group, x: group.gather_bytes(b"", "trace"),
-        lambda group, x: group.gather_bytes(b"", "loss"),
+        lambda group, x: gather_bytes(group, b"", "trace"),
+        lambda group, x: gather_bytes(group, b"", "loss"),
         r"exchange #\d+ 'length of trace'",
         r"exchange #\d+ 'length of loss'",
     ),
@@ -153,11 +154,11 @@ def test_all_sides_are_named(ranks: Ranks) -> None:
 def test_the_check_can_be_switched_off(ranks: Ranks) -> None:
     """Then names are not compared, and a barrier is checked all the same."""
     group = ranks.halves(ranks.size // 2)
-    group.check = False
+    group.agreement.required = False
     try:
         mine = numbers(group.rank, 10, torch.float32)
         commlab.allreduce(mine, "sum", name=f"t{group.rank}", algorithm="tree", group=group)
         assert torch.equal(mine, expected("sum", group.size, 10, torch.float32))
     finally:
-        group.check = True
+        group.agreement.required = True
     group.barrier()

@@ -15,6 +15,7 @@ from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference
 import commlab
 from commlab.errors import CommlabError
 from commlab.native.dtypes import WIRES
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 from commlab.strategies import late_pulls
 
@@ -34,7 +35,7 @@ def train(group: Group, recipe: Recipe, servers: int, **options: Any) -> Run:
 def assert_alike(run: Run) -> None:
     """All workers had the same parameters after every step. Collective over them."""
     if run.engine.role == "worker":
-        assert len(set(run.engine.group.gather_bytes(b"".join(run.digests), "digests"))) == 1
+        assert len(set(gather_bytes(run.engine.group, b"".join(run.digests), "digests"))) == 1
 
 
 @pytest.mark.parametrize("clipped", [None, 0.5])

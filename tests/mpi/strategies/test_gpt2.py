@@ -21,6 +21,7 @@ from mpi_strategies import OURS
 from mpi_windows import close_all, window_group
 
 import commlab
+from commlab.runtime.control import exchange_records
 from commlab.runtime.group import Group
 from commlab.trainer.build import decay_groups
 from commlab.trainer.data.batches import BatchSampler, Blocks
@@ -78,7 +79,7 @@ def losses(strategy: str, group: Group | None, grad_accumulation: int, algorithm
         engine.step()
         engine.zero_grad()
         schedule.step()
-        records = group.exchange_records(struct.pack("<d", mine), "loss")
+        records = exchange_records(group, struct.pack("<d", mine), "loss")
         found.append(sum(struct.unpack("<d", record)[0] for record in records) / total)
     engine.close()
     return found

@@ -17,6 +17,7 @@ from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference, 
 
 import commlab
 from commlab.errors import DisagreementError
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 
 STOP = 3
@@ -47,7 +48,7 @@ def test_state_exists_once_under_servers(ranks: Ranks, strategy: str, optimizer:
     assert wanted > 100
     for group in groups_of(ranks):
         mine = state_numel(train(strategy, group, recipe))
-        everyones = [int(row) for row in group.gather_bytes(str(mine).encode(), "state numel")]
+        everyones = [int(row) for row in gather_bytes(group, str(mine).encode(), "state numel")]
         if strategy == "allreduce":
             assert everyones == [wanted] * group.size
         elif strategy == "ps":
@@ -61,7 +62,7 @@ def test_shards_are_even(ranks: Ranks) -> None:
     for group in groups_of(ranks):
         run = build("dps", group, Recipe())
         mine = sum(tensor.numel() for entry in run.optimizer.param_groups for tensor in entry["params"])
-        everyones = [int(row) for row in group.gather_bytes(str(mine).encode(), "shard numel")]
+        everyones = [int(row) for row in gather_bytes(group, str(mine).encode(), "shard numel")]
         assert sum(everyones) == sum(item.tensor.numel() for item in run.engine.parameters)
         assert max(everyones) - min(everyones) < 2 * 2 * 16
         run.engine.close()
@@ -104,7 +105,7 @@ def test_training_goes_on_under_another_strategy_and_number_of_ranks(ranks: Rank
     recipe = Recipe(max_grad_norm=0.5)
     first, second, third = (window_group(ranks, *members) for members in GROUPS)
     run = None if first is None else go_on(build(before, first, recipe, bucket_bytes=300), range(STOP))
-    checkpoints = ranks.world.gather_bytes(b"" if run is None else saved(run), "checkpoint")
+    checkpoints = gather_bytes(ranks.world, b"" if run is None else saved(run), "checkpoint")
     parts = [torch.load(io.BytesIO(part), weights_only=True) for part in checkpoints if part]
     assert len(parts) == 4
     for strategy, group, options in (
@@ -133,7 +134,7 @@ def test_a_missing_part_is_refused_on_the_ranks_that_need_it(ranks: Ranks) -> No
     for group in groups_of(ranks):
         run = go_on(build("dps", group, recipe), range(1))
         parts = [
-            torch.load(io.BytesIO(part), weights_only=True)[0] for part in group.gather_bytes(saved(run), "checkpoint")
+            torch.load(io.BytesIO(part), weights_only=True)[0] for part in gather_bytes(group, saved(run), "checkpoint")
         ]
         fresh = build("dps", group, recipe)
         # The first rank's part: enough for the first rank alone.

@@ -16,7 +16,9 @@ from mpi_windows import close_all, window_group
 from training import EVEN, RAGGED, Recipe, assert_same, build, go_on, reference, train
 
 from commlab.errors import UsageError
+from commlab.runtime.control import exchange_records, gather_bytes
 from commlab.runtime.group import Group
+from commlab.runtime.nodes import open_window
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,7 +129,7 @@ def test_which_ranks_use_a_parameter(ranks: Ranks) -> None:
         for step in range(len(RAGGED)):
             training.backward(run.engine, run.recipe, step)
             used = b"y" if index in run.engine.buckets.used else b"n"
-            uses.append([row == b"y" for row in group.exchange_records(used, "uses")])
+            uses.append([row == b"y" for row in exchange_records(group, used, "uses")])
             run.engine.step()
             run.engine.zero_grad()
         assert [sum(row) for row in uses] == [1, 1 if group.size == 2 else 2, 0, 0, 1]
@@ -160,7 +162,7 @@ def test_bytes_sent_per_step(ranks: Ranks, strategy: str, wire: str | None, algo
         numel = sum(item.tensor.numel() for item in run.engine.parameters)
         before = group.bytes_sent
         go_on(run, [0])
-        sent = [int(row) for row in group.gather_bytes(str(group.bytes_sent - before).encode(), "bytes sent")]
+        sent = [int(row) for row in gather_bytes(group, str(group.bytes_sent - before).encode(), "bytes sent")]
         up, down = (4 if wire is None else 2), (4 if wire is None or strategy != "allreduce" else 2)
         assert sum(sent) == (0 if algorithm == "window" else numel * (group.size - 1) * (up + down))
         run.engine.close()
@@ -177,7 +179,7 @@ def test_a_progress_thread_changes_no_bit(
     if inline is not None and plain is not None:
         monkeypatch.setattr("commlab.runtime.group.usable_cores", lambda: 64)
         threaded = Group(plain.transport, plain.topology, plain.timeout_s, cores=64)
-        threaded.open_window()
+        open_window(threaded)
         assert threaded.progress.threaded
         wanted = train(strategy, inline, recipe, algorithm=algorithm, bucket_bytes=100)
         for _ in range(3):

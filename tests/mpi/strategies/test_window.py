@@ -20,7 +20,9 @@ from training import RAGGED, Recipe, assert_same, build, go_on, reference, train
 
 import commlab
 from commlab.errors import UsageError
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
+from commlab.runtime.nodes import open_window
 from commlab.strategies.engine import Strategy
 
 SERVERS = ("ps", "dps")
@@ -63,7 +65,7 @@ def pages_of(engine: Strategy) -> str:
 
 
 def everyones(group: Group, text: str) -> list[str]:
-    return [row.decode() for row in group.gather_bytes(text.encode(), "notes")]
+    return [row.decode() for row in gather_bytes(group, text.encode(), "notes")]
 
 
 @ours
@@ -322,7 +324,7 @@ def test_a_closed_group_leaves_models_alone(ranks: Ranks, strategy: str) -> None
     parts = [ranks.world.subgroup(part) for part in ((0, 1, 2, 3), (4, 5, 6, 7))]
     group = parts[members[0] // 4]
     assert group is not None
-    group.open_window()
+    open_window(group)
     run = go_on(build(strategy, group, Recipe()), range(2))
     digest = training.digest(run.model)
     group.barrier()

@@ -12,6 +12,7 @@ from mpi_ranks import TIMEOUT_S, Ranks
 import commlab
 from commlab.job.launch import detect
 from commlab.job.topology import Topology
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 from commlab.schedules import ALGORITHMS
 from commlab.transport.rendezvous import store_for
@@ -48,7 +49,7 @@ def test_roots_and_records(ranks: Ranks, gloo: Group) -> None:
         commlab.reduce(mine, root, "sum", group=gloo)
         if gloo.rank == root:
             assert torch.equal(mine, expected("sum", gloo.size, 65, torch.float32))
-    assert gloo.gather_bytes(b"x" * gloo.rank, "texts") == [b"x" * rank for rank in range(gloo.size)]
+    assert gather_bytes(gloo, b"x" * gloo.rank, "texts") == [b"x" * rank for rank in range(gloo.size)]
 
 
 @pytest.mark.mpi(min_size=2)

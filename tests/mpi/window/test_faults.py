@@ -18,6 +18,7 @@ from torch import Tensor
 
 import commlab
 from commlab.runtime.group import Group
+from commlab.runtime.nodes import open_window
 from commlab.window.memory import _CARD, Window
 
 
@@ -168,7 +169,7 @@ def test_where_one_rank_has_no_window_none_has(ranks: Ranks, case: str, monkeypa
         else:
             card = Window.card
             monkeypatch.setattr(Window, "card", lambda window: doctor(window, card(window)))
-    group.open_window()
+    open_window(group)
     assert group.window is None
     assert re.fullmatch(f"{message}.*", group.window_reason), group.window_reason
     assert mappings() == before, "what was made is given back"
@@ -186,7 +187,7 @@ def test_closed_groups_leave_nothing_behind(ranks: Ranks) -> None:
     for turn in range(5):
         group = ranks.world.subgroup(range(ranks.size))
         assert group is not None
-        group.open_window()
+        open_window(group)
         kept = commlab.empty(10_000, group=group).fill_(turn + group.rank)
         large = commlab.empty(3 * 2**20, group=group).fill_(1.0)
         for tensor in (kept, large):

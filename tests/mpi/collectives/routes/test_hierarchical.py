@@ -25,8 +25,9 @@ from training import Recipe, assert_same, train
 import commlab
 from commlab.errors import UsageError
 from commlab.job import topology
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
-from commlab.runtime.world import open_nodes
+from commlab.runtime.nodes import open_nodes, open_window
 
 LARGE = 40_003
 LAYOUTS = {
@@ -111,9 +112,9 @@ def test_the_same_bits_on_all_ranks_in_every_place_every_time(ranks: Ranks, layo
     for shared in (False, True, group.rank % 2 == 0, False):
         mine = placed(group, given.clone(), shared)
         commlab.allreduce(mine, algorithm="hierarchical", group=group)
-        results += group.gather_bytes(mine.view(torch.uint8).numpy().tobytes(), "result")
+        results += gather_bytes(group, mine.view(torch.uint8).numpy().tobytes(), "result")
     assert len(set(results)) == 1
-    everyone = group.gather_bytes(given.view(torch.uint8).numpy().tobytes(), "given")
+    everyone = gather_bytes(group, given.view(torch.uint8).numpy().tobytes(), "given")
     parts = [torch.frombuffer(bytearray(part), dtype=dtype) for part in everyone]
     total = torch.stack([part.double() for part in parts])
     # u of a partial sum, divided, for each addition; of the mean for each rounding to the wire; and of the reference.
@@ -155,7 +156,7 @@ def test_only_shards_cross_between_nodes(ranks: Ranks, layout: str) -> None:
     before, read = group.bytes_sent, group.node.node_bytes_read
     commlab.allreduce(numbers(group.rank, numel, torch.float32), "sum", group=group)  # auto: it is large enough
     mine = group.bytes_sent - before
-    sent = [int(row) for row in group.gather_bytes(str(mine).encode(), "bytes sent")]
+    sent = [int(row) for row in gather_bytes(group, str(mine).encode(), "bytes sent")]
     assert sum(sent) == 4 * 2 * numel * (len(group.nodes) - 1)
     even = sum(sent) / group.size
     assert all(abs(each - even) <= 4 * 2 * 16 * len(group.nodes) for each in sent), sent
@@ -236,7 +237,7 @@ def test_nodes_that_will_not_do_are_refused_by_name(ranks: Ranks, nodes: str, re
     part.progress.close()
     group = Group(part.transport, topology.declared(nodes, 8), TIMEOUT_S)
     if nodes == "8":
-        group.open_window()
+        open_window(group)
     else:
         open_nodes(group)
     with pytest.raises(UsageError, match=f"rank {group.rank}: algorithm hierarchical .*{re.escape(reason)}"):
@@ -274,7 +275,7 @@ def test_training_equals_single(ranks: Ranks, layout: str) -> None:
         return
     for strategy, algorithm in (("allreduce", "hierarchical"), ("dps", "auto"), ("ps", "auto")):
         run = train(strategy, group, recipe, algorithm=algorithm, bucket_bytes=400)
-        everyone = group.gather_bytes(b"".join(run.digests), "digests")
+        everyone = gather_bytes(group, b"".join(run.digests), "digests")
         assert len(set(everyone)) == 1
         assert_same(run, training.reference(recipe))
     for strategy in ("dps", "ps"):

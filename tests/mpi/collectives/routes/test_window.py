@@ -17,6 +17,7 @@ from torch import Tensor
 import commlab
 from commlab.chunks import Range, split, whole_at
 from commlab.collectives.halves import gather_chunks_async, reduce_chunks_async
+from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 from commlab.window.loops import INLINE_BYTES
 
@@ -275,6 +276,6 @@ def test_what_the_loops_read_and_write_is_counted(ranks: Ranks) -> None:
             before = group.node_bytes_read, group.node_bytes_written
             commlab.allreduce(place(group, torch.ones(numel)), group=group)
             mine = [group.node_bytes_read - before[0], group.node_bytes_written - before[1]]
-            everyone = [json.loads(row) for row in group.gather_bytes(json.dumps(mine).encode(), "counts")]
+            everyone = [json.loads(row) for row in gather_bytes(group, json.dumps(mine).encode(), "counts")]
             written = group.size if place is in_window else 2 * group.size
             assert torch.tensor(everyone).sum(0).tolist() == [read * size_bytes, written * size_bytes]

@@ -1,0 +1,52 @@
+"""Memory for the ranks of a node: one window for a group on one node; on several nodes a group for each, and groups
+across."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from ..window.exchange import open_together
+from .control import gather_bytes
+from .group import Group
+from .waiting import SPIN_S
+
+log = logging.getLogger("commlab")
+
+
+def open_window(group: Group) -> None:
+    """Share memory among all ranks of ``group``, which must be on one node. Collective. Where the memory can't be had
+    on any rank, no rank has it, and ``group.window_reason`` says why."""
+    if group.size == 1 or len(group.nodes) > 1:
+        group.window_reason = "one rank" if group.size == 1 else f"the ranks are on {len(group.nodes)} nodes"
+        return
+    spin_us = 0.0 if group.crowded else SPIN_S * 1e6
+    window, group.window_reason = open_together(group.local_rank, group.size, spin_us, partial(gather_bytes, group))
+    if window is not None:
+        group.share(window)
+    elif group.rank == 0:
+        log.warning("no window for the ranks of this node, which send messages instead: %s", group.window_reason)
+
+
+def open_nodes(group: Group) -> None:
+    """Make the groups of each node, with a window, and across nodes. Collective over ``group``. Where it can't be done
+    on all nodes, no rank has them."""
+    local_sizes = {len(node) for node in group.nodes}
+    if len(local_sizes) != 1 or local_sizes == {1}:
+        group.window_reason = (
+            f"nodes have {sorted(map(len, group.nodes))} ranks: hierarchical wants equally many, and more than one"
+        )
+        return
+    for ranks in group.nodes:
+        node = group.subgroup(ranks)
+        if node is not None:
+            open_window(node)
+            group.node = node
+    assert group.node is not None
+    reasons = gather_bytes(group, group.node.window_reason.encode(), "reasons against a window")
+    if any(reasons):
+        group.node.close()
+        group.node, group.window_reason = None, next(reason.decode() for reason in reasons if reason)
+        return
+    for local_rank in range(group.local_size):
+        group.across = group.subgroup([node[local_rank] for node in group.nodes]) or group.across
