@@ -162,7 +162,7 @@ void register_window(nb::module_& m) {
           },
           nb::keep_alive<1, 2>())
       .def("run", &Piped::run, nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("turn", &Piped::turn);
+      .def_prop_ro("tick", &Piped::tick);
 
   m.def("gather_reduce", [](const std::vector<Address>& dst, int dst_dtype, const std::vector<Address>& src, int dtype,
                             std::size_t numel, int op, double divisor, bool squares) {

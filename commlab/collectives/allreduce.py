@@ -1,23 +1,21 @@
-"""The allreduce: at once where few bytes travel with the agreement check, else by the algorithm of its plan. Which
-tensors it takes: see :mod:`.operations`."""
+"""The allreduce: at once where few numbers travel through the window with the agreement check, else by the route of its
+plan. Which tensors an allreduce takes: see :mod:`.operations`."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 
 from ..native.norm import Squares
-from ..runtime.execute import Execution
 from ..runtime.group import Group
 from ..runtime.handle import Handle
-from ..runtime.operand import divided, operand_of
 from ..runtime.world import resolve
-from ..schedules import ALGORITHMS, compose
-from ..transport.base import Carried, Pending
-from ..window import loops
-from ..window.exchange import Attachment
-from .plan import Plan, plan_of
-from .routes import hierarchical, piggyback
-from .staging import as_flat, attach, put_back
+from ..transport.base import Pending
+from .call import Call, Plan
+from .plan import plan_of
+from .routes import inline
+from .staging import as_flat, put_back
 
 
 def allreduce_async(
@@ -42,45 +40,17 @@ def allreduce_async(
 def start_allreduce(
     group: Group, tensor: torch.Tensor, op: str, plan: Plan, awaited: bool = False, squares: Squares | None = None
 ) -> Handle:
-    """The same by ``plan``. ``awaited``: the caller goes on to wait for it. ``squares``: is told, where it is at hand,
-    the sum of squares of a part of the result; the parts of all ranks make up the whole."""
-    chosen, wire_dtype, signature, inline, load = plan
-    # The window casts many fp32 numbers to a 16-bit wire by itself; everybody else sends what is staged.
-    casts = chosen == "window" and tensor.dtype is torch.float32 and inline is None
-    divisor, reduction = divided(op, group.size)
-    staged: list[torch.Tensor] = []
-    travelling: list[Carried] = []
+    """Start the allreduce that ``plan`` was made for. ``awaited``: the caller goes on to wait for it. ``squares``: is
+    given, where they are at hand, the sum of squares of a share of the result; the shares of all ranks make up the
+    whole."""
+    call = Call(group, plan, tensor, op, squares=squares)
+    return group.submit(plan.signature, _body(call), tensor, partial(plan.route.attach, call), awaited)
 
-    def stage() -> torch.Tensor:
-        if not staged:
-            staged.append(as_flat(tensor, tensor.dtype if casts else wire_dtype))
-        return staged[0]
 
-    def body() -> Pending:
-        if group.size == 1 or tensor.numel() == 0:
-            return
-        flat = stage()
-        if chosen == "window":
-            yield from loops.allreduce(group, flat, wire_dtype, reduction, divisor, squares)
-        elif chosen == "hierarchical":
-            yield from hierarchical.allreduce(group, flat, reduction, divisor)
-        elif travelling:
-            yield from piggyback.allreduce(group, flat, travelling[0], reduction, divisor)
-        else:
-            schedule_of = ALGORITHMS[chosen]
-            own = schedule_of.owners(flat.numel(), group.size)[group.rank]
-            operand = operand_of(flat, op, chosen, group.size, own)
-            schedule = compose.allreduce(schedule_of, group.rank, group.size, flat.numel())
-            yield from group.execute(Execution(schedule, operand, group.transport))
-        put_back(flat, tensor)
-
-    def attached() -> Attachment | Carried:
-        if load is not None:
-            travelling.append(piggyback.carry(stage(), load))
-            return travelling[0]
-        return attach(group, stage(), inline=inline is not None) if chosen == "window" else Attachment()
-
-    return group.submit(signature, body(), tensor, attached, awaited)
+def _body(call: Call) -> Pending:
+    if call.group.size > 1 and call.tensor.numel():
+        yield from call.plan.route.allreduce(call)
+        call.put_back()
 
 
 def allreduce(
@@ -94,14 +64,13 @@ def allreduce(
     """Reduce ``tensor`` in place over all ranks and return it; see :func:`allreduce_async`."""
     group = resolve(group)
     plan = plan_of(group, "allreduce", tensor, op, name, algorithm, wire)
-    if plan.inline is not None and tensor.is_cpu and tensor.is_contiguous():
-        divisor, reduction = divided(op, group.size)
-        sent = tensor if plan.wire_dtype is tensor.dtype else as_flat(tensor, plan.wire_dtype)
+    if plan.route is inline and tensor.is_cpu and tensor.is_contiguous():
+        sent = tensor if plan.wire is tensor.dtype else as_flat(tensor, plan.wire)
 
         def otherwise() -> Pending:
-            return loops.allreduce(group, sent.detach().view(-1), sent.dtype, reduction, divisor, None)
+            return inline.allreduce(Call(group, plan, sent, op))
 
-        if group.allreduce_inline(plan.signature, plan.inline, sent, otherwise):
+        if group.allreduce_inline(plan.signature, plan.few, sent, otherwise):
             if sent is not tensor:
                 put_back(sent, tensor)
             return tensor

@@ -4,20 +4,17 @@ signature that all ranks must agree on. Worked out once for each shape of call."
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from ..chunks import Range
 from ..errors import UsageError
-from ..native.dtypes import DTYPES, HALVES, OP_CODES, WIRES
+from ..native.dtypes import DTYPES, HALVES, WIRES
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
-from ..runtime.operand import divided
-from ..window import loops
-from ..window.exchange import Inline
-from .routes import hierarchical, piggyback
-from .select import CHOICES, Case, choose
+from . import routes
+from .call import Plan
+from .select import Case, choose
 
 OPS = ("sum", "mean", "min", "max", "prod")
 
@@ -42,14 +39,9 @@ def require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wire
 def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> tuple[str, str]:
     """The algorithm that an operation on ``numel`` numbers of ``dtype`` (the wire's) will use, and why. UsageError for
     one that this group can't."""
-    against = {
-        "window": "" if group.window is not None else group.window_reason,
-        "hierarchical": hierarchical.reason_against(group),
-    }
+    against = {name: routes.load(row.file).reason_against(group, kind) for name, row in routes.ROUTES.items()}
     if against.get(algorithm):
         raise UsageError(f"rank {group.rank}: algorithm {algorithm} is not to be had: {against[algorithm]}")
-    if algorithm == "hierarchical" and kind != "allreduce":
-        raise UsageError(f"rank {group.rank}: algorithm hierarchical is for allreduce, not for {kind}; use auto")
     case = Case(
         kind,
         group.size,
@@ -59,21 +51,9 @@ def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype
         window=not against["window"],
         hierarchical=not against["hierarchical"],
         nodes=len(group.nodes),
-        carried=kind == "allreduce" and piggyback.load_of(group, numel, dtype.itemsize) is not None,
+        piggyback=kind == "allreduce" and routes.load("piggyback").load_of(group, numel, dtype, "sum") is not None,
     )
-    return choose(algorithm, case, CHOICES[1:])
-
-
-class Plan(NamedTuple):
-    """What follows from the arguments of a call alone, and need not be worked out when it is made again."""
-
-    chosen: str
-    wire_dtype: torch.dtype
-    signature: Signature
-    inline: Inline | None
-    """Of an allreduce whose data travel with the agreement check in the window, and"""
-    load: piggyback.Load | None
-    """of one whose data travel with it in messages."""
+    return choose(algorithm, case, routes.names())
 
 
 def plan_of(
@@ -86,6 +66,7 @@ def plan_of(
     wire: str | None = None,
     chunks: Sequence[Range] | None = None,
 ) -> Plan:
+    """The plan of a call: worked out once for each shape of call, then looked up."""
     key = (kind, tensor.shape, tensor.dtype, op, name, algorithm, wire, chunks)
     found = group.plans.get(key)
     if found is None:
@@ -99,14 +80,12 @@ def plan_of(
             detail += f", chunks to {[chunk.stop for chunk in chunks]}"
         if len(group.plans) > 4096:
             group.plans.clear()
-        inline = None
-        in_window = kind == "allreduce" and chosen == "window"
-        if in_window and 0 < tensor.numel() * wire_dtype.itemsize <= loops.INLINE_BYTES:
-            divisor, reduction = divided(op, group.size)
-            inline = Inline(tensor.numel(), DTYPES[wire_dtype][0], OP_CODES[reduction], divisor)
+        row = routes.row_of(chosen)
+        route, few = routes.load(row.file), None
+        if row.few and kind == "allreduce":
+            few_route = routes.load(row.few)
+            few = few_route.load_of(group, tensor.numel(), wire_dtype, op)
+            route = route if few is None else few_route
         signature = Signature(kind, tuple(tensor.shape), tensor.dtype, name, detail)
-        by_direct = kind == "allreduce" and chosen == "direct"
-        load = piggyback.load_of(group, tensor.numel(), wire_dtype.itemsize) if by_direct else None
-        found = Plan(chosen, wire_dtype, signature, inline, load)
-        group.plans[key] = found
+        found = group.plans[key] = Plan(chosen, route, wire_dtype, signature, few)
     return found

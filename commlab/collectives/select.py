@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from ..errors import UsageError
-from ..schedules import ALGORITHMS
+from .routes import names
 
-CHOICES: Final[tuple[str, ...]] = ("auto", *ALGORITHMS, "window", "hierarchical")
-"""What a caller may name: schedules, and the two that need shared memory."""
+CHOICES: Final[tuple[str, ...]] = ("auto", *names())
+"""What a caller may name: the algorithms of :mod:`commlab.schedules`, and the routes that need shared memory."""
 
 
 class Case(NamedTuple):
@@ -20,41 +20,45 @@ class Case(NamedTuple):
     """allreduce, reduce_scatter, allgather; reduce and broadcast where one rank owns everything."""
     size: int
     bytes: int
+    """Of all numbers as they travel."""
     wire_is_16_bit: bool
     transport: str
     window: bool = False
     """Whether the group shares a window."""
     hierarchical: bool = False
-    """Whether it has several nodes, and each of them a window."""
+    """Whether the group has several nodes, and each node a window."""
     nodes: int = 1
-    carried: bool = False
+    """How many nodes the ranks are on."""
+    piggyback: bool = False
     """Whether the numbers can travel with the agreement check."""
 
 
-class Row(NamedTuple):
+class Rule(NamedTuple):
+    """A row of the table: ``algorithm`` is taken where it ``applies``, for this ``reason``."""
+
     applies: Callable[[Case], bool]
     algorithm: str
     reason: str
 
 
-TABLE: tuple[Row, ...] = (
-    Row(lambda case: case.window, "window", "on one node nobody sends: the cost of a copy, and one rounding"),
-    Row(
+TABLE: tuple[Rule, ...] = (
+    Rule(lambda case: case.window, "window", "on one node nobody sends: the cost of a copy, and one rounding"),
+    Rule(
         lambda case: case.hierarchical and case.kind == "allreduce" and case.bytes > 64 * 1024,
         "hierarchical",
-        "a node sends as if it were one rank, and all its ranks carry a part",
+        "a node sends as if it were one rank, and all its ranks carry a share",
     ),
-    Row(
-        lambda case: case.carried,
+    Rule(
+        lambda case: case.piggyback,
         "direct",
         "few numbers travel with the agreement check: one message time, two beyond 4 KB",
     ),
-    Row(
+    Rule(
         lambda case: case.size == 2,
         "direct",
         "with one peer all algorithms send the same bytes; direct needs the fewest steps and rounds once",
     ),
-    Row(
+    Rule(
         lambda case: (
             case.wire_is_16_bit
             and case.size <= 16
@@ -64,27 +68,27 @@ TABLE: tuple[Row, ...] = (
         "a 16-bit wire is rounded once here and at every hop elsewhere; on a slow link its "
         "crowd costs 1.3 times the ring",
     ),
-    Row(
+    Rule(
         lambda case: case.kind in ("reduce", "broadcast") and case.bytes <= 256 * 1024,
         "tree",
         "one rank has everything: ceil(log2 P) steps",
     ),
-    Row(
+    Rule(
         lambda case: case.kind in ("reduce", "broadcast"),
         "ring",
         "one rank has everything: a chain of segments sends it once over every link",
     ),
-    Row(
+    Rule(
         lambda case: case.bytes <= 64 * 1024 and case.size & (case.size - 1) == 0,
         "halving",
         "latency counts: 2 log2 P steps, and all ranks work on a power of two",
     ),
-    Row(
+    Rule(
         lambda case: case.bytes <= 16 * 1024,
         "tree",
         "latency counts: 2 ceil(log2 P) steps, whatever the number of ranks",
     ),
-    Row(lambda case: True, "ring", "bandwidth counts: the fewest bytes, only between neighbours, as one pipeline"),
+    Rule(lambda case: True, "ring", "bandwidth counts: the fewest bytes, only between neighbours, as one pipeline"),
 )
 
 

@@ -1,5 +1,4 @@
-"""A call's tensor as an algorithm wants it: a flat CPU buffer, its place in the window, what is reduced how; and back
-into the tensor."""
+"""A tensor as a flat CPU buffer, and the buffer's numbers back in the tensor."""
 
 from __future__ import annotations
 
@@ -7,8 +6,6 @@ import torch
 
 from .. import native
 from ..native.dtypes import HALVES
-from ..runtime.group import Group
-from ..window.exchange import Attachment
 
 
 def as_flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -35,17 +32,3 @@ def put_back(flat: torch.Tensor, tensor: torch.Tensor) -> None:
         native.widen(tensor, 0, flat, 0, flat.numel())
     else:
         tensor.detach().copy_(flat.view(tensor.shape))
-
-
-def attach(group: Group, flat: torch.Tensor, inline: bool = False) -> Attachment:
-    """Where ``flat`` lies in the window, if it does; or its data (``inline``), where they are few and every rank wants
-    all of them."""
-    assert group.window is not None
-    if inline:
-        return Attachment(address=flat.data_ptr(), size_bytes=flat.numel() * flat.element_size())
-    place = group.window.locate(flat)
-    return Attachment() if place is None else Attachment(place.segment, place.offset)
-
-
-def place_of(group: Group, flat: torch.Tensor, chosen: str) -> Attachment:
-    return attach(group, flat) if chosen == "window" else Attachment()

@@ -128,7 +128,7 @@ class GradientBuckets:
         self.used.clear()
         for bucket in self.buckets:
             bucket.packer.forget()
-            bucket.squares.told = None
+            bucket.squares.known = None
             bucket.waiting = {member.index for member in bucket.parameters}
 
     def close(self) -> None:

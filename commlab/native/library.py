@@ -24,7 +24,7 @@ def _load() -> tuple[Any, str]:
 
 
 # The native module, or None where there is none.
-built, _missing_reason = _load()
+built, missing_reason = _load()
 # What runs now: the same, or None while torch does the work.
 active = built
 
@@ -33,7 +33,7 @@ def backend() -> str:
     """Which implementation runs and, if it is the slow one, why."""
     if active is not None:
         return f"native: {active.isa()}"
-    return f"torch: {_missing_reason if built is None else 'chosen by native.using()'}"
+    return f"torch: {missing_reason if built is None else 'chosen by native.using()'}"
 
 
 def backends() -> tuple[str, ...]:

@@ -25,13 +25,14 @@ def norm_squared(gradients: Iterable[torch.Tensor]) -> float:
 
 @dataclass
 class Squares:
-    """The sum of the squares of what this rank reduced: told by whoever reduced it, where those numbers passed by
-    anyway, else found by a pass over them."""
+    """The sum of the squares of the numbers that this rank has reduced. The loop that reduced them sets ``known``,
+    where the numbers passed through its registers anyway; else :meth:`of` makes a pass over them."""
 
-    told: float | None = None
+    known: float | None = None
 
     def of(self, numbers: torch.Tensor) -> float:
-        return norm_squared([numbers]) if self.told is None else self.told
+        """The sum, of ``numbers`` where it is not known."""
+        return norm_squared([numbers]) if self.known is None else self.known
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:

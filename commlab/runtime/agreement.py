@@ -10,8 +10,8 @@ from hashlib import blake2b
 import torch
 
 from ..errors import DisagreementError
-from ..transport.base import Carried, Exchange, Pending, Request, Transport
-from ..window.exchange import Attachment, WindowExchange, WindowWait
+from ..transport.base import Exchange, Pending, Piggyback, Request, Transport
+from ..window.exchange import Attachment, WindowExchange
 from ..window.memory import Window
 
 TEXT_BYTES = 512
@@ -61,10 +61,10 @@ class Signature:
 
 class Agreement:
     """The check of one group's operations. ``required``: whether ranks compare all that they do; with a window they
-    always do, because the same exchange tells where the data lie. ``name_of(local rank)``: the rank in the group."""
+    always do, because the same exchange tells where the data lie."""
 
-    def __init__(self, transport: Transport, required: bool, name_of: Callable[[int], int]):
-        self._transport, self.required, self._name_of = transport, required, name_of
+    def __init__(self, transport: Transport, required: bool):
+        self._transport, self.required = transport, required
         self.window: Window | None = None
         """Memory of the group's ranks, once they share one: records travel through its control pages."""
 
@@ -73,7 +73,7 @@ class Agreement:
         signature: Signature,
         sequence: int,
         body: Iterable[Request],
-        attached: Callable[[], Attachment | Carried | None],
+        attached: Callable[[], Attachment | Piggyback | None],
     ) -> Pending:
         """``body``, once all ranks are known to agree on ``signature``. ``attached()``: what this rank publishes in the
         window, or what travels with its record; asked for just before the others are told. DisagreementError on every
@@ -91,11 +91,10 @@ class Agreement:
                 raise DisagreementError(disagreement(texts.records(), self._transport.rank))
         yield from body
 
-    def _announce(self, record: bytes, brought: Attachment | Carried | None) -> Exchange | WindowExchange:
-        if self.window is None or isinstance(brought, Carried):
-            return self._transport.exchange(record, brought if isinstance(brought, Carried) else None)
-        wait = WindowWait(self.window, self._name_of)
-        return WindowExchange(self.window, wait, int.from_bytes(record, "little"), brought)
+    def _announce(self, record: bytes, brought: Attachment | Piggyback | None) -> Exchange | WindowExchange:
+        if self.window is None or isinstance(brought, Piggyback):
+            return self._transport.exchange(record, brought if isinstance(brought, Piggyback) else None)
+        return WindowExchange(self.window, int.from_bytes(record, "little"), brought)
 
 
 def disagreement(records: Sequence[bytes], rank: int) -> str:

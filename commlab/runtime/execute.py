@@ -36,10 +36,10 @@ IN_FLIGHT = 4
 class _Receive:
     """A posted receive; ``scratch`` is None where the segment is written in place. ``finishes``: what it completes."""
 
-    __slots__ = ("finishes", "part", "request", "scratch")
+    __slots__ = ("finishes", "request", "scratch", "segment")
 
-    def __init__(self, part: Range, request: Request, scratch: torch.Tensor | None):
-        self.part, self.request, self.scratch = part, request, scratch
+    def __init__(self, segment: Range, request: Request, scratch: torch.Tensor | None):
+        self.segment, self.request, self.scratch = segment, request, scratch
         self.finishes: list[Range] = []
 
 
@@ -86,14 +86,14 @@ class Execution:
                 yield from self._post_send(outgoing[at], item.to)
 
     def _relay(self, item: Relay) -> Pending:
-        parts = segments(item.chunk, self.segment_numel)
-        for at in range(len(parts) + IN_FLIGHT - 1):
-            if at < len(parts):
-                yield from self._post_receive(parts[at], item.frm, item.reduce)
+        pieces = segments(item.chunk, self.segment_numel)
+        for at in range(len(pieces) + IN_FLIGHT - 1):
+            if at < len(pieces):
+                yield from self._post_receive(pieces[at], item.frm, item.reduce)
             if at >= IN_FLIGHT - 1:
-                yield from self._post_send(parts[at - IN_FLIGHT + 1], item.to)
+                yield from self._post_send(pieces[at - IN_FLIGHT + 1], item.to)
 
-    def _post_receive(self, part: Range, frm: int, reduce: bool) -> Pending:
+    def _post_receive(self, segment: Range, frm: int, reduce: bool) -> Pending:
         while len(self._receives) >= IN_FLIGHT:
             yield from self._complete_oldest()
         if reduce:
@@ -102,28 +102,28 @@ class Execution:
                 numel = min(self.segment_numel, self.operand.buffer.numel())
                 self._scratch.append(torch.empty(numel, dtype=self.operand.buffer.dtype))
             scratch = self._scratch.pop()
-            target = byte_view(scratch)[: part.numel * self.operand.itemsize]
-            self._receives.append(_Receive(part, self.transport.irecv(target, frm), scratch))
+            target = byte_view(scratch)[: segment.numel * self.operand.itemsize]
+            self._receives.append(_Receive(segment, self.transport.irecv(target, frm), scratch))
         else:
-            yield from self._complete_receives(part)
-            yield from self._await_sends(part)
-            self._receives.append(_Receive(part, self.transport.irecv(self.operand.view(part), frm), None))
+            yield from self._complete_receives(segment)
+            yield from self._await_sends(segment)
+            self._receives.append(_Receive(segment, self.transport.irecv(self.operand.view(segment), frm), None))
 
-    def _post_send(self, part: Range, to: int) -> Pending:
-        yield from self._complete_receives(part)
+    def _post_send(self, segment: Range, to: int) -> Pending:
+        yield from self._complete_receives(segment)
         while self._sends and self._sends[0][1].test():
             self._sends.popleft()
-        data = self.operand.view(part)
-        self._sends.append((part, self.transport.isend(data, to)))
+        data = self.operand.view(segment)
+        self._sends.append((segment, self.transport.isend(data, to)))
         self.bytes_sent += data.size
         self.messages_sent += 1
 
-    def _complete_receives(self, part: Range) -> Pending:
-        """Complete all receives up to the last one that writes into ``part``, or after which some of ``part`` is
+    def _complete_receives(self, segment: Range) -> Pending:
+        """Complete all receives up to the last one that writes into ``segment``, or after which some of ``segment`` is
         finished."""
         for count in range(len(self._receives), 0, -1):
             receive = self._receives[count - 1]
-            if receive.part.overlaps(part) or any(finished.overlaps(part) for finished in receive.finishes):
+            if receive.segment.overlaps(segment) or any(finished.overlaps(segment) for finished in receive.finishes):
                 for _ in range(count):
                     yield from self._complete_oldest()
                 return
@@ -134,27 +134,27 @@ class Execution:
             yield receive.request
         self._receives.popleft()
         if receive.scratch is not None:
-            yield from self._await_sends(receive.part)
-            self.operand.reduce(receive.part, receive.scratch)
+            yield from self._await_sends(receive.segment)
+            self.operand.reduce(receive.segment, receive.scratch)
             self._scratch.append(receive.scratch)
-        for part in receive.finishes:
-            yield from self._await_sends(part)
-            self.operand.finish(part)
+        for segment in receive.finishes:
+            yield from self._await_sends(segment)
+            self.operand.finish(segment)
 
     def _finish(self, chunk: Range) -> Pending:
         """Each segment is finished by the last pending receive that adds to it, so that it can leave before its
         neighbours."""
-        for part in segments(chunk, self.segment_numel):
+        for segment in segments(chunk, self.segment_numel):
             for receive in reversed(self._receives):
-                if receive.part.overlaps(part):
-                    receive.finishes.append(part)
+                if receive.segment.overlaps(segment):
+                    receive.finishes.append(segment)
                     break
             else:
-                yield from self._await_sends(part)
-                self.operand.finish(part)
+                yield from self._await_sends(segment)
+                self.operand.finish(segment)
 
-    def _await_sends(self, part: Range) -> Pending:
-        while any(sent.overlaps(part) for sent, _ in self._sends):
+    def _await_sends(self, segment: Range) -> Pending:
+        while any(sent.overlaps(segment) for sent, _ in self._sends):
             yield from self._await_send()
 
     def _await_send(self) -> Pending:

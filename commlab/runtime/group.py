@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..job.topology import Topology, usable_cores
 from ..native import library
 from ..schedules.step import NodeStep
-from ..transport.base import Carried, Pending, Request, Transport
+from ..transport.base import Pending, Piggyback, Request, Transport
 from ..window.exchange import NOTHING, Attachment, Inline
 from ..window.memory import Window
 from .agreement import Agreement, Signature
@@ -68,7 +68,7 @@ class Group:
         self.bytes_sent = self.messages_sent = 0
         self.node_bytes_read = self.node_bytes_written = 0
         """What this rank's loops over the window read and wrote."""
-        self.agreement = Agreement(transport, check, self.rank_on_node)
+        self.agreement = Agreement(transport, check)
         self.window: Window | None = None
         """Memory shared with all other ranks of this group; None until :meth:`share`, or where it can't be had."""
         self.window_reason = "not asked for"
@@ -93,7 +93,7 @@ class Group:
         signature: Signature,
         body: Iterable[Request] = (),
         result: Any = None,
-        attached: Callable[[], Attachment | Carried] | None = None,
+        attached: Callable[[], Attachment | Piggyback] | None = None,
         awaited: bool = False,
     ) -> Handle:
         """Queue ``body`` to run once all ranks are known to agree on ``signature``. Collective. ``attached()`` is asked
@@ -109,7 +109,7 @@ class Group:
         signature: Signature,
         body: Iterable[Request],
         result: Any,
-        attached: Callable[[], Attachment | Carried | None],
+        attached: Callable[[], Attachment | Piggyback | None],
         awaited: bool,
     ) -> Handle:
         checked = self.agreement.before(signature, self._sequence, body, attached)
@@ -151,10 +151,6 @@ class Group:
         self.node_bytes_read += step.bytes_read
         self.node_bytes_written += step.bytes_written
 
-    def rank_on_node(self, local_rank: int) -> int:
-        """The rank in this group of a local rank of this node; for messages."""
-        return self.topology.node_of(self.rank)[local_rank]
-
     def share(self, window: Window) -> None:
         """From now on the group's operations go through ``window``, which all its ranks have opened."""
         self.window = self.agreement.window = window
@@ -189,9 +185,9 @@ class Group:
             self._closed = True
             for _, free in self.endings:
                 free()
-            for part in (self.node, self.across):
-                if part is not None:
-                    part.close()
+            for level in (self.node, self.across):
+                if level is not None:
+                    level.close()
             self.progress.close()
             if self.window is not None:
                 self.window.close()

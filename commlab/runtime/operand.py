@@ -1,4 +1,4 @@
-"""The flat buffer of one rank, and what is done to it."""
+"""The flat buffer of one rank as the executor sees it: what is done to its numbers, and in what precision."""
 
 from __future__ import annotations
 
@@ -41,47 +41,51 @@ class Operand:
             self.accumulator = torch.empty(own.numel, dtype=torch.float32) if wide is None else wide
             native.widen(self.accumulator, 0, buffer, own.start, own.numel)
 
-    def view(self, part: Range) -> Bytes:
-        return self.bytes[part.start * self.itemsize : part.stop * self.itemsize]
+    def view(self, segment: Range) -> Bytes:
+        return self.bytes[segment.start * self.itemsize : segment.stop * self.itemsize]
 
-    def reduce(self, part: Range, scratch: torch.Tensor) -> None:
-        """Combine ``scratch[: part.numel]`` into ``part``."""
+    def reduce(self, segment: Range, scratch: torch.Tensor) -> None:
+        """Combine ``scratch[: segment.numel]`` into ``segment``."""
         if self.accumulator is not None and self.own is not None:
-            assert self.own.start <= part.start and part.stop <= self.own.stop, (part, self.own)
-            native.accumulate(self.accumulator, part.start - self.own.start, scratch, 0, part.numel, self.op)
+            assert self.own.start <= segment.start and segment.stop <= self.own.stop, (segment, self.own)
+            native.accumulate(self.accumulator, segment.start - self.own.start, scratch, 0, segment.numel, self.op)
         else:
-            native.reduce(self.buffer, part.start, scratch, 0, part.numel, self.op)
+            native.reduce(self.buffer, segment.start, scratch, 0, segment.numel, self.op)
 
-    def finish(self, part: Range) -> None:
+    def finish(self, segment: Range) -> None:
         """Divide, and round to the buffer's dtype, once."""
         if self.accumulator is not None and self.own is not None:
-            start = part.start - self.own.start
+            start = segment.start - self.own.start
             if self.rounds:
-                native.narrow(self.buffer, part.start, self.accumulator, start, part.numel, self.divisor)
+                native.narrow(self.buffer, segment.start, self.accumulator, start, segment.numel, self.divisor)
             elif self.divisor != 1:
-                native.divide(self.accumulator, start, part.numel, self.divisor)
+                native.divide(self.accumulator, start, segment.numel, self.divisor)
         elif self.divisor != 1:
-            native.divide(self.buffer, part.start, part.numel, self.divisor)
-
-
-def divided(op: str, size: int) -> tuple[int, str]:
-    """What the reduced numbers are divided by, and how they are reduced."""
-    return (size, "sum") if op == "mean" else (1, op)
+            native.divide(self.buffer, segment.start, segment.numel, self.divisor)
 
 
 def operand_of(
-    flat: torch.Tensor, op: str, chosen: str, size: int, own: Range, wide: torch.Tensor | None = None
+    flat: torch.Tensor,
+    op: str,
+    divisor: float,
+    meets_at_owner: bool,
+    own: Range,
+    wide: torch.Tensor | None = None,
 ) -> Operand:
-    """How the algorithm treats this buffer (docs/rounding.md).
+    """How a schedule treats this buffer (docs/rounding.md).
 
-    16-bit: ``direct`` sums in fp32 at the owner, and divides there before it rounds; the others round at every hop, so
-    a mean is divided first, which keeps the sum in range.
+    16-bit numbers are summed in fp32 at the owner, who divides before it rounds, where all contributions meet there;
+    elsewhere partial sums are rounded at every hop, so a mean is divided first, which keeps the sum in range.
     """
-    divisor, reduction = divided(op, size)
     if flat.dtype not in HALVES:
-        return Operand(flat, reduction, divisor)
-    if chosen == "direct":
-        return Operand(flat, reduction, divisor, own, wide)
+        return Operand(flat, op, divisor)
+    if meets_at_owner:
+        return Operand(flat, op, divisor, own, wide)
     if divisor != 1:
         native.divide(flat, 0, flat.numel(), divisor)
-    return Operand(flat, reduction)
+    return Operand(flat, op)
+
+
+def divided(op: str, size: int) -> tuple[int, str]:
+    """What the reduced numbers of ``size`` ranks are divided by, and how they are reduced."""
+    return (size, "sum") if op == "mean" else (1, op)

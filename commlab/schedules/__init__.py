@@ -1,5 +1,12 @@
-"""Schedules: what each rank sends, receives and reduces, as data; ``ALGORITHMS`` is the table of them by name. Nothing here
-imports torch."""
+"""Schedules: what each rank sends, receives and reduces, as data. Nothing here imports torch.
+
+    ring  halving  tree  direct    an algorithm each: the chunks it likes, and the two halves of an allreduce
+    step                           what a schedule is made of
+    compose                        the operations, composed of an algorithm's two halves
+    cost                           what an allreduce costs by each of them, as formulas
+
+``ALGORITHMS`` is the table of them by name.
+"""
 
 from __future__ import annotations
 

@@ -13,12 +13,18 @@ from .step import Finish, Schedule
 class Algorithm(Protocol):
     """What a module of this folder offers. Chunks adjoin, cover the buffer, and may be empty or of any size."""
 
+    MEETS_AT_OWNER: bool
+    """Whether all contributions to a chunk arrive at its owner as they left their ranks. Then the owner can add 16-bit
+    numbers in fp32 and round once; elsewhere partial sums travel, and a 16-bit wire rounds at every hop."""
+
     def owners(self, numel: int, size: int) -> tuple[Range, ...]:
-        """The chunks that suit the algorithm best when nobody asks for certain ones."""
+        """The chunks that suit the algorithm best when nobody asks for certain ones: one for each of ``size`` ranks."""
 
-    def reduce_scatter(self, rank: int, chunks: Sequence[Range]) -> Schedule: ...
+    def reduce_scatter(self, rank: int, chunks: Sequence[Range]) -> Schedule:
+        """The steps of ``rank`` after which its own chunk holds the sum over all ranks."""
 
-    def allgather(self, rank: int, chunks: Sequence[Range]) -> Schedule: ...
+    def allgather(self, rank: int, chunks: Sequence[Range]) -> Schedule:
+        """The steps of ``rank`` after which all chunks hold what their owners had in them."""
 
 
 def allreduce(algorithm: Algorithm, rank: int, size: int, numel: int) -> Schedule:

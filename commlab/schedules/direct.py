@@ -22,6 +22,7 @@ from ..chunks import Range, split
 from .step import Schedule, step
 
 owners = split
+MEETS_AT_OWNER = True
 
 
 def reduce_scatter(rank: int, chunks: Sequence[Range]) -> Schedule:

@@ -25,26 +25,29 @@ from dataclasses import dataclass
 from ..chunks import EMPTY, Range, span, split
 from .step import Schedule, Step, step
 
+MEETS_AT_OWNER = False
+
 
 @dataclass(frozen=True)
 class Fold:
-    """``size`` ranks on 2^k places: the first ``folded`` places hold two ranks each, of which the odd one is active."""
+    """``size`` ranks on 2^k positions: the first ``folded`` positions hold two ranks each, the odd one of which is
+    active."""
 
     size: int
 
     @property
-    def places(self) -> int:
+    def positions(self) -> int:
         return 1 << (self.size.bit_length() - 1)
 
     @property
     def folded(self) -> int:
-        return self.size - self.places
+        return self.size - self.positions
 
-    def active(self, place: int) -> int:
-        """The rank that works at ``place``."""
-        return 2 * place + 1 if place < self.folded else place + self.folded
+    def active(self, position: int) -> int:
+        """The rank that works at ``position``."""
+        return 2 * position + 1 if position < self.folded else position + self.folded
 
-    def place(self, rank: int) -> int:
+    def position(self, rank: int) -> int:
         return rank // 2 if rank < 2 * self.folded else rank - self.folded
 
     def partner(self, rank: int) -> int | None:
@@ -52,30 +55,30 @@ class Fold:
         return rank ^ 1 if rank < 2 * self.folded else None
 
     def range(self, chunks: Sequence[Range], first: int, last: int) -> Range:
-        """What the ranks at places ``first .. last - 1`` own together."""
+        """What the ranks at positions ``first .. last - 1`` own together."""
         low = 2 * first if first < self.folded else first + self.folded
         high = 2 * last if last <= self.folded else last + self.folded
         return span(chunks, low, high)
 
-    def halvings(self, place: int) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
-        """(partner's place, places to give away, places to keep), from the largest halving to the smallest."""
-        low, high = 0, self.places
+    def halvings(self, position: int) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
+        """(partner's position, positions to give away, positions to keep), from the largest halving to the smallest."""
+        low, high = 0, self.positions
         while high - low > 1:
             middle = (low + high) // 2
             halves = (low, middle), (middle, high)
-            keep, give = halves if place < middle else halves[::-1]
-            yield place ^ (middle - low), give, keep
+            keep, give = halves if position < middle else halves[::-1]
+            yield position ^ (middle - low), give, keep
             low, high = keep
 
 
 def owners(numel: int, size: int) -> tuple[Range, ...]:
     """Ranks that stand aside own nothing, so that an allreduce need not visit them in the middle."""
     fold = Fold(size)
-    parts = iter(split(numel, fold.places))
+    shares = iter(split(numel, fold.positions))
     chunks, at = [], 0
     for rank in range(size):
-        active = fold.active(fold.place(rank)) == rank
-        chunks.append(next(parts) if active else Range(at, at))
+        active = fold.active(fold.position(rank)) == rank
+        chunks.append(next(shares) if active else Range(at, at))
         at = chunks[-1].stop
     return tuple(chunks)
 
@@ -84,17 +87,17 @@ def reduce_scatter(rank: int, chunks: Sequence[Range]) -> Schedule:
     """After it rank r's chunk r holds the sum over all ranks; the other chunks hold partial sums, of no use."""
     fold = Fold(len(chunks))
     everything = span(chunks, 0, len(chunks))
-    place, partner = fold.place(rank), fold.partner(rank)
+    position, partner = fold.position(rank), fold.partner(rank)
     if not everything.numel:
         return
-    if rank != fold.active(place):
+    if rank != fold.active(position):
         assert partner is not None
         yield Step(partner, everything, None, EMPTY)
         yield from step(partner, EMPTY, partner, chunks[rank])
         return
     if partner is not None:
         yield Step(None, EMPTY, partner, everything, reduce=True)
-    for other, give, keep in fold.halvings(place):
+    for other, give, keep in fold.halvings(position):
         peer = fold.active(other)
         yield from step(peer, fold.range(chunks, *give), peer, fold.range(chunks, *keep), reduce=True)
     if partner is not None:
@@ -105,17 +108,17 @@ def allgather(rank: int, chunks: Sequence[Range]) -> Schedule:
     """Every rank gets chunk r from rank r."""
     fold = Fold(len(chunks))
     everything = span(chunks, 0, len(chunks))
-    place, partner = fold.place(rank), fold.partner(rank)
+    position, partner = fold.position(rank), fold.partner(rank)
     if not everything.numel:
         return
-    if rank != fold.active(place):
+    if rank != fold.active(position):
         assert partner is not None
         yield from step(partner, chunks[rank], partner, EMPTY)
         yield Step(None, EMPTY, partner, everything)
         return
     if partner is not None:
         yield from step(partner, EMPTY, partner, chunks[partner])
-    for other, give, keep in reversed(list(fold.halvings(place))):
+    for other, give, keep in reversed(list(fold.halvings(position))):
         peer = fold.active(other)
         yield from step(peer, fold.range(chunks, *keep), peer, fold.range(chunks, *give))
     if partner is not None:

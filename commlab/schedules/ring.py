@@ -23,6 +23,7 @@ from ..chunks import Range, split
 from .step import Schedule, step
 
 owners = split
+MEETS_AT_OWNER = False
 
 
 def reduce_scatter(rank: int, chunks: Sequence[Range]) -> Schedule:

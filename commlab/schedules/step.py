@@ -1,4 +1,5 @@
-"""A schedule is data: what one rank sends, receives and reduces, in order. :mod:`.execute` runs it on any transport."""
+"""A schedule is data: what one rank sends, receives and reduces, in order. :mod:`commlab.runtime.execute` runs a
+schedule on any transport."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ class Relay(NamedTuple):
 
 
 class NodeStep(NamedTuple):
-    """What a native loop over the window does for this rank: counted, priced and traced like the other steps."""
+    """What a native loop over the window has done for this rank: counted, priced and traced like the other steps."""
 
     kind: str
     bytes_read: int

@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 from ..chunks import EMPTY, Range, span, whole_at
 from .step import Schedule, Step
 
+MEETS_AT_OWNER = False
+
 
 def owners(numel: int, size: int) -> tuple[Range, ...]:
     """The root does all the finishing of an allreduce, so it owns everything."""
@@ -37,22 +39,22 @@ def edges(rank: int, root: int, size: int) -> tuple[int | None, list[int]]:
 
     In ranks counted from the root, the parent is the rank with its lowest set bit cleared.
     """
-    place = (rank - root) % size
+    offset = (rank - root) % size
     children, bit = [], 1
-    while bit < size and not place & bit:
-        if place + bit < size:
-            children.append((place + bit + root) % size)
+    while bit < size and not offset & bit:
+        if offset + bit < size:
+            children.append((offset + bit + root) % size)
         bit *= 2
-    return (None if place == 0 else (place - bit + root) % size), children
+    return (None if offset == 0 else (offset - bit + root) % size), children
 
 
 def _subtree(rank: int, root: int, chunks: Sequence[Range]) -> Iterator[Range]:
     """What the ranks below and including ``rank`` own: one range, or two where the subtree wraps round past the last
     rank."""
     size = len(chunks)
-    place = (rank - root) % size
-    height = place & -place
-    count = min(height, size - place)
+    offset = (rank - root) % size
+    height = offset & -offset
+    count = min(height, size - offset)
     first, last = rank, rank + count
     for low, high in ((first, min(last, size)), (0, last - size)):
         if high > low and span(chunks, low, high).numel:
@@ -70,11 +72,11 @@ def reduce_scatter(rank: int, chunks: Sequence[Range]) -> Schedule:
         yield Step(None, EMPTY, child, everything, reduce=True)
     if parent is not None:
         yield Step(parent, everything, None, EMPTY)
-        for part in _subtree(rank, root, chunks):
-            yield Step(None, EMPTY, parent, part)
+        for owned in _subtree(rank, root, chunks):
+            yield Step(None, EMPTY, parent, owned)
     for child in reversed(children):
-        for part in _subtree(child, root, chunks):
-            yield Step(child, part, None, EMPTY)
+        for owned in _subtree(child, root, chunks):
+            yield Step(child, owned, None, EMPTY)
 
 
 def allgather(rank: int, chunks: Sequence[Range]) -> Schedule:
@@ -85,11 +87,11 @@ def allgather(rank: int, chunks: Sequence[Range]) -> Schedule:
     if not everything.numel:
         return
     for child in children:
-        for part in _subtree(child, root, chunks):
-            yield Step(None, EMPTY, child, part)
+        for owned in _subtree(child, root, chunks):
+            yield Step(None, EMPTY, child, owned)
     if parent is not None:
-        for part in _subtree(rank, root, chunks):
-            yield Step(parent, part, None, EMPTY)
+        for owned in _subtree(rank, root, chunks):
+            yield Step(parent, owned, None, EMPTY)
         yield Step(None, EMPTY, parent, everything)
     for child in reversed(children):
         yield Step(child, everything, None, EMPTY)

@@ -16,14 +16,14 @@ done."""
 
 
 RECORD_BYTES = 8
-"""Of the agreement check (:mod:`commlab.runtime.agreement`)."""
+"""The size of a record of the agreement check (:mod:`commlab.runtime.agreement`)."""
 
-CARRIED_BYTES = 32 * 1024
+PIGGYBACK_BYTES = 32 * 1024
 """The most that travels with a record to each peer: a message that MPI still sends without asking the receiver first
 (its eager limit), and room that every rank keeps for every other."""
 
-CARRIED_RANKS = 16
-"""Among more ranks nothing travels with a record: everybody sends to everybody."""
+PIGGYBACK_RANKS = 16
+"""Among more ranks than these nothing travels with a record, because everybody sends to everybody."""
 
 
 class Rows:
@@ -44,24 +44,24 @@ class Rows:
         return self._views[dtype]
 
 
-class Carried:
+class Piggyback:
     """Numbers that travel with a record: ``size_bytes`` at ``address``, which must stay as they are until the exchange
-    is done. ``to_each``: the peers get consecutive parts, ``part_bytes`` each, of which the last ones may be short or
-    empty (what arrives behind their ends means nothing); otherwise all get all of it. ``rows``: once the exchange is
-    done, what every rank has sent to this one, in rank order.
+    is done. ``to_each``: the peers get consecutive shares of ``share_bytes`` each, of which the last ones may be short
+    or empty (what arrives behind their ends means nothing); otherwise all peers get all of the numbers. ``rows``: once
+    the exchange is done, what every rank has sent to this one, in rank order.
     """
 
-    __slots__ = ("address", "part_bytes", "rows", "size_bytes", "to_each")
+    __slots__ = ("address", "rows", "share_bytes", "size_bytes", "to_each")
 
     rows: Rows
 
-    def __init__(self, address: int, size_bytes: int, part_bytes: int, to_each: bool):
-        self.address, self.size_bytes, self.part_bytes, self.to_each = address, size_bytes, part_bytes, to_each
+    def __init__(self, address: int, size_bytes: int, share_bytes: int, to_each: bool):
+        self.address, self.size_bytes, self.share_bytes, self.to_each = address, size_bytes, share_bytes, to_each
 
-    def part(self, rank: int) -> tuple[int, int]:
-        """Where a part begins, in bytes, and how many it has."""
-        start = min(rank * self.part_bytes, self.size_bytes)
-        return start, min(self.part_bytes, self.size_bytes - start)
+    def share(self, rank: int) -> tuple[int, int]:
+        """Where the share of ``rank`` begins, in bytes, and how many bytes it has."""
+        start = min(rank * self.share_bytes, self.size_bytes)
+        return start, min(self.share_bytes, self.size_bytes - start)
 
 
 class Request(Protocol):
@@ -90,14 +90,14 @@ class Transport(Protocol):
     threads: bool
     """Whether a second thread of this process may call the transport."""
 
-    carries_bytes: int
+    piggyback_bytes: int
     """How many bytes may travel to each peer with a record of RECORD_BYTES; 0: none."""
 
     def isend(self, data: Bytes, to: int) -> Request: ...
 
     def irecv(self, data: Bytes, frm: int) -> Request: ...
 
-    def exchange(self, record: bytes, carried: Carried | None = None) -> Exchange:
+    def exchange(self, record: bytes, piggyback: Piggyback | None = None) -> Exchange:
         """Give every rank a record of the same length, and what it carries, and get everyone's. Collective. Ranks that
         carry different things find it out from their records."""
 

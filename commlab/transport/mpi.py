@@ -10,7 +10,7 @@ from typing import Any
 from mpi4py import MPI
 
 from ..errors import PeerLostError
-from .base import CARRIED_BYTES, CARRIED_RANKS, RECORD_BYTES, Bytes, Carried, Exchange, Rows
+from .base import PIGGYBACK_BYTES, PIGGYBACK_RANKS, RECORD_BYTES, Bytes, Exchange, Piggyback, Rows
 
 _LENGTHS = 64
 """Of different lengths, so many sets of sends are kept ready."""
@@ -69,12 +69,12 @@ class MpiExchange(Exchange):
         self._ready: dict[tuple[bool, int], list[MPI.Prequest]] = {}
         self._under_way: list[MPI.Prequest] = []
 
-    def start(self, record: bytes, carried: Carried | None = None) -> MpiExchange:
+    def start(self, record: bytes, piggyback: Piggyback | None = None) -> MpiExchange:
         self._own[:] = record
         key = (False, 0)
-        if carried is not None:
-            self._load(carried)
-            key = carried.to_each, carried.part_bytes
+        if piggyback is not None:
+            self._load(piggyback)
+            key = piggyback.to_each, piggyback.share_bytes
         self._under_way = self._ready.get(key) or self._prepare(*key)
         try:
             MPI.Prequest.Startall(self._under_way)
@@ -82,29 +82,29 @@ class MpiExchange(Exchange):
             raise lost(_failed(self._comm), error) from error
         return self
 
-    def _load(self, carried: Carried) -> None:
+    def _load(self, piggyback: Piggyback) -> None:
         """Copy what is carried behind the records that will be sent."""
-        carried.rows, row_bytes = self._rows, self._rows.row_bytes
+        piggyback.rows, row_bytes = self._rows, self._rows.row_bytes
         mine = self._rows.address + self._rank * row_bytes
-        if not carried.to_each:
-            memmove(mine, carried.address, carried.size_bytes)
+        if not piggyback.to_each:
+            memmove(mine, piggyback.address, piggyback.size_bytes)
             return
         self._staging[:, : len(self._own)] = self._records[self._rank]
         staging = self._staging.ctypes.data + len(self._own)
         for peer in range(self.size):
-            start, size_bytes = carried.part(peer)
+            start, size_bytes = piggyback.share(peer)
             to = mine if peer == self._rank else staging + peer * row_bytes
-            memmove(to, carried.address + start, size_bytes)
+            memmove(to, piggyback.address + start, size_bytes)
 
-    def _prepare(self, to_each: bool, part_bytes: int) -> list[MPI.Prequest]:
+    def _prepare(self, to_each: bool, share_bytes: int) -> list[MPI.Prequest]:
         """The receives, and the sends of one length; kept for the next time."""
         if len(self._ready) >= _LENGTHS:
             self._forget()
-        source, stop = self._staging if to_each else self._table, len(self._own) + part_bytes
+        source, stop = self._staging if to_each else self._table, len(self._own) + share_bytes
         requests = [request for _, request in self._incoming]
         for peer, _ in self._incoming:
             requests.append(self._comm.Send_init(source[peer if to_each else self._rank, :stop], peer, 1))
-        self._ready[to_each, part_bytes] = requests
+        self._ready[to_each, share_bytes] = requests
         return requests
 
     def test(self) -> bool:
@@ -148,7 +148,7 @@ class MpiTransport:
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank, self.size = self._comm.rank, self._comm.size
         self.threads = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
-        self.carries_bytes = CARRIED_BYTES if 1 < self.size <= CARRIED_RANKS else 0
+        self.piggyback_bytes = PIGGYBACK_BYTES if 1 < self.size <= PIGGYBACK_RANKS else 0
         self._exchanges: dict[int, MpiExchange] = {}
 
     def isend(self, data: Bytes, to: int) -> MpiRequest:
@@ -163,14 +163,14 @@ class MpiTransport:
         except MPI.Exception as error:
             raise lost([frm], error) from error
 
-    def exchange(self, record: bytes, carried: Carried | None = None) -> Exchange:
+    def exchange(self, record: bytes, piggyback: Piggyback | None = None) -> Exchange:
         width = len(record)
         if width > 64:
             return Exchange(self, record)
         if width not in self._exchanges:
-            room_bytes = self.carries_bytes if width == RECORD_BYTES else 0
+            room_bytes = self.piggyback_bytes if width == RECORD_BYTES else 0
             self._exchanges[width] = MpiExchange(self._comm, self.rank, self.size, width, room_bytes)
-        return self._exchanges[width].start(record, carried)
+        return self._exchanges[width].start(record, piggyback)
 
     def split(self, ranks: Sequence[int], *, any_order: bool = False) -> MpiTransport | None:
         color = 0 if self.rank in ranks else MPI.UNDEFINED

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
-from .base import Bytes, Carried, Exchange
+from .base import Bytes, Exchange, Piggyback
 
 
 class SimRequest:
@@ -94,7 +94,7 @@ class SimTransport:
 
     name = "sim"
     threads = False
-    carries_bytes = 0
+    piggyback_bytes = 0
 
     def __init__(self, network: SimNetwork, rank: int):
         self._network, self.rank, self.size = network, rank, network.size
@@ -105,8 +105,8 @@ class SimTransport:
     def irecv(self, data: Bytes, frm: int) -> SimRequest:
         return self._network.post(frm, self.rank, data, sending=False)
 
-    def exchange(self, record: bytes, carried: Carried | None = None) -> Exchange:
-        assert carried is None
+    def exchange(self, record: bytes, piggyback: Piggyback | None = None) -> Exchange:
+        assert piggyback is None
         return Exchange(self, record)
 
     def split(self, ranks: Sequence[int], *, any_order: bool = False) -> SimTransport | None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import PeerLostError
-from .base import Bytes, Carried, Exchange
+from .base import Bytes, Exchange, Piggyback
 
 
 def lost(peer: int, error: BaseException) -> PeerLostError:
@@ -88,7 +88,7 @@ class TorchTransport:
 
     name = "torch"
     threads = True
-    carries_bytes = 0
+    piggyback_bytes = 0
 
     def __init__(
         self,
@@ -126,8 +126,8 @@ class TorchTransport:
             self._waiters[key] = _Waiter(f"commlab {kind}")
         return self._waiters[key].post(work, TorchRequest(peer))
 
-    def exchange(self, record: bytes, carried: Carried | None = None) -> Exchange:
-        assert carried is None
+    def exchange(self, record: bytes, piggyback: Piggyback | None = None) -> Exchange:
+        assert piggyback is None
         return TorchExchange(self, record)
 
     def split(self, ranks: Sequence[int], *, any_order: bool = False) -> TorchTransport | None:

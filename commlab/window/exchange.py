@@ -1,11 +1,12 @@
-"""A group's use of its window: opening it, on all ranks or none; what a rank publishes there with its next operation;
-the agreement check."""
+"""How the ranks of a window meet: what a rank publishes with its next operation, the wait for all ranks, the agreement
+check, and the opening of the window on all ranks or none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..errors import PeerLostError
 from .memfd import Unavailable
 from .memory import NOWHERE, Window
 
@@ -24,7 +25,7 @@ NOTHING = Attachment()
 
 
 class Inline(NamedTuple):
-    """What the native side has to know of an inline allreduce, but for where its data lie."""
+    """What the native module has to know of an inline allreduce, but for where its data lie."""
 
     numel: int
     dtype: int
@@ -32,14 +33,38 @@ class Inline(NamedTuple):
     divisor: float
 
 
+class WindowWait:
+    """A request: all ranks of the node have arrived. In messages a rank is named by its number in the window."""
+
+    __slots__ = ("_window",)
+
+    def __init__(self, window: Window):
+        self._window = window
+
+    def test(self) -> bool:
+        return bool(self._window.sync.lagging() < 0)
+
+    def block(self, timeout_s: float) -> None:
+        """Wait natively, asleep if the wait takes long. Raises PeerLostError when the awaited rank's process has
+        ended."""
+        late = self._window.sync.wait(timeout_s * 1e6)
+        # The rank may have arrived and left in good order meanwhile; only then is its absence no loss.
+        if late >= 0 and not self._window.alive(late) and self._window.sync.lagging() == late:
+            raise PeerLostError(f"rank {late} is gone: its process ended while its peers waited for it")
+
+    def peers(self) -> Sequence[int]:
+        late = self._window.sync.lagging()
+        return () if late < 0 else (late,)
+
+
 class WindowExchange:
     """The agreement check in the window: records lie in the control pages, and the wait orders what follows."""
 
     __slots__ = ("_wait", "_window")
 
-    def __init__(self, window: Window, wait: WindowWait, number: int, attached: Attachment | None):
-        """``attached``: None where all of it is published already."""
-        self._window, self._wait = window, wait
+    def __init__(self, window: Window, number: int, attached: Attachment | None):
+        """``attached``: what this rank publishes now; None where the rank has published everything already."""
+        self._window, self._wait = window, WindowWait(window)
         if attached is not None:
             window.sync.publish(number, *attached)
 
@@ -85,28 +110,3 @@ def open_together(
         if move is make:
             cards += gather(made[0].card(), "window cards")
     return made[0], ""
-
-
-class WindowWait:
-    """A request: all ranks of the node have arrived."""
-
-    __slots__ = ("_lost", "_name_of", "_window")
-
-    def __init__(self, window: Window, name_of: Callable[[int], int]):
-        self._window, self._name_of = window, name_of
-
-    def test(self) -> bool:
-        return bool(self._window.sync.lagging() < 0)
-
-    def block(self, timeout_s: float) -> None:
-        """Wait natively, asleep if it takes long. Raises PeerLostError when the awaited rank's process has ended."""
-        from ..errors import PeerLostError
-
-        late = self._window.sync.wait(timeout_s * 1e6)
-        # It may have arrived and left in good order meanwhile; only then is its absence no loss.
-        if late >= 0 and not self._window.alive(late) and self._window.sync.lagging() == late:
-            raise PeerLostError(f"rank {self._name_of(late)} is gone: its process ended while its peers waited for it")
-
-    def peers(self) -> Sequence[int]:
-        late = self._window.sync.lagging()
-        return () if late < 0 else (self._name_of(late),)

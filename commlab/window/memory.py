@@ -1,6 +1,6 @@
 """The window: memory shared by the ranks of a node. Not a transport: nobody sends, everyone reads.
 
-Each rank owns its part: a control page (counters, what it is about to do, small payloads) and segments of data. They
+Each rank owns its area: a control page (counters, what it is about to do, small payloads) and segments of data. They
 are memfds: without a name, so they cannot leak, not bound by the size of /dev/shm, allocated before use, so memory that
 is missing is an error here and not a SIGBUS later. Peers open them through /proc and check the owner's token before
 they touch a byte, because in another PID namespace the same path can be a stranger's memory.
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..native import library
 from .memfd import Mapping, Unavailable, close_all, mapped, memfd
 
 NOWHERE = 2**64 - 1
@@ -40,32 +41,30 @@ def size_class(size_bytes: int) -> int:
 
 
 class Place(NamedTuple):
-    """Where data lie in a rank's part of the window; the peers know them by this, never by an address."""
+    """Where data lie in a rank's area of the window; the peers know them by this, never by an address."""
 
     segment: int
     offset: int
 
 
 class Window:
-    """This rank's part and its view of the peers'. Made in three moves, all ranks together: this, then :meth:`open`
+    """This rank's area and its view of the peers'. Made in three moves, all ranks together: this, then :meth:`open`
     with every rank's :meth:`card`, then :meth:`open_staging`."""
 
     def __init__(self, local_rank: int, local_size: int, spin_us: float):
         """Raises Unavailable. ``spin_us``: how long a waiting rank looks before it sleeps."""
-        try:
-            from .. import _native
-        except ImportError as error:
-            raise Unavailable(f"the native module is missing ({error})") from error
-        if not hasattr(_native, "NodeSync"):
+        if library.built is None:
+            raise Unavailable(f"the native module is missing ({library.missing_reason})")
+        if not hasattr(library.built, "NodeSync"):
             raise Unavailable("the window needs Linux")
-        self._native: Any = _native
+        self._native: Any = library.built
         self.rank, self.size = local_rank, local_size
         self._spin_us = spin_us
         self._token = secrets.token_bytes(16)
         self._fds: list[int] = []
         self._close = weakref.finalize(self, close_all, self._fds)
-        self._control_fd, self._control = self._memory("control page", _native.CONTROL_BYTES)
-        _native.format_page(self._control.address, local_rank, self._token)
+        self._control_fd, self._control = self._memory("control page", self._native.CONTROL_BYTES)
+        self._native.format_page(self._control.address, local_rank, self._token)
         self._pids: list[int] = []
         self._segments: list[Mapping] = []
         self._starts: list[tuple[int, int]] = []
@@ -84,7 +83,7 @@ class Window:
         """Addresses of every rank's staging area."""
 
     def close(self) -> None:
-        """Close the descriptors: from here on no peer can map this part. The memory itself goes with the last of its
+        """Close the descriptors: from here on no peer can map this area. The memory itself goes with the last of its
         users: this window, peers that have mapped it, tensors that lie in it, operations under way. Not collective, but
         every rank must be through with its operations; a second call does nothing."""
         self._close()
@@ -140,7 +139,7 @@ class Window:
         return number
 
     def allocate(self, size_bytes: int) -> tuple[torch.Tensor, Place]:
-        """``size_bytes`` of this rank's part, zeroed, as a 1-D uint8 tensor, and where they lie. Not collective. Raises
+        """``size_bytes`` of this rank's area, zeroed, as a 1-D uint8 tensor, and where they lie. Not collective. Raises
         Unavailable when there is no memory."""
         rounded = self._rounded(size_bytes)
         if self._free.get(rounded):
@@ -170,7 +169,7 @@ class Window:
         self._free.setdefault(self._rounded(tensor.numel() * tensor.element_size()), []).append(place)
 
     def locate(self, tensor: torch.Tensor) -> Place | None:
-        """Where the tensor's data lie in this rank's part; None for an ordinary tensor."""
+        """Where the tensor's data lie in this rank's area; None for an ordinary tensor."""
         address = tensor.data_ptr()
         at = bisect.bisect_right(self._starts, (address, self._native.MAX_SEGMENTS)) - 1
         if at < 0:
@@ -191,7 +190,7 @@ class Window:
         return list(found.values())
 
     def address(self, peer: int, place: Place) -> int:
-        """The address, in this process, of a place in ``peer``'s part; mapped when first asked for."""
+        """The address, in this process, of a place in ``peer``'s area; mapped when first asked for."""
         if peer == self.rank:
             return self._segments[place.segment].address + place.offset
         mapping = self._theirs.get((peer, place.segment))
@@ -202,7 +201,7 @@ class Window:
         return mapping.address + place.offset
 
     def view(self, peer: int, place: Place, size_bytes: int) -> torch.Tensor:
-        """A place of ``peer``'s part as a 1-D uint8 tensor: the same memory in all ranks."""
+        """A place of ``peer``'s area as a 1-D uint8 tensor: the same memory in all ranks."""
         self.address(peer, place)
         mapping = self._segments[place.segment] if peer == self.rank else self._theirs[peer, place.segment]
         return mapping.bytes[place.offset : place.offset + size_bytes]

@@ -131,24 +131,24 @@ void Piped::copy_out(std::size_t block) {
 }
 
 int Piped::run(double timeout_us) {
-  // Without a reduction its turn falls away, and a block is copied out one turn after it was copied in. Two turns are
+  // Without a reduction its tick falls away, and a block is copied out one tick after it was copied in. Two ticks are
   // kept between uses of a buffer all the same: copying in writes `out` directly then.
   const std::size_t lag = work_.reduce ? 2 : 1;
-  const std::size_t turns = blocks_ + (work_.gather ? lag : 1);
-  while (turn_ < turns) {
+  const std::size_t ticks = blocks_ + (work_.gather ? lag : 1);
+  while (tick_ < ticks) {
     if (!waiting_) {
-      if (turn_ < blocks_) copy_in(turn_);
-      if (work_.reduce && turn_ >= 1 && turn_ - 1 < blocks_) reduce(turn_ - 1);
-      if (work_.gather && turn_ >= lag && turn_ - lag < blocks_) copy_out(turn_ - lag);
-      if (turn_ + 1 == turns) break;
+      if (tick_ < blocks_) copy_in(tick_);
+      if (work_.reduce && tick_ >= 1 && tick_ - 1 < blocks_) reduce(tick_ - 1);
+      if (work_.gather && tick_ >= lag && tick_ - lag < blocks_) copy_out(tick_ - lag);
+      if (tick_ + 1 == ticks) break;
       sync_.arrive();
       waiting_ = true;
     }
     if (const int late = sync_.wait(timeout_us); late >= 0) return late;
     waiting_ = false;
-    ++turn_;
+    ++tick_;
   }
-  turn_ = turns;
+  tick_ = ticks;
   return -1;
 }
 

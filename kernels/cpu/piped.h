@@ -1,17 +1,17 @@
 // Collectives of a node's ranks on ordinary memory: each rank's data pass, block by block, through a small staging area
 // of the window that stays in the caches, so that memory sees one read and one write.
 //
-//   turn t        copy in          block t      the others' shards to my `in`           (cast to the wire)
+//   tick t        copy in          block t      the others' shards to my `in`           (cast to the wire)
 //                 reduce my shard  block t-1    out of all other `in`s and my own data  to my `out` and my own data
 //                 copy out         block t-2    from all other `out`s                   (cast from the wire)
 //                 wait for all ranks
 //
 // Where there is a cast my own shard is cast there and back in passing: its numbers must be the wire's.
 //
-// One wait a turn suffices with two of each buffer, used in turn: what turn t writes (in[t%2], out[(t-1)%2]) was last
-// read in turn t-1 (in by the reduction of block t-2, out by the copy of block t-3), and everyone has left turn t-1.
-// After the last turn nobody waits here; but the next operation begins with a wait of its own, its agreement check, so
-// no peer still copies out of what its first turn overwrites.
+// One wait a tick suffices with two of each buffer, used alternately: what tick t writes (in[t%2], out[(t-1)%2]) was last
+// read in tick t-1 (in by the reduction of block t-2, out by the copy of block t-3), and everyone has left tick t-1.
+// After the last tick nobody waits here; but the next operation begins with a wait of its own, its agreement check, so
+// no peer still copies out of what its first tick overwrites.
 #pragma once
 
 #include <cstddef>
@@ -48,7 +48,7 @@ class Piped {
   int run(double timeout_us);
 
   // How far it is; grows whenever all ranks have gone on.
-  std::size_t turn() const { return turn_; }
+  std::size_t tick() const { return tick_; }
 
  private:
   Chunk block_of(std::size_t chunk, std::size_t block) const;
@@ -62,7 +62,7 @@ class Piped {
 
   NodeSync& sync_;
   std::vector<char*> staging_;
-  std::size_t block_bytes_, slice_numel_, blocks_, turn_ = 0;
+  std::size_t block_bytes_, slice_numel_, blocks_, tick_ = 0;
   bool waiting_ = false;
   std::vector<const void*> from_, strip_;
   PipedWork work_;

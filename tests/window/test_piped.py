@@ -180,7 +180,7 @@ def test_ranks_that_come_when_they_like(size: int, block_lines: int, numels: lis
             piped = node.piped(rank, mine, moves, cut)
             turn, calls = -1, 0
             while piped.run(0.0) >= 0:  # type: ignore[attr-defined]
-                now = piped.turn  # type: ignore[attr-defined]
+                now = piped.tick  # type: ignore[attr-defined]
                 assert now >= turn
                 turn, calls = now, calls + 1
                 if naps_of[rank][calls % 50]:

@@ -13,8 +13,6 @@ equally many ranks, more than one, each. It is composed of what exists and adds 
 
 from __future__ import annotations
 
-import torch
-
 from ...errors import UsageError
 from ...runtime.execute import Execution
 from ...runtime.group import Group
@@ -22,51 +20,70 @@ from ...runtime.operand import Operand
 from ...schedules import ALGORITHMS, compose
 from ...transport.base import Pending
 from ...window import loops
-from ...window.exchange import Attachment
+from ...window.exchange import NOTHING, Attachment
 from ...window.memory import size_class
+from ..call import Call
 from ..select import Case, choose
 
+CASTS = False
 
-def reason_against(group: Group) -> str:
-    """Why this group can't; empty if it can."""
+
+def reason_against(group: Group, kind: str) -> str:
+    """Empty for an allreduce of a group of several nodes, each of which has a window."""
+    if kind != "allreduce":
+        return f"hierarchical is for allreduce, not for {kind}; use auto"
     if group.node is not None and group.across is not None:
         return ""
     return group.window_reason or "all ranks are on one node, where algorithm window needs no second level"
 
 
-def allreduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pending:
-    """Reduce ``flat`` (1-D, contiguous, CPU) in place."""
-    node, across = group.node, group.across
+def attach(call: Call) -> Attachment:
+    """Nothing: each node makes an exchange of its own."""
+    return NOTHING
+
+
+def allreduce(call: Call) -> Pending:
+    """Reduce within each node, between the nodes, and share the result within each node."""
+    group, flat, node, across = call.group, call.flat, call.group.node, call.group.across
     if node is None or across is None or node.window is None:
-        raise UsageError(f"rank {group.rank}: algorithm hierarchical, but: {reason_against(group)}")
-    shared, place, memory = flat, node.window.locate(flat), None
+        raise UsageError(f"rank {group.rank}: algorithm hierarchical, but: {reason_against(group, 'allreduce')}")
+    window = node.window
+    shared, place, memory = flat, window.locate(flat), None
     if place is None:
-        memory, place = node.window.allocate(size_class(flat.numel() * flat.element_size()))
+        memory, place = window.allocate(size_class(flat.numel() * flat.element_size()))
         shared = memory.view(flat.dtype)[: flat.numel()]
         shared.copy_(flat)
     chunks = loops.aligned_split(flat.numel(), node.size, flat.element_size())
     own = chunks[node.rank]
-    # The nodes' own exchange: it publishes the places, and nobody reads before everybody's data are there.
-    node.window.sync.publish(0, *Attachment(*place))
-    yield from loops.wait(node)
+    # The node's own exchange: it publishes the places, and nobody reads before everybody's data are there.
+    window.sync.publish(0, *Attachment(*place))
+    yield from loops.wait(window)
     shard = shared[own.start : own.stop]
     halves = shard.element_size() == 2
     # 16-bit sums are divided before they are rounded to travel, which keeps them in range; others once, at the end.
-    yield from loops.reduce_chunks(node, shared, chunks, op, divisor if halves else 1, None, None)
+    divisor = call.divisor if halves else 1
+    group.account((yield from loops.reduce_chunks(window, shared, chunks, call.op, divisor, None, None)))
 
     shard_bytes = shard.numel() * shard.element_size()
     case = Case("allreduce", across.size, shard_bytes, halves, group.transport.name, nodes=across.size)
     algorithm = ALGORITHMS[choose("auto", case, tuple(ALGORITHMS))[0]]
-    owners = algorithm.owners(shard.numel(), across.size)
-    meets_at_owner = halves and algorithm is ALGORITHMS["direct"]
-    operand = Operand(shard, op, 1 if halves else divisor, own=owners[across.rank] if meets_at_owner else None)
+    owned = algorithm.owners(shard.numel(), across.size)[across.rank]
+    meets_at_owner = halves and algorithm.MEETS_AT_OWNER
+    operand = Operand(shard, call.op, 1 if halves else call.divisor, own=owned if meets_at_owner else None)
     schedule = compose.allreduce(algorithm, across.rank, across.size, shard.numel())
     yield from group.execute(Execution(schedule, operand, across.transport))
 
-    node.window.sync.publish(0, *Attachment(*place))
-    yield from loops.wait(node)
-    yield from loops.gather_chunks(node, shared, chunks)
-    group.node_bytes_read, group.node_bytes_written = node.node_bytes_read, node.node_bytes_written
+    window.sync.publish(0, *Attachment(*place))
+    yield from loops.wait(window)
+    group.account((yield from loops.gather_chunks(window, shared, chunks)))
     if memory is not None:
         flat.copy_(shared)
-        node.window.free(memory)
+        window.free(memory)
+
+
+def reduce_chunks(call: Call) -> Pending:
+    """Refused by :func:`reason_against`."""
+    raise UsageError(f"rank {call.group.rank}: {reason_against(call.group, 'reduce_scatter')}")
+
+
+gather_chunks = reduce_chunks

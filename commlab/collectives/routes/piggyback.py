@@ -1,8 +1,8 @@
-"""A small allreduce by ``direct`` whose first messages carry the agreement check, or the other way round.
+"""Piggyback: the numbers of a small allreduce travel with the agreement check, in the messages of its records.
 
     up to EVERYTHING_BYTES    1  record + all numbers  to everyone      every rank adds all of them
-    beyond                    1  record + part r       to rank r        rank r adds all parts r
-                              2  the finished part r   to everyone
+    beyond                    1  record + share r      to rank r        rank r adds all shares r
+                              2  the finished share r  to everyone
 
 So a small allreduce takes one message time or two, not one more, and no schedule is walked. Its figures are in
 docs/algorithms/direct.md. Rounding: contributions are added in rank order (16-bit ones in fp32), divided, and rounded
@@ -18,7 +18,11 @@ import torch
 
 from ... import native
 from ...runtime.group import Group
-from ...transport.base import RECORD_BYTES, Carried, Pending
+from ...transport.base import RECORD_BYTES, Pending, Piggyback
+from ..call import Call
+from . import schedule
+
+CASTS = False
 
 EVERYTHING_BYTES = 4096
 """Up to here one message time counts for more than the bytes of sending everything to everyone."""
@@ -27,41 +31,50 @@ EVERYTHING_BYTES = 4096
 class Load(NamedTuple):
     """What travels with each record."""
 
-    part_bytes: int
+    share_bytes: int
+    """How many bytes go to each peer."""
     to_each: bool
-    """Every peer gets another part; otherwise everyone gets everything."""
+    """Whether every peer gets another share; otherwise everyone gets all numbers."""
 
 
-def load_of(group: Group, numel: int, itemsize: int) -> Load | None:
-    """What the records of an allreduce of ``numel`` numbers carry; None where they can't carry it."""
-    room_bytes = group.transport.carries_bytes if group.agreement.required and group.window is None else 0
+def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> Load | None:
+    """What the records of an allreduce of ``numel`` numbers of ``wire`` carry."""
+    checked = group.agreement.required and group.window is None
+    room_bytes = group.transport.piggyback_bytes if checked else 0
     if not room_bytes or not numel:
         return None
-    if numel * itemsize <= EVERYTHING_BYTES:
-        return Load(numel * itemsize, to_each=False)
-    part_bytes = -(-numel // group.size) * itemsize
-    return Load(part_bytes, to_each=True) if part_bytes <= room_bytes else None
+    if numel * wire.itemsize <= EVERYTHING_BYTES:
+        return Load(numel * wire.itemsize, to_each=False)
+    share_bytes = -(-numel // group.size) * wire.itemsize
+    return Load(share_bytes, to_each=True) if share_bytes <= room_bytes else None
 
 
-def carry(tensor: torch.Tensor, load: Load) -> Carried:
-    """``tensor`` (contiguous, CPU), ready to travel with the record."""
-    return Carried(tensor.data_ptr(), tensor.numel() * tensor.element_size(), *load)
+def attach(call: Call) -> Piggyback:
+    """The numbers, ready to travel with the record."""
+    flat = call.flat
+    call.piggyback = Piggyback(flat.data_ptr(), flat.numel() * flat.element_size(), *call.plan.few)
+    return call.piggyback
 
 
-def allreduce(group: Group, tensor: torch.Tensor, carried: Carried, op: str, divisor: float) -> Pending:
-    """Reduce ``tensor`` in place, once ``carried`` has arrived with records that agree."""
-    itemsize, messages = tensor.element_size(), group.size - 1
-    start_bytes, own_bytes = carried.part(group.rank) if carried.to_each else (0, carried.size_bytes)
-    rows = carried.rows.view(tensor.dtype)
-    native.reduce_rows(tensor, start_bytes // itemsize, rows, own_bytes // itemsize, op, divisor)
-    if carried.to_each:
+def allreduce(call: Call) -> Pending:
+    """Reduce what has arrived with records that agree."""
+    group, flat, piggyback = call.group, call.flat, call.piggyback
+    if piggyback is None:  # the agreement check has been turned off since the plan was made
+        yield from schedule.allreduce(call)
+        return
+    itemsize, messages = flat.element_size(), group.size - 1
+    start_bytes, own_bytes = piggyback.share(group.rank) if piggyback.to_each else (0, piggyback.size_bytes)
+    rows = piggyback.rows.view(flat.dtype)
+    native.reduce_rows(flat, start_bytes // itemsize, rows, own_bytes // itemsize, call.op, call.divisor)
+    if piggyback.to_each:
         messages *= 2
-        finished = Carried(carried.address + start_bytes, own_bytes, carried.part_bytes, to_each=False)
+        finished = Piggyback(piggyback.address + start_bytes, own_bytes, piggyback.share_bytes, to_each=False)
         exchange = group.transport.exchange(bytes(RECORD_BYTES), finished)
         while not exchange.test():
             yield exchange
         for peer in range(group.size):
-            start_bytes, part_bytes = carried.part(peer)
-            memmove(carried.address + start_bytes, finished.rows.address + peer * finished.rows.row_bytes, part_bytes)
+            start_bytes, peer_bytes = piggyback.share(peer)
+            row = finished.rows.address + peer * finished.rows.row_bytes
+            memmove(piggyback.address + start_bytes, row, peer_bytes)
     group.messages_sent += messages
-    group.bytes_sent += messages * carried.part_bytes
+    group.bytes_sent += messages * piggyback.share_bytes
