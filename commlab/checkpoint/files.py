@@ -56,7 +56,7 @@ def begin(folder: Path, step: int) -> None:
 
 
 def write_part(place: Path, name: str, state: Any) -> Part:
-    """Write ``state`` (:func:`commlab.checkpoint.nested.pack`) as a safetensors file, and wait until the disk has it."""
+    """Write ``state`` (see :mod:`.nested`) as a safetensors file, and wait until the disk has it."""
     from safetensors.torch import save_file
 
     text, tensors = pack(state)

@@ -1,5 +1,5 @@
-"""What an allreduce of n elements among P ranks costs by each algorithm, as formulas. The tests hold the formulas to the
-steps of the schedules, and the algorithms' docstrings to the formulas.
+"""What an allreduce of n elements among P ranks costs by each algorithm, as formulas. The tests hold the formulas to
+the steps of the schedules, and the algorithms' docstrings to the formulas.
 
     steps       message times one after the other, when a message of any length takes one
     elements    sent by the rank that sends most, as a share of n; chunks of equal size
