@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-if not __package__:  # run as a file: make `bench` importable is with -m
+if not __package__:  # run as a file: make `bench` importable as it is with -m
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.core.build_steps import BuildError, Steps, file_lock

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.ranks = options.ranks or [options.hosts * options.ranks_per_host or 2]
     try:
         for name in options.rows:
-            Config.from_argv(flags_of(name, options))  # a wrong flag is told before the first run, not missing row
+            Config.from_argv(flags_of(name, options))  # a wrong flag is told before the first run, not as a missing row
         mpi = find_mpi(options.mpi)
         place = (options.hosts, options.rate, options.delay, options.ranks_per_host)
         with launcher(mpi, options.timeout, *place) as where:

@@ -1,4 +1,4 @@
-"""What commlab is measured against: each peer in a small file of its own, used documentation says.
+"""What commlab is measured against: each peer in a small file of its own, used as its documentation says.
 
 ``PEERS``: name -> the blocks that it contributes to a case; a peer that is not there contributes a row that says why.
 """

@@ -20,7 +20,7 @@ NAMES = ("auto", "window", *ALGORITHMS)
 
 
 class Groups(NamedTuple):
-    """All ranks, twice: as ``init`` made the group, and group without a window, whose ranks send messages."""
+    """All ranks, twice: as ``init`` made the group, and as a group without a window, whose ranks send messages."""
 
     world: commlab.Group
     messages: commlab.Group

@@ -27,7 +27,7 @@ def pushed(worker: int, numel: int) -> torch.Tensor:
 
 
 def expected(clocks: int, workers: int, numel: int, wire: torch.dtype | None) -> torch.Tensor:
-    """Of the value, -3 at first, after means of what all workers push: exact in fp32, then rounded once."""
+    """Of the value, -3 at first, after as many means of what all workers push: exact in fp32, then rounded once."""
     value = (torch.arange(numel) % 97 + (workers + 1) / 2) * clocks - 3
     return value.float() if wire is None else value.to(wire).float()
 
@@ -40,7 +40,7 @@ class Roles(NamedTuple):
 
     def link_bytes(self, nodes: Sequence[Sequence[int]], size_bytes: float) -> float:
         """What the busiest host sends, or takes in: a tensor of ``size_bytes`` from every worker, spread evenly over
-        the servers, and back."""
+        the servers, and as much back."""
         host = {rank: at for at, node in enumerate(nodes) for rank in node}
         pairs = [(host[worker], host[server]) for worker in self.workers for server in self.servers]
         sent = Counter(end for pair in pairs if pair[0] != pair[1] for end in pair)

@@ -2,7 +2,7 @@
 
 The machines are shared and noisy, so a ratio within a round counts and an absolute time does not. A sample is the
 longest time that any rank took from a common barrier on; short operations are repeated until it lasts
-MIN_SAMPLE_S, or as the caller wants it.
+MIN_SAMPLE_S, or as long as the caller wants it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From durations to figures: medians of per-round ratios and their noise, bandwidths, sizes write them."""
+"""From durations to figures: medians of per-round ratios and their noise, bandwidths, sizes as people write them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 
 def format_ratio(found: Sequence[float] | None) -> str:
-    """A :class:`Ratio`, also from a result file; empty without one."""
+    """A :class:`Ratio`, also as read from a result file; empty without one."""
     if found is None:
         return ""
     middle, low, high = found

@@ -1,4 +1,4 @@
-"""Plots and tables as one HTML page that needs no other file, and with the same words below each picture."""
+"""Plots and tables as one HTML page that needs no other file, and as PNGs with the same words below each picture."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class PackPlan:
     """Where the tensors of a bucket lie and where their numbers go on the wire; made once per bucket.
 
     Tensor i takes the wire's numbers starts[i] .. starts[i] + numel, by default one tensor behind the other.
-    Tensors: CPU, fp32, fp64, fp16 or bf16, mixed like, of any strides (others than contiguous ones cost one
+    Tensors: CPU, fp32, fp64, fp16 or bf16, mixed as you like, of any strides (others than contiguous ones cost one
     more copy). Wire: fp32, fp16, bf16; or fp64 if all tensors are fp64.
 
     The scale is applied in fp32 (fp64 numbers are rounded to fp32 first, but on an fp64 wire nothing is),

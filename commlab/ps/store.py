@@ -296,7 +296,7 @@ def _free(transport: Any, own_group: Group | None) -> None:
 
 
 def _transports(everyone: Group, alone: bool) -> tuple[Any, Any]:
-    """This rank's end as a worker, and server: the same but for a rank alone, which is both."""
+    """This rank's end as a worker, and as a server: the same but for a rank alone, which is both."""
     if alone:
         near, far = SimNetwork(2).transports()
         return near, far

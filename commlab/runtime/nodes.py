@@ -48,5 +48,6 @@ def open_nodes(group: Group) -> None:
         group.node.close()
         group.node, group.window_reason = None, next(reason.decode() for reason in reasons if reason)
         return
+    group.window_reason = f"the ranks are on {len(group.nodes)} nodes, and each node has a window of its own"
     for local_rank in range(group.local_size):
         group.across = group.subgroup([node[local_rank] for node in group.nodes]) or group.across

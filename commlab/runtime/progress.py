@@ -144,7 +144,7 @@ class Progress:
         self._waiting = True
         try:
             limit_s = self.timeout_s if timeout_s is None else timeout_s
-            wait_until(lambda: handle.finished, _Turn(self, handle), limit_s)
+            wait_until(lambda: handle.finished, _Caller(self, handle), limit_s)
         finally:
             self._waiting = False
 
@@ -178,8 +178,8 @@ class Progress:
             self._thread.join(timeout=5)
 
 
-class _Turn:
-    """A caller's turn at moving the queue on, while it waits for ``handle``."""
+class _Caller:
+    """A caller that moves the queue on while it waits for ``handle``."""
 
     def __init__(self, progress: Progress, handle: Handle):
         self._progress, self._handle = progress, handle

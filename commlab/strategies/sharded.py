@@ -8,7 +8,7 @@ gives every rank an equal part of every bucket, whatever the tensors' borders, s
 per bucket. Optimizer state exists once. All ranks train.
 
 Cost per step, n numbers: dps sends 2 n (P-1)/P per rank, as an allreduce does, and updates n/P; ps sends n from every
-worker, and its server receives n (P-1), or chain (algorithm ring) n, and updates n. M. Li et al., "Scaling
+worker, and its server receives n (P-1), or as a chain (algorithm ring) n, and updates n. M. Li et al., "Scaling
 distributed machine learning with the parameter server", OSDI 2014; S. Rajbhandari et al., "ZeRO", SC 2020 (stage 1:
 sharded optimizer state).
 """

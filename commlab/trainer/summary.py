@@ -1,4 +1,4 @@
-"""What a run comes to, over all steps and ranks: gathered once, shown closing table."""
+"""What a run comes to, over all steps and ranks: gathered once, shown as the closing table."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_properties_of_a_plan(parameters: list[NamedParameter], bucket_bytes: in
     assert sorted(member.index for bucket in buckets for member in bucket.parameters) == list(range(len(parameters)))
     assert [bucket.index for bucket in buckets] == list(range(len(buckets)))
     for bucket in buckets:
-        # Ranges adjoin, from 0 to the bucket's end, each as its parameter.
+        # Ranges adjoin, from 0 to the bucket's end, each as long as its parameter.
         starts = [0, *(place.stop for place in bucket.ranges)]
         assert [place.start for place in bucket.ranges] == starts[:-1]
         assert starts[-1] == bucket.numel == bucket.flat.numel()

@@ -1,4 +1,4 @@
-"""Packing against arithmetic in float64: every number scaled, rounded, in its place."""
+"""Packing against arithmetic in float64: every number scaled, rounded as documented, in its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which ranks share a node: from keys, by declaration, and subgroup sees it."""
+"""Which ranks share a node: from keys, by declaration, and as a subgroup sees it."""
 
 from __future__ import annotations
 
