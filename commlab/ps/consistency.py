@@ -18,6 +18,13 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 
+LOCKSTEP_ONLY = (
+    "needs all workers' gradients of a clock on all servers before any of them is applied, and under {consistency} "
+    "every push is applied alone"
+)
+"""Why clipping to a global norm, and skipping what is not finite, can't be had under ssp and asp; follows the option
+that asked for it."""
+
 
 @dataclass(frozen=True)
 class Consistency:
@@ -31,6 +38,14 @@ class Consistency:
     def may_read(self, clock: int, contained: int) -> bool:
         """Whether a read at ``clock`` may be answered now."""
         return self.staleness is None or contained >= clock - self.staleness
+
+    def require_lockstep(self, option: str) -> None:
+        """UsageError, which names ``option``, unless all workers' updates of a clock become one."""
+        if not self.averages:
+            raise UsageError(
+                f"{option} {LOCKSTEP_ONLY.format(consistency=self.name)}: clip each worker's own gradient before the "
+                "push, or use bsp"
+            )
 
     def keeps(self, lacking: int) -> bool:
         """Whether the rule allows an answer that lacks ``lacking`` clocks of the slowest worker. Stated apart from
