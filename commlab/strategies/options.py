@@ -2,8 +2,8 @@
 
 Two programs check their user's choice by these rules, each before anything is built: :func:`commlab.strategy`, whose
 user has written ``servers=2``, and the trainer, whose user has written ``--servers 2``. An error spells options as the
-user did (:class:`Spelling`). What only torch can tell (an optimizer that needs whole tensors, a model on a GPU, a
-library that is missing) is refused by the strategy that minds.
+user did (:class:`Spelling`). A strategy itself refuses what can't be known without torch: an optimizer that needs whole
+tensors, a model on a GPU, a library that is missing.
 
 Importing this loads neither torch nor numpy, so that a wrong flag is reported at once.
 """
@@ -58,8 +58,8 @@ class Options:
     overlap: bool = True
     """Buckets leave while backward goes on; False: the same buckets, once it has ended. For ps, dps and allreduce."""
     elementwise: bool | None = None
-    """Say True for an optimizer of your own that updates every number from that number's own gradient and state
-    alone."""
+    """True: an optimizer of the user's own updates every number from that number's own gradient and state alone; None:
+    only torch's optimizers are known to do so."""
     servers: int | None = None
     """Ranks that only serve, for ps (1) and dps (2 and more); None: every rank trains, and serves."""
     consistency: str = "bsp"

@@ -78,26 +78,26 @@ class Config(Knobs):
     def _require_no_common_step(self) -> None:
         """UsageError for what the trainer does between two steps of all workers: under ssp and asp there is no such
         moment."""
-        for flag, given, why in (
+        for flag, value, why in (
             ("--eval-every", self.eval_every, "workers are never at the same step before the end; give 0"),
             ("--checkpoint-every", self.checkpoint_every, "workers are never at the same step; leave it out"),
             ("--resume", self.resume, "there are no checkpoints; leave it out"),
         ):
-            if given:
+            if value:
                 raise UsageError(f"{flag} can't be had under --consistency {self.consistency}: {why}")
 
     @classmethod
     def from_argv(cls, argv: Sequence[str] | None = None, *, speak: bool = True) -> Config:
         """Read the flags (sys.argv's where None). --help and --version print, where ``speak``, and leave with exit code
         0."""
-        given = parse(
+        values = parse(
             cls,
             argv,
             usage="mpirun -n RANKS python -m commlab.train [flags]",
             description="Train GPT-2 on real text, data-parallel over all ranks of mpirun or torchrun.",
             speak=speak,
         )
-        return cls(**given)
+        return cls(**values)
 
     def validate_for(self, size: int) -> None:
         """Check what depends on the number of ranks; the same on every rank, so all of them raise."""

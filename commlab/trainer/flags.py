@@ -79,11 +79,11 @@ def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str
     other.add_argument(
         "--version", action=_Print, nargs=0, const=speak, default=argparse.SUPPRESS, help="show the version and stop"
     )
-    given, rest = parser.parse_known_args(argv)
+    texts, rest = parser.parse_known_args(argv)
     if rest:
         hint = _near(rest[0].split("=")[0], [*map(_flag, knobs), "--help", "--version"])
         raise UsageError(f"unknown flag {rest[0]!r}{hint}; --help lists all")
-    return {name: _value(name, knobs[name], text) for name, text in vars(given).items() if text is not None}
+    return {name: _value(name, knobs[name], text) for name, text in vars(texts).items() if text is not None}
 
 
 def check_fields(config: Any) -> None:
@@ -128,8 +128,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _near(given: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, list(names), n=1)
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -159,7 +159,7 @@ class Report:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the step; parts of the same name add up."""
+        """Time a phase of the step; phases of the same name add up."""
         started_s = time.perf_counter()
         with trace.span(name):
             yield

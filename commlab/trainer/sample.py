@@ -34,9 +34,9 @@ class Sample(NamedTuple):
 
 
 def generate(model: Any, corpus: Corpus, tokens: int, *, seed: int, limit_s: float) -> Sample:
-    """At most ``tokens`` tokens of ``model`` (a transformers GPT2LMHeadModel), after the first ``PROMPT_BYTES`` bytes of
-    the held-out text; in ``limit_s`` seconds at most, but for the token that is being made. The same seed gives the
-    same text. One rank calls it; the model's mode and the caller's random state are left as they were."""
+    """At most ``tokens`` tokens of ``model`` (a transformers GPT2LMHeadModel), after the first ``PROMPT_BYTES`` bytes
+    of the held-out text; in ``limit_s`` seconds at most, but for the token that is being made. The same seed gives the
+    same text. One rank calls this; the model's mode and the caller's random state are left as they were."""
     context = _prompt(corpus, model.config.n_positions)
     made: list[int] = []
     device = next(model.parameters()).device

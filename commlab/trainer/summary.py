@@ -30,7 +30,7 @@ class Totals:
     backward_s: float = 0.0
     exchange_s: float = 0.0
     waited_s: float = 0.0
-    """The part of ``exchange_s`` in which this rank waited for ranks that computed longer."""
+    """Seconds of ``exchange_s`` in which this rank waited for ranks that computed longer."""
     update_s: float = 0.0
 
 
@@ -41,7 +41,7 @@ class Summary(NamedTuple):
     servers: dict[str, str]
     """What servers report at the end: rows of the table."""
     step_ms: dict[str, float]
-    """Means over this rank's steps, by the parts of a step."""
+    """Means over this rank's steps, by the phases of a step."""
     bytes_sent_per_rank: tuple[int, ...]
     bytes_sent_per_rank_and_step: tuple[int, ...]
     node_bytes_moved_per_rank: tuple[int, ...]
@@ -51,12 +51,12 @@ class Summary(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """For the metrics file."""
         flat = self._asdict()
-        return {**flat.pop("servers"), **{f"{part}_ms": ms for part, ms in flat.pop("step_ms").items()}, **flat}
+        return {**flat.pop("servers"), **{f"{phase}_ms": ms for phase, ms in flat.pop("step_ms").items()}, **flat}
 
 
 def exchanges_by_library(engine: Strategy) -> bool:
-    """Whether torch or Horovod exchanges the gradients, inside backward, where the time of the exchange can't be told
-    from computation."""
+    """Whether torch or Horovod exchanges the gradients, inside backward, where the time of the exchange can't be
+    separated from that of the computation."""
     return engine.buckets is None and engine.group.size > 1
 
 
@@ -70,7 +70,7 @@ def gather(group: Group, engine: Strategy, totals: Totals, memory_bytes: int) ->
     # In lockstep every rank counts the tokens of all ranks; under ssp and asp only its own.
     speed = (totals.tokens if engine.averages else sum(tokens)) / max(*walls_s, 1e-9)
     times = {name.removesuffix("_s"): value for name, value in asdict(totals).items() if name.endswith("_s")}
-    step_ms = {part: 1e3 * total_s / steps for part, total_s in times.items()}
+    step_ms = {phase: 1e3 * total_s / steps for phase, total_s in times.items()}
     return Summary(speed, engine.serving_report(), step_ms, *counted)
 
 

@@ -63,7 +63,7 @@ class Blocks:
     def byte_count(self, indices: np.ndarray) -> int:
         """How many bytes of text the predicted tokens stand for; needs ``token_bytes``."""
         if self._ends_bytes is None:
-            raise UsageError("these blocks were made without token_bytes, so they can't tell bytes of text")
+            raise UsageError("these blocks were made without token_bytes, so they can't count bytes of text")
         begins, ends = self._bounds(indices)
         return int((self._ends_bytes[ends] - self._ends_bytes[begins]).sum())
 

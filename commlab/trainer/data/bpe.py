@@ -32,8 +32,8 @@ _PIECE_CHARACTERS = 1 << 16
 
 
 def size_of(name: str) -> int | None:
-    """The number of entries that a --tokenizer asks for; None where the tokenizer is not bpe. UsageError for a number that
-    is too small."""
+    """The number of entries that a --tokenizer asks for; None where the tokenizer is not bpe. UsageError for a number
+    that is too small."""
     kind, colon, size = name.partition(":")
     if kind != "bpe":
         return None

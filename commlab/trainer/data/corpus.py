@@ -78,7 +78,7 @@ def load_corpus(path: str | None = None, tokenizer: str = "bytes", cache: Path |
 
 
 class _Piece(NamedTuple):
-    """A part of a document that is encoded in one go."""
+    """A stretch of a document, encoded in one go."""
 
     text: bytes
     ends_document: bool

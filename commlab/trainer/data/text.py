@@ -43,8 +43,8 @@ class Text:
 def read_text(path: str | None = None) -> Text:
     """Read documents and hold out a twentieth.
 
-    ``path``: a file, a folder (recursively, in the order of relative paths; files that are not UTF-8 text are skipped and
-    counted), a .json file holding an array of texts, or None for the running Python's library sources without their
+    ``path``: a file, a folder (recursively, in the order of relative paths; files that are not UTF-8 text are skipped
+    and counted), a .json file holding an array of texts, or None for the running Python's library sources without their
     tests (12 MB in Python 3.11). Of 40 documents or more every 20th is held out; of fewer, the last twentieth of each.
     Errors: UsageError for a missing or empty path, text that is not UTF-8, a .json of another form.
     """

@@ -16,8 +16,7 @@ from ...errors import UsageError
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 _PIECE_CHARACTERS = 1 << 18
 _LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
-"""Where every byte-level token ends: white space of one character lies between two tokens or inside one, never across
-both."""
+"""Positions where a byte-level token always ends: a single end of a line is a token by itself."""
 
 
 class Tokenizer(Protocol):
@@ -31,8 +30,8 @@ class Tokenizer(Protocol):
     """Whether encoding is so slow that ranks had better share the work."""
 
     def pieces(self, text: bytes) -> list[bytes]:
-        """``text``, cut where no token lies across: encoded one by one, the pieces have the tokens of the whole. At least
-        one piece, perhaps an empty one."""
+        """``text``, cut where no token lies across: encoded one by one, the pieces have the tokens of the whole. There
+        is at least one piece, perhaps an empty one."""
         ...
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -56,7 +55,7 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: str) -> None:
-        """Write the tokenizer beside a model, where transformers' AutoTokenizer finds it; nothing to write for bytes."""
+        """Write the tokenizer beside a model, where transformers' AutoTokenizer finds it; bytes need no file."""
         ...
 
 
