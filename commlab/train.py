@@ -123,7 +123,7 @@ def train(config: Config, started_s: float) -> int:
     for step, rank in engine.turns(start_step, total_steps):
         batch = sampler.batch(step, rank)
         if not engine.averages:
-            # Workers are at different steps, and rank's share of the batch is an update of its own.
+            # Workers are at different steps, and every share is an update of its own.
             for entry, lr in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
                 entry["lr"] = lr * config.lr_factor(step, total_steps)
         report.step_begins()

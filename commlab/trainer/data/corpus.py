@@ -135,7 +135,7 @@ def assemble(
     if len(train) < 2 or len(held_out) < 2:
         raise UsageError(
             f"{text.source} is too short: {text.text_bytes} bytes make {len(train)} tokens to train on and"
-            f" {len(held_out)} held out, and each of the two needs 2 at least; give more text"
+            f" {len(held_out)} held out, and each part needs 2 at least; give more text"
         )
     origin = text.source, text.documents, text.text_bytes, text.skipped_files
     return Corpus(train, held_out, held_out_bytes, tokenizer, *origin)
