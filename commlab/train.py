@@ -1,7 +1,8 @@
-"""The trainer: ``mpirun -n 8 python -m commlab.train``. Reads top to bottom; every knob is in config.py.
+"""The trainer: ``mpirun -n 8 python -m commlab.train``. The program reads from top to bottom; every knob of it is in
+trainer/knobs.py.
 
-Every rank runs all of it. What may differ between ranks (files, memory) is agreed on before the first step, so that a
-bad input ends the job on every rank with one message.
+All ranks run the whole program. Before the first step ranks agree on everything that may differ between them (files,
+memory), so that a bad input ends the job on all ranks with one message.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from . import trace
 from .errors import AgreedError, UsageError
-from .job import launch as bringup
-from .runtime.control import gather_bytes
+from .job.launch import detect, end_job
 from .trainer.build import device_of, make_optimizer
 from .trainer.config import Config
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one training job; returns the exit code. Called on every rank by the launcher."""
     started_s = time.perf_counter()
-    launch = bringup.detect()
+    launch = detect()
     try:
         config = Config.from_argv(argv, speak=launch.rank == 0)
     except UsageError as error:
-        # The same argv everywhere, so one rank speaks for all; nothing heavy has been imported yet.
+        # All ranks have the same argv, so one of them prints the error; neither torch nor numpy is loaded yet.
         if launch.rank == 0:
             print(f"commlab: {error}", file=sys.stderr)
         return 2
@@ -45,16 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.rank == 0:
             print(f"commlab: {error}", file=sys.stderr)
             if config.servers is not None:
-                bringup.end_job(2)  # servers have heard of nothing, and wait
+                end_job(2)  # servers do not know of the error, and wait
         return 2
     except UsageError as error:
-        # Perhaps on this rank alone: the others may wait for it already.
+        # Perhaps this rank is the only one with the error, and the others wait for it already.
         print(f"commlab: [rank {launch.rank} of {launch.size}] {error}", file=sys.stderr)
-        bringup.end_job(2)
+        end_job(2)
         return 2
 
 
 def train(config: Config, started_s: float) -> int:
+    """Train one model on all ranks; returns the exit code. ``started_s``: when the process began, by
+    ``time.perf_counter()``. Collective."""
     from .runtime import world
     from .runtime.control import raise_together
 
@@ -67,7 +69,6 @@ def train(config: Config, started_s: float) -> int:
     import torch
 
     from .checkpoint import Checkpoints
-    from .precision.loss_scale import LossScale
     from .strategies import strategy
     from .trainer.data.batches import BatchSampler, Blocks
     from .trainer.data.loading import load_together
@@ -95,27 +96,8 @@ def train(config: Config, started_s: float) -> int:
     )
     torch.manual_seed(config.seed * 1_000_003 + group.rank)  # dropout differs between ranks, weights do not
     optimizer = raise_together(group, lambda: make_optimizer(config, bare_model))
-    engine = strategy(
-        config.strategy,
-        bare_model,
-        optimizer,
-        group,
-        algorithm=config.algorithm,
-        precision=config.precision,
-        autocast=config.autocast,
-        loss_scale=LossScale(
-            config.loss_scale, config.loss_scale_growth, config.loss_scale_backoff, config.loss_scale_interval
-        ),
-        apex_level=config.apex_level,
-        wire=config.wire,
-        max_grad_norm=config.max_grad_norm or None,
-        bucket_bytes=config.bucket_bytes,
-        overlap=config.overlap == "on",
-        servers=config.servers,
-        consistency=config.consistency,
-        overlap_pulls=config.overlap_pulls == "on",
-    )
-    if engine.role == "server":  # it has served all workers to their end
+    engine = strategy(config.strategy, bare_model, optimizer, group, **vars(config.options))
+    if engine.role == "server":  # strategy() has returned because all workers are done
         end(config, group)
         return 0
     everyone, group, model = group, engine.group, engine.model
@@ -138,14 +120,14 @@ def train(config: Config, started_s: float) -> int:
     start_step = resume(config, group, checkpoints, cursor, total_steps)
     report.opening(corpus.summary(), threads, why, len(blocks), start_step, checkpoints.refused)
 
-    for step, share in engine.turns(start_step, total_steps):
-        batch = sampler.batch(step, share)
+    for step, rank in engine.turns(start_step, total_steps):
+        batch = sampler.batch(step, rank)
         if not engine.averages:
-            # Each worker is where it is; what it takes is trained on by nobody else.
+            # Workers are at different steps, and every share is an update of its own.
             for entry, lr in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
                 entry["lr"] = lr * config.lr_factor(step, total_steps)
         report.step_begins()
-        # Known to every rank without a message: all see the same order of samples.
+        # Every rank knows the number without a message: all have the same order of samples.
         total = blocks.token_count(batch.samples if engine.averages else batch.own)
         if not total:
             continue
@@ -188,8 +170,9 @@ def train(config: Config, started_s: float) -> int:
 
 
 def end(config: Config, group: Group) -> None:
-    """What all ranks do last, servers too. Collective."""
+    """The last steps of every rank, servers included: write the trace and disconnect. Collective."""
     from .runtime import world
+    from .runtime.control import gather_bytes
 
     if config.trace:
         dumps = gather_bytes(group, trace.dump(), "trace")
@@ -201,7 +184,8 @@ def end(config: Config, group: Group) -> None:
 
 
 def resume(config: Config, group: Group, checkpoints: Checkpoints, cursor: dict[str, object], total_steps: int) -> int:
-    """The step to start with: 0, or where the newest whole checkpoint ended. Collective."""
+    """The step to start with: 0, or the one after the newest whole checkpoint, which is restored. ``cursor``: what the
+    saved run must have in common with this one. Collective."""
     from .runtime.control import raise_together
 
     if not config.resume:
@@ -230,7 +214,7 @@ def resume(config: Config, group: Group, checkpoints: Checkpoints, cursor: dict[
 
 
 def held_out_bits(config: Config, group: Group, model: torch.nn.Module, held_out: Blocks) -> float:
-    """Bits per byte of held-out text; every rank evaluates its part. Collective."""
+    """Bits per byte of held-out text, of which every rank evaluates its share. Collective."""
     import torch
 
     from .collectives.allreduce import allreduce

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commlab.job import launch as bringup
+from commlab.job.launch import detect
 
 from ..core.harness import Block, Contestant, Unavailable, missing
 from .case import Case
@@ -24,7 +24,7 @@ def connect() -> None:
         return
     from commlab.transport.rendezvous import store_for
 
-    launch = bringup.detect()
+    launch = detect()
     store = dist.PrefixStore("bench gloo", store_for(launch, TIMEOUT_S))
     dist.init_process_group(
         "gloo", store=store, rank=launch.rank, world_size=launch.size, timeout=timedelta(seconds=TIMEOUT_S)

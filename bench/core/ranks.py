@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import commlab
-from commlab.job import launch as bringup
+from commlab.job.launch import detect
 from commlab.job.topology import usable_cores
 
 
@@ -25,7 +25,7 @@ def share_cores(threads: int | None = None) -> None:
     hosts share this machine's cores, though each of them sees all. ``threads`` or OMP_NUM_THREADS: so many instead."""
     import torch
 
-    launch = bringup.detect()
+    launch = detect()
     sharing = launch.size if link_bytes_per_s() else launch.local_size
     given = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
     torch.set_num_threads(given or max(1, usable_cores() // sharing))
@@ -37,7 +37,7 @@ class Ranks:
     def __init__(self) -> None:
         self._comm: Any = None
         self.rank, self.size, self.mpi = 0, 1, "none"
-        if bringup.detect().launcher is not None:
+        if detect().launcher is not None:
             from mpi4py import MPI
 
             from commlab.transport.mpi import library

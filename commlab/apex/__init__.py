@@ -19,8 +19,6 @@ import torch
 
 from ..errors import UsageError
 
-LEVELS = ("O1", "O2")
-
 
 class Apex:
     """The parts of NVIDIA Apex that are used here. Raises UsageError, saying all that is missing."""
@@ -70,8 +68,6 @@ class Apex:
                 if parameter.dtype == torch.float32:
                     parameter.data = parameter.data.half()
             return True
-        if level not in LEVELS:
-            raise UsageError(f"unknown level {level!r} of apex.amp; there are {', '.join(LEVELS)}, or none")
         if self.amp is None or not hasattr(self.amp, "initialize"):
             raise UsageError(
                 f"apex.amp's {level} is not to be had: this Apex has no amp, which was removed after release 25.04; "

@@ -9,7 +9,7 @@ import torch
 
 from ..chunks import Range
 from ..errors import UsageError
-from ..native.dtypes import DTYPES, HALVES, WIRES
+from ..native.dtypes import DTYPES, HALVES, WIRES, require_wire
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from . import routes
@@ -30,8 +30,7 @@ def require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wire
         raise UsageError(f"{where}: unknown op {op!r}; there are {', '.join(OPS)}")
     if op == "mean" and not tensor.dtype.is_floating_point:
         raise UsageError(f"{where}: the mean of integers is not an integer; use op='sum' and divide, or a float tensor")
-    if wire not in WIRES:
-        raise UsageError(f"{where}: unknown wire {wire!r}; there are None, fp16, bf16")
+    require_wire(wire, f"{where}: ")
     if wire is not None and (not tensor.dtype.is_floating_point or op not in ("sum", "mean")):
         raise UsageError(f"{where}: a 16-bit wire is for sum and mean of floating-point tensors, not op={op!r}")
 

@@ -1,4 +1,4 @@
-"""Where things are kept that take long to make, and that any run of the same user can use again."""
+"""The user's cache: things that take long to make, and that any later job of the same user can use again."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder(of: str) -> Path:
-    """A folder for things of one kind; made by whoever writes there. $XDG_CACHE_HOME or ~/.cache holds it."""
+    """The folder for things of one kind, below $XDG_CACHE_HOME or ~/.cache. The first writer makes the folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "commlab", of)

@@ -1,8 +1,8 @@
 """How this process was launched, and how the whole job ends when one rank fails.
 
-Under plain ``mpirun python`` an exception in one rank leaves the others waiting for ever: the interpreter exits,
-MPI_Finalize runs at exit and waits for everybody. So the hook installed here prints the traceback once and then ends
-the job.
+Under plain ``mpirun python`` an exception in one rank leaves the other ranks waiting for ever: the interpreter exits,
+and MPI_Finalize, which runs at exit, waits for all ranks. So the hook that is installed here prints the traceback once
+and then ends the job.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
-# (launcher, rank, size, local rank, local size), in the order in which they are believed: a launcher that starts
-# another (mpirun under Slurm) leaves its own variables in the environment, and the innermost one knows best.
 _LAUNCHERS = (
     ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     (
@@ -31,11 +29,15 @@ _LAUNCHERS = (
     ("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
+"""Launchers, each with its variables for rank, size, local rank and local size. The first launcher whose variables are
+set is believed: one that starts another (Slurm starts mpirun) leaves its own variables set, and the inner one, which
+comes first here, knows best."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher's variables say. ``launcher`` is None when there was none: one process, rank 0 of 1."""
+    """Which rank this process is, by the launcher's variables. ``launcher`` is None for a process that no launcher
+    started: rank 0 of 1."""
 
     launcher: str | None
     rank: int
@@ -45,7 +47,8 @@ class Launch:
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Read the launcher's variables; needs no MPI and costs nothing, so errors can name the rank before MPI is up."""
+    """Read the launcher's variables. This needs no MPI and costs nothing, so errors can name the rank before MPI is
+    up."""
     for launcher, rank, size, local_rank, local_size in _LAUNCHERS:
         if rank in environ and size in environ:
             ranks = int(environ[size])
@@ -61,6 +64,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Launch:
 
 
 _abort: Callable[[int], None] | None = None
+"""Ends all ranks with an exit code; None until :func:`install_exception_hook` was called."""
 
 
 def end_job(code: int = 1) -> None:

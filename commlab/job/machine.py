@@ -1,4 +1,4 @@
-"""What this machine tells of itself."""
+"""What the operating system reports of this process and this host: memory, and bytes sent."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 
 def memory_bytes() -> int:
-    """This process's share of the machine's memory: pages that P processes share count 1/P in each of them (PSS), so
-    that the ranks of a node add up to what they really take. 0 where the system does not tell. Cost: milliseconds."""
+    """This process's share of the host's memory: a page that P processes share counts 1/P in each of them (PSS), so
+    that the sum over a node's ranks is the memory that they take together. 0 where the system does not report the
+    number. Cost: milliseconds."""
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -16,7 +17,7 @@ def memory_bytes() -> int:
 
 
 def interface_bytes_sent() -> int:
-    """What this host has sent over its network interfaces since it was started, headers and all, whoever sent it: the
-    way to see what a library sends that does not say. 0 where the system does not tell."""
+    """Bytes that this host has sent over its network interfaces since it was started, headers included, by all
+    processes: the way to measure a library that does not count its bytes. 0 where the system does not report them."""
     counters = Path("/sys/class/net").glob("*/statistics/tx_bytes")
     return sum(int(counter.read_text()) for counter in counters if counter.parts[-3] != "lo")

@@ -1,4 +1,4 @@
-"""Which ranks share a node: told by the launcher's host names, or declared by hand with ``--nodes``."""
+"""Which ranks share a node: ranks on hosts of one name, or as declared by hand with ``--nodes``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Topology:
 
 
 def from_keys(keys: Sequence[str]) -> Topology:
-    """Ranks with equal keys share a node; ``keys[rank]`` is what :func:`node_key` gave on that rank."""
+    """Ranks with equal keys share a node. ``keys[rank]``: the :func:`node_key` of that rank."""
     nodes: dict[str, list[int]] = {}
     for rank, key in enumerate(keys):
         nodes.setdefault(key, []).append(rank)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import UsageError
+
 OP_CODES = {"sum": 0, "prod": 1, "min": 2, "max": 3}
 
 
@@ -19,6 +21,12 @@ DTYPES = {
 
 
 WIRES: dict[str | None, torch.dtype | None] = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def require_wire(wire: str | None, where: str = "") -> None:
+    """UsageError for a name that is no key of ``WIRES``. ``where``: the words before it in the message."""
+    if wire not in WIRES:
+        raise UsageError(f"{where}unknown wire {wire!r}; there are {', '.join(map(str, WIRES))}")
 
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -26,7 +26,6 @@ from .loss_scale import LossScale
 from .masters import Masters
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "apex": torch.float16}
-AUTOCASTS = ("auto", "on", "off")
 
 
 class Precision:
@@ -36,10 +35,6 @@ class Precision:
     def __init__(
         self, name: str, autocast: str, device: torch.device, group: Group, loss_scale: LossScale | None = None
     ):
-        if name not in PRECISIONS:
-            raise UsageError(f"unknown precision {name!r}; there are {', '.join(PRECISIONS)}")
-        if autocast not in AUTOCASTS:
-            raise UsageError(f"unknown autocast {autocast!r}; there are {', '.join(AUTOCASTS)}")
         self.name, self._device = name, device
         self.dtype = PRECISIONS[name]
         self.loss_scale = replace(loss_scale or LossScale()) if name in ("fp16", "apex") else None

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import UsageError
-from ..native.dtypes import WIRES
+from ..native.dtypes import WIRES, require_wire
 from ..runtime.group import Group
 from ..runtime.world import resolve
 from ..transport.sim import SimNetwork
@@ -80,14 +80,10 @@ class ParameterServer:
     ):
         everyone = resolve(group)
         self.consistency = parse(consistency)
-        if wire not in WIRES:
-            raise UsageError(f"unknown wire {wire!r}; there are None, fp16, bf16")
-        if (max_grad_norm is not None or skips) and not self.consistency.averages:
-            what = f"max_grad_norm {max_grad_norm}" if max_grad_norm is not None else "skipping what is not finite"
-            raise UsageError(
-                f"{what} needs all workers' gradients of a clock on all servers before any of them is applied, and "
-                f"under {consistency} every push is applied alone, when it comes: clip each worker's own gradient "
-                "before the push, or use bsp"
+        require_wire(wire)
+        if max_grad_norm is not None or skips:
+            self.consistency.require_lockstep(
+                f"max_grad_norm {max_grad_norm}" if max_grad_norm is not None else "skipping what is not finite"
             )
         alone = everyone.size == 1 and servers is None
         ranks = (1,) if alone else server_ranks(everyone.nodes, 1 if servers is None else servers)

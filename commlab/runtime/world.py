@@ -6,8 +6,8 @@ import atexit
 import os
 
 from ..errors import UsageError
-from ..job import launch as bringup
 from ..job import topology
+from ..job.launch import detect, install_exception_hook
 from ..transport.base import Transport
 from .control import gather_bytes
 from .group import Group
@@ -38,12 +38,12 @@ def init(
         raise UsageError(f"unknown transport {transport!r}; there are {', '.join(TRANSPORTS)}")
     if window not in WINDOWS:
         raise UsageError(f"unknown window {window!r}; there are {', '.join(WINDOWS)}")
-    if bringup.detect().launcher is not None:
+    if detect().launcher is not None:
         # While connecting, others wait already for a rank that fails; every launcher ends them when one leaves with an
         # error.
-        bringup.install_exception_hook(os._exit)
+        install_exception_hook(os._exit)
     connected = _connect(transport, timeout_s)
-    bringup.install_exception_hook(connected.abort)
+    install_exception_hook(connected.abort)
     alone = topology.Topology((tuple(range(connected.size)),))
     group = Group(connected, alone, timeout_s)
     if connected.size > 1:
@@ -66,7 +66,7 @@ def init(
 
 
 def _connect(transport: str, timeout_s: float) -> Transport:
-    launch = bringup.detect()
+    launch = detect()
     if launch.launcher is None:
         from ..transport.sim import SimNetwork
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import UsageError
+from .options import Options
 
 if TYPE_CHECKING:
     import torch
@@ -33,35 +34,26 @@ def strategy(
 ) -> Strategy:
     """Couple ``model`` and ``optimizer`` to the group's other ranks; returns the engine. Collective.
 
-    ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: algorithm, precision, autocast, wire,
-    max_grad_norm, bucket_bytes, overlap, elementwise, servers, consistency, overlap_pulls
-    (:class:`commlab.strategies.options.Options`).
-    ``optimizer``: the user's own; under ps and dps its ``params`` become the pieces that this rank owns, while groups,
-    hyper-parameters and LR schedulers stay. With ``servers`` this returns on the ranks that serve when all others have
-    closed their engines. Errors: UsageError.
+    ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: the fields of
+    :class:`commlab.strategies.options.Options`, which has also the rules of what goes together; they are checked before
+    anything is built. ``optimizer``: the user's own; under ps and dps its ``params`` become the pieces that this rank
+    owns, while groups, hyper-parameters and LR schedulers stay. With ``servers`` this returns on the ranks that serve
+    when all others have closed their engines. Errors: UsageError.
     """
     from ..runtime.world import resolve
-    from .options import Options
 
-    if name not in STRATEGIES:
-        raise UsageError(f"unknown strategy {name!r}; there are {', '.join(STRATEGIES)}")
     unknown = sorted(set(options) - set(Options.__dataclass_fields__))
     if unknown:
         raise UsageError(
             f"unknown option {unknown[0]!r} for a strategy; there are {', '.join(Options.__dataclass_fields__)}"
         )
     chosen = Options(**options)
+    members = resolve(group)
+    chosen.check(name, members.size)
     if chosen.servers is not None:
-        if name not in ("ps", "dps"):
-            raise UsageError(f"servers={chosen.servers} has no meaning for strategy {name}; use ps or dps")
         from .dedicated import Dedicated
 
-        return Dedicated(name, model, optimizer, resolve(group), chosen)
-    if chosen.consistency != "bsp":
-        raise UsageError(
-            f"consistency {chosen.consistency!r} needs servers of their own: give servers=1 (ps) or more (dps); where "
-            "every rank trains and serves there is bsp"
-        )
+        return Dedicated(name, model, optimizer, members, chosen)
     module, kind = STRATEGIES[name]
-    built: Strategy = getattr(import_module(f".{module}", __name__), kind)(model, optimizer, resolve(group), chosen)
+    built: Strategy = getattr(import_module(f".{module}", __name__), kind)(model, optimizer, members, chosen)
     return built

@@ -77,8 +77,6 @@ class Ddp(Local):
     name = "ddp"
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
-        if options.wire is not None:
-            raise UsageError("strategy ddp sends gradients as they are; a 16-bit wire is for allreduce, ps, dps")
         if not hasattr(dist.ProcessGroup, "_set_default_backend"):
             raise UsageError(f"strategy ddp needs torch 2.6 or later, and this is {torch.__version__}; use allreduce")
         super().__init__(model, optimizer, group, options)

@@ -55,17 +55,7 @@ class Dedicated(Strategy):
         self, name: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options
     ):
         assert options.servers is not None
-        if (name == "ps") != (options.servers == 1):
-            other = "dps" if name == "ps" else "ps"
-            raise UsageError(
-                f"strategy {name} with {options.servers} server{'s' * (options.servers > 1)}: ps has one and dps has "
-                f"two or more; use {other}, or another number"
-            )
-        if options.algorithm != "auto":
-            raise UsageError(
-                f"algorithm {options.algorithm} is for collectives, and dedicated servers are sent messages; use auto"
-            )
-        if options.precision == "apex" or any(not parameter.is_cpu for parameter in model.parameters()):
+        if any(not parameter.is_cpu for parameter in model.parameters()):
             raise UsageError(
                 f"strategy {name} with dedicated servers works on the CPU, without Apex; leave servers out, or the "
                 "model on the CPU"
@@ -73,11 +63,6 @@ class Dedicated(Strategy):
         consistency = parse(options.consistency)
         self._named = named = named_parameters(model, optimizer)
         averages = consistency.averages
-        if not averages and options.precision == "fp16":
-            raise UsageError(
-                f"precision fp16 under {options.consistency}: a step that overflows is skipped by all workers "
-                "together, and there is no such step; use bf16"
-            )
         self.store = ParameterServer(
             [(item.name, item.tensor) for item in named],
             server_state.UsersOwn(optimizer, named),

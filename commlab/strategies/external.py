@@ -7,7 +7,6 @@ import math
 
 import torch
 
-from ..errors import UsageError
 from ..gradients.hooks import GradientBuckets
 from ..native.norm import norm_squared, scale_
 from .engine import Strategy
@@ -18,11 +17,6 @@ class Local(Strategy):
     """Scale by the count, norm, clip and step on whole gradients."""
 
     def _make_buckets(self) -> GradientBuckets | None:
-        if not self.options.overlap:
-            raise UsageError(
-                f"strategy {self.name} sends no buckets of commlab's, so overlap can't be turned off; leave it on, or "
-                "use allreduce, dps or ps"
-            )
         return None
 
     def _gradients(self) -> list[torch.Tensor]:

@@ -41,8 +41,6 @@ class Horovod(Local):
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         self._hvd = hvd = _import()
-        if options.wire == "bf16":
-            raise UsageError("strategy horovod: Horovod has no bf16 compression; use wire fp16, or strategy allreduce")
         if not hvd.is_initialized():
             hvd.init()
         if (hvd.rank(), hvd.size()) != (group.rank, group.size):

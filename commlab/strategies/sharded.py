@@ -23,7 +23,6 @@ import torch
 from ..checkpoint import pieces
 from ..chunks import Range, split, whole_at
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
-from ..errors import UsageError
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets
 from ..gradients.mirror import Mirror, mirrors
@@ -55,10 +54,6 @@ class Colocated(Strategy):
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         require_elementwise(optimizer, options.elementwise)
-        if options.algorithm == "hierarchical":
-            raise UsageError(
-                f"algorithm hierarchical is for allreduce, and strategy {self.name} pushes and pulls; use auto"
-            )
         super().__init__(model, optimizer, group, options)
         assert self.buckets is not None
         self._chunks = [self._owners(bucket.numel) for bucket in self.buckets.buckets]

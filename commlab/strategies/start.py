@@ -36,7 +36,6 @@ class Coupled:
     """"server" on a rank that only served."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
-        options.check()
         self.model, self.optimizer, self.group, self.options = model, optimizer, group, options
         self.skipped_steps = 0
         self.steps = 0

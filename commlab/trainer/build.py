@@ -1,4 +1,4 @@
-"""Model and optimizer as the flags want them."""
+"""The device and the optimizer that the flags ask for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def device_of(config: Config, group: Group) -> torch.device:
-    """Where this rank computes: the node's GPUs are dealt to its ranks in turn."""
+    """Where this rank computes: on the CPU, or on one of the node's GPUs, which are dealt to the node's ranks one by
+    one, and again from the first where there are fewer GPUs than ranks. UsageError for a GPU where torch sees none."""
     import torch
 
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
@@ -29,7 +30,7 @@ def device_of(config: Config, group: Group) -> torch.device:
 
 
 def make_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW; with precision apex, Apex's."""
+    """torch's AdamW, or Apex's under precision apex; groups as :func:`decay_groups` makes them."""
     import torch
 
     groups = decay_groups(model, config.weight_decay)
@@ -41,7 +42,8 @@ def make_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimi
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices are decayed; biases and norms, which have one dimension, are not."""
+    """Two groups of an optimizer: matrices, whose weights decay, and biases and norms, which have one dimension and do
+    not decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},

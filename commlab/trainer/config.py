@@ -1,5 +1,5 @@
-"""What one run does: knobs that were checked together, the defaults that depend on others, and what follows. The only
-reader of argv.
+"""What one run does: knobs that were checked together, the defaults that depend on other knobs, and what follows from
+them. The only reader of argv.
 
 Importing this loads neither torch nor numpy, so that a mistyped flag is reported at once.
 """
@@ -16,13 +16,13 @@ from typing import Any
 from ..errors import UsageError
 from ..job.cache import cache_folder
 from ..job.topology import declared, usable_cores
+from ..precision.loss_scale import LossScale
 from ..ps.consistency import parse as parse_consistency
+from ..strategies.options import Options
 from .data import bpe
-from .flags import check_fields, parse
+from .flags import Flags, check_fields, parse
 from .knobs import Knobs
 from .model import describe_model
-
-_OWN_SCHEDULES = ("ps", "dps", "allreduce")
 
 ADAMW_BETAS = (0.9, 0.95)
 """For the trainer's AdamW: 3.16 held-out bits per byte after the default run; torch's own 0.999 ends at 3.20
@@ -31,12 +31,12 @@ ADAMW_BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Config(Knobs):
-    """What one run does. Made by `from_argv` or directly, and checked either way.
+    """What one run does. Made by :meth:`from_argv` or directly, and checked either way.
 
-    Where a default depends on the model, None stands for it and is replaced when the object is made: `seq_len`, `lr`,
-    `max_grad_norm`, `eval_every` and `sample` are never None afterwards, and `wire` is None (as they are), "fp16" or
-    "bf16".
-    Errors: UsageError, saying what was given, what is allowed, and what to do.
+    None stands for a default that depends on other knobs, and is replaced when the object is made: ``seq_len``, ``lr``,
+    ``max_grad_norm``, ``eval_every`` and ``sample`` are never None afterwards, and ``wire`` is None (numbers travel as
+    they are), "fp16" or "bf16".
+    Errors: UsageError, with what was given, what is allowed, and what to do.
     """
 
     def __post_init__(self) -> None:
@@ -55,25 +55,7 @@ class Config(Knobs):
                 " (--grad-accumulation);"
                 f" the nearest that can: {_multiples_around(self.batch_size, self.grad_accumulation)}"
             )
-        if self.algorithm != "auto" and self.strategy not in _OWN_SCHEDULES:
-            raise UsageError(
-                f"--algorithm {self.algorithm} has no meaning for --strategy {self.strategy};"
-                f" leave it out, or take one of {', '.join(_OWN_SCHEDULES)}"
-            )
-        if self.overlap == "off" and self.strategy not in _OWN_SCHEDULES:
-            raise UsageError(
-                f"--overlap off has no meaning for --strategy {self.strategy}, which sends no buckets of commlab's;"
-                f" leave it out, or take one of {', '.join(_OWN_SCHEDULES)}"
-            )
-        if self.strategy == "single" and self.wire not in (None, "none"):
-            raise UsageError(
-                f"--wire {self.wire} has no meaning for --strategy single, which sends nothing; leave it out"
-            )
-        if self.autocast == "on" and self.precision in ("fp32", "apex"):
-            raise UsageError("--autocast on needs a 16-bit format: give --precision bf16 or fp16")
-        if self.apex_level is not None and self.precision != "apex":
-            raise UsageError(f"--apex-level {self.apex_level} has no meaning for --precision {self.precision}")
-        lockstep = self._check_servers()
+        lockstep = parse_consistency(self.consistency).averages
         entries = bpe.size_of(self.tokenizer)
         own_wire = self.precision if self.precision in ("fp16", "bf16") and self.strategy != "single" else None
         derived = {
@@ -89,76 +71,48 @@ class Config(Knobs):
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)  # the one moment before the object is frozen
+        self.options.check(self.strategy, spelling=Flags())
+        if not lockstep:
+            self._require_no_common_step()
 
-    def _check_servers(self) -> bool:
-        """Whether all workers make each step together."""
-        consistency = parse_consistency(self.consistency)
-        if self.servers is None:
-            if self.consistency != "bsp":
-                raise UsageError(
-                    f"--consistency {self.consistency} needs ranks that only serve: give --servers 1 with --strategy"
-                    " ps, or --servers 2 or more with dps"
-                )
-            return True
-        if self.strategy not in ("ps", "dps") or (self.strategy == "ps") != (self.servers == 1):
-            raise UsageError(
-                f"--servers {self.servers} with --strategy {self.strategy}: ps has 1 server, dps 2 or more, and the"
-                " others have none"
-            )
-        if self.algorithm != "auto":
-            raise UsageError(
-                f"--algorithm {self.algorithm} is for collectives, and workers send --servers messages; leave it out"
-            )
-        if consistency.averages:
-            return True
-        for flag, given, why in (
-            ("--max-grad-norm", self.max_grad_norm, "every push is applied alone, so there is no global norm; give 0"),
+    def _require_no_common_step(self) -> None:
+        """UsageError for what the trainer does between two steps of all workers: under ssp and asp there is no such
+        moment."""
+        for flag, value, why in (
             ("--eval-every", self.eval_every, "workers are never at the same step before the end; give 0"),
             ("--checkpoint-every", self.checkpoint_every, "workers are never at the same step; leave it out"),
-            ("--resume", self.resume, "it has no checkpoints; leave it out"),
-            ("--precision fp16", self.precision == "fp16", "workers can't agree to skip a step; give bf16"),
+            ("--resume", self.resume, "there are no checkpoints; leave it out"),
         ):
-            if given:
+            if value:
                 raise UsageError(f"{flag} can't be had under --consistency {self.consistency}: {why}")
-        return False
 
     @classmethod
     def from_argv(cls, argv: Sequence[str] | None = None, *, speak: bool = True) -> Config:
-        """Read the flags (sys.argv's where None).
-
-        --help and --version print, where `speak`, and leave with exit code 0.
-        """
-        given = parse(
+        """Read the flags (sys.argv's where None). --help and --version print, where ``speak``, and leave with exit code
+        0."""
+        values = parse(
             cls,
             argv,
             usage="mpirun -n RANKS python -m commlab.train [flags]",
             description="Train GPT-2 on real text, data-parallel over all ranks of mpirun or torchrun.",
             speak=speak,
         )
-        return cls(**given)
+        return cls(**values)
 
     def validate_for(self, size: int) -> None:
         """Check what depends on the number of ranks; the same on every rank, so all of them raise."""
-        if self.strategy == "single" and size > 1:
-            raise UsageError(
-                f"--strategy single runs on 1 rank, but {size} were started; leave mpirun out, or take another strategy"
-            )
-        if self.servers is not None and self.servers >= size:
-            raise UsageError(
-                f"--servers {self.servers} of {size} rank{'s' * (size > 1)} leave none to train; start more ranks, or "
-                "give fewer servers"
-            )
-        size -= self.servers or 0
-        parts = size * self.grad_accumulation
-        if self.batch_size % parts:
+        self.options.check(self.strategy, size, Flags())
+        workers = size - (self.servers or 0)
+        micro_batches = workers * self.grad_accumulation
+        if self.batch_size % micro_batches:
             accumulated = f" x {self.grad_accumulation} micro-batches" if self.grad_accumulation > 1 else ""
-            workers = "ranks" if self.servers is None else "workers"
             raise UsageError(
-                f"--batch-size {self.batch_size} can't be dealt equally to {size} {workers}{accumulated};"
-                f" the nearest that can: {_multiples_around(self.batch_size, parts)}"
+                f"--batch-size {self.batch_size} can't be dealt equally to {workers}"
+                f" {'ranks' if self.servers is None else 'workers'}{accumulated};"
+                f" the nearest that can: {_multiples_around(self.batch_size, micro_batches)}"
             )
         if self.nodes is not None:
-            declared(self.nodes, size + (self.servers or 0))
+            declared(self.nodes, size)
 
     def rank_batch_size(self, size: int) -> int:
         """Sequences per rank and step, over its micro-batches."""
@@ -169,10 +123,31 @@ class Config(Knobs):
         return self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
 
     def lr_factor(self, step: int, total_steps: int) -> float:
-        """Share of the peak learning rate at `step` (from 0), for LambdaLR: a linear rise, as in the paper, a plateau,
-        and a linear fall over the last fifth, without which short runs end 0.1 bits per byte worse (docs/data.md)."""
+        """The factor of the peak learning rate at ``step`` (from 0), for LambdaLR: a linear rise, as in the paper, a
+        plateau, and a linear fall over the last fifth, without which short runs end 0.1 bits per byte worse
+        (docs/data.md)."""
         warmup = min(1000, total_steps // 10) if self.warmup_steps is None else self.warmup_steps
         return max(0.0, min(1.0, (step + 1) / (warmup + 1), (total_steps - step) / (total_steps / 5)))
+
+    @property
+    def options(self) -> Options:
+        """What the flags choose for :func:`commlab.strategy`."""
+        return Options(
+            algorithm=self.algorithm,
+            precision=self.precision,
+            autocast=self.autocast,
+            loss_scale=LossScale(
+                self.loss_scale, self.loss_scale_growth, self.loss_scale_backoff, self.loss_scale_interval
+            ),
+            apex_level=self.apex_level,
+            wire=self.wire,
+            max_grad_norm=self.max_grad_norm or None,
+            bucket_bytes=self.bucket_bytes,
+            overlap=self.overlap == "on",
+            servers=self.servers,
+            consistency=self.consistency,
+            overlap_pulls=self.overlap_pulls == "on",
+        )
 
     @property
     def bucket_bytes(self) -> int | None:
@@ -206,7 +181,7 @@ class Config(Knobs):
         return {name: getattr(self, name) for name in names}
 
     def check_outputs(self) -> None:
-        """Whether the output paths can be written: found before training, on the rank that writes, not after it."""
+        """UsageError for an output path that can't be written: before training, on the rank that writes."""
         if Path(self.output).exists() and not Path(self.output).is_dir():
             raise UsageError(
                 f"--output {self.output!r} is a file; give a folder, which is made where it does not exist"
@@ -228,6 +203,6 @@ class Config(Knobs):
 
 
 def _multiples_around(value: int, unit: int) -> str:
-    """The positive multiples of `unit` next to `value`, as text."""
+    """The positive multiples of ``unit`` next to ``value``, as text."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else str(unit)

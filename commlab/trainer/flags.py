@@ -1,4 +1,4 @@
-"""A dataclass whose fields are flags: each says once what its flag is; help, parsing and checks follow from it."""
+"""A dataclass whose fields are flags: each field describes its flag once; help, parsing and checks follow from that."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ..errors import UsageError
+from ..strategies.options import require_known
+
+_OFF = {"max_grad_norm": "0", "wire": "none"}
+"""The values by which flags turn off what the options of a strategy turn off with None."""
+
+
+class Flags:
+    """The spelling of the command line, for errors about the options of a strategy: ``--servers 2``."""
+
+    def name(self, option: str) -> str:
+        return _flag(option)
+
+    def setting(self, option: str, value: object) -> str:
+        if value is None:
+            value = _OFF[option]
+        elif isinstance(value, bool):
+            value = "on" if value else "off"
+        return f"{_flag(option)} {value}"
 
 
 @dataclass(frozen=True)
@@ -26,18 +44,18 @@ class _Knob:
 
 
 def knob(default: Any, group: str, help: str, kind: type = str, **limits: Any) -> Any:
-    """A dataclass field that is also a flag of the field's name; `kind` is str, int, float, or bool for a flag that
+    """A dataclass field that is also a flag of the field's name; ``kind`` is str, int, float, or bool for a flag that
     takes no value and is False by default.
 
-    `limits`: `choices` of a text; `least` (itself allowed), `above` and `below` (themselves not) of a number. A default
-    of None is described in `help`, any other is added to it.
+    ``limits``: ``choices`` of a text; ``least`` (itself allowed), ``above`` and ``below`` (themselves not) of a number.
+    ``help`` describes a default of None; any other default is added to the help.
     """
     return dataclasses.field(default=default, metadata={"knob": _Knob(group, help, kind, **limits)})
 
 
 def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str, speak: bool) -> dict[str, Any]:
-    """The fields given in `argv` (sys.argv's where None), as values. --help and --version print, where `speak`, and end
-    with exit code 0."""
+    """The fields given in ``argv`` (sys.argv's where None), as values. --help and --version print, where ``speak``, and
+    end with exit code 0."""
     parser = _Parser(usage=usage, description=description, allow_abbrev=False, add_help=False)
     knobs: dict[str, _Knob] = {field.name: field.metadata["knob"] for field in dataclasses.fields(cls)}
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(knob.group for knob in knobs.values())}
@@ -52,7 +70,7 @@ def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str
             groups[knob.group].add_argument(_flag(field.name), action="store_const", const="yes", help=knob.help)
             continue
         metavar = "|".join(knob.choices) or {int: "N", float: "X", str: field.name.upper()}[knob.kind]
-        # Values stay text here: what a number must be is said by _value and check_fields, better than argparse says it.
+        # Values stay text here: errors of _value and check_fields are better than argparse's.
         groups[knob.group].add_argument(_flag(field.name), metavar=metavar, help=knob.help.replace("%", "%%") + shown)
     other = parser.add_argument_group("other")
     other.add_argument(
@@ -61,11 +79,11 @@ def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str
     other.add_argument(
         "--version", action=_Print, nargs=0, const=speak, default=argparse.SUPPRESS, help="show the version and stop"
     )
-    given, rest = parser.parse_known_args(argv)
+    texts, rest = parser.parse_known_args(argv)
     if rest:
         hint = _near(rest[0].split("=")[0], [*map(_flag, knobs), "--help", "--version"])
         raise UsageError(f"unknown flag {rest[0]!r}{hint}; --help lists all")
-    return {name: _value(name, knobs[name], text) for name, text in vars(given).items() if text is not None}
+    return {name: _value(name, knobs[name], text) for name, text in vars(texts).items() if text is not None}
 
 
 def check_fields(config: Any) -> None:
@@ -73,14 +91,13 @@ def check_fields(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is not None:
-            _check(_flag(field.name), field.metadata["knob"], value)
+            _check(field.name, field.metadata["knob"], value)
 
 
-def _check(flag: str, knob: _Knob, value: Any) -> None:
-    if knob.choices and value not in knob.choices:
-        raise UsageError(
-            f"unknown {flag[2:]} {value!r}: give one of {', '.join(knob.choices)}{_near(str(value), knob.choices)}"
-        )
+def _check(name: str, knob: _Knob, value: Any) -> None:
+    flag = _flag(name)
+    if knob.choices:
+        require_known(name, value, knob.choices)
     if knob.kind is str:
         if not value:
             raise UsageError(f"{flag} is empty; leave it out, or give a value")
@@ -111,8 +128,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _near(given: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, list(names), n=1)
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

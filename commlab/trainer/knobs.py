@@ -1,5 +1,5 @@
-"""Every knob of the trainer on one page: flag, unit, default, and what it does. What they may be together, and what
-follows from them, is :mod:`.config`.
+"""Every knob of the trainer on one page: flag, unit, default, and what it does. :mod:`.config` has what knobs may be
+together, and what follows from them.
 
 Importing this loads neither torch nor numpy, so that a mistyped flag is reported at once.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..collectives.select import CHOICES
-from ..strategies import STRATEGIES
+from ..strategies.options import KNOWN
 from .data import bpe
 from .flags import knob
 from .model import PRESETS
@@ -26,10 +25,12 @@ _HOW, _NUMBERS, _WHAT, _TRAIN, _SHOW, _MACHINE = (
 
 @dataclass(frozen=True)
 class Knobs:
-    """One field per flag. None: it depends on others; see :class:`.config.Config`."""
+    """One field per flag. None: the value depends on other knobs (:class:`.config.Config`)."""
 
-    strategy: str = knob("dps", _HOW, "how gradients become agreed updates", choices=tuple(STRATEGIES))
-    algorithm: str = knob("auto", _HOW, "schedule of the collectives, for ps, dps and allreduce", choices=CHOICES)
+    strategy: str = knob("dps", _HOW, "how gradients become agreed updates", choices=KNOWN["strategy"])
+    algorithm: str = knob(
+        "auto", _HOW, "schedule of the collectives, for ps, dps and allreduce", choices=KNOWN["algorithm"]
+    )
     transport: str = knob("mpi", _HOW, "what moves bytes between ranks", choices=("mpi", "torch"))
     window: str = knob("auto", _HOW, "memory shared by the ranks of a node", choices=("auto", "on", "off"))
     nodes: str | None = knob(
@@ -42,7 +43,6 @@ class Knobs:
         _HOW,
         "ranks that only serve parameters: 1 for ps, 2 or more for dps (default: none; every rank trains and serves)",
         int,
-        least=1,
     )
     consistency: str = knob(
         "bsp", _HOW, "when a worker may read, with --servers: bsp (lockstep), ssp:S (S steps apart), asp (never wait)"
@@ -72,9 +72,9 @@ class Knobs:
         None,
         _HOW,
         "how numbers travel (default: the 16-bit format of --precision fp16 or bf16, otherwise none = as they are)",
-        choices=("none", "fp16", "bf16"),
+        choices=tuple(name or "none" for name in KNOWN["wire"]),
     )
-    precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=("fp32", "bf16", "fp16", "apex"))
+    precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=KNOWN["precision"])
     loss_scale: float = knob(
         2.0**16, _NUMBERS, "what the loss is multiplied by at first, for --precision fp16 and apex", float, least=1
     )
@@ -89,10 +89,10 @@ class Knobs:
         None,
         _NUMBERS,
         "for --precision apex: of apex.amp, where Apex has it (default: none)",
-        choices=("O1", "O2"),
+        choices=tuple(name for name in KNOWN["apex_level"] if name),
     )
     autocast: str = knob(
-        "auto", _NUMBERS, "16-bit matrix products; auto = where they are fast", choices=("auto", "on", "off")
+        "auto", _NUMBERS, "16-bit matrix products; auto = where they are fast", choices=KNOWN["autocast"]
     )
     model: str = knob("gpt2-tiny", _WHAT, f"{', '.join(PRESETS)}, or the path of a transformers GPT-2 config.json")
     data: str | None = knob(
@@ -135,7 +135,6 @@ class Knobs:
         _TRAIN,
         "the gradient's global norm is clipped to this; 0 = not clipped (default: 1; 0 under ssp and asp)",
         float,
-        least=0,
     )
     seed: int = knob(0, _TRAIN, "of the weights and of the order of samples", int, least=0, below=2**32)
     eval_every: int = knob(

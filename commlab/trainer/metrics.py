@@ -1,4 +1,4 @@
-"""Where a run's figures go: a file of JSON lines, and TensorBoard. And what they are figures of."""
+"""The metrics of a run: written to a file of JSON lines and to TensorBoard, with the versions they depend on."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ _SHOWN = {
 
 
 class Metrics:
-    """Both, or one of them, or none. One rank makes it. ``path``: of the JSON lines; ``append``: go on in it.
-    ``tensorboard``: folder of the event files."""
+    """Where metrics go: a file, TensorBoard, both, or neither. One rank makes the object.
+
+    ``path``: the file of JSON lines; None: no file. ``append``: go on at the end of that file. ``tensorboard``: the
+    folder of the event files; None: no TensorBoard.
+    """
 
     def __init__(self, path: str | None, tensorboard: str | None, append: bool):
         self._file: IO[str] | None = None
@@ -42,8 +45,8 @@ class Metrics:
             self._board = SummaryWriter(tensorboard)
 
     def write(self, row: dict[str, Any]) -> None:
-        """``row``: a line of the file. What of it is a number with a step is shown in TensorBoard too, at the number of
-        steps done."""
+        """Write one line of the file. Of a row with a step, TensorBoard gets the numbers that have a title there, at
+        the number of steps done."""
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -56,7 +59,7 @@ class Metrics:
                 self._board.add_scalar("step/tokens per s", row["tokens"] / row["step_s"], done)
 
     def text(self, title: str, text: str) -> None:
-        """For TensorBoard alone."""
+        """Show a text in TensorBoard; the file does not get it."""
         if self._board is not None:
             self._board.add_text(title, f"```\n{text}\n```")
 
@@ -68,7 +71,7 @@ class Metrics:
 
 
 def versions() -> dict[str, str]:
-    """Of what a result depends on."""
+    """The versions of everything that a result depends on."""
     found = {
         "commlab": __version__,
         "python": platform.python_version(),

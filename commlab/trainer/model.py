@@ -1,6 +1,6 @@
 """GPT-2 from transformers: named shapes, the same weights on every rank, and losses as sums.
 
-Nothing heavy is imported before it is used: the flags are checked against `describe_model` before torch is loaded.
+Importing this loads neither torch nor transformers: flags are checked against :func:`describe_model` before that.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100
-"""Labels of this value carry no loss (torch's own default `ignore_index`)."""
+"""Labels of this value carry no loss (torch's own default ``ignore_index``)."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What is known of a model before it is built.
-
-    `seq_len`: default sequence length in tokens; `positions`: the longest; `vocab_size`: None where the tokenizer
-    decides;
-    `learning_rate`: default peak; `config`: GPT2Config's arguments.
-    """
+    """The properties of a model that are known before it is built."""
 
     name: str
     seq_len: int
+    """Default length of a sequence, in tokens."""
     positions: int
+    """The longest sequence, in tokens."""
     vocab_size: int | None
+    """How many token ids the model has; None: as many as the tokenizer."""
     learning_rate: float
+    """Default peak of the learning rate."""
     config: dict[str, Any]
+    """The arguments of transformers' GPT2Config."""
 
 
 def _shape(name: str, seq_len: int, vocab_size: int | None, learning_rate: float, **config: Any) -> ModelShape:
@@ -57,8 +57,7 @@ PRESETS = {
 
 
 def describe_model(name: str) -> ModelShape:
-    """The shape behind a preset's name or the path of a transformers config file. UsageError for anything else; imports
-    nothing heavy."""
+    """The shape behind a preset's name or the path of a transformers config file. UsageError for anything else."""
     if name in PRESETS:
         return PRESETS[name]
     path = Path(name)
@@ -99,11 +98,12 @@ def build_model(
     """A transformers GPT2LMHeadModel in float32 on the CPU, in training mode; the same weights on every rank for the
     same seed.
 
-    `vocab_size`: how many ids the tokenizer has. gpt2-tiny takes it as its own; the others keep theirs, so that their
-    size, and with it what is exchanged, stays what the name says. `separator`: the tokenizer's end of a document, for
-    the model's bos and eos ids. `dropout` None: a config file's own rates, 0 for the presets. The caller's random state
-    is left as it was.
-    Errors: UsageError where the sequence is longer than the model or the tokenizer has more ids than it.
+    ``vocab_size``: how many ids the tokenizer has. gpt2-tiny has the same number; other models keep their own number,
+    so that their size, and with it the bytes that ranks exchange, stays what the name promises. ``separator``: the
+    tokenizer's end of a document, for the model's bos and eos ids. ``dropout`` None: a config file's own rates, 0 for
+    the presets. The caller's random state is left as it was.
+    Errors: UsageError where the sequence is longer than the model's positions, or the tokenizer has more ids than the
+    model.
     """
     shape = describe_model(name)
     if seq_len > shape.positions:
@@ -122,8 +122,8 @@ def build_model(
         arguments |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout or 0.0)
     # GPT-2's own 50256 lies outside a small vocabulary, which generation would trip over.
     for key in ("bos_token_id", "eos_token_id"):
-        given = arguments.get(key)
-        if given is None or not 0 <= given < model_vocab_size:
+        token = arguments.get(key)
+        if token is None or not 0 <= token < model_vocab_size:
             arguments[key] = separator if separator is not None else model_vocab_size - 1
     try:
         config = GPT2Config(**arguments)
@@ -138,8 +138,8 @@ def build_model(
 def import_gpt2() -> tuple[Any, Any]:
     """(GPT2Config, GPT2LMHeadModel), from their own modules and with the garbage collector paused.
 
-    Imports make some 10^5 long-lived objects and no garbage, and the collector walks them again and again; docs/data.md
-    has the figures.
+    Imports make some 10^5 long-lived objects and no garbage, and the collector walks these objects again and again;
+    docs/data.md has the times.
     """
     with _collector_paused():
         from transformers.models.gpt2.configuration_gpt2 import GPT2Config
@@ -161,7 +161,7 @@ def _collector_paused() -> Iterator[None]:
 def loss_sum(model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(sum of the token losses in nats, a float32 scalar with a gradient; number of tokens that carry a loss).
 
-    `input_ids` and `labels`: [n, seq_len], labels[i, j] being the token after input_ids[i, j], or IGNORED. Sums and
+    ``input_ids`` and ``labels``: [n, seq_len], labels[i, j] being the token after input_ids[i, j], or IGNORED. Sums and
     counts rather than means, so that ranks and micro-batches of different sizes weigh every token the same: the caller
     divides once, by the global count. Without samples (n = 0) one row of ignored labels runs instead: the sum is 0 and
     so is every gradient, but backward passes through every parameter, so a rank that has nothing to train on at a
@@ -184,10 +184,10 @@ def loss_sum(model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tens
 def evaluate(
     model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor, int]]
 ) -> tuple[float, int, int]:
-    """(sum of losses in nats, tokens, bytes of text) over batches of (input ids, labels, bytes). Dropout off; the mode
-    is restored.
+    """(sum of losses in nats, tokens, bytes of text) over batches of (input ids, labels, bytes), without dropout; the
+    model's mode is restored.
 
-    Each rank sums its own part; add the three over ranks before `bits_per_byte`.
+    Each rank sums over its own batches; add the three sums over ranks before :func:`bits_per_byte`.
     """
     import torch
 
@@ -206,16 +206,16 @@ def evaluate(
 
 
 def save_model(model: torch.nn.Module, folder: str) -> None:
-    """Write a folder (made if missing) that `transformers.GPT2LMHeadModel.from_pretrained(folder)` opens.
+    """Write a folder (made if missing) that ``transformers.GPT2LMHeadModel.from_pretrained(folder)`` opens.
 
-    One rank calls it. `model`: what `build_model` returned, not a wrapper around it.
+    One rank calls this. ``model``: what :func:`build_model` returned, not a wrapper around it.
     """
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it would draw over the trainer's own
+    logging.disable_progress_bar()  # which would draw over the trainer's own
     model.save_pretrained(folder)  # type: ignore[operator]
 
 
 def bits_per_byte(loss_sum_nats: float, byte_count: int) -> float:
-    """Bits needed per byte of text: comparable between tokenizers, as losses per token are not."""
+    """Bits per byte of text, which can be compared between tokenizers, as losses per token cannot."""
     return loss_sum_nats / math.log(2) / byte_count

@@ -1,5 +1,5 @@
-"""What the user sees of a run: a few lines at the start, a progress bar, the metrics file, and a table at the end. Rank
-0 speaks."""
+"""What the user sees of a run: a few lines at the start, a progress bar, the metrics, and a table at the end; rank 0
+prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -24,52 +24,71 @@ from .config import Config
 from .data.batches import Batch
 from .metrics import Metrics, versions
 from .sample import Sample
-from .summary import Totals, gather, rows, sends_itself
+from .summary import Totals, exchanges_by_library, gather, rows
+
+
+class _Step(NamedTuple):
+    """A step that is done but for the numbers that other ranks have to add."""
+
+    batch: Batch
+    values: Handle | None
+    """The sum over ranks of the loss and of each rank's seconds of computation, on its way; None where ranks are not in
+    lockstep."""
+    row: dict[str, Any]
+    """The step's line of metrics."""
+    counts: bool
+    """Whether the step counts in the totals."""
 
 
 class Report:
-    """Made on every rank, because the loss and the table need all of them; prints on rank 0 only."""
+    """The report of one run. Every rank makes one, because the loss and the table need all ranks; rank 0 alone
+    prints."""
 
     def __init__(self, config: Config, group: Group, engine: Strategy, total_steps: int, started_s: float):
         self.config, self.group, self.engine, self.total_steps = config, group, engine, total_steps
         self._started_s = started_s
-        self._speaks = group.rank == 0
+        self._on_rank_0 = group.rank == 0
         self._bar: Any = None
         self._metrics = Metrics(None, None, False)
         self._totals = Totals()
         self._phases: dict[str, float] = {}
-        self._pending: tuple[Batch, Handle | None, dict[str, Any], bool] | None = None
-        """The last step: its batch, what it asks of all ranks, its line of metrics, whether it counts in the totals."""
-        self._sends_itself = sends_itself(engine)
+        self._last_step: _Step | None = None
+        """The step before, until the sums over all ranks have arrived."""
+        self._exchanges_by_library = exchanges_by_library(engine)
         self._first_loss: float | None = None
         self._last_loss = float("nan")
         self._held_out = float("nan")
         self._bytes_before = 0
-        self._looks = False
-        """Whether memory is looked at in this step: its largest parts are there once an optimizer step was made."""
+        self._measures_memory = False
+        """Whether memory is measured in this step: the largest tensors exist once an optimizer step was made."""
         self._memory_bytes = 0
+        """The most memory that was measured on this rank."""
 
-    def _say(self, text: str) -> None:
-        if self._speaks:
+    def _print(self, text: str) -> None:
+        if self._on_rank_0:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def opening(
         self, corpus: str, threads: int, why: str, samples: int, start_step: int = 0, refused: Sequence[str] = ()
     ) -> None:
-        """Who takes part, with what, and what was chosen by itself. ``refused``: checkpoints that were not whole."""
+        """Print which ranks take part, with which model and data, and what was chosen automatically.
+
+        ``corpus``: a line about the text. ``threads`` and ``why``: of torch, per rank. ``samples``: how many make an
+        epoch. ``refused``: why newer checkpoints than the one of ``start_step`` were passed over.
+        """
         config, group, engine = self.config, self.group, self.engine
         numel = sum(item.tensor.numel() for item in engine.parameters)
         per_rank = config.batch_size / (group.size * config.grad_accumulation)
-        self._say(
+        self._print(
             f"commlab {__version__}: strategy {config.strategy}, {group.size} "
             f"rank{'s' * (group.size > 1)} on {len(group.nodes)} "
             f"node{'s' * (len(group.nodes) > 1)}, transport {group.transport.name}, progress {group.progress_mode}"
         )
         if engine.serving:
-            self._say(engine.serving)
+            self._print(engine.serving)
         elif group.size > 1:
-            self._say(
+            self._print(
                 "window: shared by all ranks"
                 if group.window is not None
                 else "window: one on each node"
@@ -82,33 +101,33 @@ class Report:
             wire = engine.buckets.buckets[0].dtype
             algorithm, reason = pick(group, kind, config.algorithm, largest, wire)
             count = len(engine.buckets.buckets)
-            self._say(
+            self._print(
                 f"gradients: {count} bucket{'s' * (count > 1)}, the largest "
                 f"{largest * wire.itemsize / 2**20:.3g} MB, wire {config.wire or 'as is'}, "
                 f"algorithm {algorithm} ({reason})"
             )
-        self._say(f"arithmetic: {native.backend()}; {threads} torch thread{'s' * (threads > 1)} per rank ({why})")
+        self._print(f"arithmetic: {native.backend()}; {threads} torch thread{'s' * (threads > 1)} per rank ({why})")
         if config.precision != "fp32":
-            self._say(f"precision {config.precision}: {engine.precision.reason}")
+            self._print(f"precision {config.precision}: {engine.precision.reason}")
         device = engine.parameters[0].tensor.device  # ddp's engine.model is a front without parameters of its own
         if device.type == "cuda":
-            self._say(f"device: {torch.cuda.get_device_name(device)}, packing {native.cuda_backend()}")
-        self._say(f"model {config.model}: {numel / 1e6:.2f} M parameters, sequences of {config.seq_len} tokens")
-        self._say(f"data: {corpus}")
-        self._say(
+            self._print(f"device: {torch.cuda.get_device_name(device)}, packing {native.cuda_backend()}")
+        self._print(f"model {config.model}: {numel / 1e6:.2f} M parameters, sequences of {config.seq_len} tokens")
+        self._print(f"data: {corpus}")
+        self._print(
             f"batch: {config.batch_size} sequences in all, {per_rank:g} per rank"
             + (f" and micro-batch ({config.grad_accumulation} of them)" if config.grad_accumulation > 1 else "")
             + f"; {self.total_steps} steps, {self.total_steps * config.batch_size / samples:.2f} epochs"
         )
         self._start_step, self._steps_done = start_step, 0
-        if self._speaks:
-            # A resumed run goes on in the file of the one before.
+        if self._on_rank_0:
+            # A resumed run goes on in the metrics file of the run before.
             self._metrics = Metrics(config.metrics, config.tensorboard, append=config.resume)
         for reason in refused:
-            self._say(f"checkpoint REFUSED: {reason}; the one before it is used")
+            self._print(f"checkpoint REFUSED: {reason}; the one before it is used")
         if config.resume:
-            found = f"from step {start_step}" if start_step else "at the beginning: there is no checkpoint"
-            self._say(f"resume: {found} in {config.checkpoint_folder}")
+            where = f"from step {start_step}" if start_step else "at the beginning: there is no checkpoint"
+            self._print(f"resume: {where} in {config.checkpoint_folder}")
         self._metrics.write(
             {
                 "config": config.as_dict(),
@@ -118,8 +137,8 @@ class Report:
                 "versions": versions(),
             }
         )
-        if self._speaks:
-            # mpirun's standard error is a pipe, where tqdm would say nothing of itself.
+        if self._on_rank_0:
+            # Under mpirun standard error is a pipe, for which tqdm would choose no width.
             self._bar = tqdm(
                 total=self.total_steps,
                 initial=start_step,
@@ -132,35 +151,38 @@ class Report:
     def step_begins(self) -> None:
         self._phases = dict.fromkeys(("forward", "backward", "step"), 0.0)
         self.engine.times = Times()
-        self._looks = self._steps_done == 1
+        self._measures_memory = self._steps_done == 1
         self._bytes_before = self.group.bytes_sent
-        # On one node nothing that ranks send comes past an interface.
-        self._on_links_before = interface_bytes_sent() if len(self.group.nodes) > 1 else 0
+        # On one node nothing that ranks send passes a network interface.
+        self._interface_bytes_before = interface_bytes_sent() if len(self.group.nodes) > 1 else 0
         self._step_started_ns = time.perf_counter_ns()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the step; parts of the same name add up."""
+        """Time a phase of the step; phases of the same name add up."""
         started_s = time.perf_counter()
         with trace.span(name):
             yield
         self._phases[name] += time.perf_counter() - started_s
-        if self._looks:
+        if self._measures_memory:
             self._memory_bytes = max(self._memory_bytes, memory_bytes())
 
     def step_ends(self, batch: Batch, losses: torch.Tensor, total: int, lr: float) -> None:
-        """``losses``: the sum of this rank's token losses. Its global mean, and how long each rank has computed, is
-        known, and shown, one step later: nobody waits for it."""
+        """Take in a step. ``losses``: the sum of this rank's token losses; ``total``: the tokens of all ranks.
+
+        The mean loss over all ranks, and how long each rank has computed, are known and shown one step later: no rank
+        waits for them.
+        """
         ended_ns = time.perf_counter_ns()
         trace.record(f"step {batch.step}", "steps", self._step_started_ns, ended_ns, step=batch.step)
         wall_s = (ended_ns - self._step_started_ns) / 1e9
         times, totals = self.engine.times, self._totals
-        # What backward spent on packing and launching, and forward on waiting, is exchange, not computation.
+        # The time that backward spent on packing and launching, and forward on waiting, is exchange, not computation.
         backward_s = self._phases["backward"] - (times.exchange_s - times.forward_wait_s - self._step_exchange())
         forward_s = self._phases["forward"] - times.forward_wait_s
         self._steps_done += 1
         if self._steps_done == 1:
-            self._say(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
+            self._print(f"first step done {time.perf_counter() - self._started_s:.1f} s after the start")
         counts = self._steps_done > min(2, self.total_steps - self._start_step - 1)
         if counts:
             totals.steps += 1
@@ -187,27 +209,27 @@ class Report:
             "bytes_sent": self.group.bytes_sent - self._bytes_before,
         }
         if len(self.group.nodes) > 1:
-            row["interface_bytes_sent"] = interface_bytes_sent() - self._on_links_before
-        self._settle()
-        told = torch.zeros(1 + self.group.size, dtype=torch.float64)
-        told[0], told[1 + self.group.rank] = losses / total, forward_s + backward_s
-        # Where ranks do not wait for each other, they do not for this either: rank 0 shows its own.
-        handle = allreduce_async(told, "sum", "loss", group=self.group) if self.engine.averages else None
-        self._pending = batch, handle, {**row, "loss": float(told[0])}, counts
+            row["interface_bytes_sent"] = interface_bytes_sent() - self._interface_bytes_before
+        self._finish_step()
+        values = torch.zeros(1 + self.group.size, dtype=torch.float64)
+        values[0], values[1 + self.group.rank] = losses / total, forward_s + backward_s
+        # Ranks that are not in lockstep wait for no other rank's values: rank 0 shows its own loss.
+        handle = allreduce_async(values, "sum", "loss", group=self.group) if self.engine.averages else None
+        self._last_step = _Step(batch, handle, {**row, "loss": float(values[0])}, counts)
 
     def _step_exchange(self) -> float:
-        """The part of the exchange that lies in step(), not in backward."""
+        """Seconds of the exchange that lie in step(), not in backward."""
         return self._phases["step"] - self.engine.times.update_s
 
-    def _settle(self) -> None:
-        """Take in what all ranks have told of the step before."""
-        if self._pending is None:
+    def _finish_step(self) -> None:
+        """Complete the step before with the values of all ranks, and show it."""
+        if self._last_step is None:
             return
-        batch, handle, row, counts = self._pending
-        self._pending = None
-        if handle is not None:
-            row["loss"], *compute_s = handle.wait().tolist()
-            if not self._sends_itself:
+        batch, values, row, counts = self._last_step
+        self._last_step = None
+        if values is not None:
+            row["loss"], *compute_s = values.wait().tolist()
+            if not self._exchanges_by_library:
                 row["slowest_compute_s"] = max(compute_s)
                 row["slowest_rank"] = compute_s.index(max(compute_s))
                 row["waited_s"] = min(row["exchange_s"], max(compute_s) - compute_s[self.group.rank])
@@ -219,47 +241,47 @@ class Report:
         self._metrics.write(row)
         if self._bar is not None:
             self._bar.update(batch.step + 1 - self._bar.n)
-            share = row["exchange_s"] / row["step_s"]
+            exchanging = row["exchange_s"] / row["step_s"]
             self._bar.set_postfix_str(
-                f"loss {loss:.3f}, {row['tokens'] / row['step_s']:,.0f} tokens/s, {share:.0%} communicating",
+                f"loss {loss:.3f}, {row['tokens'] / row['step_s']:,.0f} tokens/s, {exchanging:.0%} communicating",
                 refresh=False,
             )
 
     def saved(self, step: int, path: Path, took_s: float) -> None:
-        """The checkpoint after ``step`` steps is on disk."""
-        self._settle()
+        """Show that the checkpoint after ``step`` steps is on disk."""
+        self._finish_step()
         self._metrics.write({"step": step, "checkpoint_s": took_s})
-        self._say(f"checkpoint {path} ({took_s:.2f} s)")
+        self._print(f"checkpoint {path} ({took_s:.2f} s)")
 
     def evaluated(self, step: int, bits: float) -> None:
-        """Held-out bits per byte after ``step`` steps."""
-        self._settle()
+        """Show ``bits``, the held-out bits per byte after ``step`` steps."""
+        self._finish_step()
         self._held_out = bits
         self._metrics.write({"step": step, "held_out_bits_per_byte": bits})
-        self._say(f"after step {step}: held-out {bits:.3f} bits per byte")
+        self._print(f"after step {step}: held-out {bits:.3f} bits per byte")
 
     def sampled(self, sample: Sample) -> None:
-        """What the trained model makes of a piece of held-out text."""
+        """Show how the trained model continues a line of held-out text."""
         if self._bar is not None:
             self._bar.close()
-        # What a model says may be beyond the terminal's character set.
+        # A model may generate characters that the terminal's character set lacks.
         code = sys.stdout.encoding or "utf-8"
         shown = sample.shown(self.config.sample, self.config.seed)
-        self._say(shown.encode(code, "replace").decode(code))
+        self._print(shown.encode(code, "replace").decode(code))
         self._metrics.write({"sample": {"prompt": sample.prompt, "generated": sample.generated}})
         self._metrics.text("sample", f"{sample.prompt}\n\n{sample.generated}")
 
     def closing(self) -> None:
-        """The summary table. Collective: peaks and sums over all ranks."""
-        self._settle()
-        found = gather(self.group, self.engine, self._totals, self._memory_bytes)
+        """Show the summary table, with peaks and sums over all ranks. Collective."""
+        self._finish_step()
+        summary = gather(self.group, self.engine, self._totals, self._memory_bytes)
         if self._bar is not None:
             self._bar.close()
         first_loss = float("nan") if self._first_loss is None else self._first_loss
         learned = {"first_loss": first_loss, "last_loss": self._last_loss, "held_out_bits_per_byte": self._held_out}
         took_s = time.perf_counter() - self._started_s
-        table = rows(self.config, self.engine, found, learned, took_s)
+        table = rows(self.config, self.engine, summary, learned, took_s)
         width = max(map(len, table))
-        self._say("\n".join(f"{name:<{width}}  {value}" for name, value in table.items()))
-        self._metrics.write({"summary": {**found.as_dict(), **learned}})
+        self._print("\n".join(f"{name:<{width}}  {value}" for name, value in table.items()))
+        self._metrics.write({"summary": {**summary.as_dict(), **learned}})
         self._metrics.close()

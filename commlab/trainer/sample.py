@@ -1,4 +1,4 @@
-"""A look at what was learned: the trained model goes on from a line of held-out text."""
+"""A sample of what was learned: the trained model goes on from a line of held-out text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .data.corpus import Corpus
 
 PROMPT_BYTES = 40
 TOP_K = 40
-"""Each token is drawn from so many of the likeliest."""
+"""Each token is drawn from this many of the likeliest tokens."""
 
 
 class Sample(NamedTuple):
@@ -25,18 +25,18 @@ class Sample(NamedTuple):
     """Fewer than asked for where the model ended the document, or time was up."""
 
     def shown(self, asked: int, seed: int) -> str:
-        """For the log. `asked`: how many tokens were to be generated."""
+        """The sample as lines for the log. ``asked``: how many tokens were to be generated."""
         of = f" of {asked}" if self.tokens < asked else ""
-        parts = [f"sample: {self.tokens}{of} tokens, each drawn from the {TOP_K} likeliest, seed {seed}"]
+        lines = [f"sample: {self.tokens}{of} tokens, each drawn from the {TOP_K} likeliest, seed {seed}"]
         for title, text in (("held-out text:", self.prompt), ("the model goes on:", self.generated)):
-            parts += [f"  {title}", textwrap.indent(text, "    | ", lambda _: True)]
-        return "\n".join(parts)
+            lines += [f"  {title}", textwrap.indent(text, "    | ", lambda _: True)]
+        return "\n".join(lines)
 
 
 def generate(model: Any, corpus: Corpus, tokens: int, *, seed: int, limit_s: float) -> Sample:
-    """At most `tokens` tokens of `model` (a transformers GPT2LMHeadModel), after the first `PROMPT_BYTES` bytes of the
-    held-out text; in `limit_s` seconds at most, but for the token that is being made. The same seed gives the same
-    text. One rank calls it; the model's mode and the caller's random state are left as they were."""
+    """At most ``tokens`` tokens of ``model`` (a transformers GPT2LMHeadModel), after the first ``PROMPT_BYTES`` bytes
+    of the held-out text; in ``limit_s`` seconds at most, but for the token that is being made. The same seed gives the
+    same text. One rank calls this; the model's mode and the caller's random state are left as they were."""
     context = _prompt(corpus, model.config.n_positions)
     made: list[int] = []
     device = next(model.parameters()).device
@@ -58,7 +58,7 @@ def generate(model: Any, corpus: Corpus, tokens: int, *, seed: int, limit_s: flo
 
 
 def _prompt(corpus: Corpus, positions: int) -> list[int]:
-    """The beginning of the first held-out document that has one."""
+    """The beginning of the first held-out document that is not empty."""
     begin = int(np.argmax(corpus.held_out_bytes > 0))
     ids, token_bytes = corpus.held_out[begin:], corpus.held_out_bytes[begin:]
     count = max(1, min(int(np.searchsorted(np.cumsum(token_bytes), PROMPT_BYTES, "right")), positions // 2))
@@ -68,7 +68,7 @@ def _prompt(corpus: Corpus, positions: int) -> list[int]:
 
 
 def _generate(model: Any, corpus: Corpus, text: list[int], tokens: int, limit_s: float) -> list[int]:
-    """One to `tokens` more ids, as many as the model has positions for behind the end of `text`."""
+    """One to ``tokens`` more ids, as many as the model has positions for behind the end of ``text``."""
     from transformers import GenerationConfig
 
     positions: int = model.config.n_positions
@@ -76,8 +76,8 @@ def _generate(model: Any, corpus: Corpus, text: list[int], tokens: int, limit_s:
     # A model that is out of positions goes on from the last half of them.
     kept = text if len(text) < positions else text[-max(1, positions // 2) :]
     ids = torch.tensor([kept], device=next(model.parameters()).device)
-    # Without one of its own transformers would take the model's, which is an ordinary token where the tokenizer has no
-    # separator: so one that no token has.
+    # Where the tokenizer has no separator, transformers would end at the model's own end token, which is an ordinary
+    # token here: so the end is an id that no token has.
     end = vocab_size if corpus.separator is None else corpus.separator
     settings = GenerationConfig(
         do_sample=True,
@@ -86,7 +86,7 @@ def _generate(model: Any, corpus: Corpus, text: list[int], tokens: int, limit_s:
         max_time=limit_s,
         eos_token_id=end,
         pad_token_id=0,
-        # A model may have more ids than the tokenizer.
+        # A model may have ids that the tokenizer lacks.
         suppress_tokens=list(range(corpus.vocab_size, vocab_size)) or None,
     )
     made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)

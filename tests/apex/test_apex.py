@@ -238,7 +238,7 @@ def test_apex_amp_where_it_is_there(stand_in: ModuleType, monkeypatch: pytest.Mo
     before = digest(engine.model)
     assert engine.step() and digest(engine.model) != before
     assert calls == ["O2", "O1"]
-    with pytest.raises(UsageError, match="unknown level 'O3'"):
+    with pytest.raises(UsageError, match="unknown apex level 'O3'; there are none, O1, O2"):
         engine_of("single", alone(), apex_level="O3")
 
 
@@ -247,7 +247,7 @@ def test_dedicated_servers_do_without(stand_in: ModuleType) -> None:
         engine_of("ps", alone(), servers=1)
     model = torch.nn.Linear(3, 2, device="meta")
     with pytest.raises(UsageError, match="works on the CPU, without Apex"):
-        commlab.strategy("ps", model, torch.optim.SGD(model.parameters(), lr=0.1), alone(), servers=1)
+        commlab.strategy("ps", model, torch.optim.SGD(model.parameters(), lr=0.1), groups(2)[0], servers=1)
 
 
 def test_other_optimizers_are_refused(stand_in: ModuleType) -> None:

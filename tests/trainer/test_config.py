@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,11 +80,14 @@ def test_servers() -> None:
         ("--consistency asp", ["--consistency asp needs", "--servers 1 with --strategy ps"]),
         ("--servers 2 --consistency sps", ["unknown consistency 'sps'", "bsp", "ssp:4", "asp"]),
         ("--servers 2 --algorithm ring", ["--algorithm ring", "leave it out"]),
-        ("--servers 2 --consistency asp --max-grad-norm 1", ["--max-grad-norm", "no global norm", "give 0"]),
+        (
+            "--servers 2 --consistency asp --max-grad-norm 1",
+            ["no global norm", "give --max-grad-norm 0"],
+        ),
         ("--servers 2 --consistency asp --checkpoint-every 5", ["--checkpoint-every", "never at the same step"]),
         ("--servers 2 --consistency ssp:1 --resume", ["--resume", "no checkpoints"]),
         ("--servers 2 --consistency asp --eval-every 5", ["--eval-every", "give 0"]),
-        ("--servers 2 --consistency asp --precision fp16", ["--precision fp16", "give bf16"]),
+        ("--servers 2 --consistency asp --precision fp16", ["--precision fp16", "give --precision bf16"]),
         ("--transport tcp", ["unknown transport 'tcp'", "mpi, torch"]),
         ("--wire fp8", ["unknown wire 'fp8'", "none, fp16, bf16"]),
         ("--precision double", ["unknown precision 'double'", "fp32, bf16, fp16, apex"]),
@@ -140,7 +145,7 @@ def test_batch_is_dealt_equally_or_refused(size: int, pieces: int, batch_size: i
 
 def test_what_depends_on_the_number_of_ranks() -> None:
     flags("--strategy single").validate_for(1)
-    with pytest.raises(UsageError, match=r"single runs on 1 rank, but 4 were started"):
+    with pytest.raises(UsageError, match=r"--strategy single trains on one rank, and this job has 4 ranks; .*mpirun"):
         flags("--strategy single").validate_for(4)
     flags("--nodes 0-3,4-7").validate_for(8)
     with pytest.raises(UsageError, match=r"--nodes '0-3,4-7' does not name each of the ranks 0..3"):
@@ -220,6 +225,29 @@ def test_one_rank_speaks_for_all(flag: str, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         Config.from_argv([flag])
     assert "commlab" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--stratgy dps", "unknown flag '--stratgy'; did you mean --strategy?"),
+        ("--wire fp8", "unknown wire 'fp8'; there are none, fp16, bf16"),
+        ("--strategy ddp --algorithm ring", "--algorithm ring has no meaning for --strategy ddp"),
+        ("--servers 2 --consistency asp --resume", "--resume can't be had under --consistency asp"),
+    ],
+)
+def test_a_wrong_flag_is_reported_in_a_moment(text: str, words: str) -> None:
+    """By the program itself, which has loaded nothing heavy by then; wrong alone, or together with others."""
+    program = (
+        "import sys, time\n"
+        "from commlab.train import main\n"
+        f"code = main({text.split()})\n"
+        "heavy = {'torch', 'numpy', 'mpi4py', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(code if not heavy and time.process_time() < 1.0 else f'{heavy}, {time.process_time()} s')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"commlab: {words}"), done.stderr
 
 
 def test_config_is_frozen() -> None:

@@ -122,7 +122,7 @@ def test_a_terminal_without_the_letters(monkeypatch: pytest.MonkeyPatch) -> None
     written: list[Any] = []
     report: Any = SimpleNamespace(
         _bar=None,
-        _say=lambda text: print(text, flush=True),
+        _print=lambda text: print(text, flush=True),
         _metrics=SimpleNamespace(write=written.append, text=lambda *_: None),
         config=SimpleNamespace(sample=3, seed=8),
     )

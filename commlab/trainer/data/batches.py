@@ -1,7 +1,7 @@
-"""Tokens to batches: samples of one sequence each, and the order in which ranks see them.
+"""From tokens to batches: samples of one sequence each, their order, and which rank trains on which of them.
 
-Every rank holds the same tokens and derives the same order from the seed, so ranks agree on who trains on what, and on
-how many tokens a global batch has, without a message. Reasons: docs/data.md.
+Every rank holds the same tokens and derives the same order from the seed. So ranks need no message to agree on the
+samples of each rank, or on the number of tokens of a global batch. Reasons: docs/data.md.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100
-"""The label of a padded position: no loss, not counted (torch's own default `ignore_index`)."""
+"""The label of a padded position: no loss, not counted (torch's own default ``ignore_index``)."""
 
 
 class Blocks:
-    """A row of tokens cut into samples of `seq_len` predictions each.
+    """A row of tokens cut into samples of ``seq_len`` predictions each.
 
     Sample i reads tokens [i * seq_len, (i + 1) * seq_len) and predicts the tokens one further. So every token but the
     very first is predicted exactly once, at every position of a sample, and no slice of the logits is needed to shift
     the labels. The last sample may be shorter: it is padded, and its padded labels are IGNORED.
+    ``token_bytes``: how many bytes of text each token stands for, where :meth:`byte_count` will be asked.
     """
 
     def __init__(
@@ -49,20 +50,20 @@ class Blocks:
         return -(-(len(self._tokens) - 1) // self.seq_len)
 
     def _bounds(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First and last + 1 position among the tokens that each sample predicts."""
+        """Of the tokens that each sample predicts: the first position, and the one behind the last."""
         begins = indices.astype(np.int64) * self.seq_len + 1
         return begins, np.minimum(begins + self.seq_len, len(self._tokens))
 
     def token_count(self, indices: np.ndarray) -> int:
-        """How many tokens these samples predict. Any rank can ask it of the whole global batch: no message is needed
-        for the divisor."""
+        """How many tokens these samples predict. Every rank can count a whole global batch: no message is needed for
+        the divisor of a step."""
         begins, ends = self._bounds(indices)
         return int((ends - begins).sum())
 
     def byte_count(self, indices: np.ndarray) -> int:
-        """How many bytes of text the predicted tokens stand for; needs `token_bytes`."""
+        """How many bytes of text the predicted tokens stand for; needs ``token_bytes``."""
         if self._ends_bytes is None:
-            raise UsageError("these blocks were made without token_bytes, so they can't tell bytes of text")
+            raise UsageError("these blocks were made without token_bytes, so they can't count bytes of text")
         begins, ends = self._bounds(indices)
         return int((self._ends_bytes[ends] - self._ends_bytes[begins]).sum())
 
@@ -84,31 +85,31 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimizer step's share of one rank.
-
-    `epoch` counts from 0, `step` from 0 over all epochs. `samples` are the indices of the whole global batch, in order;
-    `micro_batches` this rank's part of them, in `grad_accumulation` pieces. A piece may be empty; their number is the
-    same on every rank.
-    """
+    """One rank's share of one step."""
 
     epoch: int
+    """Counted from 0."""
     step: int
+    """Counted from 0 over all epochs."""
     samples: np.ndarray
+    """The indices of the whole global batch, in order."""
     micro_batches: tuple[np.ndarray, ...]
+    """The rank's share of ``samples``, cut into micro-batches: on every rank the same number of them, some of which may
+    be empty."""
 
     @property
     def own(self) -> np.ndarray:
-        """This rank's part, in one piece."""
+        """The rank's share of ``samples``, whole."""
         return np.concatenate(self.micro_batches)
 
 
 class BatchSampler:
-    """Deals every sample once per epoch: a permutation from (seed, epoch), cut into global batches, each cut into
-    contiguous parts of ranks.
+    """Deals every sample once per epoch: a permutation drawn from (seed, epoch) is cut into global batches, and each
+    global batch into contiguous shares, one per rank.
 
-    The order does not depend on the number of ranks, nor on accumulation, so P ranks compute what one rank computes
-    with the same global batch. The last global batch of an epoch holds what is left. Parts differ by one sample at
-    most; with fewer samples than ranks, some ranks have none. Cost: 8 bytes per sample.
+    The order depends neither on the number of ranks nor on accumulation, so P ranks compute what one rank computes
+    with the same global batch. The last global batch of an epoch holds the samples that are left. Shares differ by one
+    sample at most; with fewer samples than ranks, some ranks have none. Cost: 8 bytes per sample.
     """
 
     def __init__(
@@ -143,35 +144,35 @@ class BatchSampler:
         return -(-self.num_samples // self.batch_size)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from `start_step` on, epoch after epoch, without end. The step is the whole cursor: resuming needs
-        nothing else."""
+        """This rank's batches from ``start_step`` on, epoch after epoch, without end. The step is the whole cursor:
+        resuming needs nothing else."""
         for step in itertools.count(start_step):
             yield self.batch(step, self._rank)
 
     def batch(self, step: int, rank: int) -> Batch:
-        """Rank ``rank``'s share of step ``step``."""
+        """The share of ``rank`` in step ``step``."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch not in self._orders:
-            # The next epoch's first steps may be asked for before the last ones of this.
+            # Some of the next epoch's first steps may be asked for before this epoch's last ones.
             self._orders = {known: order for known, order in self._orders.items() if known == epoch - 1}
             self._orders[epoch] = self._order(epoch)
         samples = self._orders[epoch][index * self.batch_size : (index + 1) * self.batch_size]
-        own = _part(samples, rank, self._size)
-        pieces = tuple(_part(own, piece, self._grad_accumulation) for piece in range(self._grad_accumulation))
-        return Batch(epoch, step, samples, pieces)
+        own = _share(samples, rank, self._size)
+        micro_batches = tuple(_share(own, index, self._grad_accumulation) for index in range(self._grad_accumulation))
+        return Batch(epoch, step, samples, micro_batches)
 
     def _order(self, epoch: int) -> np.ndarray:
-        # RandomState, because numpy promises never to change its stream; default_rng's may change between versions, and
-        # with it what a resumed run sees.
+        # RandomState, because numpy promises never to change its stream; the stream of default_rng may change between
+        # versions, and a resumed run would see another order.
         return np.random.RandomState([self.seed, epoch]).permutation(self.num_samples)
 
     def state_dict(self, step: int) -> dict[str, int]:
-        """What a checkpoint needs to go on after `step` batches, on any number of ranks."""
+        """What a checkpoint saves, so that a run can go on after ``step`` batches, on any number of ranks."""
         return {"step": step, "seed": self.seed, "num_samples": self.num_samples, "batch_size": self.batch_size}
 
     def start_step(self, state: dict[str, int]) -> int:
-        """The step to go on from. UsageError where the saved run dealt other samples, so that none is silently seen
-        twice."""
+        """The step to go on from. UsageError where the saved run dealt other samples, so that no sample is silently
+        seen twice."""
         for name, value in self.state_dict(state["step"]).items():
             if state[name] != value:
                 raise UsageError(
@@ -183,14 +184,14 @@ class BatchSampler:
 def held_out_batches(
     blocks: Blocks, batch_size: int, *, rank: int = 0, size: int = 1, limit: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """This rank's part of the held-out samples: (input ids, labels, bytes of text), `batch_size` samples at most over
-    all ranks at a time.
+    """This rank's share of the held-out samples, as (input ids, labels, bytes of text); a batch has ``batch_size``
+    samples at most, over all ranks.
 
-    `limit` global batches at most, their samples evenly spaced over all of them, so that a part stands for the whole.
-    Ranks may get different numbers of batches, and none: exchange nothing inside the loop.
+    ``limit``: how many global batches at most; their samples are evenly spaced over all held-out samples, so that they
+    stand for the whole. Ranks may get different numbers of batches, and none: exchange nothing inside the loop.
     """
     wanted = len(blocks) if limit is None else min(len(blocks), limit * batch_size)
-    own = _part(np.arange(wanted) * len(blocks) // max(wanted, 1), rank, size)
+    own = _share(np.arange(wanted) * len(blocks) // max(wanted, 1), rank, size)
     step = max(1, batch_size // size)
     for begin in range(0, len(own), step):
         indices = own[begin : begin + step]
@@ -198,8 +199,9 @@ def held_out_batches(
         yield input_ids, labels, blocks.byte_count(indices)
 
 
-def _part(samples: np.ndarray, index: int, parts: int) -> np.ndarray:
-    """The index-th of `parts` contiguous parts, the first ones one longer where it does not divide."""
-    quotient, rest = divmod(len(samples), parts)
+def _share(samples: np.ndarray, index: int, shares: int) -> np.ndarray:
+    """The index-th of ``shares`` contiguous shares; the first ones are one longer where samples can't be dealt
+    equally."""
+    quotient, rest = divmod(len(samples), shares)
     begin = index * quotient + min(index, rest)
     return samples[begin : begin + quotient + (index < rest)]

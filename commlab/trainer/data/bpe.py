@@ -1,7 +1,7 @@
-"""A byte-level BPE learned from the training text itself, kept in the user's cache: --tokenizer bpe, or bpe:SIZE.
+"""A byte-level BPE, learned from the training text itself and kept in the user's cache: --tokenizer bpe, or bpe:SIZE.
 
 R. Sennrich, B. Haddow, A. Birch, "Neural machine translation of rare words with subword units", ACL 2016; on bytes, as
-in GPT-2. Importing this loads nothing: the flags are checked with it.
+in GPT-2. Importing this loads neither torch nor numpy: flags are checked with it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ DEFAULT_SIZE = 4096
 """3.5 bytes of Python per token; 8192 reach 3.8, and double a small model's largest tensors (docs/data.md)."""
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 256 + 1
-"""All bytes and the end of a text."""
+"""The fewest entries: all bytes and the end of a text."""
 LEARN_BYTES = 64 << 20
-"""Of more text than this a share is learned from, the same of every document: the other ranks wait for it."""
+"""The most text that is learned from; of more text, the beginning of every document, in proportion, because the other
+ranks wait."""
 
 _PIECE_CHARACTERS = 1 << 16
 
 
 def size_of(name: str) -> int | None:
-    """The number of entries that a --tokenizer asks for; None where it is not bpe. UsageError for one that can't be."""
+    """The number of entries that a --tokenizer asks for; None where the tokenizer is not bpe. UsageError for a number
+    that is too small."""
     kind, colon, size = name.partition(":")
     if kind != "bpe":
         return None
@@ -46,28 +48,29 @@ def size_of(name: str) -> int | None:
 
 
 def learned(texts: Sequence[bytes], size: int, cache: Path | None, show: bool = False) -> TrainedTokenizer:
-    """As :func:`vocabulary`, ready for use."""
+    """The tokenizer of :func:`vocabulary`, ready for use."""
     return opened(vocabulary(texts, size, cache, show), size)
 
 
 def opened(text: str, size: int) -> TrainedTokenizer:
-    """The tokenizer of what :func:`vocabulary` gave, perhaps on another rank."""
+    """The tokenizer that :func:`vocabulary` has returned as text, perhaps on another rank."""
     from tokenizers import Tokenizer
 
     from .tokenizer import TrainedTokenizer
 
     found = Tokenizer.from_str(text)
-    # A text may spell the end of a text; that does not end it.
+    # A text that spells the end of a text does not end there.
     found.encode_special_tokens = True
     return TrainedTokenizer(f"bpe:{size}", found, byte_level=True)
 
 
 def vocabulary(texts: Sequence[bytes], size: int, cache: Path | None, show: bool = False) -> str:
-    """A tokenizer.json of `size` entries or, where `texts` have no more pairs that occur twice, fewer. From the folder
-    `cache` if it was learned before from the same texts, else learned now and put there.
+    """A tokenizer.json of ``size`` entries or, where ``texts`` have no more pairs that occur twice, of fewer. It comes
+    from the folder ``cache`` if it was learned before from the same texts; else it is learned now and put there.
 
-    The same texts, size and version of tokenizers give the same entries. `show`: say what is done, with a progress bar.
-    Errors: UsageError where tokenizers is not installed. A cache that cannot be written is only said.
+    The same texts, size and version of tokenizers give the same entries. ``show``: print that it is learned, with a
+    progress bar.
+    Errors: UsageError where tokenizers is not installed. A cache that cannot be written gives a warning.
     Cost: 4 s of CPU for 12 MB; once.
     """
     try:
@@ -77,9 +80,9 @@ def vocabulary(texts: Sequence[bytes], size: int, cache: Path | None, show: bool
             f"--tokenizer bpe needs the package tokenizers ({error}); pip install tokenizers, or give --tokenizer bytes"
         ) from error
     key = _key(texts, size, version)
-    found = None if cache is None else _read(cache, key)
-    if found is not None:
-        return found
+    kept = None if cache is None else _read(cache, key)
+    if kept is not None:
+        return kept
     if show:
         print(f"tokenizer: learning bpe:{size} from the training text", flush=True)
     made = _learn(texts, size, show)
@@ -101,7 +104,7 @@ def _learn(texts: Sequence[bytes], size: int, show: bool) -> str:
         vocab_size=size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        # Sorted: the library numbers them in its own order anyhow, but nothing should depend on that.
+        # Sorted: the library has an order of its own, but the entries should not depend on it.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -118,8 +121,8 @@ def _learn(texts: Sequence[bytes], size: int, show: bool) -> str:
 def _pieces(texts: Sequence[bytes]) -> Iterator[str]:
     total = sum(map(len, texts))
     for text in texts:
-        share = text if total <= LEARN_BYTES else text[: len(text) * LEARN_BYTES // total]
-        characters = share.decode(errors="ignore")  # the share may end inside a character
+        beginning = text if total <= LEARN_BYTES else text[: len(text) * LEARN_BYTES // total]
+        characters = beginning.decode(errors="ignore")  # the beginning may end inside a character
         for at in range(0, len(characters), _PIECE_CHARACTERS):
             yield characters[at : at + _PIECE_CHARACTERS]
 
@@ -137,7 +140,8 @@ def _digest(content: bytes) -> str:
 
 
 def _read(cache: Path, key: str) -> str | None:
-    """What was kept under `key`, if it is as it was written: its own digest is part of its name."""
+    """The text that was kept under ``key``, if its file is unchanged: the name of a file has the digest of its
+    content."""
     with suppress(OSError):
         for path in sorted(cache.glob(f"{key}-*.json")):
             content = path.read_bytes()
@@ -149,7 +153,7 @@ def _read(cache: Path, key: str) -> str | None:
 
 
 def _write(cache: Path, key: str, text: str) -> None:
-    """Aside and renamed: another job that looks finds all of it or nothing."""
+    """Write aside and rename, so that another job finds the whole file or none."""
     content = text.encode()
     cache.mkdir(parents=True, exist_ok=True)
     descriptor, aside = tempfile.mkstemp(prefix=f".{key}-", dir=cache)

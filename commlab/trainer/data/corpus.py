@@ -1,4 +1,5 @@
-"""Text to rows of tokens, for training and held out; as a whole, or each rank a part of it."""
+"""The corpus: a text as two rows of tokens, one for training and one held out; encoded whole, or in one share per
+rank."""
 
 from __future__ import annotations
 
@@ -16,21 +17,23 @@ from .text import Text, read_text
 from .tokenizer import Tokenizer, open_tokenizer
 
 _BATCH = 64
-"""Pieces that are encoded in one call, where the library's threads have the machine to themselves."""
+"""How many pieces of text are encoded in one call, where the library's threads have the machine to themselves."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of a text, split into what is trained on and what is held out; no byte of the text is in both.
+    """The tokens of a text: those to train on, and those held out; no byte of the text is in both.
 
-    `train` and `held_out` hold ids in the smallest dtype that fits the vocabulary (int32, uint16 or uint8; 1 byte per
-    byte of text with the bytes tokenizer), `held_out_bytes` how many bytes of text each held-out token stands for
-    (separators: 0).
+    Ids have the smallest dtype that fits the vocabulary: int32, uint16 or uint8 (1 byte per byte of text with the bytes
+    tokenizer).
     """
 
     train: np.ndarray
+    """Ids to train on."""
     held_out: np.ndarray
+    """Ids that are held out."""
     held_out_bytes: np.ndarray
+    """How many bytes of text each held-out token stands for; separators: 0."""
     tokenizer: Tokenizer
     source: str
     documents: int
@@ -50,7 +53,7 @@ class Corpus:
         return blake2b(np.ascontiguousarray(self.train).view(np.uint8).data, digest_size=16).hexdigest()
 
     def summary(self) -> str:
-        """One line for the log: where the text is from, how much of it, and what was left out."""
+        """One line for the log: where the text is from, how much text there is, and what was left out."""
         held_out_bytes = int(self.held_out_bytes.sum())
         skipped = f", {self.skipped_files} files that are not UTF-8 text skipped" if self.skipped_files else ""
         return (
@@ -61,9 +64,10 @@ class Corpus:
 
 
 def load_corpus(path: str | None = None, tokenizer: str = "bytes", cache: Path | None = None) -> Corpus:
-    """Read text, tokenize it, hold out a twentieth; one process alone, all of it.
+    """Read a text, tokenize it, and hold out a twentieth, all in this process.
 
-    `path`: as for :func:`commlab.trainer.data.text.read_text`. `cache`: folder of learned tokenizers, None for none.
+    ``path``: as for :func:`commlab.trainer.data.text.read_text`. ``cache``: the folder of learned tokenizers, None for
+    none.
     Errors: UsageError, also for a tokenizer that cannot be had.
     Cost: the text once in memory, plus its tokens; less than 0.1 s of CPU for the default with the bytes tokenizer.
     """
@@ -74,12 +78,14 @@ def load_corpus(path: str | None = None, tokenizer: str = "bytes", cache: Path |
 
 
 class _Piece(NamedTuple):
+    """A stretch of a document, encoded in one go."""
+
     text: bytes
     ends_document: bool
 
 
-def _part(texts: Sequence[bytes], tokenizer: Tokenizer, index: int, parts: int) -> list[_Piece]:
-    """The index-th of `parts` parts, about equal in bytes; in order they are everything."""
+def _share(texts: Sequence[bytes], tokenizer: Tokenizer, index: int, shares: int) -> list[_Piece]:
+    """The index-th of ``shares`` shares, about equal in bytes; all shares, in order, are the texts."""
     pieces = [
         _Piece(piece, at == len(cut) - 1)
         for text in texts
@@ -87,18 +93,18 @@ def _part(texts: Sequence[bytes], tokenizer: Tokenizer, index: int, parts: int) 
         for at, piece in enumerate(cut)
     ]
     begins = np.cumsum([0, *(len(piece.text) for piece in pieces)])
-    owners = begins[:-1] * parts // max(int(begins[-1]), 1)
+    holders = begins[:-1] * shares // max(int(begins[-1]), 1)
     # Empty documents at the very end begin where the text ends.
-    return [piece for piece, owner in zip(pieces, owners, strict=True) if min(owner, parts - 1) == index]
+    return [piece for piece, holder in zip(pieces, holders, strict=True) if min(holder, shares - 1) == index]
 
 
 def encode(
-    texts: Sequence[bytes], tokenizer: Tokenizer, index: int = 0, parts: int = 1, show: bool = False
+    texts: Sequence[bytes], tokenizer: Tokenizer, index: int = 0, shares: int = 1, show: bool = False
 ) -> np.ndarray:
-    """Ids of the index-th of `parts` parts of `texts`, a separator after each document; all parts, in order, are the
-    whole. `show`: a progress bar, should it take some seconds."""
-    pieces = _part(texts, tokenizer, index, parts)
-    size = _BATCH if parts == 1 else 1
+    """Ids of the index-th of ``shares`` shares of ``texts``, with a separator after each document; all shares, in
+    order, are the whole. ``show``: a progress bar, should encoding take some seconds."""
+    pieces = _share(texts, tokenizer, index, shares)
+    size = _BATCH if shares == 1 else 1
     end = _end(tokenizer)
     rows: list[np.ndarray] = []
     for at in _shown(range(0, len(pieces), size), show):
@@ -109,13 +115,13 @@ def encode(
 
 
 def encode_with_bytes(
-    texts: Sequence[bytes], tokenizer: Tokenizer, index: int = 0, parts: int = 1
+    texts: Sequence[bytes], tokenizer: Tokenizer, index: int = 0, shares: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`encode`, and beside it how many bytes of text each id stands for."""
+    """The ids that :func:`encode` gives, and how many bytes of text each id stands for."""
     end = _end(tokenizer)
     rows: list[np.ndarray] = []
     counts: list[np.ndarray] = []
-    for piece in _part(texts, tokenizer, index, parts):
+    for piece in _share(texts, tokenizer, index, shares):
         ids, token_bytes = tokenizer.encode_with_bytes(piece.text)
         rows += [ids, end] if piece.ends_document else [ids]
         counts += [token_bytes, np.zeros_like(end)] if piece.ends_document else [token_bytes]
@@ -125,18 +131,18 @@ def encode_with_bytes(
 def assemble(
     text: Text, tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, held_out_bytes: np.ndarray
 ) -> Corpus:
-    """The corpus of all parts. UsageError where the text is too short to be trained on."""
+    """The corpus of ids that were encoded from ``text``. UsageError where the text is too short to be trained on."""
     if len(train) < 2 or len(held_out) < 2:
         raise UsageError(
             f"{text.source} is too short: {text.text_bytes} bytes make {len(train)} tokens to train on and"
             f" {len(held_out)} held out, and each part needs 2 at least; give more text"
         )
-    about = text.source, text.documents, text.text_bytes, text.skipped_files
-    return Corpus(train, held_out, held_out_bytes, tokenizer, *about)
+    origin = text.source, text.documents, text.text_bytes, text.skipped_files
+    return Corpus(train, held_out, held_out_bytes, tokenizer, *origin)
 
 
 def dtype_for(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest that holds all ids."""
+    """The smallest dtype that holds all ids."""
     size = tokenizer.vocab_size
     return np.dtype(np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32)
 

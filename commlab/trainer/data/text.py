@@ -1,4 +1,4 @@
-"""Real text: where documents come from, and which of them are held out. Reasons: docs/data.md."""
+"""Real text: where documents come from, and which text is held out. Reasons: docs/data.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
 @dataclass(frozen=True)
 class Text:
-    """Documents as UTF-8; no byte of them is both in `train` and in `held_out`."""
+    """Documents as UTF-8; no byte of them is both in ``train`` and in ``held_out``."""
 
     train: list[bytes]
     held_out: list[bytes]
@@ -31,20 +31,20 @@ class Text:
 
     def digest(self) -> bytes:
         """Equal exactly for equal documents, held out or not; 15 ms for 12 MB."""
-        found = blake2b(digest_size=16)
-        for part in (self.train, self.held_out):
-            for document in part:
-                found.update(len(document).to_bytes(8, "little"))
-                found.update(document)
-            found.update(b"end")
-        return found.digest()
+        digest = blake2b(digest_size=16)
+        for documents in (self.train, self.held_out):
+            for document in documents:
+                digest.update(len(document).to_bytes(8, "little"))
+                digest.update(document)
+            digest.update(b"end")
+        return digest.digest()
 
 
 def read_text(path: str | None = None) -> Text:
     """Read documents and hold out a twentieth.
 
-    `path`: a file, a folder (recursively, in the order of relative paths; files that are not UTF-8 text are skipped and
-    counted), a .json file holding an array of texts, or None for the running Python's library sources without their
+    ``path``: a file, a folder (recursively, in the order of relative paths; files that are not UTF-8 text are skipped
+    and counted), a .json file holding an array of texts, or None for the running Python's library sources without their
     tests (12 MB in Python 3.11). Of 40 documents or more every 20th is held out; of fewer, the last twentieth of each.
     Errors: UsageError for a missing or empty path, text that is not UTF-8, a .json of another form.
     """
@@ -76,7 +76,7 @@ def _read(path: Path) -> tuple[list[bytes], int]:
 
 
 def _read_json(path: Path, content: bytes) -> list[bytes]:
-    """The paper's format: a JSON array of strings, one document each."""
+    """The documents of a file in the paper's format: a JSON array of strings, one document each."""
     wanted = 'a .json file must hold an array of texts, ["first text", "second text", ...]'
     try:
         texts = json.loads(content)
@@ -94,15 +94,15 @@ def _read_json(path: Path, content: bytes) -> list[bytes]:
 
 
 def _read_folder(root: Path, *, suffix: str = "", without: frozenset[str] = frozenset()) -> tuple[list[bytes], int]:
-    """Every text file below `root` whose name ends in `suffix`; hidden, __pycache__ and `without` folders are not
-    entered."""
+    """(documents, number of files skipped) of all files below ``root`` whose names end in ``suffix``; hidden,
+    __pycache__ and ``without`` folders are not entered."""
     files: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [
             name for name in folders if name not in without and name != "__pycache__" and not name.startswith(".")
         ]
         files += [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
-    # os.walk follows the file system's order, which differs between machines; the parts of the relative path do not.
+    # os.walk follows the file system's order, which differs between machines; the order of relative paths does not.
     contents = [
         _read_bytes(file) for file in sorted(files, key=lambda file: file.relative_to(root).parts) if file.is_file()
     ]
@@ -111,8 +111,8 @@ def _read_folder(root: Path, *, suffix: str = "", without: frozenset[str] = froz
 
 
 def _read_library() -> tuple[list[bytes], int]:
-    """The sources of Python's own library. Its tests are left out: not every installation has them, so the text would
-    depend on that."""
+    """The sources of Python's own library. Its tests are left out: not every installation has them, and the text should
+    not depend on the installation."""
     root = Path(sysconfig.get_path("stdlib"))
     return _read_folder(root, suffix=".py", without=_TEST_FOLDERS | {"site-packages", "dist-packages"})
 
@@ -144,7 +144,7 @@ def _split(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
 
 
 def _cut(text: bytes) -> int:
-    """Where the last twentieth of `text` starts: at a line's start if one is near, else at a character's."""
+    """Where the last twentieth of ``text`` starts: at a line's start if one is near, else at a character's."""
     wanted = len(text) - len(text) // HELD_OUT_EVERY
     line = text.rfind(b"\n", len(text) * 9 // 10, wanted) + 1
     if line:

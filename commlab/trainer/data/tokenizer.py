@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes as they are, or a trained tokenizer."""
+"""Tokenizers: from text to token ids and back, by the bytes themselves or by a trained tokenizer."""
 
 from __future__ import annotations
 
@@ -16,34 +16,38 @@ from ...errors import UsageError
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 _PIECE_CHARACTERS = 1 << 18
 _LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
-"""Here every byte-level token ends: white space of one character is a token's neighbour, never a part of two."""
+"""Positions where a byte-level token always ends: a single end of a line is a token by itself."""
 
 
 class Tokenizer(Protocol):
-    """Text (UTF-8 bytes) to token ids. `separator` ends every document; None where the vocabulary has no such token."""
+    """Turns text (UTF-8 bytes) into token ids, and back."""
 
     name: str
     vocab_size: int
     separator: int | None
+    """The token that ends every document; None where the vocabulary has no such token."""
     slow: bool
-    """Whether ranks had better share the work."""
+    """Whether encoding is so slow that ranks had better share the work."""
 
     def pieces(self, text: bytes) -> list[bytes]:
-        """`text`, cut where no token lies across: encoded one by one they have the tokens of the whole. Never none."""
+        """``text``, cut where no token lies across: encoded one by one, the pieces have the tokens of the whole. There
+        is at least one piece, perhaps an empty one."""
         ...
 
-    def encode(self, text: bytes) -> np.ndarray: ...
+    def encode(self, text: bytes) -> np.ndarray:
+        """The ids of ``text``, without a separator."""
+        ...
 
     def encode_all(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """As `encode` for each, in the library's own threads where it has some."""
+        """The ids of each text, encoded by the library's own threads where it has some."""
         ...
 
     def encode_with_bytes(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Ids, and how many bytes of `text` each of them stands for; their sum is len(text)."""
+        """Ids, and how many bytes of ``text`` each id stands for; the sum of these is len(text)."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """What these ids stand for; bytes that are no UTF-8 are replaced by U+FFFD."""
+        """The text that these ids stand for; bytes that are no UTF-8 are replaced by U+FFFD."""
         ...
 
     def digest(self) -> bytes:
@@ -51,7 +55,7 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: str) -> None:
-        """Put it beside a model, so that transformers' AutoTokenizer finds it; nothing to do for bytes."""
+        """Write the tokenizer beside a model, where transformers' AutoTokenizer finds it; bytes need no file."""
         ...
 
 
@@ -86,8 +90,8 @@ class ByteTokenizer:
 
 
 class TrainedTokenizer:
-    """One of the tokenizers library. Adds no special tokens but the separator. `byte_level`: it was made by
-    :mod:`commlab.trainer.data.bpe`, so it is known where tokens end."""
+    """A tokenizer of the tokenizers library. It adds no special tokens but the separator. ``byte_level``: whether
+    :mod:`commlab.trainer.data.bpe` made it, for which it is known where tokens end."""
 
     slow = True
 
@@ -148,7 +152,7 @@ class TrainedTokenizer:
 
 
 def _open_file(path: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a file or folder; transformers is imported only for folders without a
+    """The ``tokenizers.Tokenizer`` of a file or folder; transformers is imported only for folders without a
     tokenizer.json."""
     if not path.exists():
         raise UsageError(
@@ -172,5 +176,6 @@ def _open_file(path: Path) -> Any:
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """'bytes', or the path of a tokenizer.json or tokenizer folder. UsageError where there is none."""
+    """The tokenizer ``name``: 'bytes', or the path of a tokenizer.json or tokenizer folder. UsageError where there is
+    none."""
     return ByteTokenizer() if name == "bytes" else TrainedTokenizer(name, _open_file(Path(name)))

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from training import alone
 
 from commlab.errors import AgreedError, UsageError
+from commlab.runtime.group import Group
 from commlab.trainer.config import Config
-from commlab.trainer.data import bpe, tokenizer
+from commlab.trainer.data import bpe, loading, tokenizer
 from commlab.trainer.data.corpus import encode, encode_with_bytes, load_corpus
 from commlab.trainer.data.loading import load_together
 
@@ -196,11 +197,12 @@ def test_ranks_that_read_other_content(tmp_path: Path, monkeypatch: pytest.Monke
     assert np.array_equal(alone_loaded.train, load_corpus(str(path), f"bpe:{SIZE}").train)
     calls = iter(["same", "other"])
 
-    def exchange(record: bytes, name: str) -> list[bytes]:
-        return [record, record if name != "what is trained on" or next(calls) == "same" else bytes(16)]
+    def exchange(group: Group, record: bytes, name: str) -> list[bytes]:
+        assert name == "what is trained on"
+        return [record, record if next(calls) == "same" else bytes(16)]
 
     for words in (rf"--tokenizer 'bpe:{SIZE}' differs: rank 1 of 1 read other", r"text differs: rank 1 of 1 .*--data"):
-        monkeypatch.setattr(group, "exchange_records", exchange)
+        monkeypatch.setattr(loading, "exchange_records", exchange)
         with pytest.raises(AgreedError, match=words):
             load_together(group, str(path), f"bpe:{SIZE}", tmp_path / "cache")
         calls = iter(["other"])
