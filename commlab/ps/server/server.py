@@ -30,8 +30,8 @@ from .shard import Shard
 
 
 class Synchronization(Protocol):
-    """How the workers' pushes become updates, and who waits for whom. A worker's clock has been counted, and a worker
-    that leaves marked, in the ledger before the synchronization is told."""
+    """How the workers' pushes become updates, and who waits for whom. The ledger already has the new clock when
+    :meth:`end_clock` is called, and knows who has left when :meth:`leave` is called."""
 
     def memory_for(self, worker: int, header: Header) -> torch.Tensor | None:
         """Memory (bytes) for the numbers of a push, or None while the push can't be taken in."""
