@@ -1,4 +1,4 @@
-"""Which optimizers a server can run: it updates pieces of tensors, in whatever order gradients arrive."""
+"""Which optimizers a server can run: a server updates pieces of tensors, in whatever order gradients arrive."""
 
 from __future__ import annotations
 

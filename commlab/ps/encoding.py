@@ -1,4 +1,5 @@
-"""An optimizer's state of one part as bytes, and back: safetensors, and what is no tensor as JSON in it. No pickle."""
+"""An optimizer's state of one slice as bytes, and back: safetensors, which also hold what is no tensor, as JSON. No
+pickle."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _TEXT = "text"
 
 
 def encode(state: dict[str, Any]) -> torch.Tensor:
-    """``state`` as uint8[:]. UsageError for what :func:`commlab.checkpoint.nested.pack` can't hold, or no message."""
+    """``state`` as uint8[:]. UsageError for what :func:`commlab.checkpoint.nested.pack` can't hold, and for more bytes
+    than a message may have."""
     text, tensors = pack(state)
     tensors[_TEXT] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     data = torch.frombuffer(bytearray(safetensors.torch.save(tensors)), dtype=torch.uint8)
@@ -25,7 +27,8 @@ def encode(state: dict[str, Any]) -> torch.Tensor:
 
 
 def decode(data: torch.Tensor) -> dict[str, Any]:
-    """The reverse; tensors are copies. UsageError for bytes that :func:`encode` did not make."""
+    """The state that :func:`encode` made ``data`` of; tensors are copies. UsageError for bytes that no :func:`encode`
+    made."""
     try:
         tensors = safetensors.torch.load(data.numpy().tobytes())
         found = unpack(bytes(tensors.pop(_TEXT).numpy()).decode(), tensors)

@@ -1,11 +1,11 @@
-"""What workers and servers say to each other: fixed binary headers, and every size and limit. Nothing is pickled.
+"""The messages between workers and servers: fixed binary headers, and every size and limit. Nothing is pickled.
 
-    header (48 bytes, little-endian)                                                       then `length` bytes
-    magic version kind wire flag | key parts | sequence | clock | length | value           numbers, or JSON
+    header (48 bytes, little-endian)                                                       then ``length`` bytes
+    magic version kind wire flag | key slices | sequence | clock | length | value          numbers, JSON or text
 
-All messages of a pair of ranks travel in order on a communicator of their own, so none of them needs a tag: the header
-says what follows. ``key`` is the index of a part among those of its server (:mod:`commlab.ps.placement`); one message may
-carry several ``parts`` that adjoin.
+All messages of a pair of ranks travel in order on a communicator of their own, so no message needs a tag: the header
+tells what follows. ``key`` is the number of a slice among those of its server (:mod:`commlab.ps.placement`); one
+message may carry several adjoining ``slices``.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from ..native.dtypes import DTYPES
 MAGIC = b"cmPS"
 VERSION = 2
 MESSAGE_BYTES = 2**20
-"""The most bytes of numbers in one message: what a more urgent one may have to wait for (docs/parameter-server.md)."""
+"""The most bytes of numbers in one message, for which a more urgent message may have to wait
+(docs/parameter-server.md)."""
 IN_FLIGHT = 2
-"""Messages to one peer that have been handed to the transport; what waits behind them is still sorted by urgency."""
+"""The most messages to one peer that the transport is handed at a time; those that wait are still sorted by urgency."""
 TEXT_BYTES = 2**20
-"""The most that an error or a report may be long."""
+"""The most bytes of an error or of a report."""
 STATE_BYTES = 16 * MESSAGE_BYTES
-"""The most that an optimizer's state of one part may be long: some tensors as large as the part, in up to twice its
+"""The most bytes of an optimizer's state of one slice: some tensors as large as the slice, in up to twice its
 precision."""
 
 _STRUCT = struct.Struct("<4sBBBBIIqqqd")
@@ -37,35 +38,44 @@ NO_WIRE = 255
 
 
 class Kind(IntEnum):
-    """Requests, from workers; VERDICT alone is said by one server to the others. Every request is answered once."""
+    """What a message asks for, or answers. Workers send requests, kinds below ``ACK``, and every request is answered
+    once. ``VERDICT``, and ``CLOSE`` at the end, also go from server to server, where nothing is answered."""
 
     INIT = 1
-    """First values of parts."""
+    """The first values of slices, or values that overwrite others."""
     PUSH = 2
+    """An update of slices: a gradient, or numbers to add where there is no optimizer."""
     PULL = 3
+    """A request for the values of slices."""
     CLOCK = 4
-    """This worker has ended clock ``clock``; ``flag``: all that it pushed was finite."""
+    """The worker has ended clock ``clock``; ``flag``: whether all that the worker pushed in this clock was finite."""
     HYPER = 5
-    """JSON: hyper-parameters of what this worker pushes from here on."""
+    """Hyper-parameters (JSON) of all that the worker will push from now on."""
     TICKET = 6
-    """The next number of a count that all workers share."""
+    """A request for the next number of a count that all workers share."""
     REPORT = 7
+    """A request for the server's report."""
     LEAVE = 8
-    """This worker pushes no more: nobody waits for its clock any longer."""
+    """The worker pushes no more: nobody waits for its clock any longer."""
     CLOSE = 9
-    """Nor does it say anything more."""
+    """The sender sends nothing more: a worker that has closed its store, or a server all of whose workers have."""
     VERDICT = 10
-    """``value``: sum of the squares of this server's part of the step's gradient; ``flag``: all of it is finite."""
+    """``value``: the sum of the squares of the sending server's share of the clock's gradient; ``flag``: whether all
+    of this share is finite."""
     GET_STATE = 11
-    """Of one part, as the optimizer has it."""
+    """A request for what the optimizer remembers of one slice."""
     SET_STATE = 12
+    """What the optimizer is to remember of one slice from now on."""
     ACK = 64
+    """The answer to a request that was carried out and asked for nothing."""
     VALUES = 65
-    """Answer to PULL; ``value``: the staleness of this read, in clocks."""
+    """The answer to ``PULL``; ``value``: the staleness of this read, in clocks."""
     TEXT = 66
+    """The answer to ``REPORT`` (JSON)."""
     ERROR = 67
+    """The answer to a request that was refused: the reason, as text."""
     STATE = 68
-    """Answer to GET_STATE."""
+    """The answer to ``GET_STATE``."""
 
 
 WIRE_CODES = {dtype: code for dtype, (code, _) in DTYPES.items() if dtype.is_floating_point}
@@ -73,19 +83,25 @@ WIRE_DTYPES = {code: dtype for dtype, code in WIRE_CODES.items()}
 
 
 class Header(NamedTuple):
+    """What stands before the bytes of every message."""
+
     kind: Kind
     key: int = 0
-    parts: int = 0
-    """How many, from part ``key`` on."""
+    """The number of the first slice, among those of the server."""
+    slices: int = 0
+    """How many slices the message is about, from slice ``key`` on."""
     sequence: int = 0
-    """Of the request, counted by the worker; its answer repeats it."""
+    """The number of the request, counted by the worker; the answer repeats the number."""
     clock: int = 0
+    """The clock of a request; in ``VALUES`` the version of the values, in the answer to ``TICKET`` the ticket."""
     wire: int = NO_WIRE
-    """A dtype as WIRE_CODES has it: of the numbers that follow, or that are asked for."""
+    """The dtype, as in ``WIRE_CODES``, of the numbers that follow, or that are asked for."""
     length: int = 0
-    """Bytes that follow the header."""
+    """How many bytes follow the header."""
     value: float = 0.0
+    """The squares of ``VERDICT`` and of the answer to ``CLOCK``, or the staleness of ``VALUES``."""
     flag: bool = True
+    """Whether the numbers that ``CLOCK``, its answer or ``VERDICT`` stands for were finite."""
 
     def pack(self) -> bytes:
         return _STRUCT.pack(
@@ -95,26 +111,23 @@ class Header(NamedTuple):
             self.wire,
             self.flag,
             self.key,
-            self.parts,
+            self.slices,
             self.sequence,
             self.clock,
             self.length,
             self.value,
         )
 
-    def answer(self, kind: Kind, length: int = 0, value: float = 0.0, flag: bool = True) -> Header:
-        """The header of the answer to this request."""
-        return self._replace(kind=kind, length=length, value=value, flag=flag)
-
     @property
     def dtype(self) -> torch.dtype | None:
+        """The dtype that ``wire`` stands for; None for a code that this version does not know."""
         return WIRE_DTYPES.get(self.wire)
 
 
 def unpack(data: bytes, frm: str) -> Header:
-    """The header in ``data``. CommlabError, naming ``frm``, for one that this version can't read: what follows it
-    can't be told apart any more."""
-    magic, version, kind, wire, flag, key, count, sequence, clock, length, value = _STRUCT.unpack(data)
+    """The header in ``data``. CommlabError, naming ``frm``, for a header that this version can't read: where the next
+    message begins is not known then."""
+    magic, version, kind, wire, flag, key, slices, sequence, clock, length, value = _STRUCT.unpack(data)
     if magic != MAGIC:
         raise CommlabError(f"{frm} sent {data[:8].hex()} where a parameter server's header begins with {MAGIC.hex()}")
     if version != VERSION:
@@ -124,4 +137,4 @@ def unpack(data: bytes, frm: str) -> Header:
     most = STATE_BYTES if kind in (Kind.SET_STATE, Kind.STATE) else max(MESSAGE_BYTES, TEXT_BYTES)
     if not 0 <= length <= most:
         raise CommlabError(f"{frm} sent a message of {length} B; the most is {most} B")
-    return Header(Kind(kind), key, count, sequence, clock, wire, length, value, bool(flag))
+    return Header(Kind(kind), key, slices, sequence, clock, wire, length, value, bool(flag))

@@ -1,11 +1,11 @@
-"""Who serves what: shards balanced by bytes. Big tensors are split over the servers, small ones travel in groups.
+"""Who serves what: shards balanced by bytes. Big tensors are split over the servers, small tensors travel in groups.
 
     tensors    wte ................. ln.w ln.b attn.w ........ attn.b ...     registration order = forward order
-    parts      0a 0b 0c 0d (split)   [1   2 ]  3a 3b 3c 3d     [4 ...         a group lies whole on one server
-    server     0  1  2  3             2        0  1  3  2       0             always on those with the least so far
+    slices     0a 0b 0c 0d (split)   [1   2 ]  3a 3b 3c 3d     [4 ...         a group lies whole on one server
+    server     0  1  2  3             2        0  1  3  2       0             always those with the fewest bytes so far
 
-So at every moment of backward, and of the pull that follows, all servers are busy, and every server's parts are in
-forward order: the smaller a part's number, the sooner it is needed.
+So at every moment of backward, and of the pull that follows, all servers are busy, and every server's slices are in
+forward order: the smaller a slice's number, the sooner forward needs the slice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import UsageError
 from .messages import MESSAGE_BYTES
 
 UNIT_BYTES = 64 * 1024
-"""Tensors of two units and more are split; smaller ones are gathered until they fill one."""
+"""Tensors of two units and more are split; smaller tensors are gathered until they fill a unit."""
 _ALIGN = 16
 
 
@@ -41,9 +41,9 @@ class Entry(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
-class Part(NamedTuple):
-    """Numbers ``start .. stop - 1`` of tensor ``entry`` (flattened). They are the server's part ``number``, and lie
-    from ``offset`` on in its flat tensor of the dtype."""
+class Slice(NamedTuple):
+    """Numbers ``start .. stop - 1`` of tensor ``entry`` (flattened), which ``server`` owns: its slice ``number``, which
+    lies from ``offset`` on in the server's flat tensor of the dtype."""
 
     entry: int
     start: int
@@ -58,14 +58,19 @@ class Part(NamedTuple):
 
 
 class Placement(NamedTuple):
+    """Which server owns which slices of which tensors."""
+
     entries: tuple[Entry, ...]
-    of_entry: tuple[tuple[Part, ...], ...]
-    """Per tensor, its parts in order; none for a tensor without numbers."""
-    of_server: tuple[tuple[Part, ...], ...]
+    of_entry: tuple[tuple[Slice, ...], ...]
+    """The slices of each tensor, in order; a tensor without numbers has none."""
+    of_server: tuple[tuple[Slice, ...], ...]
+    """The slices of each server, in forward order."""
 
     @property
     def bytes_per_server(self) -> list[int]:
-        return [sum(part.numel * self.entries[part.entry].dtype.itemsize for part in on) for on in self.of_server]
+        return [
+            sum(owned.numel * self.entries[owned.entry].dtype.itemsize for owned in slices) for slices in self.of_server
+        ]
 
     @property
     def imbalance(self) -> float:
@@ -82,8 +87,9 @@ class Placement(NamedTuple):
         )
 
 
-def place(entries: Iterable[Entry], servers: int) -> Placement:
-    """Deal out ``entries``, in the order in which forward needs them. The same on every rank that is given the same."""
+def deal(entries: Iterable[Entry], servers: int) -> Placement:
+    """Deal ``entries``, in the order in which forward needs them, out to ``servers``. All ranks that deal the same
+    entries get the same placement."""
     entries = tuple(entries)
     total_bytes = sum(entry.nbytes for entry in entries)
     # Small models are spread too: servers then differ by a few per cent at most.
@@ -92,13 +98,13 @@ def place(entries: Iterable[Entry], servers: int) -> Placement:
     ranges: list[list[tuple[int, Range]]] = [[] for _ in entries]
     group: list[int] = []
 
-    def give(server: int, entry: int, part: Range) -> None:
+    def give(server: int, entry: int, numbers: Range) -> None:
         itemsize = entries[entry].dtype.itemsize
-        pieces = max(1, -(-part.numel * itemsize // MESSAGE_BYTES))
-        for piece in split(part.numel, pieces, _ALIGN):
-            if piece.numel:
-                ranges[entry].append((server, Range(part.start + piece.start, part.start + piece.stop)))
-        loads[server] += part.numel * itemsize
+        messages = max(1, -(-numbers.numel * itemsize // MESSAGE_BYTES))
+        for cut in split(numbers.numel, messages, _ALIGN):
+            if cut.numel:
+                ranges[entry].append((server, Range(numbers.start + cut.start, numbers.start + cut.stop)))
+        loads[server] += numbers.numel * itemsize
 
     def close_group() -> None:
         emptiest = min(range(servers), key=loads.__getitem__)
@@ -107,12 +113,12 @@ def place(entries: Iterable[Entry], servers: int) -> Placement:
         group.clear()
 
     for at, entry in enumerate(entries):
-        pieces = min(servers, entry.nbytes // unit_bytes)
-        if pieces >= 2:
+        owners = min(servers, entry.nbytes // unit_bytes)
+        if owners >= 2:
             close_group()
-            emptiest = sorted(range(servers), key=loads.__getitem__)[:pieces]
-            for server, part in zip(emptiest, split(entry.numel, pieces, _ALIGN), strict=True):
-                give(server, at, part)
+            emptiest = sorted(range(servers), key=loads.__getitem__)[:owners]
+            for server, numbers in zip(emptiest, split(entry.numel, owners, _ALIGN), strict=True):
+                give(server, at, numbers)
             continue
         group.append(at)
         if sum(entries[member].nbytes for member in group) >= unit_bytes:
@@ -122,22 +128,22 @@ def place(entries: Iterable[Entry], servers: int) -> Placement:
 
 
 def _numbered(entries: tuple[Entry, ...], ranges: list[list[tuple[int, Range]]], servers: int) -> Placement:
-    of_server: list[list[Part]] = [[] for _ in range(servers)]
-    of_entry: list[list[Part]] = [[] for _ in entries]
+    of_server: list[list[Slice]] = [[] for _ in range(servers)]
+    of_entry: list[list[Slice]] = [[] for _ in entries]
     filled: dict[tuple[int, torch.dtype], int] = {}
     for at, entry in enumerate(entries):
-        for server, part in ranges[at]:
+        for server, numbers in ranges[at]:
             offset = filled.get((server, entry.dtype), 0)
-            placed = Part(at, part.start, part.stop, server, len(of_server[server]), offset)
-            filled[server, entry.dtype] = offset + part.numel
-            of_server[server].append(placed)
-            of_entry[at].append(placed)
+            owned = Slice(at, numbers.start, numbers.stop, server, len(of_server[server]), offset)
+            filled[server, entry.dtype] = offset + numbers.numel
+            of_server[server].append(owned)
+            of_entry[at].append(owned)
     return Placement(entries, tuple(map(tuple, of_entry)), tuple(map(tuple, of_server)))
 
 
 def server_ranks(nodes: Sequence[Sequence[int]], servers: int) -> tuple[int, ...]:
-    """Which ranks serve: spread over the nodes, from the last one backwards, the last ranks of each; so rank 0, which
-    speaks to the user, is a worker. UsageError unless at least one rank is left to train."""
+    """Which ranks serve: spread over the nodes, from the last node backwards, the last ranks of each; so rank 0, which
+    reports to the user, is a worker. UsageError unless at least one rank is left to train."""
     size = sum(map(len, nodes))
     if not 0 < servers < size:
         raise UsageError(
@@ -145,10 +151,10 @@ def server_ranks(nodes: Sequence[Sequence[int]], servers: int) -> tuple[int, ...
             f"that is none; give 1 to {size - 1} servers or start more ranks"
         )
     free = [[rank for rank in sorted(node) if rank] for node in nodes]
-    served = [0] * len(free)
+    count = [0] * len(free)
     chosen: list[int] = []
     while len(chosen) < servers:
-        at = min((at for at, node in enumerate(free) if node), key=lambda at: (served[at], -at))
+        at = min((at for at, node in enumerate(free) if node), key=lambda at: (count[at], -at))
         chosen.append(free[at].pop())
-        served[at] += 1
+        count[at] += 1
     return tuple(sorted(chosen))

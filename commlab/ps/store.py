@@ -1,7 +1,7 @@
-"""The parameter server as one object: ``ParameterServer`` on every rank; some of them serve, the others use it.
+"""The parameter server as one object: ``ParameterServer`` on every rank; some ranks serve, the others are its users.
 
-servers (dedicated)     own the values, run the optimizer          values of ``named_params`` at first: worker 0's
-workers                 push gradients, pull values, step()        a group of their own: ``store.group``
+servers    own the values and run the optimizer; the first values are those of worker 0's ``named_params``
+workers    push gradients, pull values, and end their clocks with ``step()``; ``store.group`` is their own group
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import torch
 from ..errors import UsageError
 from ..native.dtypes import WIRES, require_wire
 from ..runtime.group import Group
+from ..runtime.handle import Handle
 from ..runtime.world import resolve
 from ..transport.sim import SimNetwork
 from .consistency import parse
 from .elementwise import require_elementwise
 from .messages import Header, Kind
-from .placement import Part, Placement, server_ranks
+from .placement import Placement, Slice, server_ranks
 from .server.ledger import Record, Rules
 from .server.loop import Serving
 from .server.server import Server
 from .server.shard import Factory, Shard
-from .worker.client import Client, Handle
+from .worker.client import Call, Client
 from .worker.keys import Keys
 from .worker.requests import Requests
 
@@ -36,8 +37,8 @@ _LAST = 2**62
 
 
 class Verdict(NamedTuple):
-    """What a clock's end has brought, where servers agree on it: the norm of the gradient before clipping, and whether
-    all of it was finite."""
+    """What servers have agreed on at a clock's end: the norm of the gradient before clipping, and whether all of the
+    gradient was finite."""
 
     norm: float
     finite: bool
@@ -60,7 +61,7 @@ class ParameterServer:
     they are added in fp32 and rounded once. ``max_grad_norm``: clip each clock's gradient to this global norm, over all
     servers (bsp only). ``skips``: make no update in a clock in which any number pushed was not finite (bsp only).
     Errors: UsageError on every rank for what can't be; DisagreementError where ranks were given different arguments.
-    Cost: servers hold the values, the optimizer's state, and under bsp a copy of their part for every worker.
+    Cost: servers hold the values, the optimizer's state, and under bsp a copy of their shard for every worker.
     """
 
     def __init__(
@@ -93,22 +94,22 @@ class ParameterServer:
         self.placement: Placement = self._keys.placement
         group_count = 1 + max((entry.group for entry in self.placement.entries), default=0)
         self.optimizer = _example(optimizer, group_count, elementwise)
-        """Its groups' hyper-parameters go with the first push of every clock, so schedulers work on it. On workers it
-        updates nothing itself."""
+        """The factory's optimizer. The hyper-parameters of its groups go with the first push of every clock, so
+        learning-rate schedulers work on it. On workers it updates nothing itself."""
         workers = [rank for rank in range(max(2, everyone.size)) if rank not in ranks]
         agrees = max_grad_norm is not None or skips
         rules = Rules(self.consistency, len(workers), len(ranks), agrees, skips, max_grad_norm)
         self._keys.require_agreement(everyone, f"{consistency}, {len(ranks)} servers, wire {wire}, {rules[3:]}")
         self.role = "server" if everyone.rank in ranks else "worker"
         self.clock = 0
-        """Clocks that this worker has ended."""
+        """How many clocks this worker has ended."""
         self.grad_scale = 1.0
-        """What this worker's gradients have been multiplied by; servers divide by it. It goes with the first push of a
-        clock."""
+        """What this worker's gradients have been multiplied by, and what servers divide them by. The scale goes with
+        the first push of a clock."""
         self.lr_factor = 1.0
         """What the learning rates of ``optimizer`` are multiplied by on their way to the servers."""
         self.server: Server | None = None
-        """On server ranks, and in a group of one rank."""
+        """The server in this process: on server ranks, and in a group of one rank."""
         self.agrees = agrees
         """Whether servers agree on a clock's norm before they update."""
         self._last_step: Handle | None = None
@@ -130,9 +131,9 @@ class ParameterServer:
             assert serving is not None
             serving.run()
             return
-        self._client = Client(near, ranks, timeout_s, crowded, serving)
+        self._client = Client(near, ranks, timeout_s, crowded, None if serving is None else serving.poll)
         self._requests = Requests(self._client, self._keys, WIRES[wire])
-        # A worker that returns without a word would keep the servers waiting.
+        # A worker that ended without close() would keep the servers waiting.
         atexit.register(self.close)
         if self.group.rank == 0:
             for name, tensor in self._keys.tensors.items():
@@ -164,14 +165,12 @@ class ParameterServer:
         self._keys.require(key, tensor, "push_pull")
         self._keys.require(key, out, "push_pull")
         pushed = self.push_flat((key,), tensor.detach().reshape(-1))
-        pulled = self._requests.pull_into(key, out, self.clock + 1, pushed_at=self.clock)
-        pulled.before = pushed
-        return pulled
+        return self._requests.pull_into(key, out, self.clock + 1, follows=pushed)
 
     def push_flat(self, keys: Sequence[str], flat: torch.Tensor) -> Handle:
         """:meth:`push` of several tensors of one dtype that lie side by side in ``flat`` (1-D), possibly already in the
-        wire's dtype; adjoining parts travel in one message."""
-        self._requests.tell_hypers(self.clock, self.optimizer, self.lr_factor, self.grad_scale)
+        wire's dtype; adjoining slices travel in one message."""
+        self._requests.send_hypers(self.clock, self.optimizer, self.lr_factor, self.grad_scale)
         return self._requests.push(tuple(keys), flat, self.clock)
 
     def pull_flat(self, keys: Sequence[str], flat: torch.Tensor, *, exact: bool = False) -> Handle:
@@ -183,20 +182,20 @@ class ParameterServer:
         """Overwrite values, from any worker, while nobody pushes or pulls them."""
         return self._requests.assign(tuple(keys), flat)
 
-    def optimizer_state(self, part: Part) -> Handle:
-        """Ask for what the optimizer remembers of a part (one of ``placement``), between two steps: ``wait()`` returns
+    def optimizer_state(self, part: Slice) -> Handle:
+        """Ask for what the optimizer remembers of a slice (one of ``placement``), between two steps: ``wait()`` returns
         a dict like torch's ``optimizer.state[tensor]``, mostly empty before the first update."""
         self._require_worker("optimizer_state")
         return self._requests.move_state(part, None, self.clock)
 
-    def set_optimizer_state(self, part: Part, state: dict[str, Any]) -> Handle:
-        """Overwrite it, from any worker, while nobody pushes."""
+    def set_optimizer_state(self, part: Slice, state: dict[str, Any]) -> Handle:
+        """Overwrite what the optimizer remembers of a slice, from any worker, while nobody pushes."""
         self._require_worker("set_optimizer_state")
         return self._requests.move_state(part, state, self.clock)
 
     @property
     def bytes_sent(self) -> int:
-        """By this worker, to all servers."""
+        """How many bytes this worker has sent to all servers."""
         return self._client.bytes_sent
 
     def step(self, *, finite: bool = True) -> Handle:
@@ -209,7 +208,7 @@ class ParameterServer:
             self._last_step.wait()  # an error that nobody has asked for
         header = Header(Kind.CLOCK, clock=self.clock, flag=finite)
         what = f"end of clock {self.clock}"
-        handle = self._requests.ask_all(header, (self.clock, 1, 0), what, after=self._take_verdict)
+        handle = self._requests.ask_all(header, (self.clock, 1, 0), what, complete=self._take_verdict)
         self.clock += 1
         self._last_step = handle
         self._client.poll()
@@ -220,34 +219,35 @@ class ParameterServer:
         self._client.poll()
 
     def version(self, key: str) -> int:
-        """Of the value that was last pulled: 1 at first, and one more for each update. 0: not pulled yet."""
+        """The version of the value that was last pulled: 1 at first, and one more for each update. 0: nothing was
+        pulled yet."""
         self._keys.entry(key)
         return self._requests.versions.get(key, 0) if self.role == "worker" else 0
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The names of the tensors."""
         return tuple(self._keys.entry_of)
 
-    # The other words.
+    # Counting, reporting, leaving.
 
     def ticket(self) -> int:
         """The next of 0, 1, 2, ..., counted for all workers together: who is free takes the next piece of work."""
         self._require_worker("ticket")
-        handle = self._requests.ask(0, Header(Kind.TICKET), (self.clock, -2, 0), "ticket")
-        handle.wait()
-        return handle.answers[0].clock
+        order = self.clock, -2, 0
+        return int(self._requests.ask(0, Header(Kind.TICKET), order, "ticket", complete=_take_ticket).wait())
 
     def report(self) -> dict[str, Any]:
-        """Of all servers, so far: ``staleness`` (how many reads lacked 0, 1, ... clocks of the slowest worker),
-        ``updates``, and the workers' ``clocks``."""
+        """The history of all servers so far: ``staleness`` (how many reads lacked 0, 1, ... clocks of the slowest
+        worker), ``updates``, and the workers' ``clocks``."""
         self._require_worker("report")
         staleness: dict[int, int] = {}
         updates, clocks = 0, [0] * self.group.size
         for server in range(len(self.servers)):
-            said = json.loads(self._requests.ask(server, Header(Kind.REPORT), (self.clock, 2, 0), "report").wait())
-            updates += said["updates"]
-            clocks = [max(pair) for pair in zip(clocks, said["clocks"], strict=True)]
-            for stale, reads in said["staleness"].items():
+            reply = json.loads(self._requests.ask(server, Header(Kind.REPORT), (self.clock, 2, 0), "report").wait())
+            updates += reply["updates"]
+            clocks = [max(pair) for pair in zip(clocks, reply["clocks"], strict=True)]
+            for stale, reads in reply["staleness"].items():
                 staleness[int(stale)] = staleness.get(int(stale), 0) + reads
         return {"staleness": dict(sorted(staleness.items())), "updates": updates, "clocks": clocks}
 
@@ -258,8 +258,8 @@ class ParameterServer:
         self._requests.ask_all(Header(Kind.LEAVE, clock=self.clock), (self.clock, 2, 0), "leave").wait()
 
     def close(self) -> None:
-        """This worker's last word; servers return when they have heard it of all workers. Called by
-        ``commlab.shutdown()`` and at the end of the program, too."""
+        """This worker needs the servers no more; they return when all workers have closed. ``commlab.shutdown()`` and
+        the end of the program close the store, too."""
         if not self._closed:
             self._closed = True
             atexit.unregister(self.close)
@@ -273,10 +273,14 @@ class ParameterServer:
         if self._closed:
             raise UsageError(f"rank {self._keys.rank}: {what}() on a parameter server that was closed")
 
-    def _take_verdict(self, ended: Handle) -> None:
+    def _take_verdict(self, call: Call) -> None:
         if self.agrees:
-            answer = ended.answers[0]
-            ended.result = Verdict(answer.value**0.5 / self.grad_scale, answer.flag)
+            answer = call.answers[0]
+            call.handle.result = Verdict(answer.value**0.5 / self.grad_scale, answer.flag)
+
+
+def _take_ticket(call: Call) -> None:
+    call.handle.result = call.answers[0].clock
 
 
 def _close(reference: weakref.ref[ParameterServer]) -> None:
@@ -292,7 +296,8 @@ def _free(transport: Any, own_group: Group | None) -> None:
 
 
 def _transports(everyone: Group, alone: bool) -> tuple[Any, Any]:
-    """This rank's end as a worker, and as a server: the same but for a rank alone, which is both."""
+    """This rank's transport as a worker, and its transport as a server: the same one, except for a rank alone, which is
+    both worker and server."""
     if alone:
         near, far = SimNetwork(2).transports()
         return near, far
@@ -301,8 +306,8 @@ def _transports(everyone: Group, alone: bool) -> tuple[Any, Any]:
 
 
 def _example(factory: Factory | None, groups: int, elementwise: bool | None) -> torch.optim.Optimizer | None:
-    """The factory's optimizer on numbers that nobody uses: what kind it is, and its hyper-parameters. On every rank, so
-    that one that servers can't run is refused on all."""
+    """The factory's optimizer on numbers that nobody uses, for its kind and its hyper-parameters. Made on every rank,
+    so that all ranks refuse an optimizer that servers can't run."""
     if factory is None:
         return None
     stand_ins = [torch.zeros(1) for _ in range(groups)]

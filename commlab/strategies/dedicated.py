@@ -28,7 +28,7 @@ from ..gradients.parameters import NamedParameter, named_parameters
 from ..native.dtypes import WIRES
 from ..ps.consistency import parse
 from ..ps.messages import MESSAGE_BYTES
-from ..ps.placement import Part
+from ..ps.placement import Slice
 from ..ps.store import ParameterServer
 from ..runtime.control import raise_together
 from ..runtime.group import Group
@@ -218,7 +218,7 @@ class Dedicated(Strategy):
         trained = {item.name for item in self.parameters}
         give_from_rank_0(self.group, [entry for entry in tensors_of(self.model) if entry[0] not in trained])
 
-    def _own_parts(self) -> list[Part]:
+    def _own_parts(self) -> list[Slice]:
         if not self.averages:
             raise UsageError(
                 f"rank {self.group.rank}: under {self.options.consistency} workers are never at the same step, so no "

@@ -21,7 +21,7 @@ from .. import trace
 from ..gradients.bucket import Bucket
 from ..ps.placement import UNIT_BYTES
 from ..ps.store import ParameterServer
-from ..ps.worker.client import Handle
+from ..runtime.handle import Handle
 
 
 class Unit(NamedTuple):

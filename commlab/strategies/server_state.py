@@ -10,10 +10,10 @@ import torch
 
 from ..checkpoint import pieces
 from ..gradients.parameters import NamedParameter
-from ..ps.placement import Part
-from ..ps.server.shard import Own
+from ..ps.placement import Slice
+from ..ps.server.shard import OwnedSlice
 from ..ps.store import ParameterServer
-from ..ps.worker.client import Handle
+from ..runtime.handle import Handle
 
 UNDER_WAY = 4
 """Requests of a worker that are not answered."""
@@ -31,19 +31,19 @@ class UsersOwn:
             entry["params"] = tensors[at] if at < len(tensors) else []
         return self._optimizer
 
-    def on_parts(self, parts: Sequence[Own]) -> torch.optim.Optimizer:
-        own = [pieces.Piece(self._named[name], part.start, part.stop, tensor) for name, part, tensor in parts]
+    def on_slices(self, slices: Sequence[OwnedSlice]) -> torch.optim.Optimizer:
+        own = [pieces.Piece(self._named[name], start, stop, tensor) for name, start, stop, tensor in slices]
         pieces.rebind(self._optimizer, own)
         return self._optimizer
 
 
-def share(store: ParameterServer, rank: int, size: int) -> list[Part]:
+def share(store: ParameterServer, rank: int, size: int) -> list[Slice]:
     """What one of the workers saves and restores: they share the work."""
     everything = [part for parts in store.placement.of_server for part in parts]
     return everything[rank::size]
 
 
-def state(store: ParameterServer, parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def state(store: ParameterServer, parts: Sequence[Slice], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """:func:`.pieces.state` of ``parts``, from the servers; hyper-parameters are the workers'."""
     saved: dict[str, list[dict[str, Any]]] = {}
     asked = (store.optimizer_state(part) for part in parts)
@@ -56,7 +56,7 @@ def state(store: ParameterServer, parts: Sequence[Part], optimizer: torch.optim.
 
 def collect(
     store: ParameterServer,
-    parts: Sequence[Part],
+    parts: Sequence[Slice],
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[NamedParameter],
     saved: Sequence[dict[str, Any]],
@@ -74,7 +74,7 @@ def collect(
     return found
 
 
-def tell(store: ParameterServer, parts: Sequence[Part], states: Sequence[dict[str, Any]]) -> None:
+def tell(store: ParameterServer, parts: Sequence[Slice], states: Sequence[dict[str, Any]]) -> None:
     """Give the servers what :func:`collect` found."""
     told = (store.set_optimizer_state(part, state) for part, state in zip(parts, states, strict=True))
     for _ in _few_at_a_time(told):

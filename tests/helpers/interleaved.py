@@ -17,7 +17,7 @@ import torch
 
 from commlab.ps.consistency import parse
 from commlab.ps.messages import WIRE_CODES, Header, Kind
-from commlab.ps.placement import Entry, Part, place
+from commlab.ps.placement import Entry, Slice, deal
 from commlab.ps.server.ledger import Record, Rules
 from commlab.ps.server.server import Server
 from commlab.ps.server.shard import Shard
@@ -70,7 +70,7 @@ class Run:
 
     def __init__(self, story: Story, server_type: type[Server] = Server):
         self.story, self.coin = story, random.Random(story.seed)
-        self.placement = place(ENTRIES, story.servers)
+        self.placement = deal(ENTRIES, story.servers)
         rules = Rules(
             parse(story.consistency),
             story.workers,
@@ -85,26 +85,28 @@ class Run:
         ]
         self.boxes: dict[tuple[int, int], deque[tuple[Header, torch.Tensor]]] = {}
         self.pushed: dict[tuple[int, int, int], tuple[int, int]] = {}
-        """(server, worker, sequence) to (clock, part)."""
+        """(server, worker, sequence) to (clock, slice)."""
         self.plan: dict[tuple[int, int], list[int]] = {}
         """(worker, clock) to the tensors that it pushes."""
         self.answers: dict[tuple[int, int], tuple[Header, torch.Tensor | None]] = {}
         self.reads: list[tuple[int, int, int, int, float]] = []
-        """(server, worker, clock, part, staleness) of every read, in the order of the answers."""
+        """(server, worker, clock, slice, staleness) of every read, in the order of the answers."""
         self._sequence = 0
         self._asked: dict[int, tuple[int, int, int, int]] = {}
         for server in self.servers:
-            for part in server.shard.parts:
-                first = self.first_value(part)
-                header = Header(Kind.INIT, part.number, 1, wire=WIRE_CODES[first.dtype])
-                self._deliver(0, server.index, header._replace(length=first.numel() * first.element_size()), first)
-            server.outbox.clear()
+            for owned in server.ledger.shard.slices:
+                first = self.first_value(owned)
+                header = Header(Kind.INIT, owned.number, 1, wire=WIRE_CODES[first.dtype])
+                self._deliver(
+                    0, server.ledger.index, header._replace(length=first.numel() * first.element_size()), first
+                )
+            server.ledger.outbox.clear()
 
-    def first_value(self, part: Part) -> torch.Tensor:
-        return gradient(99, 0, part.entry, part.start, part.stop, ENTRIES[part.entry].dtype)
+    def first_value(self, owned: Slice) -> torch.Tensor:
+        return gradient(99, 0, owned.entry, owned.start, owned.stop, ENTRIES[owned.entry].dtype)
 
     def _deliver(self, peer: int, server: int, header: Header, data: torch.Tensor) -> bool:
-        target = self.servers[server].place(peer, header)
+        target = self.servers[server].memory_for(peer, header)
         if target is None:
             return False
         target.copy_(data.view(-1).view(torch.uint8))
@@ -128,24 +130,24 @@ class Run:
             for server in everywhere:
                 self.send(me, server, Header(Kind.HYPER), text)
             reads = []
-            parts = [part for parts in self.placement.of_entry for part in parts]
-            self.coin.shuffle(parts)
-            for part in parts:
-                header = Header(Kind.PULL, part.number, 1, clock=clock, wire=WIRE_CODES[ENTRIES[part.entry].dtype])
-                reads.append(self.send(me, part.server, header))
-                self._asked[reads[-1]] = (part.server, me, clock, part.number)
+            everything = [owned for slices in self.placement.of_entry for owned in slices]
+            self.coin.shuffle(everything)
+            for owned in everything:
+                header = Header(Kind.PULL, owned.number, 1, clock=clock, wire=WIRE_CODES[ENTRIES[owned.entry].dtype])
+                reads.append(self.send(me, owned.server, header))
+                self._asked[reads[-1]] = (owned.server, me, clock, owned.number)
             yield reads
             wanted = self.plan[me, clock] = [
                 at for at in range(len(ENTRIES)) if not story.skipping or self.coin.random() < 0.7
             ]
             writes = []
-            for part in parts:
-                if part.entry in wanted:
-                    dtype = story.wire or ENTRIES[part.entry].dtype
-                    numbers = gradient(me, clock, part.entry, part.start, part.stop, dtype)
-                    header = Header(Kind.PUSH, part.number, 1, clock=clock, wire=WIRE_CODES[dtype])
-                    writes.append(self.send(me, part.server, header, numbers))
-                    self.pushed[part.server, me, writes[-1]] = clock, part.number
+            for owned in everything:
+                if owned.entry in wanted:
+                    dtype = story.wire or ENTRIES[owned.entry].dtype
+                    numbers = gradient(me, clock, owned.entry, owned.start, owned.stop, dtype)
+                    header = Header(Kind.PUSH, owned.number, 1, clock=clock, wire=WIRE_CODES[dtype])
+                    writes.append(self.send(me, owned.server, header, numbers))
+                    self.pushed[owned.server, me, writes[-1]] = clock, owned.number
             if self.coin.random() < 0.5:
                 yield writes
             ends = [self.send(me, server, Header(Kind.CLOCK, clock=clock)) for server in everywhere]
@@ -183,7 +185,8 @@ class Run:
         return self
 
     def _collect(self, server: int) -> None:
-        outbox, self.servers[server].outbox = self.servers[server].outbox, []
+        ledger = self.servers[server].ledger
+        outbox, ledger.outbox = ledger.outbox, []
         for peer, header, data in outbox:
             if peer >= self.story.workers:
                 body = torch.empty(0, dtype=torch.uint8)
@@ -194,18 +197,21 @@ class Run:
             assert header.kind != Kind.ERROR, bytes(data.numpy())  # type: ignore[union-attr]
             self.answers[header.sequence] = header, data
             if header.kind == Kind.VALUES:
-                where, me, clock, part = self._asked[header.sequence]
-                self.reads.append((where, me, clock, part, header.value))
-                self.check_read(where, me, clock, part)
+                where, me, clock, index = self._asked[header.sequence]
+                self.reads.append((where, me, clock, index, header.value))
+                self.check_read(where, me, clock, index)
 
-    def check_read(self, server: int, me: int, clock: int, part: int) -> None:
-        """What SSP promises, by what is in the value and not by any clock: the server's log has every push to this part
-        by whom is still there, of clocks <= clock - s - 1."""
-        staleness = self.servers[server].rules.consistency.staleness
+    def check_read(self, server: int, me: int, clock: int, index: int) -> None:
+        """What SSP promises, by what is in the value and not by any clock: the server's log has every push to this
+        slice by the workers that are still there, of clocks <= clock - s - 1."""
+        ledger = self.servers[server].ledger
+        staleness = ledger.rules.consistency.staleness
         if staleness is None:
             return
-        entry = self.servers[server].shard.parts[part].entry
-        made = {(worker, at) for record in self.logs[server] if part in record.parts for worker, at, _ in record.pushes}
+        entry = ledger.shard.slices[index].entry
+        made = {
+            (worker, at) for record in self.logs[server] if index in record.slices for worker, at, _ in record.pushes
+        }
         for worker in range(self.story.workers):
             for at in range(clock - staleness):
                 gone = worker in self.story.leavers and at > self.story.leavers[worker]

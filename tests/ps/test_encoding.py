@@ -46,15 +46,15 @@ def stepped(store: ParameterServer, steps: range) -> list[torch.Tensor]:
 def test_a_new_server_goes_on_where_another_was(kind: str) -> None:
     first = ParameterServer(named(), KINDS[kind], group=alone())
     values = stepped(first, range(3))[-len(SHAPES) :]
-    parts = first.placement.of_server[0]
-    states = [first.optimizer_state(part).wait() for part in parts]
+    slices = first.placement.of_server[0]
+    states = [first.optimizer_state(owned).wait() for owned in slices]
     second = ParameterServer(
         [(name, value.clone()) for (name, _), value in zip(named(), values, strict=True)], KINDS[kind], group=alone()
     )
     if kind != "Adagrad":  # which has a state from the start
-        assert second.optimizer_state(parts[0]).wait() == {}
-    for part, state in zip(parts, states, strict=True):
-        second.set_optimizer_state(part, state).wait()
+        assert second.optimizer_state(slices[0]).wait() == {}
+    for owned, state in zip(slices, states, strict=True):
+        second.set_optimizer_state(owned, state).wait()
     for mine, theirs in zip(stepped(first, range(3, 6)), stepped(second, range(3, 6)), strict=True):
         assert torch.equal(mine, theirs)
     first.close()
@@ -93,32 +93,32 @@ def test_what_is_no_tensor_comes_back_too() -> None:
             decode(broken)
 
 
-def test_what_is_not_of_this_part_is_refused() -> None:
+def test_what_is_not_of_this_slice_is_refused() -> None:
     store = ParameterServer(named(), torch.optim.AdamW, group=alone())
     stepped(store, range(1))
-    part = store.placement.of_server[0][0]
-    kept = store.optimizer_state(part).wait()
+    owned = store.placement.of_server[0][0]
+    kept = store.optimizer_state(owned).wait()
     for wrong in (torch.zeros(3), kept["exp_avg"].view(1, -1)):
         with pytest.raises(UsageError, match=r"'exp_avg' has shape \[.*\], and its part of 'big' \[\d+\]"):
-            store.set_optimizer_state(part, {**kept, "exp_avg": wrong}).wait()
-    assert torch.equal(store.optimizer_state(part).wait()["exp_avg"], kept["exp_avg"])
+            store.set_optimizer_state(owned, {**kept, "exp_avg": wrong}).wait()
+    assert torch.equal(store.optimizer_state(owned).wait()["exp_avg"], kept["exp_avg"])
     with pytest.raises(UsageError, match=r"parts 99\.\.99 do not lie side by side"):
-        store.optimizer_state(part._replace(number=99)).wait()
+        store.optimizer_state(owned._replace(number=99)).wait()
     broken = torch.full((99,), 7, dtype=torch.uint8)
-    header = Header(Kind.SET_STATE, part.number, 1, wire=0)
+    header = Header(Kind.SET_STATE, owned.number, 1, wire=0)
     with pytest.raises(UsageError, match=r"99 B are no state of an optimizer"):
         store._requests.ask(0, header, (0, 2, 0), "broken", broken).wait()
     store.close()
     with pytest.raises(UsageError, match="that was closed"):
-        store.optimizer_state(part)
+        store.optimizer_state(owned)
 
 
 def test_where_updates_are_added_there_is_nothing_to_remember() -> None:
     store = ParameterServer(named(), None, group=alone())
     stepped(store, range(1))
-    part = store.placement.of_server[0][0]
-    assert store.optimizer_state(part).wait() == {}
-    store.set_optimizer_state(part, {}).wait()
+    owned = store.placement.of_server[0][0]
+    assert store.optimizer_state(owned).wait() == {}
+    store.set_optimizer_state(owned, {}).wait()
     with pytest.raises(UsageError, match="no optimizer on this server"):
-        store.set_optimizer_state(part, {"step": 1}).wait()
+        store.set_optimizer_state(owned, {"step": 1}).wait()
     store.close()

@@ -52,24 +52,24 @@ def test_a_rank_that_dies_ends_all(tmp_path: Path, who: str) -> None:
     """Whether it raises or is killed."""
     program = f"""
 group = commlab.init(timeout_s=300)
-store = commlab.ps.server.server.Server.receive
+receive_ = commlab.ps.server.server.Server.receive
 dies = "{who}"
 def receive(self, peer, header, data, count=[0]):
     count[0] += 1
     if count[0] == 5:
         say("dying", time.time())
         raise ValueError("five messages")
-    store(self, peer, header, data)
+    receive_(self, peer, header, data)
 if dies == "server":
     commlab.ps.server.server.Server.receive = receive
-store_ = commlab.ParameterServer([("w", torch.zeros(1))], consistency="bsp")
+store = commlab.ParameterServer([("w", torch.zeros(1))], consistency="bsp")
 for step in range(100):
     if dies == "worker" and step == 3 and group.rank == 0:
         say("dying", time.time())
         os.kill(os.getpid(), signal.SIGKILL)
-    store_.push("w", torch.ones(1)).wait()
-    store_.step()
-    store_.pull("w", torch.zeros(1)).wait()
+    store.push("w", torch.ones(1)).wait()
+    store.step()
+    store.pull("w", torch.zeros(1)).wait()
 """
     job = finish(start(mpirun(3), "import commlab.ps.server.server\n" + program, tmp_path))
     assert job.code != 0

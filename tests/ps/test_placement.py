@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from commlab.errors import UsageError
 from commlab.ps.messages import MESSAGE_BYTES
-from commlab.ps.placement import Entry, place, server_ranks
+from commlab.ps.placement import Entry, deal, server_ranks
 from commlab.ps.server.shard import Shard
 
 SHAPES = st.lists(
@@ -21,20 +21,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 @given(sizes=SHAPES, servers=st.integers(1, 6))
 def test_every_number_has_exactly_one_owner(sizes: list[int], servers: int) -> None:
     entries = [Entry(str(at), (size,), DTYPES[size % 3]) for at, size in enumerate(sizes)]
-    placement = place(entries, servers)
-    for entry, parts in zip(entries, placement.of_entry, strict=True):
-        numbers = [number for part in parts for number in range(part.start, part.stop)]
+    placement = deal(entries, servers)
+    for entry, slices in zip(entries, placement.of_entry, strict=True):
+        numbers = [number for owned in slices for number in range(owned.start, owned.stop)]
         assert sorted(numbers) == list(range(entry.numel))
-    for server, parts in enumerate(placement.of_server):
-        assert [part.number for part in parts] == list(range(len(parts)))
-        assert all(part.server == server for part in parts)
-        assert sorted(part.entry for part in parts) == [part.entry for part in parts], "in forward order"
+    for server, slices in enumerate(placement.of_server):
+        assert [owned.number for owned in slices] == list(range(len(slices)))
+        assert all(owned.server == server for owned in slices)
+        assert sorted(owned.entry for owned in slices) == [owned.entry for owned in slices], "in forward order"
         for dtype in DTYPES:
             at = 0
-            for part in parts:
-                if entries[part.entry].dtype == dtype:
-                    assert part.offset == at, "adjoining"
-                    at += part.numel
+            for owned in slices:
+                if entries[owned.entry].dtype == dtype:
+                    assert owned.offset == at, "adjoining"
+                    at += owned.numel
     assert sum(placement.bytes_per_server) == sum(entry.nbytes for entry in entries)
 
 
@@ -50,24 +50,24 @@ def gpt2(width: int, layers: int, vocabulary: int) -> list[Entry]:
 @pytest.mark.parametrize("servers", [2, 3, 4, 7])
 @pytest.mark.parametrize(("width", "layers", "vocabulary"), [(768, 12, 26679), (128, 4, 257), (48, 2, 257)])
 def test_servers_of_a_gpt2_differ_by_little(width: int, layers: int, vocabulary: int, servers: int) -> None:
-    placement = place(gpt2(width, layers, vocabulary), servers)
+    placement = deal(gpt2(width, layers, vocabulary), servers)
     assert placement.imbalance < (0.002 if width == 768 else 0.04), placement.describe()
-    assert all(part.numel * 4 <= MESSAGE_BYTES for parts in placement.of_server for part in parts)
+    assert all(owned.numel * 4 <= MESSAGE_BYTES for slices in placement.of_server for owned in slices)
 
 
 def test_small_tensors_travel_in_groups() -> None:
-    placement = place(gpt2(768, 12, 26679), 4)
+    placement = deal(gpt2(768, 12, 26679), 4)
     for layer in range(12):
         small = [at for at, entry in enumerate(placement.entries) if entry.name in (f"h.{layer}.ln", f"h.{layer}.ln.b")]
-        owners = {part.server for at in small for part in placement.of_entry[at]}
+        owners = {owned.server for at in small for owned in placement.of_entry[at]}
         assert len(owners) == 1
     first = placement.of_entry[0]
-    assert {part.server for part in first} == {0, 1, 2, 3}, "the embedding is on all of them"
+    assert {owned.server for owned in first} == {0, 1, 2, 3}, "the embedding is on all of them"
 
 
 def test_a_shard_updates_only_what_it_is_told_to() -> None:
     entries = [Entry("a", (3,), torch.float32), Entry("b", (), torch.float32, 1), Entry("c", (2, 2), torch.float32)]
-    shard = Shard(place(entries, 1), 0, lambda groups: torch.optim.SGD(groups, lr=1.0, weight_decay=0.5), 2)
+    shard = Shard(deal(entries, 1), 0, lambda groups: torch.optim.SGD(groups, lr=1.0, weight_decay=0.5), 2)
     for value in shard.values.values():
         value.fill_(1.0)
     shard.update({1: torch.tensor([2.0])}, None)

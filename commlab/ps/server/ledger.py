@@ -1,31 +1,23 @@
-"""What a server knows, what it answers, and what it refuses: the lowest layer of its state machine.
-
-    State       shard, workers, versions, outbox     this file
-    Reads       who may read now, and who waits      commlab.ps.server.reads
-    Lockstep    BSP's rounds, the agreed norm        commlab.ps.server.bsp
-    Server      messages in                          commlab.ps.server.server
-
-Every layer calls those above it in this list, and none below.
-"""
+"""What a server knows: its shard, the rules, its workers, the answers on their way out, and what it refuses."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..consistency import Consistency
 from ..messages import Header, Kind
-from .rounds import Hypers, Rounds
 from .shard import Shard
 
 
 class Rules(NamedTuple):
-    """What holds for all servers and workers of a store. ``agrees`` (BSP only): updates of a clock are made together,
-    after the servers have agreed on the norm. ``skips``: and not at all where any number is not finite."""
+    """What holds for all servers and workers of a store. ``agrees`` (BSP only): the updates of a clock are made
+    together, after the servers have agreed on the norm. ``skips``: no update is made in a clock in which any number is
+    not finite."""
 
     consistency: Consistency
     workers: int
@@ -35,8 +27,16 @@ class Rules(NamedTuple):
     max_grad_norm: float | None = None
 
 
+class Hypers(NamedTuple):
+    """What a worker's updates are made with: the optimizer's hyper-parameters, by ``groups``, and ``scale``, which the
+    worker's gradients have been multiplied by."""
+
+    groups: list[dict[str, Any]] | None = None
+    scale: float = 1.0
+
+
 class Waiting(NamedTuple):
-    """A request that can't be answered yet; ``since_s`` by the clock that :attr:`Server.now_s` is set from."""
+    """A request that can't be answered yet. ``since_s``: when the request came, by :attr:`Ledger.now_s`."""
 
     worker: int
     header: Header
@@ -45,31 +45,33 @@ class Waiting(NamedTuple):
 
 @dataclass
 class Worker:
-    """What the server knows of one."""
+    """What the server knows of one worker."""
 
     clock: int = 0
-    """Clocks that it has ended."""
+    """How many clocks the worker has ended."""
     left: bool = False
+    """Whether the worker pushes no more."""
     closed: bool = False
+    """Whether the worker sends nothing more."""
     hypers: Hypers = field(default_factory=Hypers)
+    """What the worker's next pushes are to be updated with."""
     staleness: Counter[int] = field(default_factory=Counter)
-    """Of its reads: how many lacked how many clocks."""
-    refused: str = ""
-    """Why the message that is on its way from it will be."""
+    """How many of the worker's reads lacked 0, 1, ... clocks of the slowest worker."""
 
 
 class Record(NamedTuple):
-    """An update as it was made: of these parts, from these pushes, ``(worker, clock, sequence)`` each (BSP: the workers
-    in the order in which they were added, sequence 0), with all gradients multiplied by ``factor``."""
+    """An update as it was made: of these slices, from these pushes, ``(worker, clock, sequence)`` each (BSP: the
+    workers in the order in which they were added, sequence 0), with all gradients multiplied by ``factor``."""
 
-    parts: tuple[int, ...]
+    slices: tuple[int, ...]
     pushes: tuple[tuple[int, int, int], ...]
     hypers: Hypers
     factor: float
 
 
-class State:
-    """See :class:`commlab.ps.server.server.Server`."""
+class Ledger:
+    """What server ``index`` of a store knows. ``names``: what messages call the workers. ``log``: where given, a record
+    of every update is appended to the list."""
 
     def __init__(
         self,
@@ -83,86 +85,98 @@ class State:
         self.names = list(names or (f"worker {worker}" for worker in range(rules.workers)))
         self.workers = [Worker() for _ in range(rules.workers)]
         self.outbox: list[tuple[int, Header, torch.Tensor | None]] = []
-        """(to, header, bytes that follow) in the order in which they were decided; whoever drives takes them out."""
+        """Messages to send, as (peer, header, bytes that follow), in the order in which they were decided on; whoever
+        drives the server takes them out."""
+        self.ends: list[Waiting] = []
+        """Ends of clocks, which are answered when all servers have agreed on the norm."""
         self.now_s = 0.0
-        parts = len(shard.parts)
-        self.versions = [0] * parts
-        """Updates of every part; its first value is the first one."""
-        self.rounds = Rounds(shard, self.names) if rules.consistency.averages else None
+        """The time, which whoever drives the server sets."""
         self._scratch: dict[int, torch.Tensor] = {}
-        """Memory for what a peer sends, where it has no place of its own."""
-        self._tickets = 0
-        """Shares of the work that were given out."""
 
     @property
     def closed(self) -> bool:
-        """Whether all workers have said their last word."""
-        return all(state.closed for state in self.workers)
+        """Whether no worker will send anything more."""
+        return all(worker.closed for worker in self.workers)
+
+    def scratch(self, peer: int, length: int) -> torch.Tensor:
+        """Memory (bytes) for a message of ``peer`` whose bytes are used before the peer's next message comes."""
+        if length > self._scratch.get(peer, torch.empty(0)).numel():
+            self._scratch[peer] = torch.empty(length, dtype=torch.uint8)
+        return self._scratch[peer][:length] if length else torch.empty(0, dtype=torch.uint8)
 
     # Answers.
 
-    def _answer(self, peer: int, header: Header, value: float = 0.0, flag: bool = True) -> None:
+    def acknowledge(self, peer: int, header: Header, value: float = 0.0, flag: bool = True) -> None:
+        """Answer the request ``header``: it was carried out."""
         self.outbox.append((peer, header._replace(kind=Kind.ACK, length=0, value=value, flag=flag), None))
 
-    def _answer_text(self, peer: int, header: Header, kind: Kind, text: str) -> None:
-        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    def answer(self, peer: int, header: Header, kind: Kind, data: torch.Tensor) -> None:
+        """Answer the request ``header`` with ``data`` (bytes)."""
         self.outbox.append((peer, header._replace(kind=kind, length=data.numel()), data))
 
-    # What is refused.
+    def answer_text(self, peer: int, header: Header, kind: Kind, text: str) -> None:
+        """Answer the request ``header`` with ``text``."""
+        self.answer(peer, header, kind, torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
 
-    def _against(self, header: Header, *, sized: bool = True) -> str:
-        """Why a message about these parts can't be what it says; empty if it can."""
-        run = self.shard.run(header.key, header.parts)
-        if run is None:
+    def refuse(self, peer: int, header: Header, reason: str) -> None:
+        """Answer the request ``header`` with an error."""
+        self.answer_text(peer, header, Kind.ERROR, reason)
+
+    # Refusals: each method returns the reason, or nothing where there is none.
+
+    def against(self, header: Header, *, sized: bool = True) -> str:
+        """Why there can be no message about these slices in this dtype, or, where ``sized``, of this length."""
+        span = self.shard.span(header.key, header.slices)
+        if span is None:
             return (
-                f"parts {header.key}..{header.key + header.parts - 1} do not lie side by side on server {self.index}, "
-                f"which has {len(self.shard.parts)}"
+                f"parts {header.key}..{header.key + header.slices - 1} do not lie side by side on server "
+                f"{self.index}, which has {len(self.shard.slices)}"
             )
-        dtype, place = run
+        dtype, where = span
         what = repr(self.shard.names[header.key])
         if header.dtype is None or (header.dtype != dtype and header.dtype.itemsize != 2):
             wire = str(header.dtype or f"code {header.wire}").removeprefix("torch.")
             return f"{what} is {str(dtype).removeprefix('torch.')} and can't travel as {wire}"
-        if sized and header.length != place.numel * header.dtype.itemsize:
-            return f"{what} takes {place.numel * header.dtype.itemsize} B, and {header.length} B came"
+        if sized and header.length != where.numel * header.dtype.itemsize:
+            return f"{what} takes {where.numel * header.dtype.itemsize} B, and {header.length} B came"
         return ""
 
-    def _against_push(self, peer: int, header: Header) -> str:
-        refused = self._against(header)
-        if refused:
-            return refused
-        what, state = repr(self.shard.names[header.key]), self.workers[peer]
-        if not all(self.versions[header.key : header.key + header.parts]):
-            return f"{what} was pushed by {self.names[peer]} before it had a first value"
+    def against_push(self, worker: int, header: Header) -> str:
+        """Why this push of a worker can't be taken in, whatever the consistency."""
+        reason = self.against(header)
+        if reason:
+            return reason
+        what = f"{self.shard.names[header.key]!r} was pushed by {self.names[worker]}"
+        state = self.workers[worker]
+        if not self.shard.has_values(header.key, header.slices):
+            return f"{what} before it had a first value"
         if state.left:
-            return f"{what} was pushed by {self.names[peer]}, which has left"
+            return f"{what}, which has left"
         if header.clock != state.clock:
-            return f"{what} was pushed by {self.names[peer]} for clock {header.clock}, and it is at clock {state.clock}"
-        return "" if self.rounds is None else self.rounds.against(peer, header, state.hypers)
+            return f"{what} for clock {header.clock}, and it is at clock {state.clock}"
+        return ""
 
-    # Updates.
+    def against_pull(self, worker: int, header: Header) -> str:
+        """Why this pull of a worker can never be answered."""
+        reason = self.against(header, sized=False)
+        if not reason and not self.shard.has_values(header.key, header.slices):
+            reason = f"{self.shard.names[header.key]!r} was pulled by {self.names[worker]} before it had a first value"
+        return reason
 
-    def _gradient(self, part: int, numbers: torch.Tensor, factor: float) -> torch.Tensor:
-        """``numbers`` times ``factor`` in the part's dtype; 16-bit ones multiplied in fp32, so rounded once."""
-        dtype = self.shard.dtypes[part]
-        if factor != 1.0:
-            numbers = (numbers.float() if numbers.element_size() == 2 else numbers) * factor
-        return numbers.to(dtype)
+    # Updates and reports.
 
-    def _update(
-        self, gradients: dict[int, torch.Tensor], pushes: Iterable[tuple[int, int, int]], hypers: Hypers, factor: float
+    def record(
+        self, slices: Iterable[int], pushes: Iterable[tuple[int, int, int]], hypers: Hypers, factor: float
     ) -> None:
-        self.shard.update(gradients, hypers.groups)
-        for part in gradients:
-            self.versions[part] += 1
+        """Note an update that was made, where anybody wants to know."""
         if self.log is not None:
-            self.log.append(Record(tuple(gradients), tuple(pushes), hypers, factor))
+            self.log.append(Record(tuple(slices), tuple(pushes), hypers, factor))
 
     def report(self) -> dict[str, object]:
-        """What JSON can hold: this server's reads by staleness, updates, and the clocks of its workers."""
-        reads = sum((state.staleness for state in self.workers), Counter())
+        """This server's reads by staleness, its updates, and the clocks of its workers, as JSON has them."""
+        reads = sum((worker.staleness for worker in self.workers), Counter())
         return {
             "staleness": {str(stale): count for stale, count in sorted(reads.items())},
-            "updates": sum(self.versions),
-            "clocks": [state.clock for state in self.workers],
+            "updates": sum(self.shard.versions),
+            "clocks": [worker.clock for worker in self.workers],
         }

@@ -1,46 +1,40 @@
-"""BSP on a server: one slot per worker, added in rank order; a part's round is complete when all have had their say.
+"""BSP's rounds: one slot per worker, added in rank order, until all workers' numbers are in the sum.
 
-A part's round c is complete when every worker has pushed it in clock c, or ended clock c without. Numbers are added in
-rank order whatever the order in which they came, 16-bit ones in fp32, and divided once; so the bits do not depend on
-who was faster. The next round's numbers are not taken in before: who is ahead keeps them on its own side. Memory: a
-shard of sums, and one more for every worker.
+Round c of a slice is complete when every worker has pushed the slice in clock c, or ended clock c without pushing it.
+Numbers are added in rank order whatever the order in which they came, 16-bit numbers in fp32, and divided once; so the
+bits do not depend on who was faster. The next round's numbers are not taken in before: a worker that is ahead keeps
+them on its own side. Memory: a shard of sums, and one more for every worker.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
 
 import torch
 
 from ... import native
 from ...chunks import Range
 from ..messages import Header
+from .ledger import Hypers
 from .shard import Shard
 
 
-class Hypers(NamedTuple):
-    """What a worker's updates are made with. ``scale``: what its gradients were multiplied by."""
-
-    groups: list[dict[str, Any]] | None = None
-    scale: float = 1.0
-
-
 class Rounds:
-    """``names`` says in messages who the workers are."""
+    """The rounds of all slices of a shard. ``names``: what messages call the workers."""
 
     def __init__(self, shard: Shard, names: Sequence[str]):
         self._shard, self._names = shard, names
-        parts = len(shard.parts)
-        self.completed = [0] * parts
-        """Rounds of every part."""
-        self.added: list[list[int]] = [[] for _ in range(parts)]
-        """Workers whose numbers are in the sum of the part's round, in the order in which they were added."""
+        slices = len(shard.slices)
+        self.completed = [0] * slices
+        """How many rounds of each slice have ended."""
+        self.added: list[list[int]] = [[] for _ in range(slices)]
+        """By slice: the workers whose numbers are in the sum of the open round, in the order of their addition."""
         self.hypers: dict[int, tuple[int, Hypers]] = {}
-        """What a clock's updates are made with, and the worker that said so first."""
-        self._heard = [0] * parts
-        """Workers, in rank order, of which it is known what they add."""
-        self._pushed: list[dict[int, Header]] = [{} for _ in range(parts)]
+        """By clock: the first worker that pushed, and the hyper-parameters that its push came with."""
+        self._passed = [0] * slices
+        """By slice: how many workers, in rank order, have been added to the sum, or have nothing to add."""
+        self._pushed: list[dict[int, Header]] = [{} for _ in range(slices)]
+        """By slice: the pushes of the open round, by worker."""
         self._slots: dict[tuple[int, torch.dtype, torch.dtype], torch.Tensor] = {}
         self._sums = {
             dtype: torch.zeros(numel, dtype=torch.float32 if dtype.itemsize == 2 else dtype)
@@ -49,9 +43,9 @@ class Rounds:
 
     def against(self, worker: int, header: Header, hypers: Hypers) -> str:
         """Why a push can't belong to the round of its clock; empty if it can."""
-        run = range(header.key, header.key + header.parts)
+        slices = range(header.key, header.key + header.slices)
         what = f"{self._shard.names[header.key]!r} was pushed by {self._names[worker]}"
-        if any(self.completed[part] > header.clock or worker in self._now(part, header.clock) for part in run):
+        if any(self.completed[index] > header.clock or worker in self._now(index, header.clock) for index in slices):
             return f"{what} twice in clock {header.clock}; add the two first, or call step() in between"
         first, agreed = self.hypers.get(header.clock, (worker, hypers))
         if hypers != agreed:
@@ -62,81 +56,82 @@ class Rounds:
             )
         return ""
 
-    def _now(self, part: int, clock: int) -> dict[int, Header]:
-        return self._pushed[part] if self.completed[part] == clock else {}
+    def _now(self, index: int, clock: int) -> dict[int, Header]:
+        return self._pushed[index] if self.completed[index] == clock else {}
 
     def is_ahead(self, header: Header) -> bool:
         """Whether the push belongs to a round that is not open yet."""
-        return any(self.completed[part] < header.clock for part in range(header.key, header.key + header.parts))
+        return any(self.completed[index] < header.clock for index in range(header.key, header.key + header.slices))
 
-    def slot(self, worker: int, wire: torch.dtype, dtype: torch.dtype, place: Range) -> torch.Tensor:
-        """Where a worker's numbers wait."""
+    def slot(self, worker: int, wire: torch.dtype, dtype: torch.dtype, where: Range) -> torch.Tensor:
+        """Memory in which a worker's numbers of ``wire`` wait to be added to those of ``dtype`` at ``where``."""
         key = worker, wire, dtype
         if key not in self._slots:
             self._slots[key] = torch.empty(self._shard.numel[dtype], dtype=wire)
-        return self._slots[key][place.start : place.stop]
+        return self._slots[key][where.start : where.stop]
 
     def take(self, worker: int, header: Header, hypers: Hypers) -> None:
         """Note that the numbers of this push are in their slot."""
         self.hypers.setdefault(header.clock, (worker, hypers))
-        for part in range(header.key, header.key + header.parts):
-            self._pushed[part][worker] = header
+        for index in range(header.key, header.key + header.slices):
+            self._pushed[index][worker] = header
 
-    def add(self, parts: Iterable[int], clocks: Sequence[int]) -> list[int]:
-        """Add what is there and next in rank order; returns the parts whose rounds became complete, their sums divided.
-        ``clocks``: how many each worker has ended."""
+    def add(self, slices: Iterable[int], clocks: Sequence[int]) -> list[int]:
+        """Add the numbers that are there and next in rank order; returns the slices whose rounds became complete, their
+        sums divided. ``clocks``: how many clocks each worker has ended."""
         complete = []
-        for part in parts:
-            if self._heard[part] == len(clocks):
+        for index in slices:
+            if self._passed[index] == len(clocks):
                 continue
-            while self._heard[part] < len(clocks):
-                worker = self._heard[part]
-                if worker in self._pushed[part]:
-                    self._add_slot(part, worker)
-                elif clocks[worker] <= self.completed[part]:
+            while self._passed[index] < len(clocks):
+                worker = self._passed[index]
+                if worker in self._pushed[index]:
+                    self._add_slot(index, worker)
+                elif clocks[worker] <= self.completed[index]:
                     break
-                self._heard[part] += 1
+                self._passed[index] += 1
             else:
-                if self.added[part]:
-                    item = self._shard.parts[part]
-                    native.divide(self._sums[self._shard.dtypes[part]], item.offset, item.numel, len(clocks))
-                complete.append(part)
+                if self.added[index]:
+                    owned = self._shard.slices[index]
+                    native.divide(self._sums[self._shard.dtypes[index]], owned.offset, owned.numel, len(clocks))
+                complete.append(index)
         return complete
 
-    def _add_slot(self, part: int, worker: int) -> None:
-        wire, dtype, item = self._pushed[part][worker].dtype, self._shard.dtypes[part], self._shard.parts[part]
+    def _add_slot(self, index: int, worker: int) -> None:
+        wire, dtype, owned = self._pushed[index][worker].dtype, self._shard.dtypes[index], self._shard.slices[index]
         assert wire is not None
-        place = Range(item.offset, item.offset + item.numel)
-        slot, sums = self.slot(worker, wire, dtype, place), self._sums[dtype]
-        if not self.added[part]:
-            sums[place.start : place.stop].copy_(slot)
+        where = Range(owned.offset, owned.offset + owned.numel)
+        slot, sums = self.slot(worker, wire, dtype, where), self._sums[dtype]
+        if not self.added[index]:
+            sums[where.start : where.stop].copy_(slot)
         elif wire == sums.dtype:
-            native.reduce(sums, place.start, slot, 0, place.numel, "sum")
+            native.reduce(sums, where.start, slot, 0, where.numel, "sum")
         elif sums.dtype == torch.float32:
-            native.accumulate(sums, place.start, slot, 0, place.numel, "sum")
+            native.accumulate(sums, where.start, slot, 0, where.numel, "sum")
         else:
-            sums[place.start : place.stop].add_(slot)
-        self.added[part].append(worker)
+            sums[where.start : where.stop].add_(slot)
+        self.added[index].append(worker)
 
-    def mean(self, part: int) -> torch.Tensor:
-        """Of a complete round; fp32 where values have 16 bits. Missing workers count as zeros."""
-        item = self._shard.parts[part]
-        return self._sums[self._shard.dtypes[part]][item.offset : item.offset + item.numel]
+    def mean(self, index: int) -> torch.Tensor:
+        """The mean of a slice's complete round, in fp32 where values have 16 bits. Workers that pushed nothing count as
+        zeros."""
+        owned = self._shard.slices[index]
+        return self._sums[self._shard.dtypes[index]][owned.offset : owned.offset + owned.numel]
 
-    def end(self, parts: Iterable[int]) -> None:
-        """Open the next round of ``parts``."""
-        for part in parts:
-            self.completed[part] += 1
-            self._heard[part] = 0
-            self._pushed[part].clear()
-            self.added[part].clear()
+    def end(self, slices: Iterable[int]) -> None:
+        """Open the next round of ``slices``."""
+        for index in slices:
+            self.completed[index] += 1
+            self._passed[index] = 0
+            self._pushed[index].clear()
+            self.added[index].clear()
         slowest = min(self.completed, default=0)
         for clock in [clock for clock in self.hypers if clock < slowest]:
             del self.hypers[clock]
 
 
 def _differing(hypers: Hypers, other: Hypers) -> str:
-    """The first of ``hypers`` that ``other`` has otherwise, as text."""
+    """The first hyper-parameter of ``hypers`` that ``other`` has otherwise, as text."""
     if hypers.scale != other.scale:
         return f"gradients scaled by {hypers.scale:g}"
     for at, (mine, theirs) in enumerate(zip(hypers.groups or (), other.groups or (), strict=False)):

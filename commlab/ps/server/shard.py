@@ -1,4 +1,4 @@
-"""A server's shard: the values that it owns, flat, and the optimizer that updates them."""
+"""A server's shard: the values that the server owns, flat, and the optimizer that updates them."""
 
 from __future__ import annotations
 
@@ -9,87 +9,112 @@ import torch
 
 from ...chunks import Range
 from ...errors import UsageError
-from ..placement import Part, Placement
+from ..placement import Placement
 
 Factory: TypeAlias = Callable[[Any], torch.optim.Optimizer]
 """Given a list of flat tensors (where the store has several groups: a list of ``{"params": [...]}``), makes the
 optimizer that updates them."""
-Hyper: TypeAlias = Sequence[Mapping[str, Any]]
+GroupHypers: TypeAlias = Sequence[Mapping[str, Any]]
 """Hyper-parameters of each group of the optimizer."""
 
 
-class Own(NamedTuple):
-    """A part of the tensor ``name`` as its owner has it. A factory with a method ``on_parts`` is given these, instead
-    of being called with tensors that say nothing of where they come from."""
+class OwnedSlice(NamedTuple):
+    """Numbers ``start .. stop - 1`` of the tensor ``name``, and the tensor in which their owner has them. A factory
+    with a method ``on_slices`` is given a list of these, instead of being called with tensors that do not tell where
+    they come from."""
 
     name: str
-    part: Part
+    start: int
+    stop: int
     tensor: torch.Tensor
 
 
 class Shard:
-    """Parts ``0 .. len(parts) - 1`` of one server. ``factory`` None: an update is added to the value."""
+    """Slices ``0 .. len(slices) - 1`` of one server. ``factory`` None: an update is added to the value."""
 
     def __init__(self, placement: Placement, server: int, factory: Factory | None, groups: int = 1):
-        self.parts = placement.of_server[server]
-        self.dtypes = [placement.entries[part.entry].dtype for part in self.parts]
-        self.names = [placement.entries[part.entry].name for part in self.parts]
+        self.slices = placement.of_server[server]
+        self.dtypes = [placement.entries[owned.entry].dtype for owned in self.slices]
+        self.names = [placement.entries[owned.entry].name for owned in self.slices]
+        """The name of each slice's tensor."""
+        self.versions = [0] * len(self.slices)
+        """How often each slice was written: its first value is the first time, and each update is one more."""
         numel: dict[torch.dtype, int] = {}
-        for part, dtype in zip(self.parts, self.dtypes, strict=True):
-            numel[dtype] = part.offset + part.numel
+        for owned, dtype in zip(self.slices, self.dtypes, strict=True):
+            numel[dtype] = owned.offset + owned.numel
         self.numel = numel
         self.values = {dtype: torch.zeros(count, dtype=dtype) for dtype, count in numel.items()}
         self.pieces: list[torch.Tensor] = []
+        """Each slice's numbers, as the optimizer updates them: a view of ``values``."""
         self._members: list[list[int]] = [[] for _ in range(groups)]
-        for part, dtype in zip(self.parts, self.dtypes, strict=True):
-            piece = self.values[dtype][part.offset : part.offset + part.numel]
-            entry = placement.entries[part.entry]
-            # So that its state has no dimension either, like that of the whole.
+        for owned, dtype in zip(self.slices, self.dtypes, strict=True):
+            piece = self.values[dtype][owned.offset : owned.offset + owned.numel]
+            entry = placement.entries[owned.entry]
+            # A number without dimensions stays one, so that its state has no dimension either, like the whole's.
             self.pieces.append(piece if entry.shape else piece.view(()))
-            self._members[entry.group].append(part.number)
+            self._members[entry.group].append(owned.number)
         self.optimizer: torch.optim.Optimizer | None = None
-        if factory is not None and self.parts:
+        if factory is not None and self.slices:
             self.optimizer = self._make_optimizer(factory)
-            # It may have groups in which no server has anything.
+            # The optimizer may have groups in which no server has anything.
             self._members += [[] for _ in range(len(self.optimizer.param_groups) - groups)]
 
     def _make_optimizer(self, factory: Factory) -> torch.optim.Optimizer:
-        on_parts: Any = getattr(factory, "on_parts", None)
-        if on_parts is not None:
-            own = [Own(*these) for these in zip(self.names, self.parts, self.pieces, strict=True)]
-            made: torch.optim.Optimizer = on_parts(own)
+        on_slices: Any = getattr(factory, "on_slices", None)
+        if on_slices is not None:
+            slices = zip(self.names, self.slices, self.pieces, strict=True)
+            made: torch.optim.Optimizer = on_slices(
+                [OwnedSlice(name, owned.start, owned.stop, piece) for name, owned, piece in slices]
+            )
             return made
         if len(self._members) == 1:
             return factory(self.pieces)
         return factory([{"params": [self.pieces[index] for index in members]} for members in self._members])
 
-    def run(self, first: int, count: int) -> tuple[torch.dtype, Range] | None:
-        """Where parts ``first .. first + count - 1`` lie in their flat tensor; None where there are no such parts, or
-        they don't adjoin."""
-        if count < 1 or first + count > len(self.parts):
+    def span(self, first: int, count: int) -> tuple[torch.dtype, Range] | None:
+        """Where slices ``first .. first + count - 1`` lie in the flat tensor of their dtype; None where there are no
+        such slices, or where they do not adjoin."""
+        if count < 1 or first + count > len(self.slices):
             return None
         dtypes = set(self.dtypes[first : first + count])
         if len(dtypes) > 1:
             return None
-        last = self.parts[first + count - 1]
-        return dtypes.pop(), Range(self.parts[first].offset, last.offset + last.numel)
+        last = self.slices[first + count - 1]
+        return dtypes.pop(), Range(self.slices[first].offset, last.offset + last.numel)
 
-    def update(self, gradients: Mapping[int, torch.Tensor], hyper: Hyper | None) -> None:
-        """Update the parts in ``gradients`` (1-D, of the parts' dtypes), and no others."""
+    def has_values(self, first: int, count: int) -> bool:
+        """Whether slices ``first .. first + count - 1`` have had their first values."""
+        return all(self.versions[first : first + count])
+
+    def assign(self, first: int, count: int, numbers: torch.Tensor) -> None:
+        """Overwrite the values of slices ``first .. first + count - 1``, which adjoin."""
+        span = self.span(first, count)
+        assert span is not None
+        dtype, where = span
+        self.values[dtype][where.start : where.stop].copy_(numbers)
+        for index in range(first, first + count):
+            self.versions[index] += 1
+
+    def update(self, numbers: Mapping[int, torch.Tensor], hypers: GroupHypers | None, factor: float = 1.0) -> None:
+        """Update the slices in ``numbers``, and no others, with gradients that are ``numbers`` (1-D) times
+        ``factor``. ``hypers``: the optimizer's hyper-parameters for this update; None: as they are."""
+        gradients = {index: self._gradient(index, sent, factor) for index, sent in numbers.items()}
+        for index in gradients:
+            self.versions[index] += 1
         if self.optimizer is None:
             for index, gradient in gradients.items():
-                self.pieces[index].add_(gradient.view(self.pieces[index].shape))
+                self.pieces[index].add_(gradient)
             return
         groups = self.optimizer.param_groups
-        if hyper is not None:
-            for entry, values in zip(groups, hyper, strict=True):
+        if hypers is not None:
+            for entry, values in zip(groups, hypers, strict=True):
                 entry.update(values)
         everything = [entry["params"] for entry in groups]
-        # Looking at the parts without a gradient would cost more than the update of one.
+        # Looking at the slices without a gradient would cost more than the update of one slice.
         for entry, members in zip(groups, self._touched(gradients), strict=True):
             entry["params"] = [self.pieces[index] for index in members]
         for index, gradient in gradients.items():
-            self.pieces[index].grad = gradient.view(self.pieces[index].shape)
+            self.pieces[index].grad = gradient
         try:
             self.optimizer.step()
         finally:
@@ -98,31 +123,39 @@ class Shard:
             for index in gradients:
                 self.pieces[index].grad = None
 
-    def state(self, part: int) -> dict[str, Any]:
-        """What the optimizer remembers of a part. UsageError where :meth:`set_state` could not take it."""
-        found = {} if self.optimizer is None else dict(self.optimizer.state.get(self.pieces[part], {}))
-        self._require_of_part(part, found)
+    def _gradient(self, index: int, numbers: torch.Tensor, factor: float) -> torch.Tensor:
+        """``numbers`` times ``factor``, in the shape and dtype of the slice; 16-bit numbers are multiplied in fp32, so
+        that they are rounded once."""
+        if factor != 1.0:
+            numbers = (numbers.float() if numbers.element_size() == 2 else numbers) * factor
+        return numbers.to(self.dtypes[index]).view(self.pieces[index].shape)
+
+    def state(self, index: int) -> dict[str, Any]:
+        """What the optimizer remembers of a slice. UsageError where :meth:`set_state` could not take the state."""
+        found = {} if self.optimizer is None else dict(self.optimizer.state.get(self.pieces[index], {}))
+        self._require_of_slice(index, found)
         return found
 
-    def set_state(self, part: int, state: dict[str, Any]) -> None:
-        """UsageError where it is not of such a part."""
+    def set_state(self, index: int, state: dict[str, Any]) -> None:
+        """Let the optimizer remember ``state`` of a slice. UsageError for a state that is not of such a slice."""
         if self.optimizer is not None:
-            self._require_of_part(part, state)
-            self.optimizer.state[self.pieces[part]] = state
+            self._require_of_slice(index, state)
+            self.optimizer.state[self.pieces[index]] = state
         elif state:
             raise UsageError("there is no optimizer on this server that could have a state")
 
-    def _require_of_part(self, part: int, state: dict[str, Any]) -> None:
+    def _require_of_slice(self, index: int, state: dict[str, Any]) -> None:
         """An element-wise optimizer remembers something of every number, or one thing for all."""
-        piece = self.pieces[part]
+        piece = self.pieces[index]
         for key, value in state.items():
             if torch.is_tensor(value) and value.dim() and value.shape != piece.shape:
                 raise UsageError(
-                    f"the optimizer's {key!r} has shape {list(value.shape)}, and its part of {self.names[part]!r} "
+                    f"the optimizer's {key!r} has shape {list(value.shape)}, and its part of {self.names[index]!r} "
                     f"{list(piece.shape)}"
                 )
 
     def _touched(self, indices: Iterable[int]) -> list[list[int]]:
+        """Those of the slices ``indices`` that are in each of the optimizer's groups."""
         if len(self._members) == 1:
             return [sorted(indices)]
         wanted = set(indices)

@@ -1,1 +1,8 @@
-"""A worker's side of the parameter server."""
+"""A worker's side of the parameter server.
+
+    requests    keys and flat tensors become messages: push, pull, the end of a clock
+    client      the links to the servers: requests go out, answers end the calls and their handles
+    keys        which tensors the keys name, the same on all ranks
+
+Each file uses only files below it.
+"""

@@ -1,35 +1,23 @@
-"""The keys of a parameter server, the same on all ranks: which tensors they name, and where their parts lie."""
+"""The keys of a parameter server, the same on all ranks: which tensors they name, and who has their slices."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
-from typing import NamedTuple
 
 import torch
 
 from ...errors import DisagreementError, UsageError
 from ...runtime.control import exchange_records, gather_bytes
 from ...runtime.group import Group
-from ..messages import MESSAGE_BYTES, WIRE_CODES
-from ..placement import Entry, Placement, place
-
-
-class Run(NamedTuple):
-    """Parts ``first .. first + parts - 1`` of a server, and where they lie in a flat tensor on this side."""
-
-    server: int
-    first: int
-    parts: int
-    start: int
-    stop: int
+from ..messages import WIRE_CODES
+from ..placement import Entry, Placement, deal
 
 
 class Keys:
-    """``named_params`` and ``groups`` as :class:`commlab.ParameterServer` is given them, on ``servers`` servers.
-    UsageError, naming ``rank``, for two tensors of one name, for dtypes that no server has, and for what :meth:`entry`
-    and :meth:`require` are asked and is not there."""
+    """``named_params`` and ``groups`` as :class:`commlab.ParameterServer` is given them, dealt out to ``servers``
+    servers. UsageError for two tensors of one name, and for dtypes that no server has. ``rank`` is for messages."""
 
     def __init__(
         self,
@@ -40,10 +28,10 @@ class Keys:
     ):
         self.rank = rank
         self.tensors: dict[str, torch.Tensor] = {}
-        """As they were given; of tied ones only the first."""
+        """The tensors as they were given; of tied tensors only the first."""
         self.entry_of: dict[str, int] = {}
-        self._runs: dict[tuple[str, ...], list[Run]] = {}
-        self.placement: Placement = place(self._entries(named_params, groups), servers)
+        """By key: the index of its tensor in ``placement.entries``."""
+        self.placement: Placement = deal(self._entries(named_params, groups), servers)
 
     def _entries(self, named_params: Iterable[tuple[str, torch.Tensor]], groups: Mapping[str, int]) -> list[Entry]:
         entries: list[Entry] = []
@@ -56,7 +44,7 @@ class Keys:
                 raise UsageError(
                     f"{name!r} is {tensor.dtype}; a parameter server has {kinds}: cast it, or leave it out"
                 )
-            # Tied: the same numbers under two names.
+            # Tied tensors are the same numbers under two names.
             same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
             if same not in known:
                 known[same] = len(entries)
@@ -66,7 +54,7 @@ class Keys:
         return entries
 
     def require_agreement(self, everyone: Group, rules: str) -> None:
-        """DisagreementError on every rank unless all were given the same tensors and rules."""
+        """DisagreementError on every rank unless all ranks were given the same tensors and rules. Collective."""
         lines = [rules, *(f"{name!r} is {self.placement.entries[at]}" for name, at in self.entry_of.items())]
         digest = sha256("\n".join(lines).encode()).digest()
         if len(set(exchange_records(everyone, digest, "parameter server"))) == 1:
@@ -84,6 +72,7 @@ class Keys:
         )
 
     def entry(self, key: str) -> Entry:
+        """The tensor that ``key`` names. UsageError, with similar keys, for a key that there is not."""
         if key not in self.entry_of:
             near = difflib.get_close_matches(key, self.entry_of, n=3, cutoff=0.4)
             hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {len(self.entry_of)} keys"
@@ -102,26 +91,3 @@ class Keys:
                 f"rank {self.rank}: {what} of {key!r} with a tensor of {mine}, and the parameter server has "
                 f"{theirs}; give one of that shape and dtype"
             )
-
-    def runs_of(self, keys: tuple[str, ...]) -> list[Run]:
-        """The messages that carry these tensors, where they lie side by side."""
-        if keys not in self._runs:
-            runs: list[Run] = []
-            base = 0
-            for key in keys:
-                at = self.entry_of[key]
-                itemsize = self.placement.entries[at].dtype.itemsize
-                for part in self.placement.of_entry[at]:
-                    start, stop = base + part.start, base + part.stop
-                    last = runs[-1] if runs else None
-                    if (
-                        last is not None
-                        and (last.server, last.first + last.parts, last.stop) == (part.server, part.number, start)
-                        and (stop - last.start) * itemsize <= MESSAGE_BYTES
-                    ):
-                        runs[-1] = last._replace(parts=last.parts + 1, stop=stop)
-                    else:
-                        runs.append(Run(part.server, part.number, 1, start, stop))
-                base += self.placement.entries[at].numel
-            self._runs[keys] = runs
-        return self._runs[keys]

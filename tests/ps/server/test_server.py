@@ -14,6 +14,7 @@ from commlab.native.norm import clip_factor
 from commlab.ps.consistency import Consistency, parse
 from commlab.ps.messages import WIRE_CODES, Header, Kind
 from commlab.ps.server.server import Server
+from commlab.ps.server.shard import Shard
 
 KINDS = {
     "bsp": Story(0, "bsp"),
@@ -30,18 +31,19 @@ KINDS = {
 
 
 def replayed(run: Run, server: int) -> list[torch.Tensor]:
-    """The values that plain torch gets from the log, one update after the other, every part a tensor of its own."""
-    story, parts = run.story, run.servers[server].shard.parts
+    """The values that plain torch gets from the log, one update after the other, every slice a tensor of its own."""
+    story, slices = run.story, run.servers[server].ledger.shard.slices
     values = [
-        run.first_value(part).view(ENTRIES[part.entry].shape if not ENTRIES[part.entry].shape else -1) for part in parts
+        run.first_value(owned).view(ENTRIES[owned.entry].shape if not ENTRIES[owned.entry].shape else -1)
+        for owned in slices
     ]
     optimizers = [story.factory([value]) for value in values]
     for record in run.logs[server]:
-        for at in record.parts:
-            part = parts[at]
-            dtype = ENTRIES[part.entry].dtype
+        for at in record.slices:
+            owned = slices[at]
+            dtype = ENTRIES[owned.entry].dtype
             sent = [
-                gradient(worker, clock, part.entry, part.start, part.stop, story.wire or dtype)
+                gradient(worker, clock, owned.entry, owned.start, owned.stop, story.wire or dtype)
                 for worker, clock, _ in record.pushes
             ]
             wide = [numbers.float() for numbers in sent]
@@ -54,7 +56,7 @@ def replayed(run: Run, server: int) -> list[torch.Tensor]:
                 total *= record.factor
             values[at].grad = total.to(dtype).view(values[at].shape)
             assert record.hypers.groups is not None
-            optimizers[at].param_groups[0].update(record.hypers.groups[ENTRIES[part.entry].group])
+            optimizers[at].param_groups[0].update(record.hypers.groups[ENTRIES[owned.entry].group])
             optimizers[at].step()
     return values
 
@@ -65,27 +67,30 @@ def test_any_interleaving_equals_a_replay_of_its_log(kind: str, seed: int) -> No
     """Bit for bit; and every push is in the log exactly once."""
     run = Run(replace(KINDS[kind], seed=1000 * seed + len(kind))).run()
     for server in run.servers:
-        for part, value in zip(server.shard.parts, replayed(run, server.index), strict=True):
-            assert torch.equal(server.shard.pieces[part.number], value), (server.index, part)
+        ledger = server.ledger
+        for owned, value in zip(ledger.shard.slices, replayed(run, ledger.index), strict=True):
+            assert torch.equal(ledger.shard.pieces[owned.number], value), (ledger.index, owned)
         made = Counter(
-            (worker, clock, part)
-            for record in server.log or ()
+            (worker, clock, index)
+            for record in ledger.log or ()
             for worker, clock, _ in record.pushes
-            for part in record.parts
+            for index in record.slices
         )
         assert set(made.values()) <= {1}
         wanted = {
-            (worker, clock, part) for (where, worker, _), (clock, part) in run.pushed.items() if where == server.index
+            (worker, clock, index) for (where, worker, _), (clock, index) in run.pushed.items() if where == ledger.index
         }
         assert set(made) == wanted
-        assert server.closed
+        assert ledger.closed
 
 
 def test_bsp_is_the_same_bits_in_any_order() -> None:
     runs = [Run(replace(KINDS["bsp, clipped"], seed=seed)).run() for seed in range(8)]
     for run in runs[1:]:
         for mine, first in zip(run.servers, runs[0].servers, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(mine.shard.pieces, first.shard.pieces, strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(mine.ledger.shard.pieces, first.ledger.shard.pieces, strict=True)
+            )
     factors = {record.factor for run in runs for log in run.logs for record in log}
     assert len(factors) == runs[0].story.clocks and max(factors) < 1.0, "clipped, alike on all servers, in every clock"
 
@@ -105,7 +110,7 @@ def test_the_norm_that_servers_agree_on_is_the_whole_gradients() -> None:
 
 
 def staleness_of(run: Run) -> Counter[int]:
-    return sum((state.staleness for server in run.servers for state in server.workers), Counter())
+    return sum((worker.staleness for server in run.servers for worker in server.ledger.workers), Counter())
 
 
 def test_staleness_is_recorded_for_every_read_and_bounded() -> None:
@@ -129,20 +134,24 @@ class Hasty(Consistency):
         return True
 
 
+class Blind(Hasty):
+    """Without the server's own check, too."""
+
+    def keeps(self, lacking: int) -> bool:
+        return True
+
+
 class HastyServer(Server):
+    consistency: type[Consistency] = Hasty
+
     def __init__(self, shard, rules, index=0, names=None, log=None):  # type: ignore[no-untyped-def]
-        consistency = rules.consistency
-        hasty = Hasty(consistency.name, consistency.staleness, consistency.averages)
-        super().__init__(shard, rules._replace(consistency=hasty), index, names, log)
+        given = rules.consistency
+        changed = self.consistency(given.name, given.staleness, given.averages)
+        super().__init__(shard, rules._replace(consistency=changed), index, names, log)
 
 
 class BlindServer(HastyServer):
-    """Nor does it look at what it does."""
-
-    def _read(self, waiting):  # type: ignore[no-untyped-def]
-        self.rules = self.rules._replace(consistency=replace(self.rules.consistency, staleness=None))
-        super()._read(waiting)
-        self.rules = self.rules._replace(consistency=replace(self.rules.consistency, staleness=1))
+    consistency = Blind
 
 
 def test_without_the_wait_the_servers_own_check_fails() -> None:
@@ -168,15 +177,16 @@ def test_without_the_wait_values_lack_what_ssp_promises() -> None:
 
 
 def served(consistency: str = "bsp", workers: int = 2) -> Run:
-    """A server that has its first values, and workers that have said nothing yet."""
+    """A server that has its first values, and workers that have sent nothing yet."""
     return Run(Story(0, consistency, workers=workers, servers=1))
 
 
-def say(run: Run, worker: int, header: Header, data: torch.Tensor | None = None) -> list[tuple[int, Header, str]]:
+def send(run: Run, worker: int, header: Header, data: torch.Tensor | None = None) -> list[tuple[int, Header, str]]:
     """Deliver one message; the answers, with their text."""
     body = torch.empty(0, dtype=torch.uint8) if data is None else data.view(-1).view(torch.uint8)
     assert run._deliver(worker, 0, header._replace(length=body.numel()), body)
-    outbox, run.servers[0].outbox = run.servers[0].outbox, []
+    ledger = run.servers[0].ledger
+    outbox, ledger.outbox = ledger.outbox, []
     return [
         (peer, head, bytes(text.numpy()).decode(errors="ignore") if text is not None else "")
         for peer, head, text in outbox
@@ -207,65 +217,65 @@ def test_bad_messages_are_answered_to_who_sent_them(
     """And the server lives on, with what it had."""
     run = served(consistency)
     dtype = header.dtype or torch.float32
-    before = [piece.clone() for piece in run.servers[0].shard.pieces]
-    [(peer, answer, text)] = say(run, 1, header, torch.ones(numbers, dtype=dtype))
+    before = [piece.clone() for piece in run.servers[0].ledger.shard.pieces]
+    [(peer, answer, text)] = send(run, 1, header, torch.ones(numbers, dtype=dtype))
     assert (peer, answer.kind) == (1, Kind.ERROR) and reason in text
-    assert all(torch.equal(a, b) for a, b in zip(run.servers[0].shard.pieces, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run.servers[0].ledger.shard.pieces, before, strict=True))
     good = Header(Kind.PUSH, 1, 1, wire=FP32)
     for worker in range(2):
-        assert say(run, worker, good, torch.ones(7))[0][1].kind == Kind.ACK
-    assert not torch.equal(run.servers[0].shard.pieces[1], before[1])
+        assert send(run, worker, good, torch.ones(7))[0][1].kind == Kind.ACK
+    assert not torch.equal(run.servers[0].ledger.shard.pieces[1], before[1])
 
 
 def test_push_before_the_first_value_is_refused() -> None:
     run = served()
-    run.servers[0] = Server(run.servers[0].shard, run.servers[0].rules)
+    run.servers[0] = Server(Shard(run.placement, 0, run.story.factory, 2), run.servers[0].ledger.rules)
     for kind in (Kind.PUSH, Kind.PULL):
         data = torch.ones(7) if kind == Kind.PUSH else None
-        [(_, answer, text)] = say(run, 0, Header(kind, 1, 1, wire=FP32), data)
+        [(_, answer, text)] = send(run, 0, Header(kind, 1, 1, wire=FP32), data)
         assert answer.kind == Kind.ERROR and "before it had a first value" in text
-    assert say(run, 0, Header(Kind.INIT, 1, 1, wire=FP32), torch.ones(7))[0][1].kind == Kind.ACK
-    assert say(run, 0, Header(Kind.PULL, 1, 1, wire=FP32))[0][1].kind == Kind.VALUES
+    assert send(run, 0, Header(Kind.INIT, 1, 1, wire=FP32), torch.ones(7))[0][1].kind == Kind.ACK
+    assert send(run, 0, Header(Kind.PULL, 1, 1, wire=FP32))[0][1].kind == Kind.VALUES
 
 
 def test_a_second_push_in_one_clock_is_refused_under_bsp() -> None:
     run = served()
     push = Header(Kind.PUSH, 1, 1, wire=FP32)
-    assert say(run, 0, push, torch.ones(7))[0][1].kind == Kind.ACK
-    [(_, answer, text)] = say(run, 0, push, torch.full((7,), 5.0))
+    assert send(run, 0, push, torch.ones(7))[0][1].kind == Kind.ACK
+    [(_, answer, text)] = send(run, 0, push, torch.full((7,), 5.0))
     assert answer.kind == Kind.ERROR and "twice in clock 0" in text
-    before = run.servers[0].shard.pieces[1].clone()
-    say(run, 1, push, torch.ones(7))
-    assert torch.allclose(run.servers[0].shard.pieces[1], before - 0.1), "the second one left no trace"
+    before = run.servers[0].ledger.shard.pieces[1].clone()
+    send(run, 1, push, torch.ones(7))
+    assert torch.allclose(run.servers[0].ledger.shard.pieces[1], before - 0.1), "the second one left no trace"
 
 
 def test_workers_that_disagree_on_hyperparameters_are_refused() -> None:
     run = served()
     push = Header(Kind.PUSH, 1, 1, wire=FP32)
 
-    def tell(worker: int, lr: float) -> None:
+    def send_lr(worker: int, lr: float) -> None:
         text = b'{"groups": [{"lr": %g}, {"lr": 1}], "scale": 1.0}' % lr
-        say(run, worker, Header(Kind.HYPER), torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        send(run, worker, Header(Kind.HYPER), torch.frombuffer(bytearray(text), dtype=torch.uint8))
 
-    tell(0, 0.5)
-    tell(1, 0.25)
-    say(run, 0, push, torch.ones(7))
-    [(peer, answer, text)] = say(run, 1, push, torch.ones(7))
+    send_lr(0, 0.5)
+    send_lr(1, 0.25)
+    send(run, 0, push, torch.ones(7))
+    [(peer, answer, text)] = send(run, 1, push, torch.ones(7))
     assert peer == 1 and answer.kind == Kind.ERROR
     assert "worker 1 to be updated with lr=0.25 in group 0 in clock 0, by worker 0 with lr=0.5" in text
-    tell(1, 0.5)
-    before = run.servers[0].shard.pieces[1].clone()
-    assert say(run, 1, push, torch.ones(7))[0][1].kind == Kind.ACK
-    assert torch.allclose(run.servers[0].shard.pieces[1], before - 0.5), "and can still do better"
+    send_lr(1, 0.5)
+    before = run.servers[0].ledger.shard.pieces[1].clone()
+    assert send(run, 1, push, torch.ones(7))[0][1].kind == Kind.ACK
+    assert torch.allclose(run.servers[0].ledger.shard.pieces[1], before - 0.5), "and can still do better"
 
 
 def test_bsp_tells_who_waits_for_a_worker_that_has_left() -> None:
     run = served()
     push, pull = Header(Kind.PUSH, 1, 1, wire=FP32), Header(Kind.PULL, 1, 1, clock=1, wire=FP32)
-    say(run, 0, push, torch.ones(7))
-    say(run, 0, Header(Kind.CLOCK, clock=0))
-    assert say(run, 0, pull) == []
-    answers = {peer: (head.kind, text) for peer, head, text in say(run, 1, Header(Kind.LEAVE))}
+    send(run, 0, push, torch.ones(7))
+    send(run, 0, Header(Kind.CLOCK, clock=0))
+    assert send(run, 0, pull) == []
+    answers = {peer: (head.kind, text) for peer, head, text in send(run, 1, Header(Kind.LEAVE))}
     assert answers[1][0] == Kind.ACK and answers[0][0] == Kind.ERROR
     assert "worker 0 waits at clock 1 for worker 1 (at clock 0), which has left" in answers[0][1]
 
@@ -274,27 +284,27 @@ def test_bsp_tells_who_waits_for_a_worker_that_has_left() -> None:
 def test_a_worker_that_leaves_holds_nobody_back(consistency: str, waits: bool) -> None:
     run = served(consistency)
     for clock in range(2):
-        say(run, 0, Header(Kind.CLOCK, clock=clock))
-    assert (say(run, 0, Header(Kind.PULL, 1, 1, clock=2, wire=FP32)) == []) == waits
-    kinds = [head.kind for _, head, _ in say(run, 1, Header(Kind.LEAVE))]
+        send(run, 0, Header(Kind.CLOCK, clock=clock))
+    assert (send(run, 0, Header(Kind.PULL, 1, 1, clock=2, wire=FP32)) == []) == waits
+    kinds = [head.kind for _, head, _ in send(run, 1, Header(Kind.LEAVE))]
     assert sorted(kinds) == ([Kind.ACK, Kind.VALUES] if waits else [Kind.ACK])
-    [(_, answer, text)] = say(run, 1, Header(Kind.PUSH, 1, 1, wire=FP32), torch.ones(7))
+    [(_, answer, text)] = send(run, 1, Header(Kind.PUSH, 1, 1, wire=FP32), torch.ones(7))
     assert answer.kind == Kind.ERROR and "which has left" in text
 
 
 def test_who_waits_too_long_is_told_for_whom() -> None:
     run = served("ssp:0", workers=3)
     server = run.servers[0]
-    say(run, 0, Header(Kind.CLOCK, clock=0))
-    say(run, 2, Header(Kind.CLOCK, clock=0))
-    server.now_s = 100.0
-    say(run, 0, Header(Kind.PULL, 1, 1, clock=1, wire=FP32))
-    server.now_s = 109.0
+    send(run, 0, Header(Kind.CLOCK, clock=0))
+    send(run, 2, Header(Kind.CLOCK, clock=0))
+    server.ledger.now_s = 100.0
+    send(run, 0, Header(Kind.PULL, 1, 1, clock=1, wire=FP32))
+    server.ledger.now_s = 109.0
     server.give_up(10.0)
-    assert not server.outbox
-    server.now_s = 112.0
+    assert not server.ledger.outbox
+    server.ledger.now_s = 112.0
     server.give_up(10.0)
-    [(peer, answer, text)] = server.outbox
+    [(peer, answer, text)] = server.ledger.outbox
     assert peer == 0 and answer.kind == Kind.ERROR and text is not None
     assert "worker 0 has waited 12.0 s at clock 1 for worker 1 (at clock 0)" in bytes(text.numpy()).decode()
 
@@ -311,11 +321,12 @@ def test_consistency_as_text() -> None:
 def test_sgd_is_what_it_is_called() -> None:
     """The replay would not notice an optimizer that is never called."""
     run = Run(replace(KINDS["one worker"], clocks=1, factory=sgd)).run()
-    for part, value in zip(run.servers[0].shard.parts, run.servers[0].shard.pieces, strict=True):
-        entry = ENTRIES[part.entry]
+    shard = run.servers[0].ledger.shard
+    for owned, value in zip(shard.slices, shard.pieces, strict=True):
+        entry = ENTRIES[owned.entry]
         lr = 0.05 if entry.group else 0.1
         wanted = (
-            run.first_value(part).double()
-            - lr * gradient(0, 0, part.entry, part.start, part.stop, entry.dtype).double()
+            run.first_value(owned).double()
+            - lr * gradient(0, 0, owned.entry, owned.start, owned.stop, entry.dtype).double()
         )
         assert torch.allclose(value.double().view(-1), wanted, atol=5e-3 if entry.dtype == torch.bfloat16 else 1e-6)
