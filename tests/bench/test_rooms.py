@@ -72,4 +72,4 @@ def test_a_command_has_a_main_and_says_how_it_is_used(file: Path) -> None:
 def test_these_tests_see_something() -> None:
     assert len(FILES) > 40
     seen = {name for file in FILES for _, name in imports(file)}
-    assert {("core", "results"), ("core", "harness", "measure"), ("hosts", "plan", "HostLink")} <= seen
+    assert {("core", "results"), ("core", "harness", "Block"), ("hosts", "plan", "HostLink")} <= seen
