@@ -72,7 +72,7 @@ horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's c
 lint: $(VENV)/.lint venv ## ruff, mypy, clang-format; changes nothing
 	ruff check .
 	ruff format --check .
-	mypy commlab
+	mypy commlab bench
 	clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.lint ## let ruff and clang-format rewrite the sources

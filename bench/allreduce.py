@@ -4,106 +4,210 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Iterator, Sequence
+from statistics import median
 
-from commlab.errors import UsageError
+import commlab
 from commlab.job import launch
 from commlab.runtime.world import TRANSPORTS, WINDOWS
 
-from .contestants import PEERS, commlab, floor
+from .contestants import PEERS, floor
 from .contestants.case import DTYPES, EXACT_UP_TO, OPS, Case
-from .core import results, table
+from .contestants.commlab import NAMES, Groups, commlab_blocks, groups_of
+from .core import harness, table
 from .core.arguments import count, names, sizes
-from .core.harness import Block, measure, progress_line
-from .core.ranks import Ranks, share_cores
-from .core.stats import format_bytes
-from .rows import HEAD, cells, rows, title
+from .core.harness import Block, Result, progress_line
+from .core.program import RankProgram, Section, Session
+from .core.ranks import share_cores
+from .core.results import Record
+from .core.stats import bus_factor, format_bytes, format_ratio, format_us, percentile, ratio
 
 SIZES = "4B,64B,1KB,16KB,64KB,256KB,1MB,4MB,16MB,100MB,256MB"
 CHECKS = {"both": (True, False), "on": (True,), "off": (False,)}
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m bench.allreduce", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    found.add_argument("--op", choices=OPS, default="allreduce")
-    found.add_argument(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=OPS, default="allreduce")
+    parser.add_argument(
         "--sizes", type=sizes, default=SIZES, metavar="LIST", help="bytes of the whole buffer, as 4B,64KiB,100MB"
     )
-    found.add_argument("--dtype", choices=DTYPES, default="float32")
-    found.add_argument("--algorithms", type=names(*commlab.NAMES), default=",".join(commlab.NAMES), metavar="LIST")
-    found.add_argument(
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--algorithms", type=names(*NAMES), default=",".join(NAMES), metavar="LIST")
+    parser.add_argument(
         "--wires", type=names("none", "fp16", "bf16"), default="none,fp16", metavar="LIST", help="for allreduce"
     )
-    found.add_argument("--peers", type=names("none", *PEERS), default=",".join(PEERS), metavar="LIST", help="or none")
-    found.add_argument("--rounds", type=count, default=11, help="samples per contestant, interleaved")
-    found.add_argument(
+    parser.add_argument("--peers", type=names("none", *PEERS), default=",".join(PEERS), metavar="LIST", help="or none")
+    parser.add_argument("--rounds", type=count, default=11, help="samples per contestant, interleaved")
+    parser.add_argument(
         "--sample-ms",
         type=count,
         default=2,
         metavar="MS",
         help="how long a sample lasts at least; on a shaped link longer than its burst, or small sizes never meet it",
     )
-    found.add_argument(
+    parser.add_argument(
         "--check", choices=CHECKS, default="both", help="commlab with its agreement check, without it, or both"
     )
-    found.add_argument("--transport", choices=TRANSPORTS, default="mpi")
-    found.add_argument("--window", choices=WINDOWS, default="auto", help="off: the ranks of a node send messages too")
-    found.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
-    found.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for one turn; then the job ends")
-    found.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
-    return found
+    parser.add_argument("--transport", choices=TRANSPORTS, default="mpi")
+    parser.add_argument("--window", choices=WINDOWS, default="auto", help="off: the ranks of a node send messages too")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for one turn; then the job ends")
 
 
-def contestants(case: Case, groups: commlab.Groups, options: argparse.Namespace) -> list[Block]:
+def contestants(case: Case, groups: Groups, options: argparse.Namespace) -> list[Block]:
     wires = [None if wire == "none" else wire for wire in options.wires]
-    blocks = floor.blocks(case) + commlab.blocks(case, groups, options.algorithms, wires, CHECKS[options.check])
+    blocks = floor.blocks(case) + commlab_blocks(case, groups, options.algorithms, wires, CHECKS[options.check])
     for peer in options.peers:
         blocks += PEERS[peer](case) if peer != "none" else []
     return blocks
 
 
 def exact_up_to(options: argparse.Namespace) -> int:
-    """The precision that the numbers must fit: that of the narrowest dtype or wire of the run."""
+    """The largest integer of the data, which the narrowest dtype or wire of the command line must hold exactly."""
     wires = {"fp16": "float16", "bf16": "bfloat16"}
     return min(
         EXACT_UP_TO.get(name, 2**11) for name in (options.dtype, *(wires.get(wire, "") for wire in options.wires))
     )
 
 
-def one_size(
-    size_bytes: int, at: int, groups: commlab.Groups, ranks: Ranks, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Measure, and on rank 0 print the table. Its memory is given back before the next size asks for more."""
+def connect(options: argparse.Namespace) -> commlab.Group:
+    share_cores()
+    return commlab.init(options.transport, timeout_s=options.timeout, window=options.window)
+
+
+def measure(session: Session) -> Iterator[Section]:
+    """A section per size. The memory of a size is given back before the next size asks for more."""
+    options, group = session.options, session.group
+    largest_bytes = max(options.sizes) + DTYPES[options.dtype].itemsize * launch.detect().size
+    groups = groups_of(group, largest_bytes)
+    session.run["progress"] = group.progress_mode
+    for at, size_bytes in enumerate(options.sizes):
+        yield one_size(size_bytes, at, groups, session)
+
+
+def one_size(size_bytes: int, at: int, groups: Groups, session: Session) -> Section:
+    options, ranks = session.options, session.ranks
     numel = max(1, size_bytes // DTYPES[options.dtype].itemsize)
     case = Case(options.op, numel, DTYPES[options.dtype], ranks.rank, ranks.size, exact_up_to(options))
     show = progress_line(ranks, f"{options.op} {format_bytes(case.bytes)} ({at + 1} of {len(options.sizes)})")
     blocks = contestants(case, groups, options)
-    found = rows(
-        measure(blocks, ranks, options.rounds, options.seed + at, options.timeout, show, options.sample_ms / 1e3), case
+    sample_s = options.sample_ms / 1e3
+    results = harness.measure(blocks, ranks, options.rounds, options.seed + at, options.timeout, show, sample_s)
+    found = records(results, case)
+    return Section(f"{title(case, found)}\n{table.render(HEAD, [cells(record) for record in found])}\n", found)
+
+
+HEAD = ("contestant", "p50 us", "p99 us", "algbw", "busbw GB/s", "wrong", "/ floor", "/ best peer", "check us")
+
+
+def records(results: Sequence[Result], case: Case) -> list[Record]:
+    """One record per contestant. Ratios are of times, ``[median, low, high]`` over the rounds: below 1 is faster."""
+    return [_record(result, results, case) for result in results]
+
+
+def _record(result: Result, results: Sequence[Result], case: Case) -> Record:
+    labels = result.contestant.labels
+    record: Record = {
+        "type": "row",
+        "op": case.op,
+        "bytes": case.bytes,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "ranks": case.size,
+        "contestant": result.contestant.name,
+        **labels,
+    }
+    if result.missing:
+        return {**record, "missing": result.missing}
+    p50_s = median(result.samples_s)
+    algbw = case.bytes / p50_s / 1e9
+    record |= {
+        "p50_us": round(p50_s * 1e6, 3),
+        "p99_us": round(percentile(result.samples_s, 99) * 1e6, 3),
+        "algbw_GBps": float(f"{algbw:.4g}"),
+        "busbw_GBps": float(f"{algbw * bus_factor(case.op, case.size):.4g}"),
+        "bytes_sent": result.bytes_sent,
+        "wrong": result.wrong,
+        "rounds": len(result.samples_s),
+        "repeats": result.repeats,
+        "samples_us": [round(sample * 1e6, 3) for sample in result.samples_s],
+    }
+    if labels["kind"] == "floor":
+        del record["busbw_GBps"]  # nothing crosses a link
+    else:
+        record |= _against("floor", result, fastest(results, "floor"))
+    if labels["kind"] == "commlab":
+        record |= _against("best_peer", result, fastest(results, "peer", wires=(None, labels["wire"])))
+        record |= _check_cost(result, results)
+    return record
+
+
+def fastest(results: Sequence[Result], kind: str, wires: Sequence[str | None] = (None,)) -> Result | None:
+    """The contestant of this kind with the lowest median. Peers with a 16-bit wire count only
+    where ``wires`` has that wire."""
+    able = [
+        each
+        for each in results
+        if not each.missing
+        and not each.wrong
+        and each.contestant.labels["kind"] == kind
+        and each.contestant.labels.get("wire") in wires
+    ]
+    return min(able, key=lambda each: median(each.samples_s), default=None)
+
+
+def _against(column: str, result: Result, other: Result | None) -> Record:
+    if other is None:
+        return {}
+    found = ratio(result.samples_s, other.samples_s)
+    return {column: other.contestant.name, f"ratio_{column}": [float(f"{value:.4g}") for value in found]}
+
+
+def _check_cost(result: Result, results: Sequence[Result]) -> Record:
+    """The time that the agreement check adds: this contestant against its twin without the check, round by round."""
+    labels = result.contestant.labels
+    if not labels["check"]:
+        return {}
+    twin = next(
+        (each for each in results if not each.missing and each.contestant.labels == {**labels, "check": False}), None
     )
-    if ranks.rank == 0:
-        print(f"{title(case, found)}\n{table.render(HEAD, [cells(record) for record in found])}\n", flush=True)
-    return found
+    if twin is None:
+        return {}
+    cost_s = median(checked - bare for checked, bare in zip(result.samples_s, twin.samples_s, strict=True))
+    return {"check_us": round(cost_s * 1e6, 3)}
+
+
+def title(case: Case, records: Sequence[Record]) -> str:
+    """The headline of a table: the operation, and the contestants that the ratios are to."""
+    text = f"{case.op}, {format_bytes(case.bytes)} of {str(case.dtype).removeprefix('torch.')}, {case.size} ranks"
+    for column, title_word in (("floor", "floor"), ("best_peer", "best peer")):
+        names = dict.fromkeys(record[column] for record in records if column in record)
+        if names:
+            text += f"; {title_word}: {' / '.join(names)}"
+    return text
+
+
+def cells(record: Record) -> list[str]:
+    """The record as cells under HEAD; a missing contestant as one cell."""
+    if "missing" in record:
+        return [f"{record['contestant']}: missing: {record['missing']}"]
+    return [
+        record["contestant"],
+        format_us(record["p50_us"] / 1e6),
+        format_us(record["p99_us"] / 1e6),
+        f"{record['algbw_GBps']:.3g}",
+        f"{record['busbw_GBps']:.3g}" if "busbw_GBps" in record else "",
+        str(record["wrong"]),
+        f"{record['ratio_floor'][0]:.3g}" if "ratio_floor" in record else "",
+        format_ratio(record.get("ratio_best_peer")),
+        f"{record['check_us']:.1f}" if "check_us" in record else "",
+    ]
+
+
+PROGRAM = RankProgram("bench.allreduce", __doc__, arguments, measure, connect, alone="one rank exchanges nothing")
 
 
 def main() -> int:
-    options = parser().parse_args()
-    share_cores()
-    largest_bytes = max(options.sizes) + DTYPES[options.dtype].itemsize * launch.detect().size
-    groups = commlab.connect(options.transport, options.window, options.timeout, largest_bytes)
-    ranks = Ranks()
-    if ranks.size == 1:
-        raise UsageError("one rank exchanges nothing: start it with mpirun -n 2, or more")
-    run = results.describe(ranks, "bench.allreduce", progress=groups.world.progress_mode)
-    wrong = 0
-    for at, size_bytes in enumerate(options.sizes):
-        found = one_size(size_bytes, at, groups, ranks, options)
-        wrong += sum(record.get("wrong", 0) for record in found)
-        if ranks.rank == 0 and options.json:
-            results.append(options.json, [run, *found] if at == 0 else found)
-    return ranks.end(wrong, "numbers are wrong")
+    return PROGRAM.main()
 
 
 if __name__ == "__main__":

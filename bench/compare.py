@@ -1,8 +1,8 @@
 """``python -m bench.compare A.jsonl B.jsonl``: what got faster or slower from A to B, row by row, and what is noise.
 
 Times of two launches on a shared machine can't be compared; ratios to a yardstick that ran in the same rounds can. The
-rounds say how far off a median may be (bench.core.stats.ratio). A verdict needs the ranges of A and B to lie apart, and a
-change beyond --least, because two launches differ by more than their rounds show.
+rounds say how far off a median may be (bench.core.stats.ratio). A verdict needs the ranges of A and B to lie apart, and
+a change beyond --least, because two launches differ by more than their rounds show.
 """
 
 from __future__ import annotations
@@ -13,25 +13,32 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from .core import results, table
+from .core import program, results, table
+from .core.results import Record
 from .core.stats import Ratio, format_bytes, format_us, ratio
 
+NAME = "bench.compare"
 YARDSTICKS = ("auto", "peer", "floor", "time")
 HEAD = ("", "contestant", "A", "range", "B", "range", "B / A", "verdict")
 _SAME = ("op", "bytes", "dtype", "ranks", "transport", "wire", "check", "contestant")
 _Key = tuple[Any, ...]
 
 
-class Measured(NamedTuple):
-    """One contestant on one piece of work, in one file: its rounds, and those of the rows beside it by name."""
+class Series(NamedTuple):
+    """The rounds of one contestant on one piece of work, in one file."""
 
     samples_us: list[float]
     beside: dict[str, list[float]]
+    """The samples of all contestants on this piece of work, by name."""
     kinds: dict[str, str]
+    """The kinds of these contestants, by name."""
     missing: str
+    """Why the contestant was not measured; empty where it was."""
 
 
 class Change(NamedTuple):
+    """One contestant on one piece of work, in both files."""
+
     key: _Key
     yardstick: str | None
     before: Ratio
@@ -44,23 +51,24 @@ class Change(NamedTuple):
         return self.after.median / self.before.median
 
 
-def load(path: str, with_mpi: bool) -> dict[_Key, Measured]:
-    """Rows by what they measured; of rows measured twice the last one counts. ``with_mpi``: the MPI is part of it."""
-    found: dict[_Key, Measured] = {}
-    for run, rows in results.read(path):
-        work: dict[_Key, list[dict[str, Any]]] = {}
-        for row in rows:
-            work.setdefault(tuple(row.get(name) for name in _SAME[:4]), []).append(row)
-        for row in rows:
-            group = work[tuple(row.get(name) for name in _SAME[:4])]
+def load(path: str, with_mpi: bool) -> dict[_Key, Series]:
+    """The series of a file by contestant and piece of work; of two measurements the last one counts. ``with_mpi``:
+    whether series of two MPIs are kept apart."""
+    found: dict[_Key, Series] = {}
+    for about, records in results.read(path):
+        by_work: dict[_Key, list[Record]] = {}
+        for record in records:
+            by_work.setdefault(tuple(record.get(name) for name in _SAME[:4]), []).append(record)
+        for record in records:
+            group = by_work[tuple(record.get(name) for name in _SAME[:4])]
             beside = {other["contestant"]: other["samples_us"] for other in group if "samples_us" in other}
             kinds = {other["contestant"]: other.get("kind", "") for other in group}
-            key = (run["versions"]["mpi"] if with_mpi else None, *(row.get(name) for name in _SAME))
-            found[key] = Measured(row.get("samples_us", []), beside, kinds, row.get("missing", ""))
+            key = (about["versions"]["mpi"] if with_mpi else None, *(record.get(name) for name in _SAME))
+            found[key] = Series(record.get("samples_us", []), beside, kinds, record.get("missing", ""))
     return found
 
 
-def yardstick(one: Measured, other: Measured, wanted: str) -> str | None:
+def yardstick(one: Series, other: Series, wanted: str) -> str | None:
     """The contestant that the others on this piece of work are measured against: one that both files have. auto: the
     peer that was fastest in the first, else the floor, else none."""
     both = [name for name in one.beside if name in other.beside]
@@ -71,7 +79,7 @@ def yardstick(one: Measured, other: Measured, wanted: str) -> str | None:
     return None
 
 
-def compare(key: _Key, one: Measured, other: Measured, name: str | None, least: float) -> Change:
+def compare(key: _Key, one: Series, other: Series, name: str | None, least: float) -> Change:
     """``name``: the yardstick, or None for plain microseconds. ``least``: the smallest relative change that is one."""
     before, after = (
         ratio(each.samples_us, each.beside[name] if name else [1.0] * len(each.samples_us)) for each in (one, other)
@@ -84,33 +92,48 @@ def compare(key: _Key, one: Measured, other: Measured, name: str | None, least: 
     return change
 
 
-def differences(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> Iterable[str]:
-    """What the runs say differently about hardware and versions: reasons for a change that are not in the code."""
-    for part in ("hardware", "versions"):
-        for name in one[0].get(part, {}):
-            sides = [
-                "; ".join(dict.fromkeys(str(run.get(part, {}).get(name)) for run in runs)) for runs in (one, other)
-            ]
-            if sides[0] != sides[1]:
-                yield f"{name}: {sides[0]} -> {sides[1]}"
+def differences(one: Sequence[Record], other: Sequence[Record]) -> Iterable[str]:
+    """The differences between the ``run`` lines of two files in hardware and versions: reasons for a change that are
+    not in the code."""
+    for topic in ("hardware", "versions"):
+        for name in one[0].get(topic, {}):
+            before, after = (
+                "; ".join(dict.fromkeys(str(about.get(topic, {}).get(name)) for about in sources))
+                for sources in (one, other)
+            )
+            if before != after:
+                yield f"{name}: {before} -> {after}"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A.jsonl")
+    parser.add_argument("b", metavar="B.jsonl")
+    parser.add_argument(
+        "--against",
+        choices=YARDSTICKS,
+        default="auto",
+        help="what a row's time is divided by (default: the fastest peer, else the floor)",
+    )
+    parser.add_argument(
+        "--least", type=float, default=5.0, metavar="PERCENT", help="smaller changes are no change (default 5)"
+    )
+    parser.add_argument(
+        "--fail-above", type=float, metavar="PERCENT", help="exit with 1 if a row got slower by more, or is missing now"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = program.parser(NAME, __doc__, arguments).parse_args(argv)
     try:
-        runs = [[run for run, _ in results.read(path)] for path in (options.a, options.b)]
-        with_mpi = any(len({run["versions"]["mpi"] for run in each}) > 1 for each in runs)
+        sources = [[about for about, _ in results.read(path)] for path in (options.a, options.b)]
+        with_mpi = any(len({about["versions"]["mpi"] for about in each}) > 1 for each in sources)
         before, after = load(options.a, with_mpi), load(options.b, with_mpi)
     except (OSError, ValueError, KeyError) as error:
-        print(
-            f"bench.compare: {error!r}" if isinstance(error, KeyError) else f"bench.compare: {error}", file=sys.stderr
-        )
-        return 2
+        return program.refuse(NAME, error)
     shared = [key for key in before if key in after and before[key].samples_us and after[key].samples_us]
     if not shared:
-        print(f"bench.compare: {options.a} and {options.b} have no row in common", file=sys.stderr)
-        return 2
-    for line in differences(*runs):
+        return program.refuse(NAME, f"{options.a} and {options.b} have no row in common")
+    for line in differences(*sources):
         print(line)
     against = {key: yardstick(before[key], after[key], options.against) for key in shared}
     changes = [
@@ -120,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     print(table.render(HEAD, list(_cells(changes, before, after)), left=(0, 1, 7)))
     alone = [
-        f"only in {side}: {len(keys)} rows"
-        for side, keys in (("A", before.keys() - after), ("B", after.keys() - before))
+        f"only in {file}: {len(keys)} rows"
+        for file, keys in (("A", before.keys() - after), ("B", after.keys() - before))
         if keys
     ]
     lost = [
@@ -139,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _cells(changes: Sequence[Change], before: dict[_Key, Measured], after: dict[_Key, Measured]) -> Iterable[list[str]]:
+def _cells(changes: Sequence[Change], before: dict[_Key, Series], after: dict[_Key, Series]) -> Iterable[list[str]]:
     """A table row per change; a headline for each new piece of work, with the yardstick's own times."""
     last: _Key = ()
     for change in changes:
@@ -148,38 +171,17 @@ def _cells(changes: Sequence[Change], before: dict[_Key, Measured], after: dict[
             last = change.key[:5]
             unit = "us"
             if change.yardstick:
-                own_us = [median(side[change.key].beside[change.yardstick]) for side in (before, after)]
+                own_us = [median(series[change.key].beside[change.yardstick]) for series in (before, after)]
                 in_a, in_b = (format_us(each / 1e6) for each in own_us)
                 unit = f"time / {change.yardstick} ({in_a} us in A, {in_b} us in B)"
             yield []
             yield [f"{op}, {format_bytes(size_bytes)} of {dtype}, {ranks} ranks{f', {mpi}' if mpi else ''}; {unit}"]
-        sides = [
+        ratios = [
             cell
-            for side in (change.before, change.after)
-            for cell in (f"{side.median:.4g}", f"{side.low:.3g}-{side.high:.3g}")
+            for found in (change.before, change.after)
+            for cell in (f"{found.median:.4g}", f"{found.low:.3g}-{found.high:.3g}")
         ]
-        yield ["", change.key[-1], *sides, f"{change.factor:.3f}", "" if change.verdict == "same" else change.verdict]
-
-
-def _parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    found.add_argument("a", metavar="A.jsonl")
-    found.add_argument("b", metavar="B.jsonl")
-    found.add_argument(
-        "--against",
-        choices=YARDSTICKS,
-        default="auto",
-        help="what a row's time is divided by (default: the fastest peer, else the floor)",
-    )
-    found.add_argument(
-        "--least", type=float, default=5.0, metavar="PERCENT", help="smaller changes are no change (default 5)"
-    )
-    found.add_argument(
-        "--fail-above", type=float, metavar="PERCENT", help="exit with 1 if a row got slower by more, or is missing now"
-    )
-    return found
+        yield ["", change.key[-1], *ratios, f"{change.factor:.3f}", "" if change.verdict == "same" else change.verdict]
 
 
 if __name__ == "__main__":

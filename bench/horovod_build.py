@@ -63,8 +63,8 @@ def wheel_key(mpi: Mpi) -> str:
     """Everything a built wheel depends on; two environments with equal keys can share it."""
     torch_version = importlib.metadata.version("torch")
     python_tag = f"{sys.implementation.name}{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
-    place = mpi_rpath(mpi)
-    outside = "" if place.startswith("$ORIGIN") else place.replace("/", "_")
+    library = mpi_rpath(mpi)
+    outside = "" if library.startswith("$ORIGIN") else library.replace("/", "_")
     return f"{HOROVOD_VERSION}-torch{torch_version}-{python_tag}-{mpi.kind}{mpi.version}{outside}-{platform.machine()}"
 
 
@@ -85,7 +85,7 @@ def unpack_and_edit(sdist: Path, folder: Path, rpath: str) -> Path:
 
 
 def build(mpi: Mpi, wheel_dir: Path, steps: Steps, jobs: int) -> Path:
-    """Download, edit and compile in a temporary folder; the finished wheel appears in `wheel_dir` in one rename."""
+    """Download, edit and compile in a temporary folder; the finished wheel appears in ``wheel_dir`` in one rename."""
     with tempfile.TemporaryDirectory(prefix="commlab-horovod-") as work:
         tools, dist, temporary = Path(work) / "tools", Path(work) / "dist", Path(work) / "tmp"
         temporary.mkdir()

@@ -15,74 +15,122 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
-from typing import Any
 
 import commlab
 from commlab.trainer.model import describe_model
 
-from .contestants.training_step import Computing, Side, Work
-from .core import results, table
+from .contestants.training_step import Computing, Task, TrainingStep
+from .core import table
 from .core.arguments import count, names
 from .core.harness import progress_line
+from .core.program import AsWritten, RankProgram, Section, Session
 from .core.ranks import Ranks, link_bytes_per_s, share_cores
+from .core.results import Record
 from .core.stats import ratio
 
 CONTESTANTS = ("allreduce", "allreduce:fp16", "allreduce:bf16", "dps", "dps:fp16", "dps:bf16")
 HEAD = ("contestant", "overlap", "step ms", "compute", "update", "exposed", "floor", "late", "hidden", "wrong")
-Turn = tuple[str, bool]
-"""A contestant, and whether buckets travel during backward."""
+Variant = tuple[str, bool]
+"""A contestant, and whether its buckets travel during backward."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="gpt2-tiny", help="gpt2-100m is the paper's (default: %(default)s)")
+    parser.add_argument("--batch-size", type=count, help="sequences per rank (default: 16 for gpt2-tiny, otherwise 1)")
+    parser.add_argument("--seq-len", type=count, help="tokens (default: the model's)")
+    parser.add_argument(
+        "--contestants",
+        type=names(*CONTESTANTS),
+        default="allreduce,allreduce:fp16,dps",
+        metavar="LIST",
+        help=f"{', '.join(CONTESTANTS)} (default: %(default)s)",
+    )
+    parser.add_argument("--bucket-mb", type=float, help="of 2^20 bytes (default: 0.5 for gpt2-tiny, otherwise 25)")
+    parser.add_argument("--rounds", type=count, default=5, help="steps of each, interleaved (default: %(default)s)")
+    parser.add_argument("--threads", type=count, help="torch threads per rank (default: this machine's cores / ranks)")
+    parser.add_argument("--seed", type=int, default=0, help="of the model, the tokens and the order of the turns")
+
+
+def connect(options: argparse.Namespace) -> commlab.Group:
+    share_cores(options.threads)
+    return commlab.init()
+
+
+def measure(session: Session) -> Iterator[Section]:
+    import torch
+
+    options, group, ranks = session.options, session.group, session.ranks
+    tiny = options.model == "gpt2-tiny"
+    seq_len = options.seq_len or describe_model(options.model).seq_len
+    task = Task(options.model, options.batch_size or (16 if tiny else 1), seq_len, group, ranks, options.seed)
+    bucket_bytes = round((options.bucket_mb or (0.5 if tiny else 25.0)) * 2**20)
+    steps = {name: TrainingStep(name, task, bucket_bytes) for name in options.contestants}
+    computing = Computing(next(iter(steps.values())))
+    threads = torch.get_num_threads()
+    session.run |= {"progress": group.progress_mode, "threads": threads, "bucket_bytes": bucket_bytes}
+    samples = samples_of(steps, computing, ranks, options.rounds, options.seed)
+    for training_step in steps.values():
+        training_step.wrong = int(ranks.total([training_step.wrong])[0])
+    # Ranks of one host share its link, and some of what they send does not go there.
+    link = link_bytes_per_s() if len(group.nodes) == ranks.size else 0.0
+    made = records(samples, steps, computing, task, link)
+    hosts = f"{len(group.nodes)} host{'s' * (len(group.nodes) > 1)}"
+    title = f"a step of {options.model}, {task.tokens} tokens per rank, {ranks.size} ranks on {hosts}"
+    shown = table.render(HEAD, [cells(record) for record in made], left=(0, 1))
+    yield Section(f"{title}\n{shown}", made, failed=sum(training_step.wrong for training_step in steps.values()))
 
 
 def exposed_s(samples_s: Sequence[tuple[float, float]], computing_s: Sequence[float]) -> list[float]:
-    """Of (step, update) and computing alone, round by round: what slows a whole round, slows computing too."""
+    """The exposed seconds, round by round, from (step, update) and from computing alone: a delay that slows a whole
+    round slows computing too."""
     return [step - update - alone for (step, update), alone in zip(samples_s, computing_s, strict=True)]
 
 
-def measure(
-    sides: dict[str, Side], computing: Computing, ranks: Ranks, rounds: int, seed: int
-) -> dict[Turn, list[tuple[float, float]]]:
-    """(step, update) of every turn and round, in seconds, the slowest rank's. Collective."""
-    turns: list[Turn | None] = [None, *((name, overlap) for name in sides for overlap in (True, False))]
-    found: dict[Turn, list[tuple[float, float]]] = {turn: [] for turn in turns if turn}
+def samples_of(
+    steps: dict[str, TrainingStep], computing: Computing, ranks: Ranks, rounds: int, seed: int
+) -> dict[Variant, list[tuple[float, float]]]:
+    """(step, update) of every variant and round, in seconds of the slowest rank. Collective."""
+    variants: list[Variant | None] = [None, *((name, overlap) for name in steps for overlap in (True, False))]
+    found: dict[Variant, list[tuple[float, float]]] = {variant: [] for variant in variants if variant}
     show, order = progress_line(ranks, "bench.overlap"), random.Random(seed)
-    computing.run()
-    for side in sides.values():  # makes what is made on first use
-        show(f"warming up: {side.name}")
-        side.step(overlap=True)
+    computing.measure()
+    for training_step in steps.values():  # makes what is made on first use
+        show(f"warming up: {training_step.name}")
+        training_step.step(overlap=True)
     computing.samples_s.clear()
     for round_ in range(rounds):
-        for turn in order.sample(turns, len(turns)):
-            show(f"round {round_ + 1} of {rounds}: {'computing alone' if turn is None else turn[0]}")
-            if turn is None:
-                computing.run()
+        for variant in order.sample(variants, len(variants)):
+            show(f"round {round_ + 1} of {rounds}: {'computing alone' if variant is None else variant[0]}")
+            if variant is None:
+                computing.measure()
             else:
-                step_s, update_s = ranks.maximum(sides[turn[0]].step(overlap=turn[1]))
-                found[turn].append((step_s, update_s))
+                step_s, update_s = ranks.maximum(steps[variant[0]].step(overlap=variant[1]))
+                found[variant].append((step_s, update_s))
     show("")
     return found
 
 
-def rows(
-    found: dict[Turn, list[tuple[float, float]]],
-    sides: dict[str, Side],
+def records(
+    found: dict[Variant, list[tuple[float, float]]],
+    steps: dict[str, TrainingStep],
     computing: Computing,
-    work: Work,
+    task: Task,
     link: float,
-) -> list[dict[str, Any]]:
-    """A record per turn. ``link``: bytes per second that a rank's own link carries each way; 0 where it has none."""
+) -> list[Record]:
+    """A record per variant. ``link``: bytes per second that a rank's own link carries each way; 0 where it has none."""
     alone_s = [forward_s + backward_s for forward_s, backward_s in computing.samples_s]
-    exposed = {turn: exposed_s(samples, alone_s) for turn, samples in found.items()}
+    exposed = {variant: exposed_s(samples, alone_s) for variant, samples in found.items()}
     made = []
     for (name, overlap), samples in found.items():
-        side = sides[name]
-        row: dict[str, Any] = {
+        training_step = steps[name]
+        record: Record = {
             "type": "row",
             "op": "overlap",
-            "model": work.model_name,
-            "tokens": work.tokens,
-            "ranks": work.size,
+            "model": task.model_name,
+            "tokens": task.tokens,
+            "ranks": task.size,
             "contestant": name,
             "kind": "commlab",
             "overlap": overlap,
@@ -91,19 +139,19 @@ def rows(
             "backward_ms": _ms(backward_s for _, backward_s in computing.samples_s),
             "update_ms": _ms(update_s for _, update_s in samples),
             "exposed_ms": _ms(exposed[name, overlap]),
-            "bytes_sent": side.bytes_sent,
-            "wrong": side.wrong,
+            "bytes_sent": training_step.bytes_sent,
+            "wrong": training_step.wrong,
             "rounds": len(samples),
             "step_samples_ms": [round(1e3 * step_s, 1) for step_s, _ in samples],
             "exposed_samples_ms": [round(1e3 * each, 1) for each in exposed[name, overlap]],
         }
         if link:
-            row["floor_ms"] = round(1e3 * side.bytes_sent / link, 1)
-            row["late_ms"] = round(1e3 * side.late_bytes / link, 1)
+            record["floor_ms"] = round(1e3 * training_step.bytes_sent / link, 1)
+            record["late_ms"] = round(1e3 * training_step.late_bytes / link, 1)
         if overlap and min(exposed[name, False]) > 0:
             middle, low, high = ratio(exposed[name, True], exposed[name, False])
-            row["hidden"] = [round(1 - share, 4) for share in (middle, high, low)]
-        made.append(row)
+            record["hidden"] = [round(1 - share, 4) for share in (middle, high, low)]
+        made.append(record)
     return made
 
 
@@ -111,65 +159,27 @@ def _ms(samples_s: Iterable[float]) -> float:
     return round(1e3 * float(median(samples_s)), 1)
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    times = [f"{row[f'{part}_ms']:,.0f}" for part in ("step", "compute", "update", "exposed")]
-    link = [f"{row[f'{part}_ms']:,.0f}" if f"{part}_ms" in row else "" for part in ("floor", "late")]
-    hidden = "{:.0%} ({:.0%} to {:.0%})".format(*row["hidden"]) if "hidden" in row else ""
-    return [row["contestant"], "on" if row["overlap"] else "off", *times, *link, hidden, str(row["wrong"])]
+def cells(record: Record) -> list[str]:
+    times = [f"{record[f'{phase}_ms']:,.0f}" for phase in ("step", "compute", "update", "exposed")]
+    link = [f"{record[f'{column}_ms']:,.0f}" if f"{column}_ms" in record else "" for column in ("floor", "late")]
+    hidden = "{:.0%} ({:.0%} to {:.0%})".format(*record["hidden"]) if "hidden" in record else ""
+    return [record["contestant"], "on" if record["overlap"] else "off", *times, *link, hidden, str(record["wrong"])]
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m bench.overlap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    found.add_argument("--model", default="gpt2-tiny", help="gpt2-100m is the paper's (default: %(default)s)")
-    found.add_argument("--batch-size", type=count, help="sequences per rank (default: 16 for gpt2-tiny, otherwise 1)")
-    found.add_argument("--seq-len", type=count, help="tokens (default: the model's)")
-    found.add_argument(
-        "--contestants",
-        type=names(*CONTESTANTS),
-        default="allreduce,allreduce:fp16,dps",
-        metavar="LIST",
-        help=f"{', '.join(CONTESTANTS)} (default: %(default)s)",
-    )
-    found.add_argument("--bucket-mb", type=float, help="of 2^20 bytes (default: 0.5 for gpt2-tiny, otherwise 25)")
-    found.add_argument("--rounds", type=count, default=5, help="steps of each, interleaved (default: %(default)s)")
-    found.add_argument("--threads", type=count, help="torch threads per rank (default: this machine's cores / ranks)")
-    found.add_argument("--seed", type=int, default=0, help="of the model, the tokens and the order of the turns")
-    found.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
-    return found
+PROGRAM = RankProgram(
+    "bench.overlap",
+    __doc__,
+    arguments,
+    measure,
+    connect,
+    alone="one rank sends nothing",
+    failure="results are wrong",
+    formatter=AsWritten,
+)
 
 
 def main() -> int:
-    options = parser().parse_args()
-    import torch
-
-    group = commlab.init()
-    ranks = Ranks()
-    if ranks.size == 1:
-        parser().error("one rank sends nothing: start it with mpirun -n 2, or more")
-    share_cores(options.threads)
-    tiny = options.model == "gpt2-tiny"
-    seq_len = options.seq_len or describe_model(options.model).seq_len
-    work = Work(options.model, options.batch_size or (16 if tiny else 1), seq_len, group, ranks, options.seed)
-    bucket_bytes = round((options.bucket_mb or (0.5 if tiny else 25.0)) * 2**20)
-    sides = {name: Side(name, work, bucket_bytes) for name in options.contestants}
-    computing = Computing(next(iter(sides.values())))
-    run = results.describe(ranks, "bench.overlap")
-    run |= {"progress": group.progress_mode, "threads": torch.get_num_threads(), "bucket_bytes": bucket_bytes}
-    found = measure(sides, computing, ranks, options.rounds, options.seed)
-    for side in sides.values():
-        side.wrong = int(ranks.total([side.wrong])[0])
-    # Ranks of one host share its link, and some of what they send does not go there.
-    link = link_bytes_per_s() if len(group.nodes) == ranks.size else 0.0
-    made = rows(found, sides, computing, work, link)
-    if ranks.rank == 0:
-        hosts = f"{len(group.nodes)} host{'s' * (len(group.nodes) > 1)}"
-        print(f"a step of {options.model}, {work.tokens} tokens per rank, {ranks.size} ranks on {hosts}")
-        print(table.render(HEAD, [cells(row) for row in made], left=(0, 1)))
-        if options.json:
-            results.append(options.json, [run, *made])
-    return ranks.end(sum(side.wrong for side in sides.values()), "results are wrong")
+    return PROGRAM.main()
 
 
 if __name__ == "__main__":

@@ -14,19 +14,18 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import Any
 
 import commlab
-from commlab.errors import UsageError
 from commlab.runtime.world import TRANSPORTS
 
-from .contestants.parameter_server import Contestant, contestants
-from .core import results, table
+from .contestants.parameter_server import PushPull, contestants
+from .core import table
 from .core.arguments import count, counts, names, sizes
-from .core.harness import Unavailable
+from .core.program import RankProgram, Section, Session
 from .core.ranks import Ranks, link_bytes_per_s, share_cores
+from .core.results import Record
 from .core.stats import format_bytes, format_ratio, format_us, percentile, ratio
 
 SIZES = "4KB,64KB,1MB,4MB,16MB,64MB"
@@ -35,66 +34,82 @@ MAX_CLOCKS = 500
 HEAD = ("contestant", "p50 us", "p99 us", "GB/s", "wrong", "/ floor", "/ messages")
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m bench.ps", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    found.add_argument("--sizes", type=sizes, default=SIZES, metavar="LIST", help="bytes of the tensor")
-    found.add_argument(
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sizes", type=sizes, default=SIZES, metavar="LIST", help="bytes of the tensor")
+    parser.add_argument(
         "--wires", type=names("none", "fp16", "bf16"), default="none,bf16", metavar="LIST", help="none: fp32"
     )
-    found.add_argument(
+    parser.add_argument(
         "--servers",
         type=counts,
         default="1",
         metavar="LIST",
         help="the last ranks of the last nodes; as many others work, whatever the number of servers",
     )
-    found.add_argument("--rounds", type=count, default=7, help="samples per contestant, interleaved")
-    found.add_argument("--transport", choices=TRANSPORTS, default="mpi")
-    found.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
-    found.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of silence; then the job ends")
-    found.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
-    return found
+    parser.add_argument("--rounds", type=count, default=7, help="samples per contestant, interleaved")
+    parser.add_argument("--transport", choices=TRANSPORTS, default="mpi")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of silence; then the job ends")
 
 
-def measure(playing: dict[str, Contestant], ranks: Ranks, rounds: int, seed: int) -> dict[str, tuple[list[float], int]]:
-    """Samples of every contestant, in seconds, the slowest rank's; and wrong numbers over all ranks. Collective."""
+def connect(options: argparse.Namespace) -> commlab.Group:
+    share_cores()
+    return commlab.init(options.transport, timeout_s=options.timeout)
+
+
+def measure(session: Session) -> Iterator[Section]:
+    """A section per size."""
+    options, group = session.options, session.group
+    session.run["progress"] = group.progress_mode
+    for at, size_bytes in enumerate(options.sizes):
+        numel = max(1, size_bytes // 4)
+        playing = contestants(group, numel, options)
+        samples = samples_of(playing, session.ranks, options.rounds, options.seed + at)
+        made = records(samples, playing, 4 * numel, group.nodes)
+        title = f"push+pull of {format_bytes(4 * numel)} of float32, {made[0]['workers']} workers"
+        yield Section(f"{title}\n{table.render(HEAD, [cells(record) for record in made])}\n", made)
+
+
+def samples_of(
+    playing: dict[str, PushPull], ranks: Ranks, rounds: int, seed: int
+) -> dict[str, tuple[list[float], int]]:
+    """The samples of every contestant, in seconds of the slowest rank, and how many numbers are wrong on all ranks.
+    Collective."""
     clocks = {}
     for name, contestant in playing.items():
-        [spent_s] = ranks.maximum([_settled(ranks, contestant.session(1))[0]])
+        [spent_s] = ranks.maximum([_rested(ranks, contestant.session(1))[0]])
         clocks[name] = min(MAX_CLOCKS, max(1, round(SAMPLE_S / max(spent_s, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in playing}
     wrong, order = dict.fromkeys(playing, 0), random.Random(seed)
     for _ in range(rounds):
         for name in order.sample(list(playing), len(playing)):
             ranks.barrier()
-            spent_s, bad = _settled(ranks, playing[name].session(clocks[name]))
+            spent_s, bad = _rested(ranks, playing[name].session(clocks[name]))
             samples[name] += ranks.maximum([spent_s])
             wrong[name] += int(ranks.total([bad])[0])
     return {name: (samples[name], wrong[name]) for name in playing}
 
 
-def _settled(ranks: Ranks, value: tuple[float, int]) -> tuple[float, int]:
-    """Wait for the others without using their cores: MPI's own waiting does."""
+def _rested(ranks: Ranks, value: tuple[float, int]) -> tuple[float, int]:
+    """The value, once all ranks are here. Waiting leaves the cores to others, which MPI's own waiting does not."""
     ranks.rest()
     return value
 
 
-def rows(
+def records(
     found: dict[str, tuple[list[float], int]],
-    playing: dict[str, Contestant],
+    playing: dict[str, PushPull],
     size_bytes: int,
     nodes: Sequence[Sequence[int]],
-) -> list[dict[str, Any]]:
-    """A record per contestant. GB/s: bytes there and back of one worker, by the time."""
+) -> list[Record]:
+    """A record per contestant. GB/s: the bytes of one worker to the servers and back, by the time."""
     link = link_bytes_per_s()
     copies = {name: median(samples) for name, (samples, _) in found.items() if playing[name].kind == "floor"}
     fastest = min(copies, key=copies.__getitem__)
     made = []
     for name, (samples, wrong) in found.items():
         p50_s, contestant = median(samples), playing[name]
-        record: dict[str, Any] = {
+        record: Record = {
             "type": "row",
             "op": "push+pull",
             "bytes": size_bytes,
@@ -112,7 +127,7 @@ def rows(
             "rounds": len(samples),
             "samples_us": [round(sample * 1e6, 3) for sample in samples],
         }
-        link_bytes = contestant.who.link_bytes(nodes, size_bytes * contestant.travels)
+        link_bytes = contestant.who.link_bytes(nodes, size_bytes * contestant.wire_bytes)
         if name in copies:
             pass
         elif link and link_bytes:
@@ -129,7 +144,7 @@ def rows(
     return made
 
 
-def cells(record: dict[str, Any]) -> list[str]:
+def cells(record: Record) -> list[str]:
     return [
         record["contestant"],
         format_us(record["p50_us"] / 1e6),
@@ -141,30 +156,11 @@ def cells(record: dict[str, Any]) -> list[str]:
     ]
 
 
+PROGRAM = RankProgram("bench.ps", __doc__, arguments, measure, connect, alone="one rank has no server to talk to")
+
+
 def main() -> int:
-    options = parser().parse_args()
-    share_cores()
-    group = commlab.init(options.transport, timeout_s=options.timeout)
-    ranks = Ranks()
-    if ranks.size == 1:
-        raise UsageError("one rank has no server to talk to: start it with mpirun -n 2, or more")
-    run = results.describe(ranks, "bench.ps", progress=group.progress_mode)
-    wrong = 0
-    for at, size_bytes in enumerate(options.sizes):
-        numel = max(1, size_bytes // 4)
-        try:
-            playing = contestants(group, numel, options)
-        except Unavailable as unavailable:
-            raise UsageError(str(unavailable)) from unavailable
-        found = measure(playing, ranks, options.rounds, options.seed + at)
-        made = rows(found, playing, 4 * numel, group.nodes)
-        wrong += sum(record["wrong"] for record in made)
-        if ranks.rank == 0:
-            print(f"push+pull of {format_bytes(4 * numel)} of float32, {made[0]['workers']} workers")
-            print(table.render(HEAD, [cells(record) for record in made]) + "\n", flush=True)
-            if options.json:
-                results.append(options.json, [run, *made] if at == 0 else made)
-    return ranks.end(wrong, "numbers are wrong")
+    return PROGRAM.main()
 
 
 if __name__ == "__main__":

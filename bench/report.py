@@ -17,45 +17,43 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core import results
+from .core import program, results
+from .core.results import Record, Run, plain_name, setting
 from .core.stats import format_bytes
-from .training import rows as train_rows
+from .pictures import needs_matplotlib
+from .training import rows as paper
 
 if TYPE_CHECKING:
-    from .pictures.collectives import Plot
     from .pictures.page import Table
+    from .pictures.plot import Plot
 
+NAME = "bench.report"
 RESULTS = Path(__file__).parent / "results"
 
-_Table = tuple[str, str, int, str]
+Operation = tuple[str, str, int, str]
+"""What a table of collectives is about: the operation, the dtype, the number of ranks, and the setting."""
+Cells = dict[str, dict[int, str]]
+"""The cells of a table of collectives, by contestant and bytes."""
+Shaped = tuple[Sequence[str], list[list[str]]]
+"""The head and the rows of a table."""
 
 
-def tables(runs: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]]) -> dict[_Table, dict[str, dict[int, str]]]:
-    """Cells by table, contestant and bytes, in the order of the files; of two measurements the last one counts. Only
-    rows of collectives: others are of another form."""
-    found: dict[_Table, dict[str, dict[int, str]]] = {}
-    for run, rows in runs:
-        for row in rows:
-            if not {"op", "dtype", "bytes", "contestant"} <= row.keys():
-                continue
-            cells = found.setdefault((row["op"], row["dtype"], row["ranks"], results.place(run)), {})
-            cells.setdefault(_name(row), {})[row["bytes"]] = _cell(row)
+def tables(runs: Iterable[Run]) -> dict[Operation, Cells]:
+    """The tables of all records of collectives, in the order of the files; of two measurements the last one counts."""
+    found: dict[Operation, Cells] = {}
+    for about, records in runs:
+        for record in filter(_is_collective, records):
+            cells = found.setdefault((record["op"], record["dtype"], record["ranks"], setting(about)), {})
+            cells.setdefault(plain_name(record), {})[record["bytes"]] = _cell(record)
     return found
 
 
-def _name(row: dict[str, Any]) -> str:
-    """``auto`` by itself: what it stands for changes with the size."""
-    chosen = row.get("chosen")
-    name: str = row["contestant"]
-    return name.replace(f" = {chosen}", "", 1) if chosen else name
-
-
-def _cell(row: dict[str, Any]) -> str:
-    if "missing" in row:
+def _cell(record: Record) -> str:
+    if "missing" in record:
         return "missing"
-    ratio = f" ({row['ratio_best_peer'][0]:.2f})" if "ratio_best_peer" in row else ""
-    chosen = f" {row['chosen']}" if "chosen" in row else ""
-    return f"{_time(row['p50_us'])}{chosen}{ratio}" + (f" **{row['wrong']} wrong**" if row["wrong"] else "")
+    ratio = f" ({record['ratio_best_peer'][0]:.2f})" if "ratio_best_peer" in record else ""
+    chosen = f" {record['chosen']}" if "chosen" in record else ""
+    return f"{_time(record['p50_us'])}{chosen}{ratio}" + (f" **{record['wrong']} wrong**" if record["wrong"] else "")
 
 
 def _time(us: float) -> str:
@@ -64,8 +62,8 @@ def _time(us: float) -> str:
     return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}" if value < 100 else f"{value:.0f} {unit}"
 
 
-def markdown(table: _Table, cells: dict[str, dict[int, str]]) -> str:
-    op, dtype, ranks, mpi = table
+def markdown(operation: Operation, cells: Cells) -> str:
+    op, dtype, ranks, mpi = operation
     sizes = sorted({size for row in cells.values() for size in row})
     lines = [
         f"{op} of {dtype}, {ranks} ranks, {mpi}",
@@ -77,27 +75,27 @@ def markdown(table: _Table, cells: dict[str, dict[int, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def train_table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """bench.train's own columns; a row that is missing says why in its second."""
-    return train_rows.HEAD, [
-        train_rows.cells(row)
-        if "missing" not in row
-        else [row["contestant"], str(row["ranks"]), f"missing: {row['missing']}"]
-        for row in rows
+def train_table(records: Sequence[Record]) -> Shaped:
+    """The columns of bench.train itself; the third cell of a missing record says why it is missing."""
+    return paper.HEAD, [
+        paper.cells(record)
+        if "missing" not in record
+        else [record["contestant"], str(record["ranks"]), f"missing: {record['missing']}"]
+        for record in records
     ]
 
 
-def plain_table(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Rows of any form: what is a number, a word or a truth value, by name; lists are left out."""
+def plain_table(records: Sequence[Record]) -> Shaped:
+    """Records of any form: their numbers, words and truth values by name; lists are left out."""
     head = tuple(
         dict.fromkeys(
             name
-            for row in rows
-            for name, value in row.items()
+            for record in records
+            for name, value in record.items()
             if name != "type" and isinstance(value, (str, int, float, bool))
         )
     )
-    return head, [[_plain(row.get(name)) for name in head] for row in rows]
+    return head, [[_plain(record.get(name)) for name in head] for record in records]
 
 
 def _plain(value: Any) -> str:
@@ -106,74 +104,80 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _is_collective(row: dict[str, Any]) -> bool:
-    return {"op", "dtype", "bytes", "contestant"} <= row.keys()
+def _is_collective(record: Record) -> bool:
+    return {"op", "dtype", "bytes", "contestant"} <= record.keys()
 
 
-def _others(runs: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]]) -> dict[str, tuple[list[Any], list[Any]]]:
-    """(run lines, rows) that are not of collectives, by benchmark."""
-    found: dict[str, tuple[list[Any], list[Any]]] = {}
-    for run, rows in runs:
-        rest = [row for row in rows if not _is_collective(row)]
+def _others(runs: Iterable[Run]) -> dict[str, tuple[list[Record], list[Record]]]:
+    """(run lines, records) that are not of collectives, by benchmark."""
+    found: dict[str, tuple[list[Record], list[Record]]] = {}
+    for about, records in runs:
+        rest = [record for record in records if not _is_collective(record)]
         if rest:
-            kept = found.setdefault(run["bench"], ([], []))
-            kept[0].append(run)
-            kept[1].extend({"ranks": run.get("ranks", ""), **row} for row in rest)
+            kept = found.setdefault(about["bench"], ([], []))
+            kept[0].append(about)
+            kept[1].extend({"ranks": about.get("ranks", ""), **record} for record in rest)
     return found
 
 
-def _shaped(bench: str, rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
-    return train_table(rows) if bench == "bench.train" else plain_table(rows)
+def _shaped(bench: str, records: Sequence[Record]) -> Shaped:
+    return train_table(records) if bench == "bench.train" else plain_table(records)
 
 
-def as_markdown(runs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
-    places = dict.fromkeys((run["date"][:10], run["hardware"]["cpu"], run["hardware"]["cores"]) for run, _ in runs)
-    parts = ["\n".join("{}, {} with {} cores".format(*place) for place in places) + "\n"]
-    parts += [markdown(table, cells) for table, cells in tables(runs).items()]
-    for bench, (_, rows) in _others(runs).items():
-        head, body = _shaped(bench, rows)
+def as_markdown(runs: Sequence[Run]) -> str:
+    machines = dict.fromkeys(
+        (about["date"][:10], about["hardware"]["cpu"], about["hardware"]["cores"]) for about, _ in runs
+    )
+    paragraphs = ["\n".join("{}, {} with {} cores".format(*machine) for machine in machines) + "\n"]
+    paragraphs += [markdown(operation, cells) for operation, cells in tables(runs).items()]
+    for bench, (_, records) in _others(runs).items():
+        head, body = _shaped(bench, records)
         lines = [head, ["---"] * len(head), *(row + [""] * (len(head) - len(row)) for row in body)]
-        parts.append(f"{bench}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
-    return "\n".join(parts)
+        paragraphs.append(f"{bench}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(paragraphs)
 
 
-def drawn(runs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> tuple[list[Plot], list[Table]]:
+def drawn(runs: Sequence[Run]) -> tuple[list[Plot], list[Table]]:
     """Every picture and every table that these results make."""
     import matplotlib
 
-    from .pictures.collectives import SETTINGS, accuracies, bandwidths
+    from .pictures.collectives import accuracies, bandwidths
     from .pictures.overlap import overlap_plots
     from .pictures.page import Table
+    from .pictures.plot import SETTINGS
     from .pictures.training import step_plots, train_plots
 
     with matplotlib.rc_context(SETTINGS):
         plots = [*bandwidths(runs), *train_plots(runs), *step_plots(runs), *overlap_plots(runs), *accuracies(runs)]
     found = []
-    for table, cells in tables(runs).items():
-        op, dtype, ranks, mpi = table
+    for operation, cells in tables(runs).items():
+        op, dtype, ranks, mpi = operation
         sizes = sorted({size for row in cells.values() for size in row})
         body = [[name, *(row.get(size, "") for size in sizes)] for name, row in cells.items()]
         title = f"Times: {op} of {dtype}, {ranks} ranks, {mpi} (ratio to the best peer)"
-        own = [
-            run
-            for run, rows in runs
-            if results.place(run) == mpi
-            and any(_is_collective(row) and (row["op"], row["dtype"], row["ranks"]) == table[:3] for row in rows)
+        sources = [
+            about
+            for about, records in runs
+            if setting(about) == mpi
+            and any(
+                (record["op"], record["dtype"], record["ranks"]) == operation[:3]
+                for record in filter(_is_collective, records)
+            )
         ]
-        found.append(Table(title, ["", *map(format_bytes, sizes)], body, own))
-    for bench, (own, rows) in _others(runs).items():
-        found.append(Table(f"Rows of {bench}", *_shaped(bench, rows), own))
+        found.append(Table(title, ["", *map(format_bytes, sizes)], body, sources))
+    for bench, (sources, records) in _others(runs).items():
+        found.append(Table(f"Rows of {bench}", *_shaped(bench, records), sources))
     return plots, found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE.jsonl", help="default: all of bench/results")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with all pictures and tables")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write each picture as a PNG")
-    options = parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = program.parser(NAME, __doc__, arguments).parse_args(argv)
     try:
         runs = [run for path in options.files or sorted(RESULTS.glob("*.jsonl")) for run in results.read(path)]
         if not runs:
@@ -183,15 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         _write(runs, options.html, options.png)
     except (OSError, ValueError, KeyError) as error:
-        print(f"bench.report: {error!r}" if isinstance(error, KeyError) else f"bench.report: {error}", file=sys.stderr)
-        return 2
+        return program.refuse(NAME, error)
     except ImportError as error:
-        print(f"bench.report: pictures need matplotlib: pip install matplotlib ({error})", file=sys.stderr)
-        return 2
+        return program.refuse(NAME, needs_matplotlib(error))
     return 0
 
 
-def _write(runs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]], html: Path | None, png: Path | None) -> None:
+def _write(runs: Sequence[Run], html: Path | None, png: Path | None) -> None:
     plots, found = drawn(runs)
     from .pictures.page import page, write_png
 

@@ -1,9 +1,9 @@
 """``python -m bench.straggler``: one worker of a parameter server is slow. What do the consistency models make of it?
 
 The same training under bsp, ssp and asp, each run a job of its own, in a new order every round; worker 1's forward and
-backward take ``--factor`` times as long (:mod:`bench.training.slowed`). All runs train on the same tokens. Figures are medians
-over rounds; ``of bsp`` is the median of per-round ratios. Exit code 1: asp ended with a held-out loss that is more than
-10 % above bsp's.
+backward take ``--factor`` times as long (:mod:`bench.training.slowed`). All runs train on the same tokens. The numbers
+are medians over rounds; ``of bsp`` is the median of per-round ratios. Exit code 1: asp ended with a held-out loss that
+is more than 10 % above bsp's.
 
     python -m bench.straggler                            gpt2-tiny, 2 workers and 1 server
     python -m bench.straggler --ranks 4 --rounds 1
@@ -14,27 +14,28 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .core import results as records
 from .core import table
 from .core.arguments import count, names
-from .core.mpirun import MPI_KINDS, LauncherError, find_mpi
+from .core.mpirun import MPI_KINDS, find_mpi
+from .core.program import JobProgram, Section
+from .core.results import Record
 from .core.stats import ratio
-from .training.jobs import JobFailed, Launcher, metrics
+from .training.jobs import Launcher, metrics, summary_of
 
 ROWS = ("bsp alone", "bsp", "ssp:0", "ssp:1", "ssp:4", "asp")
-"""``bsp alone``: nobody is slow."""
+"""The rows by their names on the command line. In ``bsp alone`` nobody is slow."""
 HEAD = ("consistency", "tokens/s", "of bsp", "held-out bits/byte", "of bsp", "staleness", "steps of each worker")
 SLOW_RANK = 1
-"""Rank 0 reports, and the last ones serve."""
+"""The slow worker: rank 0 reports, and the last ranks serve."""
 LOSS_TOLERANCE = 0.1
 
 
 class Ended(NamedTuple):
-    """What one run has come to."""
+    """The end of one training run."""
 
     tokens_per_s: float
     held_out_bits: float
@@ -42,32 +43,38 @@ class Ended(NamedTuple):
     clocks: str
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m bench.straggler", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=names(*ROWS), default=list(ROWS), metavar="LIST", help=", ".join(ROWS))
+    parser.add_argument("--ranks", type=count, default=3, help="one of them serves (default %(default)s)")
+    parser.add_argument("--factor", type=float, default=5.0, help="of worker 1's computing (default %(default)s)")
+    parser.add_argument("--rounds", type=count, default=3, help="runs of each row (default %(default)s)")
+    parser.add_argument("--model", default="gpt2-tiny", help="default %(default)s")
+    parser.add_argument("--batch-size", type=count, default=8, help="global, in sequences (default %(default)s)")
+    parser.add_argument("--steps", type=count, default=80, help="of the whole job (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the model, the data and the order of the runs")
+    parser.add_argument("--mpi", choices=("auto", *MPI_KINDS), default="auto", help="must be this environment's")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="for one run (default %(default)s)")
+
+
+def measure(options: argparse.Namespace, run: Record) -> Iterator[Section]:
+    mpi = find_mpi(options.mpi)
+    run["versions"]["mpi"] = mpi.title
+    made = records(runs_of(Launcher(mpi, options.timeout), options), options)
+    title = (
+        f"{options.model}, {options.batch_size} sequences a step, {options.steps} steps, {options.ranks - 1} workers, "
+        f"worker {SLOW_RANK} {options.factor:g} times slower"
     )
-    found.add_argument("--rows", type=names(*ROWS), default=list(ROWS), metavar="LIST", help=", ".join(ROWS))
-    found.add_argument("--ranks", type=count, default=3, help="one of them serves (default %(default)s)")
-    found.add_argument("--factor", type=float, default=5.0, help="of worker 1's computing (default %(default)s)")
-    found.add_argument("--rounds", type=count, default=3, help="runs of each row (default %(default)s)")
-    found.add_argument("--model", default="gpt2-tiny", help="default %(default)s")
-    found.add_argument("--batch-size", type=count, default=8, help="global, in sequences (default %(default)s)")
-    found.add_argument("--steps", type=count, default=80, help="of the whole job (default %(default)s)")
-    found.add_argument("--seed", type=int, default=0, help="of the model, the data and the order of the runs")
-    found.add_argument("--mpi", choices=("auto", *MPI_KINDS), default="auto", help="must be this environment's")
-    found.add_argument("--timeout", type=float, default=600.0, metavar="S", help="for one run (default %(default)s)")
-    found.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
-    return found
+    yield Section(f"{title}\n{table.render(HEAD, [cells(record) for record in made], left=(0, 5, 6))}", made)
 
 
-def run(where: Launcher, row: str, options: argparse.Namespace) -> Ended:
-    """One training run. Clipping is off in all of them: ssp and asp can't have it."""
+def trained(starter: Launcher, row: str, options: argparse.Namespace) -> Ended:
+    """One training run. Clipping is off in all runs: ssp and asp can't have it."""
     flags = f"--strategy ps --servers 1 --consistency {row.split()[0]} --model {options.model} --threads 1 "
     flags += f"--batch-size {options.batch_size} --steps {options.steps} --seed {options.seed} "
     flags += "--max-grad-norm 0 --eval-every 0 --eval-batches 8 --sample 0"
     factor = 1.0 if row.endswith("alone") else options.factor
-    lines = metrics(where, options.ranks, flags.split(), ("bench.training.slowed", str(SLOW_RANK), str(factor)))
-    summary = next(line["summary"] for line in lines if "summary" in line)
+    slowed = ("bench.training.slowed", str(SLOW_RANK), str(factor))
+    summary = summary_of(metrics(starter, options.ranks, flags.split(), slowed))
     return Ended(
         summary["tokens_per_s"],
         summary["held_out_bits_per_byte"],
@@ -76,19 +83,22 @@ def run(where: Launcher, row: str, options: argparse.Namespace) -> Ended:
     )
 
 
-def measure(where: Launcher, options: argparse.Namespace) -> dict[str, list[Ended]]:
-    order, found = random.Random(options.seed), {row: [] for row in options.rows}
-    for turn in range(options.rounds):
+def runs_of(starter: Launcher, options: argparse.Namespace) -> dict[str, list[Ended]]:
+    """All rounds, each with all rows in a new order."""
+    order = random.Random(options.seed)
+    found: dict[str, list[Ended]] = {row: [] for row in options.rows}
+    for round_ in range(options.rounds):
         for row in order.sample(options.rows, len(options.rows)):
-            print(f"round {turn + 1} of {options.rounds}: {row}", file=sys.stderr, flush=True)
-            found[row].append(run(where, row, options))
+            print(f"round {round_ + 1} of {options.rounds}: {row}", file=sys.stderr, flush=True)
+            found[row].append(trained(starter, row, options))
     return found
 
 
-def results(found: dict[str, list[Ended]], options: argparse.Namespace) -> list[dict[str, Any]]:
+def records(found: dict[str, list[Ended]], options: argparse.Namespace) -> list[Record]:
+    """A record per row; ratios are to bsp in the same rounds."""
     made = []
     for row, runs in found.items():
-        record: dict[str, Any] = {
+        record: Record = {
             "type": "row",
             "op": "train",
             "contestant": row,
@@ -125,7 +135,7 @@ def spread(histogram: str) -> str:
     return ""
 
 
-def cells(record: dict[str, Any]) -> list[str]:
+def cells(record: Record) -> list[str]:
     return [
         record["contestant"],
         f"{record['tokens_per_s']:,.0f}",
@@ -137,25 +147,11 @@ def cells(record: dict[str, Any]) -> list[str]:
     ]
 
 
+PROGRAM = JobProgram("bench.straggler", __doc__, arguments, measure)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(argv)
-    try:
-        mpi = find_mpi(options.mpi)
-        made = results(measure(Launcher(mpi, options.timeout), options), options)
-    except (LauncherError, JobFailed) as error:
-        print(f"bench.straggler: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"{options.model}, {options.batch_size} sequences a step, {options.steps} steps, {options.ranks - 1} workers, "
-        f"worker {SLOW_RANK} {options.factor:g} times slower"
-    )
-    print(table.render(HEAD, [cells(record) for record in made], left=(0, 5, 6)))
-    if options.json:
-        line = records.run_line(
-            "bench.straggler", "", f"{'MPICH' if mpi.kind == 'mpich' else 'Open MPI'} {mpi.version}"
-        )
-        records.append(options.json, [line, *made])
-    return 1 if any(record.get("wrong") for record in made) else 0
+    return PROGRAM.main(argv)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 global batch.
 
 Every run is a job of its own (``python -m commlab.train``), and runs alternate: each round has all of them once, in a
-new order. Figures are medians over rounds; ``of single`` is the median of per-round ratios. A row that cannot run says
-why. Exit code 1: some row ended with another loss than ``single``.
+new order. The numbers are medians over rounds; ``of single`` is the median of per-round ratios. A row that cannot run
+says why. Exit code 1: some row ended with another loss than ``single``.
 
     python -m bench.train                                         gpt2-tiny, 2 ranks: some 5 minutes on 2 cores
     python -m bench.train --ranks 2,4,8 --rounds 1
@@ -16,49 +16,69 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from commlab.errors import UsageError
 from commlab.trainer.config import Config
 
-from .core import results as records
 from .core import table
 from .core.arguments import count, counts, names
-from .core.mpirun import MPI_KINDS, LauncherError, find_mpi
-from .hosts.plan import ClusterError
+from .core.mpirun import MPI_KINDS, find_mpi
+from .core.program import JobProgram, Section
+from .core.results import Record
 from .training.jobs import JobFailed, Launcher, Measured, launcher, train
 from .training.rows import HEAD, REFERENCE, ROWS, cells, missing, reduced
 
 _COMPUTING = ("dps", "allreduce", "ps")
-"""Whose computation stands for that of the peers, the first that has run."""
+"""The strategies whose computation stands for that of the peers; the first that has run counts."""
 
 Runs = dict[tuple[str, int], list[Measured]]
+"""The reports of the training runs, a list of rounds for every row and number of ranks."""
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=_rows, default=list(ROWS), metavar="LIST", help=", ".join(ROWS))
+    parser.add_argument(
+        "--ranks", type=counts, default=None, metavar="LIST", help="default 2; with --hosts all of them"
     )
-    found.add_argument("--rows", type=_rows, default=list(ROWS), metavar="LIST", help=", ".join(ROWS))
-    found.add_argument("--ranks", type=counts, default=None, metavar="LIST", help="default 2; with --hosts all of them")
-    found.add_argument("--rounds", type=count, default=3, help="runs of each row (default %(default)s)")
-    found.add_argument("--model", default="gpt2-tiny", help="default %(default)s; gpt2-100m is the paper's")
-    found.add_argument("--data", help="default: this Python's own library sources")
-    found.add_argument("--batch-size", type=count, default=32, help="global, in sequences (default %(default)s)")
-    found.add_argument("--seq-len", type=count, help="default: the model's")
-    found.add_argument("--steps", type=count, default=30, help="of each run (default %(default)s)")
-    found.add_argument("--precision-16", choices=("fp16", "apex"), default="fp16", help="of the two 16-bit rows")
-    found.add_argument("--seed", type=int, default=0, help="of the model, the data and the order of the runs")
-    found.add_argument("--hosts", type=int, default=0, metavar="N", help="emulated hosts; default: this machine")
-    found.add_argument("--rate", default="200mbit", help="each host's link, each way (default %(default)s)")
-    found.add_argument("--delay", default="none", help="one way, as 5ms")
-    found.add_argument("--ranks-per-host", type=count, default=1)
-    found.add_argument("--mpi", choices=("auto", *MPI_KINDS), default="auto", help="must be this environment's")
-    found.add_argument("--flags", default="", metavar="TEXT", help="more flags of commlab.train, for all rows")
-    found.add_argument("--timeout", type=float, default=900.0, metavar="S", help="for one run (default %(default)s)")
-    found.add_argument("--json", metavar="FILE", help="add the results to this file of JSON lines")
-    return found
+    parser.add_argument("--rounds", type=count, default=3, help="runs of each row (default %(default)s)")
+    parser.add_argument("--model", default="gpt2-tiny", help="default %(default)s; gpt2-100m is the paper's")
+    parser.add_argument("--data", help="default: this Python's own library sources")
+    parser.add_argument("--batch-size", type=count, default=32, help="global, in sequences (default %(default)s)")
+    parser.add_argument("--seq-len", type=count, help="default: the model's")
+    parser.add_argument("--steps", type=count, default=30, help="of each run (default %(default)s)")
+    parser.add_argument("--precision-16", choices=("fp16", "apex"), default="fp16", help="of the two 16-bit rows")
+    parser.add_argument("--seed", type=int, default=0, help="of the model, the data and the order of the runs")
+    parser.add_argument("--hosts", type=int, default=0, metavar="N", help="emulated hosts; default: this machine")
+    parser.add_argument("--rate", default="200mbit", help="each host's link, each way (default %(default)s)")
+    parser.add_argument("--delay", default="none", help="one way, as 5ms")
+    parser.add_argument("--ranks-per-host", type=count, default=1)
+    parser.add_argument("--mpi", choices=("auto", *MPI_KINDS), default="auto", help="must be this environment's")
+    parser.add_argument("--flags", default="", metavar="TEXT", help="more flags of commlab.train, for all rows")
+    parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="for one run (default %(default)s)")
+
+
+def measure(options: argparse.Namespace, run: Record) -> Iterator[Section]:
+    options.ranks = options.ranks or [options.hosts * options.ranks_per_host or 2]
+    for name in options.rows:
+        Config.from_argv(flags_of(name, options))  # a wrong flag ends all before the first run, not in a missing row
+    mpi = find_mpi(options.mpi)
+    hosts = (options.hosts, options.rate, options.delay, options.ranks_per_host)
+    with launcher(mpi, options.timeout, *hosts) as starter:
+        runs, reasons = runs_of(starter, options)
+    found = records(runs, reasons)
+    versions = next((rounds[-1].versions for rounds in runs.values() if rounds), {})
+    run["versions"] |= {"mpi": mpi.title, "torch": versions.get("torch"), "native": versions.get("arithmetic")}
+    run["training"] = {
+        "model": options.model,
+        "batch_size": options.batch_size,
+        "seq_len": options.seq_len,
+        "steps": options.steps,
+        "hosts": options.hosts,
+        "rate": options.rate if options.hosts else None,
+    }
+    machines = f"{options.hosts} hosts at {options.rate}" if options.hosts else "this machine"
+    title = f"{options.model}, {options.batch_size} sequences a step, {options.steps} steps, on {machines}"
+    yield Section(f"{title}\n{table.render(HEAD, [cells(record) for record in found])}", found)
 
 
 def _rows(text: str) -> list[str]:
@@ -78,35 +98,38 @@ def flags_of(name: str, options: argparse.Namespace) -> list[str]:
         "--eval-batches": 2,
         "--sample": 0,
     }
-    given = [text for flag, value in shared.items() if value is not None for text in (flag, str(value))]
+    flags = [text for flag, value in shared.items() if value is not None for text in (flag, str(value))]
     return [
-        *given,
+        *flags,
         *(flag.format(**{"16-bit": options.precision_16}) for flag in ROWS[name].flags),
         *options.flags.split(),
     ]
 
 
-def measure(where: Launcher, options: argparse.Namespace) -> tuple[Runs, dict[tuple[str, int], str]]:
-    """All rounds: what every row and number of ranks measured, and why the others did not."""
-    cases = [(name, 1) for name in options.rows if name == REFERENCE]
-    cases += [(name, ranks) for ranks in options.ranks for name in options.rows if name != REFERENCE]
-    order, runs, reasons = random.Random(options.seed), {case: [] for case in cases}, {}
-    for turn in range(options.rounds):
-        shuffled = [case for case in cases if case not in reasons]
+def runs_of(starter: Launcher, options: argparse.Namespace) -> tuple[Runs, dict[tuple[str, int], str]]:
+    """All rounds: the reports of every row and number of ranks, and the reasons why the others have none."""
+    pairs = [(name, 1) for name in options.rows if name == REFERENCE]
+    pairs += [(name, ranks) for ranks in options.ranks for name in options.rows if name != REFERENCE]
+    order = random.Random(options.seed)
+    runs: Runs = {pair: [] for pair in pairs}
+    reasons: dict[tuple[str, int], str] = {}
+    for round_ in range(options.rounds):
+        shuffled = [pair for pair in pairs if pair not in reasons]
         order.shuffle(shuffled)
-        for at, case in enumerate(shuffled):
-            _show(f"round {turn + 1} of {options.rounds}, run {at + 1} of {len(shuffled)}: {case[0]}, {case[1]} ranks")
+        for at, (name, ranks) in enumerate(shuffled):
+            _show(f"round {round_ + 1} of {options.rounds}, run {at + 1} of {len(shuffled)}: {name}, {ranks} ranks")
             try:
-                runs[case].append(train(where, case[1], flags_of(case[0], options)))
+                runs[name, ranks].append(train(starter, ranks, flags_of(name, options)))
             except JobFailed as failed:
                 # A row that fails later than in its first round has no full set of rounds to compare.
-                reasons[case] = str(failed)
-                runs[case].clear()
+                reasons[name, ranks] = str(failed)
+                runs[name, ranks].clear()
     _show("")
     return runs, reasons
 
 
-def results(runs: Runs, reasons: dict[tuple[str, int], str]) -> list[dict[str, Any]]:
+def records(runs: Runs, reasons: dict[tuple[str, int], str]) -> list[Record]:
+    """A record per row and number of ranks."""
     found = []
     for (name, ranks), rounds in runs.items():
         if not rounds:
@@ -125,37 +148,11 @@ def _show(text: str) -> None:
     sys.stderr.flush()
 
 
+PROGRAM = JobProgram("bench.train", __doc__, arguments, measure)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(argv)
-    options.ranks = options.ranks or [options.hosts * options.ranks_per_host or 2]
-    try:
-        for name in options.rows:
-            Config.from_argv(flags_of(name, options))  # a wrong flag is told before the first run, not as a missing row
-        mpi = find_mpi(options.mpi)
-        place = (options.hosts, options.rate, options.delay, options.ranks_per_host)
-        with launcher(mpi, options.timeout, *place) as where:
-            runs, reasons = measure(where, options)
-    except (UsageError, LauncherError, ClusterError) as error:
-        print(f"bench.train: {error}", file=sys.stderr)
-        return 2
-    found = results(runs, reasons)
-    versions = next((rounds[-1].versions for rounds in runs.values() if rounds), {})
-    run = records.run_line("bench.train", "", f"{'MPICH' if mpi.kind == 'mpich' else 'Open MPI'} {mpi.version}")
-    run["versions"] |= {"torch": versions.get("torch"), "native": versions.get("arithmetic")}
-    run["training"] = {
-        "model": options.model,
-        "batch_size": options.batch_size,
-        "seq_len": options.seq_len,
-        "steps": options.steps,
-        "hosts": options.hosts,
-        "rate": options.rate if options.hosts else None,
-    }
-    where_text = f"{options.hosts} hosts at {options.rate}" if options.hosts else "this machine"
-    print(f"{options.model}, {options.batch_size} sequences a step, {options.steps} steps, on {where_text}")
-    print(table.render(HEAD, [cells(record) for record in found]))
-    if options.json:
-        records.append(options.json, [run, *found])
-    return 1 if any(record.get("wrong") for record in found) else 0
+    return PROGRAM.main(argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What commlab is measured against: each peer in a small file of its own, used as its documentation says.
+"""What is measured: commlab's own contestants, the floor, and the peers, each in a small file of its own.
 
-``PEERS``: name -> the blocks that it contributes to a case; a peer that is not there contributes a row that says why.
+``PEERS``: the name of a peer -> the blocks that the peer contributes to a case. A peer that is not there contributes a
+record that says why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is exchanged and what must come out: numbers that differ per rank and per index, with sums in closed form."""
+"""The data of a collective and its result: numbers that differ per rank and per index, with sums in closed form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = {
     "int64": torch.int64,
 }
 EXACT_UP_TO = {"float16": 2**11, "bfloat16": 2**8}
-"""Integers that a 16-bit number, or a wire of them, holds exactly."""
+"""Up to which integer a 16-bit format, as a dtype or on a wire, holds every integer exactly."""
 _UNTOUCHED = -1
 
 
@@ -37,7 +37,7 @@ class Case:
                 f"{size} ranks are too many to check sums in this precision exactly; leave out the 16-bit dtype or wire"
             )
         if op in ("reduce_scatter", "allgather"):
-            numel = -(-numel // size) * size  # equal parts: not all peers can do others
+            numel = -(-numel // size) * size  # equal chunks: not all peers can do others
         self.op, self.dtype, self.rank, self.size = op, dtype, rank, size
         self.bytes = numel * dtype.itemsize
         self._exact_up_to = exact_up_to
@@ -53,39 +53,40 @@ class Case:
             self.expected = self._numbers(result, size, size * (size - 1) // 2)
         self.whole = torch.full_like(self.source, _UNTOUCHED)
         """Input and output of allreduce and broadcast, input of reduce-scatter, output of allgather."""
-        self.part = self.source[self.own.start : self.own.stop].clone()
-        """Output of reduce-scatter, input of allgather."""
+        self.chunk = self.source[self.own.start : self.own.stop].clone()
+        """This rank's share of the whole: output of reduce-scatter, input of allgather."""
 
-    def _numbers(self, part: Range, factor_a: int, factor_b: int) -> torch.Tensor:
-        """factor_a a(i) + factor_b b(i) for the indices of ``part``; a and b have no common period below 2^32."""
+    def _numbers(self, indices: Range, factor_a: int, factor_b: int) -> torch.Tensor:
+        """factor_a a(i) + factor_b b(i) for ``indices``; a and b have no common period below 2^32."""
         b_count = max(1, self._exact_up_to // self.size**2)
         a_count = 1 + (self._exact_up_to - b_count * self.size * (self.size - 1) // 2) // self.size
-        numbers = torch.empty(part.numel, dtype=self.dtype)
-        for piece in segments(part, 1 << 20):  # so that the 64-bit intermediates stay small
+        numbers = torch.empty(indices.numel, dtype=self.dtype)
+        for piece in segments(indices, 1 << 20):  # so that the 64-bit intermediates stay small
             index = torch.arange(piece.start, piece.stop, dtype=torch.int64)
             a = (index * 2654435761 % 2**32 >> 7) % a_count
             b = 1 + (index * 2246822519 % 2**32 >> 11) % b_count
-            numbers[piece.start - part.start : piece.stop - part.start] = factor_a * a + factor_b * b
+            numbers[piece.start - indices.start : piece.stop - indices.start] = factor_a * a + factor_b * b
         return numbers
 
-    def placed(self, whole: torch.Tensor) -> Case:
-        """The same numbers, with ``whole`` in the memory given."""
+    def within(self, whole: torch.Tensor) -> Case:
+        """A case of the same numbers, whose whole lies in the memory of ``whole``."""
         assert whole.dtype == self.dtype and whole.shape == self.whole.shape
         twin = copy(self)
         twin.whole = whole
         return twin
 
     def fill(self) -> None:
-        """Put this rank's input in place, and numbers that no result may have where the output goes."""
+        """Write this rank's input, and numbers that no result may have into the memory of the output."""
         if self.op == "allgather" or (self.op == "broadcast" and self.rank != 0):
             self.whole.fill_(_UNTOUCHED)
         else:
             self.whole.copy_(self.source)
             if self.op == "reduce_scatter":
-                self.part.fill_(_UNTOUCHED)
+                self.chunk.fill_(_UNTOUCHED)
 
     def wrong(self, result: torch.Tensor) -> int:
-        """How many numbers of ``result`` are not the expected ones; all of them where the shape or dtype is not."""
+        """How many numbers of ``result`` differ from the expected ones; all of them where the shape or dtype
+        differs."""
         got = result.detach().reshape(-1)
         if got.dtype != self.expected.dtype or got.shape != self.expected.shape:
             return self.expected.numel()

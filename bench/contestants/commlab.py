@@ -20,24 +20,25 @@ NAMES = ("auto", "window", *ALGORITHMS)
 
 
 class Groups(NamedTuple):
-    """All ranks, twice: as ``init`` made the group, and as a group without a window, whose ranks send messages."""
+    """All ranks of a launch in two groups, and memory that both can use."""
 
     world: commlab.Group
+    """The group that ``commlab.init`` made, with a window where there is one."""
     messages: commlab.Group
+    """A group without a window, whose ranks send messages."""
     memory: torch.Tensor | None
     """Bytes of the window, as many as the largest case has; None without a window."""
 
 
-def connect(transport: str, window: str, timeout_s: float, largest_bytes: int) -> Groups:
-    """Collective. ``window``: as for ``commlab.init``."""
-    world = commlab.init(transport, timeout_s=timeout_s, window=window)
+def groups_of(world: commlab.Group, largest_bytes: int) -> Groups:
+    """The groups of all ranks of ``world``. Collective."""
     messages = world.subgroup(range(world.size))
     assert messages is not None
     memory = None if world.window is None else commlab.empty(largest_bytes, torch.int8)
     return Groups(world, messages, memory)
 
 
-def blocks(
+def commlab_blocks(
     case: Case, groups: Groups, algorithms: Sequence[str], wires: Sequence[str | None], checks: Sequence[bool]
 ) -> list[Block]:
     """A block per combination. Only an allreduce of numbers wider than the wire has wires; only messages can do without
@@ -56,14 +57,14 @@ def blocks(
 
 
 def _on_the_node(case: Case, groups: Groups, algorithm: str, wire: str | None) -> list[Block]:
-    """What ``auto`` and ``window`` make of an ordinary tensor, and of one that lives in the window."""
+    """``auto`` or ``window`` on an ordinary tensor, and ``window`` also on a tensor that lives in the window."""
     if algorithm == "window" and groups.world.window is None:
         return [missing("commlab window", groups.world.window_reason, kind="commlab", algorithm=algorithm, wire=wire)]
     found = [_block(case, groups.world, algorithm, wire)]
     if algorithm == "window" and groups.memory is not None and case.op != "reduce_scatter":
         # A reduce-scatter leaves its input alone, so it works on a copy wherever that lies.
-        placed = case.placed(groups.memory[: case.bytes].view(case.dtype))
-        found.append(_block(placed, groups.world, algorithm, wire, memory="window"))
+        in_window = case.within(groups.memory[: case.bytes].view(case.dtype))
+        found.append(_block(in_window, groups.world, algorithm, wire, memory="window"))
     return found
 
 
@@ -90,9 +91,9 @@ def _block(
     def stop() -> None:
         group.agreement.required = True
 
-    result = case.part if case.op == "reduce_scatter" else case.whole
-    run = partial(_run, _call(case, group, algorithm, wire), result)
-    contestant = Contestant(name, run, case.fill, case.wrong, labels, bytes_sent=lambda: group.bytes_sent)
+    result = case.chunk if case.op == "reduce_scatter" else case.whole
+    work = partial(_result_of, _call(case, group, algorithm, wire), result)
+    contestant = Contestant(name, work, case.fill, case.wrong, labels, bytes_sent=lambda: group.bytes_sent)
     return Block([contestant], start, stop)
 
 
@@ -100,17 +101,17 @@ def _call(case: Case, group: commlab.Group, algorithm: str, wire: str | None) ->
     if case.op == "allreduce":
         return partial(commlab.allreduce, case.whole, "sum", algorithm=algorithm, wire=wire, group=group)
     if case.op == "reduce_scatter":
-        return partial(commlab.reduce_scatter, case.part, case.whole, "sum", algorithm=algorithm, group=group)
+        return partial(commlab.reduce_scatter, case.chunk, case.whole, "sum", algorithm=algorithm, group=group)
     if case.op == "allgather":
-        return partial(commlab.allgather, case.whole, case.part, algorithm=algorithm, group=group)
+        return partial(commlab.allgather, case.whole, case.chunk, algorithm=algorithm, group=group)
     return partial(commlab.broadcast, case.whole, 0, algorithm=algorithm, group=group)
 
 
-def _run(call: Callable[[], object], result: torch.Tensor) -> torch.Tensor:
+def _result_of(call: Callable[[], object], result: torch.Tensor) -> torch.Tensor:
     call()
     return result
 
 
 def _choice(case: Case, group: commlab.Group, wire: str | None) -> str:
-    """What ``auto`` stands for here."""
+    """The algorithm that ``auto`` stands for here."""
     return pick(group, case.op, "auto", case.bytes // case.dtype.itemsize, WIRES[wire] or case.dtype)[0]

@@ -17,7 +17,7 @@ import torch
 
 from commlab.job.cache import cache_folder
 
-from ..core.harness import Block, Contestant, Unavailable, missing
+from ..core.harness import Block, Contestant, ContestantMissing, missing
 from .case import Case
 
 SOURCE = Path(__file__).with_name("floor.cpp")
@@ -25,11 +25,11 @@ FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 
 
 def compiler() -> list[str]:
-    """$CXX, or the first C++ compiler on PATH. Unavailable without one."""
+    """$CXX, or the first C++ compiler on PATH. ContestantMissing without a compiler."""
     named = shlex.split(os.environ.get("CXX", ""))
     found = named or next(([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), [])
     if not found:
-        raise Unavailable(
+        raise ContestantMissing(
             "the floor is a few lines of C++, and no C++ compiler was found: install g++, or name one in CXX"
         )
     return found
@@ -46,7 +46,7 @@ def build() -> Path:
             made = Path(scratch) / library.name
             done = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=120)
             if done.returncode:
-                raise Unavailable(f"{shlex.join(command)} {SOURCE.name} failed: {done.stderr.strip()[-500:]}")
+                raise ContestantMissing(f"{shlex.join(command)} {SOURCE.name} failed: {done.stderr.strip()[-500:]}")
             made.replace(library)
     return library
 
@@ -66,8 +66,8 @@ def blocks(case: Case) -> list[Block]:
     """One contestant per way: copies all bytes of ``case`` on every rank."""
     try:
         ways = load()
-    except Unavailable as unavailable:
-        return [missing("copy", str(unavailable), kind="floor")]
+    except ContestantMissing as reason:
+        return [missing("copy", str(reason), kind="floor")]
     return [Block([_contestant(name, way, case)]) for name, way in ways.items()]
 
 
@@ -75,13 +75,13 @@ def _contestant(name: str, way: Callable[[int, int, int], None], case: Case) -> 
     target = case.whole
     to, frm, count = target.data_ptr(), case.source.data_ptr(), case.bytes
 
-    def run() -> torch.Tensor:
+    def work() -> torch.Tensor:
         way(to, frm, count)
         return target
 
     return Contestant(
         f"copy, {name}",
-        run,
+        work,
         fill=lambda: target.fill_(-1),
         wrong=lambda got: int((got != case.source).sum()),
         labels={"kind": "floor"},

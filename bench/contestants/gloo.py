@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commlab.job.launch import detect
+from commlab.job import launch
 
-from ..core.harness import Block, Contestant, Unavailable, missing
+from ..core.harness import Block, Contestant, ContestantMissing, missing
 from .case import Case
 
 TIMEOUT_S = 300.0
@@ -24,16 +24,16 @@ def connect() -> None:
         return
     from commlab.transport.rendezvous import store_for
 
-    launch = detect()
-    store = dist.PrefixStore("bench gloo", store_for(launch, TIMEOUT_S))
+    here = launch.detect()
+    store = dist.PrefixStore("bench gloo", store_for(here, TIMEOUT_S))
     dist.init_process_group(
-        "gloo", store=store, rank=launch.rank, world_size=launch.size, timeout=timedelta(seconds=TIMEOUT_S)
+        "gloo", store=store, rank=here.rank, world_size=here.size, timeout=timedelta(seconds=TIMEOUT_S)
     )
 
 
-def _named(now: str, before: str) -> Callable[..., Any]:
+def _operation(name: str, old_name: str) -> Callable[..., Any]:
     """Newer torch has some operations under new names, and warns about the old ones."""
-    found: Callable[..., Any] = getattr(dist, now, None) or getattr(dist, before)
+    found: Callable[..., Any] = getattr(dist, name, None) or getattr(dist, old_name)
     return found
 
 
@@ -42,19 +42,19 @@ def blocks(case: Case) -> list[Block]:
         return [missing("gloo", "this torch was built without it", kind="peer", peer="gloo")]
     way: Callable[[], Any] = {
         "allreduce": partial(dist.all_reduce, case.whole),
-        "reduce_scatter": partial(_named("reduce_scatter_single", "reduce_scatter_tensor"), case.part, case.whole),
-        "allgather": partial(_named("all_gather_single", "all_gather_into_tensor"), case.whole, case.part),
+        "reduce_scatter": partial(_operation("reduce_scatter_single", "reduce_scatter_tensor"), case.chunk, case.whole),
+        "allgather": partial(_operation("all_gather_single", "all_gather_into_tensor"), case.whole, case.chunk),
         "broadcast": partial(dist.broadcast, case.whole, 0),
     }[case.op]
-    result = case.part if case.op == "reduce_scatter" else case.whole
+    result = case.chunk if case.op == "reduce_scatter" else case.whole
 
-    def run() -> torch.Tensor:
+    def work() -> torch.Tensor:
         try:
             way()
         except RuntimeError as error:
             if "support" in str(error):  # gloo lacks an operation, or a dtype
-                raise Unavailable(str(error).splitlines()[0]) from error
+                raise ContestantMissing(str(error).splitlines()[0]) from error
             raise
         return result
 
-    return [Block([Contestant("gloo", run, case.fill, case.wrong, {"kind": "peer", "peer": "gloo"})], start=connect)]
+    return [Block([Contestant("gloo", work, case.fill, case.wrong, {"kind": "peer", "peer": "gloo"})], start=connect)]

@@ -1,6 +1,6 @@
 """Horovod's allreduce in place, as it is and with Compression.fp16: the calls of its DistributedOptimizer.
 
-Its background thread wakes every cycle and slows all else in the process, so Horovod is up only during its own turns.
+Its background thread wakes every cycle and slows all else in the process, so Horovod is up only while it is measured.
 Tensors are named, without which its response cache is of no use.
 """
 
@@ -19,7 +19,7 @@ from .case import Case
 def blocks(case: Case) -> list[Block]:
     labels = {"kind": "peer", "peer": "horovod", "setting": setting()}
     if case.op != "allreduce":
-        # Its reduce-scatter, allgather and broadcast all return new tensors, or serve start-up: no yardstick for ours.
+        # Its reduce-scatter, allgather and broadcast all return new tensors, or serve start-up: no yardstick.
         return [missing("Horovod", f"is measured for allreduce only, not {case.op}", **labels)]
     try:
         import horovod.torch as hvd
@@ -36,8 +36,8 @@ def blocks(case: Case) -> list[Block]:
 
 def setting() -> str:
     """Horovod's variables that were set by the user; its defaults otherwise."""
-    ours = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("HOROVOD_"))
-    return " ".join(ours) or "defaults"
+    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("HOROVOD_"))
+    return " ".join(settings) or "defaults"
 
 
 def _plain(hvd: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -21,29 +21,29 @@ def blocks(case: Case) -> list[Block]:
         from mpi4py import MPI
     except ImportError as error:
         return [missing("MPI", f"mpi4py cannot be imported ({error})", kind="peer", peer="mpi")]
-    whole, part, source = (_buffer(tensor, MPI) for tensor in (case.whole, case.part, case.source))
+    whole, chunk, source = (_buffer(tensor, MPI) for tensor in (case.whole, case.chunk, case.source))
     comm: Any = MPI.COMM_WORLD
     ways: Mapping[str, Callable[[], None]] = {
         "allreduce": {
             "MPI_Allreduce": partial(comm.Allreduce, source, whole),
             "MPI_Allreduce in place": partial(comm.Allreduce, MPI.IN_PLACE, whole),
         },
-        "reduce_scatter": {"MPI_Reduce_scatter_block": partial(comm.Reduce_scatter_block, source, part)},
-        "allgather": {"MPI_Allgather": partial(comm.Allgather, part, whole)},
+        "reduce_scatter": {"MPI_Reduce_scatter_block": partial(comm.Reduce_scatter_block, source, chunk)},
+        "allgather": {"MPI_Allgather": partial(comm.Allgather, chunk, whole)},
         "broadcast": {"MPI_Bcast": partial(comm.Bcast, whole, 0)},
     }[case.op]
     if case.dtype in (torch.float16, torch.bfloat16) and case.op in ("allreduce", "reduce_scatter"):
         return [missing(name, f"MPI cannot add {case.dtype}", kind="peer", peer="mpi") for name in ways]
-    result = case.part if case.op == "reduce_scatter" else case.whole
+    result = case.chunk if case.op == "reduce_scatter" else case.whole
     return [Block([_contestant(name, way, result, case)]) for name, way in ways.items()]
 
 
 def _contestant(name: str, way: Callable[[], None], result: torch.Tensor, case: Case) -> Contestant:
-    def run() -> torch.Tensor:
+    def work() -> torch.Tensor:
         way()
         return result
 
-    return Contestant(name, run, case.fill, case.wrong, {"kind": "peer", "peer": "mpi"})
+    return Contestant(name, work, case.fill, case.wrong, {"kind": "peer", "peer": "mpi"})
 
 
 def _buffer(tensor: torch.Tensor, mpi: Any) -> list[Any]:

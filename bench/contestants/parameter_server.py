@@ -1,4 +1,5 @@
-"""What :mod:`bench.ps` measures: who takes part in a session, what it does, and what must come out of it."""
+"""The contestants of :mod:`bench.ps`: who takes part in a session of push and pull, and the numbers that a session must
+lead to."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from commlab.ps.placement import server_ranks
 from . import floor
 
 Session = Callable[[int], tuple[float, int]]
-"""Given a number of clocks: seconds for one on this rank (0 on the server), and wrong numbers. Collective."""
+"""Takes a number of clocks; returns the seconds of one clock on this rank (0 on a server), and how many numbers are
+wrong. Collective."""
 
 
 def pushed(worker: int, numel: int) -> torch.Tensor:
@@ -27,20 +29,21 @@ def pushed(worker: int, numel: int) -> torch.Tensor:
 
 
 def expected(clocks: int, workers: int, numel: int, wire: torch.dtype | None) -> torch.Tensor:
-    """Of the value, -3 at first, after as many means of what all workers push: exact in fp32, then rounded once."""
+    """The value of the tensor, which is -3 at first, after ``clocks`` updates by the mean of all workers' pushes: exact
+    in fp32, then rounded once."""
     value = (torch.arange(numel) % 97 + (workers + 1) / 2) * clocks - 3
     return value.float() if wire is None else value.to(wire).float()
 
 
 class Roles(NamedTuple):
-    """Who does what in a session; the other ranks rest."""
+    """The ranks that take part in a session; the other ranks rest."""
 
     workers: tuple[int, ...]
     servers: tuple[int, ...]
 
     def link_bytes(self, nodes: Sequence[Sequence[int]], size_bytes: float) -> float:
-        """What the busiest host sends, or takes in: a tensor of ``size_bytes`` from every worker, spread evenly over
-        the servers, and as much back."""
+        """How many bytes the busiest host sends, or takes in: a tensor of ``size_bytes`` from every worker, spread
+        evenly over the servers, and as much back."""
         host = {rank: at for at, node in enumerate(nodes) for rank in node}
         pairs = [(host[worker], host[server]) for worker in self.workers for server in self.servers]
         sent = Counter(end for pair in pairs if pair[0] != pair[1] for end in pair)
@@ -48,13 +51,14 @@ class Roles(NamedTuple):
 
 
 def roles(nodes: Sequence[Sequence[int]], servers: int, most: int) -> Roles:
-    """``most``: servers of the session that has most of them; its workers work in all."""
+    """The roles of a session with ``servers`` servers. ``most``: the number of servers of the session that has most of
+    them; the workers of that session work in all sessions."""
     size = sum(map(len, nodes))
     resting = server_ranks(nodes, most)
     return Roles(tuple(rank for rank in range(size) if rank not in resting), server_ranks(nodes, servers))
 
 
-def served(world: commlab.Group, who: Roles, numel: int, wire: str | None, clocks: int) -> tuple[float, int]:
+def parameter_server(world: commlab.Group, who: Roles, numel: int, wire: str | None, clocks: int) -> tuple[float, int]:
     """One session with ``commlab.ParameterServer``: one clock to warm up, then ``clocks``."""
     everyone = world.subgroup(sorted(who.workers + who.servers))
     if everyone is None:
@@ -63,10 +67,10 @@ def served(world: commlab.Group, who: Roles, numel: int, wire: str | None, clock
     store = commlab.ParameterServer([("value", value)], servers=len(who.servers), group=everyone, wire=wire)
     spent_s, wrong = 0.0, 0
     if store.role == "worker":
-        mine, workers = pushed(store.group.rank, numel), store.group.size
+        own, workers = pushed(store.group.rank, numel), store.group.size
 
         def clock() -> None:
-            handle = store.push_pull("value", mine, value)
+            handle = store.push_pull("value", own, value)
             store.step()
             handle.wait()
 
@@ -82,7 +86,7 @@ def served(world: commlab.Group, who: Roles, numel: int, wire: str | None, clock
 
 
 def messages(who: Roles, numel: int, clocks: int) -> tuple[float, int]:
-    """The same bytes as bare MPI messages: the server takes a tensor from every worker, and sends it back."""
+    """One session of bare MPI messages: the server takes a tensor from every worker, and sends the tensor back."""
     from mpi4py import MPI
 
     comm: Any = MPI.COMM_WORLD
@@ -113,12 +117,13 @@ def messages(who: Roles, numel: int, clocks: int) -> tuple[float, int]:
 
 
 def copied(rank: int, who: Roles, way: Callable[[int, int, int], None], numel: int, clocks: int) -> tuple[float, int]:
-    """All at once copy what they have to take in: a worker one tensor, the server one of every worker."""
+    """One session of copies: all ranks copy at once what they have to take in, a worker one tensor, the server a tensor
+    of every worker."""
     if rank not in who.workers + who.servers:
         return 0.0, 0
-    taken = len(who.workers) if rank in who.servers else 1
-    source, target = pushed(rank, numel * taken), torch.full((numel * taken,), -1.0)
-    to, frm, size_bytes = target.data_ptr(), source.data_ptr(), 4 * numel * taken
+    tensors = len(who.workers) if rank in who.servers else 1
+    source, target = pushed(rank, numel * tensors), torch.full((numel * tensors,), -1.0)
+    to, frm, size_bytes = target.data_ptr(), source.data_ptr(), 4 * numel * tensors
     way(to, frm, size_bytes)
     started_s = time.perf_counter()
     for _ in range(clocks):
@@ -126,26 +131,28 @@ def copied(rank: int, who: Roles, way: Callable[[int, int, int], None], numel: i
     return (time.perf_counter() - started_s) / clocks, int((target != source).sum())
 
 
-class Contestant(NamedTuple):
+class PushPull(NamedTuple):
+    """One way to bring a tensor of every worker to the servers and back."""
+
     session: Session
     kind: str
     who: Roles
-    travels: float = 1.0
+    wire_bytes: float = 1.0
     """Bytes on the wire per byte of the tensor."""
 
 
-def contestants(world: commlab.Group, numel: int, options: argparse.Namespace) -> dict[str, Contestant]:
-    """By name. Unavailable where the floor cannot be compiled."""
-    found: dict[str, Contestant] = {}
+def contestants(world: commlab.Group, numel: int, options: argparse.Namespace) -> dict[str, PushPull]:
+    """All contestants by name. ContestantMissing where the floor cannot be compiled."""
+    found: dict[str, PushPull] = {}
     most = max(options.servers)
     for servers in options.servers:
         who = roles(world.nodes, servers, most)
         for wire in options.wires:
             name = f"commlab, {servers} server{'s' * (servers > 1)}" + (f", wire {wire}" if wire != "none" else "")
-            session = partial(served, world, who, numel, None if wire == "none" else wire)
-            found[name] = Contestant(session, "commlab", who, 1.0 if wire == "none" else 0.5)
+            session = partial(parameter_server, world, who, numel, None if wire == "none" else wire)
+            found[name] = PushPull(session, "commlab", who, 1.0 if wire == "none" else 0.5)
     one = roles(world.nodes, 1, most)
-    found["MPI messages, 1 server"] = Contestant(partial(messages, one, numel), "peer", one)
+    found["MPI messages, 1 server"] = PushPull(partial(messages, one, numel), "peer", one)
     for name, way in floor.load().items():
-        found[f"copy, {name}"] = Contestant(partial(copied, world.rank, one, way, numel), "floor", one)
+        found[f"copy, {name}"] = PushPull(partial(copied, world.rank, one, way, numel), "floor", one)
     return found

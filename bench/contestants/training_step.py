@@ -1,4 +1,4 @@
-"""What :mod:`bench.overlap` measures: the steps of one engine, and whether they are right."""
+"""The contestants of :mod:`bench.overlap`: steps of one engine, with a check of every step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..core.ranks import Ranks
 VOCABULARY = 257
 
 
-class Work:
-    """What every contestant computes: ``batch_size`` sequences on each rank, other ones on every rank, from the same
-    parameters in every step."""
+class Task:
+    """The computation that all contestants share: ``batch_size`` sequences on each rank, which differ between ranks,
+    from the same parameters in every step."""
 
     def __init__(self, model_name: str, batch_size: int, seq_len: int, group: Group, ranks: Ranks, seed: int):
         self.model_name, self.seq_len, self.group, self.ranks, self.seed = model_name, seq_len, group, ranks, seed
@@ -34,9 +34,11 @@ class Work:
             for tensor in self.start
         ]
         self.mean: list[torch.Tensor] = []
-        """Of the gradient over all ranks, at the samples, in float64; known once :class:`Computing` has run."""
+        """The mean of all ranks' gradients, at the samples, in float64; known after the first call of
+        :meth:`Computing.measure`."""
         self.mean_size: list[torch.Tensor] = []
-        """The same of its absolute values, to which a wire rounds."""
+        """The mean of the absolute values of all ranks' gradients, at the samples: how large the numbers are that a
+        wire rounds."""
 
     def build(self) -> torch.nn.Module:
         # A config file's own dropout would make every step another one.
@@ -46,7 +48,8 @@ class Work:
         return loss_sum(model, self.ids, self.labels)
 
     def take_mean(self, model: torch.nn.Module, count: int) -> None:
-        """From the ranks' own gradients, of a sum over ``count`` tokens each. Collective."""
+        """Fill in ``mean`` and ``mean_size`` from the ranks' own gradients, each of a sum over ``count`` tokens.
+        Collective."""
         own = [
             parameter.grad.view(-1)[at].double() if parameter.grad is not None else torch.zeros(len(at)).double()
             for parameter, at in zip(model.parameters(), self.samples, strict=True)
@@ -57,42 +60,44 @@ class Work:
         self.mean, self.mean_size = list(mean.split(lengths)), list(mean_size.split(lengths))
 
 
-class Side:
+class TrainingStep:
     """One contestant: ``dps``, or ``allreduce:fp16`` with a wire. SGD at learning rate 1 leaves the reduced gradient in
     the parameters, where every strategy has it."""
 
-    def __init__(self, name: str, work: Work, bucket_bytes: int):
-        self.name, self.work = name, work
+    def __init__(self, name: str, task: Task, bucket_bytes: int):
+        self.name, self.task = name, task
         strategy, _, self.wire = name.partition(":")
-        self.model = work.build()
+        self.model = task.build()
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
         self.engine = commlab.strategy(
-            strategy, self.model, optimizer, work.group, wire=self.wire or None, bucket_bytes=bucket_bytes
+            strategy, self.model, optimizer, task.group, wire=self.wire or None, bucket_bytes=bucket_bytes
         )
         assert self.engine.buckets is not None
         self.buckets = self.engine.buckets
         self.bytes_sent = 0
-        """In a step, the most that any rank sends."""
-        last, share = self.buckets.buckets[-1], (work.size - 1) / work.size
+        """The bytes that the rank which sends most sends in a step."""
+        last, share = self.buckets.buckets[-1], (task.size - 1) / task.size
         late = last.numel * last.dtype.itemsize * share * (2 if strategy == "allreduce" else 1)
-        pulled = share * sum(4 * tensor.numel() for tensor in work.start) if strategy == "dps" else 0
+        pulled = share * sum(4 * tensor.numel() for tensor in task.start) if strategy == "dps" else 0
         self.late_bytes = round(late + pulled)
-        """Of them, those that are not known before backward ends: the last bucket, and what is updated."""
+        """The bytes of ``bytes_sent`` that are not known before backward ends: the last bucket and the updated
+        parameters."""
         self.wrong = 0
         self._digest = b""
 
     def step(self, *, overlap: bool) -> tuple[float, float]:
-        """A whole step from the same parameters, checked; (seconds, of these in the update). Collective."""
-        engine, work = self.engine, self.work
+        """Make a whole step from the task's parameters and check the step; returns (seconds, seconds of the update).
+        Collective."""
+        engine, task = self.engine, self.task
         self.buckets.overlap, engine.times = overlap, Times()
-        sent_before = work.group.bytes_sent
-        work.ranks.barrier()
+        sent_before = task.group.bytes_sent
+        task.ranks.barrier()
         started_s = time.perf_counter()
-        loss, count = work.loss(engine.model)
-        engine.backward(loss, count, count * work.size)
+        loss, count = task.loss(engine.model)
+        engine.backward(loss, count, count * task.size)
         engine.step()
         spent_s = time.perf_counter() - started_s
-        self.bytes_sent = int(work.ranks.maximum([work.group.bytes_sent - sent_before])[0])
+        self.bytes_sent = int(task.ranks.maximum([task.group.bytes_sent - sent_before])[0])
         self._check_bits()
         self._check_numbers()
         engine.zero_grad()
@@ -101,25 +106,25 @@ class Side:
 
     @torch.no_grad()
     def _restore(self, model: torch.nn.Module) -> None:
-        for parameter, start in zip(model.parameters(), self.work.start, strict=True):
+        for parameter, start in zip(model.parameters(), self.task.start, strict=True):
             parameter.copy_(start)
 
     def _check_bits(self) -> None:
-        """The same on all ranks, and after every step, with and without overlap."""
-        work, digest = self.work, sha256()
+        """The parameters must have the same bits on all ranks and after every step, with and without overlap."""
+        task, digest = self.task, sha256()
         for parameter in self.model.parameters():
             digest.update(parameter.detach().contiguous().view(-1).numpy().data)
         found = digest.digest()
         self._digest = self._digest or found
-        self.wrong += int(found != self._digest) + int(len(set(exchange_records(work.group, found, "digest"))) > 1)
+        self.wrong += int(found != self._digest) + int(len(set(exchange_records(task.group, found, "digest"))) > 1)
 
     def _check_numbers(self) -> None:
-        """The parameters before, less the mean of all ranks' gradients."""
-        work = self.work
+        """The parameters must be those before the step, less the mean of all ranks' gradients."""
+        task = self.task
         # A 16-bit number has 10 bits (8 in bf16), and steps of 6e-8 where it is small.
         relative, least = (2**-7, 2e-7) if self.wire else (1e-4, 1e-8)
         for parameter, start, at, mean, size in zip(
-            self.model.parameters(), work.start, work.samples, work.mean, work.mean_size, strict=True
+            self.model.parameters(), task.start, task.samples, task.mean, task.mean_size, strict=True
         ):
             before = start.view(-1)[at].double()
             off = (before - parameter.detach().view(-1)[at].double() - mean).abs()
@@ -127,25 +132,25 @@ class Side:
 
 
 class Computing:
-    """Forward and backward of ``side``'s model with nothing packed or sent."""
+    """Forward and backward of a contestant's model, with nothing packed or sent."""
 
-    def __init__(self, side: Side):
-        self.side = side
+    def __init__(self, training_step: TrainingStep):
+        self.training_step = training_step
         self.samples_s: list[tuple[float, float]] = []
-        """Forward and backward, the slowest rank's."""
+        """The seconds of forward and of backward, each of the slowest rank, a pair per round."""
 
-    def run(self) -> None:
-        """Collective."""
-        engine, work = self.side.engine, self.side.work
-        work.ranks.barrier()
+    def measure(self) -> None:
+        """Compute once more and add a sample. Collective."""
+        engine, task = self.training_step.engine, self.training_step.task
+        task.ranks.barrier()
         started_s = time.perf_counter()
         with engine.no_sync():
-            loss, count = work.loss(engine.model)
+            loss, count = task.loss(engine.model)
             between_s = time.perf_counter()
-            engine.backward(loss, count, count * work.size)
+            engine.backward(loss, count, count * task.size)
         ended_s = time.perf_counter()
-        forward_s, backward_s = work.ranks.maximum([between_s - started_s, ended_s - between_s])
+        forward_s, backward_s = task.ranks.maximum([between_s - started_s, ended_s - between_s])
         self.samples_s.append((forward_s, backward_s))
-        if not work.mean:
-            work.take_mean(engine.model, count)
+        if not task.mean:
+            task.take_mean(engine.model, count)
         engine.zero_grad()

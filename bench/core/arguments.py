@@ -15,7 +15,7 @@ def count(text: str) -> int:
 
 
 def counts(text: str) -> list[int]:
-    return [count(part) for part in text.split(",")]
+    return [count(number) for number in text.split(",")]
 
 
 def sizes(text: str) -> list[int]:
@@ -26,7 +26,7 @@ def sizes(text: str) -> list[int]:
 
 
 def names(*known: str) -> Callable[[str], list[str]]:
-    """A list of these, separated by commas."""
+    """The type of an argument that lists some of ``known``, separated by commas."""
 
     def parse(text: str) -> list[str]:
         named = text.split(",")

@@ -71,13 +71,13 @@ class Steps:
         self, process: subprocess.Popen[bytes], name: str, started_s: float, limit_s: float, offset: int
     ) -> int | None:
         """Show progress until the command ends (its exit code) or the time is up (None)."""
-        spinner, said_s = 0, started_s
+        spinner, shown_s = 0, started_s
         while (status := process.poll()) is None:
             now_s = time.monotonic()
             if now_s - started_s > limit_s:
                 return None
-            if sys.stdout.isatty() or now_s - said_s > QUIET_LINE_S:
-                said_s, spinner = now_s, spinner + 1
+            if sys.stdout.isatty() or now_s - shown_s > QUIET_LINE_S:
+                shown_s, spinner = now_s, spinner + 1
                 mark = "|/-\\"[spinner % 4] if sys.stdout.isatty() else "..."
                 show(f"[{self.number}] {name} {mark} {now_s - started_s:.0f} s {progress(self.log, offset)}")
             time.sleep(POLL_S)
@@ -85,7 +85,8 @@ class Steps:
 
 
 def progress(log: Path, offset: int) -> str:
-    """How far cmake says it is, and at what: the last `[ 42%] ...` (make) or `[7/19] ...` (ninja) after `offset`."""
+    """How far cmake is, and with which file: the last ``[ 42%] ...`` (make) or ``[7/19] ...`` (ninja) after
+    ``offset``."""
     with open(log, "rb") as stream:
         stream.seek(max(offset, log.stat().st_size - 65536))
         lines = re.findall(r"\[ *(\d+%|\d+/\d+)\] ([^\n]*)", stream.read().decode(errors="replace"))
@@ -128,10 +129,10 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def file_lock(path: Path, timeout_s: float, log: Path) -> Iterator[None]:
-    """One holder at a time on this machine; the kernel frees it when its holder dies. Waits `timeout_s` at most."""
+    """One holder at a time on this machine; the kernel frees it when its holder dies. Waits ``timeout_s`` at most."""
     deadline_s = time.monotonic() + timeout_s
     with open(path, "a") as handle:
-        said = False
+        announced = False
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,8 +142,8 @@ def file_lock(path: Path, timeout_s: float, log: Path) -> Iterator[None]:
                     raise BuildError(
                         f"another process still holds {path} after {timeout_s:.0f} s; its log: {log}"
                     ) from None
-                if not said:
+                if not announced:
                     show(f"another process is building this wheel, waiting for it; its log: {log}", last=True)
-                    said = True
+                    announced = True
                 time.sleep(POLL_S)
         yield

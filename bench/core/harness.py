@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
+from .errors import BenchError
 from .ranks import Ranks
 
 MIN_SAMPLE_S = 2e-3
 MAX_REPEATS = 1000
 
 
-class Unavailable(RuntimeError):
-    """A contestant cannot take part here; the message says why, and becomes its row."""
+class ContestantMissing(BenchError):
+    """A contestant cannot take part here; the message says why, and becomes the contestant's record."""
 
 
 def _nothing() -> None:
@@ -34,13 +35,14 @@ def _nothing() -> None:
 class Contestant:
     """One way to do the work.
 
-    ``run``: the work, once; what it returns goes to ``wrong``. ``fill``: puts the input back, before every sample,
-    outside the timing. ``wrong``: how many numbers of this rank's result are not what they must be. ``labels``: columns
-    that say what it is. ``bytes_sent``: a counter of what this rank has sent, where there is one.
+    ``work`` does the work once; its result goes to ``wrong``. ``fill`` puts the input back, before every sample and
+    outside the timing. ``wrong`` counts the numbers of this rank's result that differ from the right ones. ``labels``
+    are columns that describe the contestant. ``bytes_sent`` reads a counter of the bytes that this rank has sent, where
+    there is one.
     """
 
     name: str
-    run: Callable[[], Any]
+    work: Callable[[], Any]
     fill: Callable[[], Any]
     wrong: Callable[[Any], int]
     labels: dict[str, Any] = field(default_factory=dict)
@@ -49,9 +51,11 @@ class Contestant:
 
 @dataclass
 class Block:
-    """Contestants that take their turn of a round together, between ``start`` and ``stop``, which are not timed.
+    """Contestants that are measured one after the other in a round, between ``start`` and ``stop``, which are not
+    timed.
 
-    ``disturbs``: they are stopped because threads of theirs would slow the others; so each turn begins with a warm-up.
+    ``disturbs``: the contestants are stopped because their threads would slow the others down; they are warmed up in
+    every round.
     """
 
     contestants: list[Contestant]
@@ -61,17 +65,18 @@ class Block:
 
 
 def missing(name: str, reason: str, **labels: Any) -> Block:
-    """A contestant that is not there: its row says why."""
+    """A contestant that is not there; its record says why."""
 
     def refuse() -> None:
-        raise Unavailable(reason)
+        raise ContestantMissing(reason)
 
     return Block([Contestant(name, refuse, _nothing, lambda _: 0, labels)], start=refuse)
 
 
 @dataclass
 class Result:
-    """What one contestant did: a sample per round, in seconds per run; or ``missing``, why there are none."""
+    """The measurements of one contestant: a sample per round, in seconds; or ``missing``, the reason why there are
+    none."""
 
     contestant: Contestant
     samples_s: list[float] = field(default_factory=list)
@@ -90,26 +95,27 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
     sample_s: float = MIN_SAMPLE_S,
 ) -> list[Result]:
-    """Run all contestants ``rounds`` times; results in their order. Collective. A sample lasts ``sample_s`` or longer.
+    """Measure all contestants in every round; results in their order. Collective. A sample lasts ``sample_s`` or
+    longer.
 
-    A contestant that raises Unavailable in its first run drops out on all ranks. A turn that takes longer than
-    ``timeout_s`` prints where every thread stands and ends this process, and with it the job.
+    A contestant that raises ContestantMissing in its warm-up drops out on all ranks. A block that takes longer than
+    ``timeout_s`` in one round prints where every thread stands and ends this process, and with it the job.
     """
     results = {id(each): Result(each) for block in blocks for each in block.contestants}
     order = random.Random(seed)
-    for turn in range(-1, rounds):
+    for round_ in range(-1, rounds):
         shuffled = list(blocks)
         order.shuffle(shuffled)
         for block in shuffled:
             playing = [results[id(each)] for each in block.contestants if not results[id(each)].missing]
             if not playing:
                 continue
-            progress(f"round {max(0, turn) + 1} of {rounds}: {playing[0].contestant.name}")
+            progress(f"round {max(0, round_) + 1} of {rounds}: {playing[0].contestant.name}")
             faulthandler.dump_traceback_later(timeout_s, exit=True)
             reason = _on_all(ranks, block.start)
             for result in playing:
-                if reason or turn < 0:
-                    result.missing = reason or _first_run(result, ranks, sample_s)
+                if reason or round_ < 0:
+                    result.missing = reason or _warm_up(result, ranks, sample_s)
                 else:
                     _sample(result, ranks, warm=block.disturbs)
             block.stop()
@@ -123,31 +129,32 @@ def measure(
 
 
 def _on_all(ranks: Ranks, call: Callable[[], Any]) -> str:
-    """Do it; why some rank cannot, or ''. Collective."""
+    """Make the call on every rank; returns why some rank cannot make it, or an empty text. Collective."""
     reason = ""
     try:
         call()
-    except Unavailable as unavailable:
-        reason = str(unavailable)
+    except ContestantMissing as missing_here:
+        reason = str(missing_here)
     return ranks.first(reason)
 
 
-def _first_run(result: Result, ranks: Ranks, sample_s: float) -> str:
-    """Warm up: what is made on first use is made here. Finds out how often a sample must repeat, and what is sent."""
+def _warm_up(result: Result, ranks: Ranks, sample_s: float) -> str:
+    """Do the work for the first time, which makes all that is made on first use; find out how often a sample must
+    repeat the work, and how many bytes are sent. Returns why the contestant cannot take part, or an empty text."""
     contestant = result.contestant
     contestant.fill()
-    reason = _on_all(ranks, contestant.run)
+    reason = _on_all(ranks, contestant.work)
     if reason:
         return reason
     before = contestant.bytes_sent() if contestant.bytes_sent else 0
-    spent_s, runs = 0.0, 0
-    while spent_s < sample_s and runs < MAX_REPEATS:
-        batch = max(1, runs)
+    spent_s, calls = 0.0, 0
+    while spent_s < sample_s and calls < MAX_REPEATS:
+        batch = max(1, calls)
         spent_s += ranks.maximum([_timed(contestant, ranks, batch)[0]])[0]
-        runs += batch
+        calls += batch
     if contestant.bytes_sent:
-        result.bytes_sent = int(ranks.maximum([(contestant.bytes_sent() - before) / runs])[0])
-    result.repeats = min(MAX_REPEATS, max(1, -int(-sample_s * runs // spent_s)))
+        result.bytes_sent = int(ranks.maximum([(contestant.bytes_sent() - before) / calls])[0])
+    result.repeats = min(MAX_REPEATS, max(1, -int(-sample_s * calls // spent_s)))
     return ""
 
 
@@ -155,40 +162,40 @@ def _sample(result: Result, ranks: Ranks, warm: bool) -> None:
     contestant = result.contestant
     contestant.fill()
     if warm:
-        contestant.run()
+        contestant.work()
         contestant.fill()
     spent_s, value = _timed(contestant, ranks, result.repeats)
-    if result.repeats > 1:  # repeated in place, the sums are no longer those of one run
+    if result.repeats > 1:  # repeated in place, the sums are no longer those of one call
         contestant.fill()
         ranks.barrier()
-        value = contestant.run()
+        value = contestant.work()
     result.samples_s.append(spent_s / result.repeats)
     result.wrong += contestant.wrong(value)
 
 
 def _timed(contestant: Contestant, ranks: Ranks, repeats: int) -> tuple[float, Any]:
-    run, value = contestant.run, None
+    work, value = contestant.work, None
     ranks.barrier()
     start_s = time.perf_counter()
     for _ in repeat(None, repeats):
-        value = run()
+        value = work()
     return time.perf_counter() - start_s, value
 
 
 def progress_line(ranks: Ranks, head: str) -> Callable[[str], None]:
     """Shows ``head`` and a text on stderr, on rank 0: one line, replaced on a terminal; elsewhere a new one every 30 s.
     An empty text ends it."""
-    said_s = time.monotonic()
+    shown_s = time.monotonic()
 
     def show(text: str) -> None:
-        nonlocal said_s
+        nonlocal shown_s
         if ranks.rank:
             return
         now_s = time.monotonic()
         if sys.stderr.isatty():
             sys.stderr.write(f"\r\x1b[K{head}: {text}" if text else "\r\x1b[K")
-        elif text and now_s - said_s > 30:
-            said_s = now_s
+        elif text and now_s - shown_s > 30:
+            shown_s = now_s
             sys.stderr.write(f"{head}: {text}\n")
         sys.stderr.flush()
 

@@ -1,7 +1,7 @@
 """Which MPI this environment has, and how its mpirun wants to be called.
 
-The environment that runs this Python comes first (`mpirun` beside `python`), then PATH: a benchmark that started ranks
-with another MPI than the one mpi4py loads would measure nothing.
+The environment that runs this Python comes first (``mpirun`` beside ``python``), then PATH: a benchmark that started
+ranks with another MPI than the one mpi4py loads would measure nothing.
 """
 
 from __future__ import annotations
@@ -14,20 +14,31 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import BenchError
+
 MPI_KINDS = ("mpich", "openmpi")
 
 
-class LauncherError(RuntimeError):
-    """No usable mpirun, or not the one that was asked for; the message says what to install."""
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""The folder that holds ``bench`` and ``commlab``."""
+
+
+class LauncherError(BenchError):
+    """There is no usable mpirun, or another one than was asked for; the message says what to install."""
 
 
 @dataclass(frozen=True)
 class Mpi:
-    """One installed MPI: `kind` is a word of MPI_KINDS, `bin_dir` holds mpirun and mpicxx."""
+    """One installed MPI: ``kind`` is a word of MPI_KINDS, ``bin_dir`` holds mpirun and mpicxx."""
 
     kind: str
     version: str
     bin_dir: Path
+
+    @property
+    def title(self) -> str:
+        """Name and version as people write them."""
+        return f"{'MPICH' if self.kind == 'mpich' else 'Open MPI'} {self.version}"
 
     @property
     def mpirun(self) -> str:
@@ -39,7 +50,7 @@ class Mpi:
 
 
 def find_mpi(wanted: str = "auto") -> Mpi:
-    """The MPI of this environment; `wanted` other than "auto" must be its kind. Raises LauncherError."""
+    """The MPI of this environment. A ``wanted`` other than "auto" must be its kind. Raises LauncherError."""
     beside_python = Path(sys.executable).parent / "mpirun"
     mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
     if mpirun is None:
@@ -55,6 +66,11 @@ def find_mpi(wanted: str = "auto") -> Mpi:
             f"use the environment that has {wanted}"
         )
     return Mpi(kind, number[0], Path(mpirun).parent)
+
+
+def python_path() -> str:
+    """The PYTHONPATH with which ranks find this checkout first, then the modules that this process finds."""
+    return os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
 
 
 def mpirun_environment(mpi: Mpi) -> dict[str, str]:

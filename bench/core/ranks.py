@@ -1,22 +1,21 @@
-"""The ranks of a benchmark, as the harness needs them: met over MPI, beside and not through what is measured."""
+"""The ranks of a benchmark, as the harness needs them: connected over MPI, beside the commlab group that is
+measured."""
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-import commlab
-from commlab.job.launch import detect
+from commlab.job import launch
 from commlab.job.topology import usable_cores
 
 
 def link_bytes_per_s() -> float:
-    """Of each host, each way, as bench.cluster made it; 0 elsewhere."""
+    """How much each emulated host's link carries each way, as bench.cluster made the link; 0 elsewhere."""
     return float(os.environ.get("COMMLAB_LINK_BYTES_PER_S", 0))
 
 
@@ -25,10 +24,10 @@ def share_cores(threads: int | None = None) -> None:
     hosts share this machine's cores, though each of them sees all. ``threads`` or OMP_NUM_THREADS: so many instead."""
     import torch
 
-    launch = detect()
-    sharing = launch.size if link_bytes_per_s() else launch.local_size
-    given = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
-    torch.set_num_threads(given or max(1, usable_cores() // sharing))
+    here = launch.detect()
+    sharing = here.size if link_bytes_per_s() else here.local_size
+    wanted = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+    torch.set_num_threads(wanted or max(1, usable_cores() // sharing))
 
 
 class Ranks:
@@ -37,7 +36,7 @@ class Ranks:
     def __init__(self) -> None:
         self._comm: Any = None
         self.rank, self.size, self.mpi = 0, 1, "none"
-        if detect().launcher is not None:
+        if launch.detect().launcher is not None:
             from mpi4py import MPI
 
             from commlab.transport.mpi import library
@@ -57,10 +56,11 @@ class Ranks:
                 time.sleep(2e-3)
 
     def maximum(self, values: Sequence[float]) -> list[float]:
-        """The largest value over all ranks, place by place. Collective; as many values on every rank."""
+        """The largest values over all ranks, element by element. Collective; as many values on every rank."""
         return self._reduced(values, "MAX")
 
     def total(self, values: Sequence[float]) -> list[float]:
+        """The sums over all ranks, element by element. Collective; as many values on every rank."""
         return self._reduced(values, "SUM")
 
     def _reduced(self, values: Sequence[float], op: str) -> list[float]:
@@ -83,11 +83,5 @@ class Ranks:
         mine = np.frombuffer(text.encode().ljust(width, b"\0"), np.uint8)
         table = np.empty((self.size, width), np.uint8)
         self._comm.Allgather(mine, table)
-        return next((said for row in table if (said := row.tobytes().rstrip(b"\0").decode())), "")
-
-    def end(self, failed: int, said: str) -> int:
-        """Shut commlab down; the exit code. Rank 0 says how many of its checks ``failed``. Collective."""
-        if failed and self.rank == 0:
-            print(f"{failed} {said}", file=sys.stderr)
-        commlab.shutdown()
-        return 1 if failed else 0
+        texts = (row.tobytes().rstrip(b"\0").decode() for row in table)
+        return next(filter(None, texts), "")

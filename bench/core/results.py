@@ -1,4 +1,5 @@
-"""Result files: JSON lines. A ``run`` line says when, where, with what and how; the ``row`` lines, what came out."""
+"""Result files: JSON lines. A ``run`` line says when, where, with which software and how a benchmark ran; the ``row``
+lines after it are the records of what the benchmark found."""
 
 from __future__ import annotations
 
@@ -10,41 +11,68 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from commlab.job import launch
 from commlab.job.topology import usable_cores
 
 from .ranks import Ranks, link_bytes_per_s
 
+Record = dict[str, Any]
+"""A line of a result file."""
+
+
+class Run(NamedTuple):
+    """What one run of a benchmark left in a result file."""
+
+    about: Record
+    """The ``run`` line."""
+    records: list[Record]
+    """The ``row`` lines."""
+
+
 _TELLING = ("HOROVOD_", "OMPI_MCA_", "PRTE_MCA_", "MPIR_CVAR_", "MPICH_", "UCX_", "GLOO_", "OMP_")
-"""Variables of the environment that change what peers do."""
+"""Beginnings of the names of environment variables that change how peers behave."""
 _LAUNCHERS = ("OMPI_MCA_PREFIXES", "OMPI_MCA_cpu_type", "OMPI_MCA_initial_wdir", "OMPI_MCA_num_procs")
-"""What Open MPI's mpirun sets by itself."""
+"""Variables that Open MPI's mpirun sets by itself."""
 
 
-def describe(ranks: Ranks, module: str, **more: Any) -> dict[str, Any]:
-    """The ``run`` line. Not collective: rank 0 describes its own host."""
+def describe(ranks: Ranks, module: str) -> Record:
+    """The ``run`` line of a benchmark on ``ranks``. Not collective: rank 0 describes its own host."""
+    here = launch.detect()
+    found = run_line(module, f"mpirun -n {ranks.size} " if here.launcher is not None else "", ranks.mpi)
+    found["versions"] |= library_versions()
+    hosts = ranks.size // here.local_size
+    return {**found, "ranks": ranks.size, "hosts": hosts, "link_bytes_per_s": link_bytes_per_s()}
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that compute in this process."""
     import torch
 
     from commlab import native
 
-    found = run_line(module, f"mpirun -n {ranks.size} ", ranks.mpi)
-    found["versions"] |= {"torch": torch.__version__, "native": native.backend()}
-    hosts = ranks.size // launch.detect().local_size
-    return {**found, "ranks": ranks.size, "hosts": hosts, "link_bytes_per_s": link_bytes_per_s(), **more}
+    return {"torch": torch.__version__, "native": native.backend()}
 
 
-def place(run: dict[str, Any]) -> str:
-    """The MPI of a run, and the hosts that bench.cluster made for it."""
-    mpi: str = run["versions"]["mpi"]
-    if not run.get("link_bytes_per_s"):
+def setting(about: Record) -> str:
+    """The MPI of a run, and the hosts that bench.cluster made for the run, in words."""
+    mpi: str = about["versions"]["mpi"]
+    if not about.get("link_bytes_per_s"):
         return mpi
-    return f"{mpi}, {run['hosts']} hosts at {8 * run['link_bytes_per_s'] / 1e6:.0f} Mbit/s"
+    return f"{mpi}, {about['hosts']} hosts at {8 * about['link_bytes_per_s'] / 1e6:.0f} Mbit/s"
 
 
-def run_line(module: str, launcher: str, mpi: str) -> dict[str, Any]:
-    """What a ``run`` line says without knowing what is measured. ``launcher``: what stands before ``python``."""
+def plain_name(record: Record) -> str:
+    """The contestant's name; ``auto`` by itself, because the algorithm that it stands for changes with the size."""
+    chosen = record.get("chosen")
+    name: str = record["contestant"]
+    return name.replace(f" = {chosen}", "", 1) if chosen else name
+
+
+def run_line(module: str, launcher: str = "", mpi: str = "none") -> Record:
+    """The beginning of a ``run`` line, which every benchmark has. ``launcher``: the words before ``python`` on the
+    command line."""
     import commlab
 
     return {
@@ -73,23 +101,23 @@ def run_line(module: str, launcher: str, mpi: str) -> dict[str, Any]:
     }
 
 
-def append(path: str | Path, lines: Iterable[dict[str, Any]]) -> None:
+def append(path: str | Path, lines: Iterable[Record]) -> None:
     """Add lines to a file, all in one write; the folder is made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read(path: str | Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """The runs of a file, each with its rows. ValueError, with the line's number, for what is no result file."""
-    runs: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+def read(path: str | Path) -> list[Run]:
+    """The runs of a file. ValueError, with the line's number, for a file that is no result file."""
+    runs: list[Run] = []
     for number, text in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             line = json.loads(text)
             if line["type"] == "run":
-                runs.append((line, []))
+                runs.append(Run(line, []))
             else:
-                runs[-1][1].append(line)
+                runs[-1].records.append(line)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path}, line {number}: not a line of a result file ({error!r})") from error
     return runs

@@ -1,4 +1,4 @@
-"""From durations to figures: medians of per-round ratios and their noise, bandwidths, sizes as people write them."""
+"""Statistics of durations: medians of per-round ratios and their noise, percentiles, bandwidths; and sizes as text."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Ratio(NamedTuple):
     high: float
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Compare two contestants round by round: what slows a whole round cancels out.
+def ratio(samples: Sequence[float], others: Sequence[float]) -> Ratio:
+    """Compare two contestants round by round: a delay that slows a whole round cancels out.
 
     The range needs no idea of how noise is distributed: the true median lies below the k-th smallest of n ratios as
     often as fewer than k of n fair coins show heads.
     """
-    ratios = sorted(one / other for one, other in zip(ours, theirs, strict=True))
+    ratios = sorted(one / other for one, other in zip(samples, others, strict=True))
     rounds, k, fewer = len(ratios), 1, 1
     while 2 * (fewer + math.comb(rounds, k)) <= 0.05 * 2**rounds:
         fewer += math.comb(rounds, k)
@@ -49,7 +49,7 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 
 def bus_factor(op: str, size: int) -> float:
     """busbw = algbw x this, as in nccl-tests: what each link must carry at least, so that all ops and any number of
-    ranks meet one hardware limit. ``bytes`` of a reduce-scatter or allgather are the whole's, not a rank's part."""
+    ranks meet one hardware limit. ``bytes`` of a reduce-scatter or allgather are the whole's, not a rank's chunk."""
     if op == "broadcast":
         return 1.0
     return (2 if op == "allreduce" else 1) * (size - 1) / size

@@ -1,8 +1,8 @@
-"""Do the emulated hosts keep what they promise? Measured: `python -m bench.cluster --check`.
+"""Do the emulated hosts keep their promises? ``python -m bench.cluster --check`` measures that.
 
 Three promises: a byte stream is never faster than the link; the round trip is at least twice the delay; ranks on
 different hosts do not talk through shared memory (an allreduce takes at least as long as its bytes need on the link).
-The second half of this file is what runs on the hosts: `python -m bench.hosts.check receive|send|allreduce ...`.
+The second half of this file runs on the hosts: ``python -m bench.hosts.check receive|send|allreduce ...``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench.core.mpirun import Mpi
-from bench.hosts.mpi import mpirun_across, rank_environment
-from bench.hosts.namespaces import Cluster
-from bench.hosts.plan import ClusterError
+from ..core.mpirun import Mpi
+from .mpi import mpirun_across, rank_environment
+from .namespaces import Cluster
+from .plan import ClusterError
 
 PORT = 29511
 STREAM_S = 1.5

@@ -12,10 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.core.mpirun import Mpi, mpirun_environment
-from bench.hosts.plan import INTERFACE, LAUNCHER, PRIVATE_DIR, SUBNET, ClusterError, Link
-
-ROOT = Path(__file__).resolve().parent.parent
+from ..core.mpirun import Mpi, mpirun_environment, python_path
+from .plan import INTERFACE, LAUNCHER, PRIVATE_DIR, SUBNET, ClusterError, HostLink
 
 
 def mpirun_across(mpi: Mpi, names: Sequence[str], ranks_per_host: int, command: Sequence[str]) -> list[str]:
@@ -31,13 +29,13 @@ def mpirun_across(mpi: Mpi, names: Sequence[str], ranks_per_host: int, command: 
     return [mpi.mpirun, *launch, "--host", hosts, "--bind-to", "none", "-n", ranks, *command]
 
 
-def rank_variables(mpi: Mpi, link: Link) -> dict[str, str]:
-    """What every rank gets on top of the caller's environment."""
+def rank_variables(mpi: Mpi, link: HostLink) -> dict[str, str]:
+    """The variables that every rank gets on top of the caller's environment."""
     variables = {
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "NCCL_SOCKET_IFNAME": INTERFACE,
         "HOROVOD_GLOO_IFACE": INTERFACE,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": python_path(),
         "COMMLAB_LINK_BYTES_PER_S": f"{link.bytes_per_s:.0f}",  # benchmarks draw their floor from it
         "COMMLAB_LINK_DELAY_MS": f"{link.delay_ms:g}",
     }
@@ -59,8 +57,8 @@ def rank_variables(mpi: Mpi, link: Link) -> dict[str, str]:
     return variables
 
 
-def rank_environment(mpi: Mpi, link: Link) -> dict[str, str]:
-    """The whole environment for `mpirun_across`; `python` in the command is the Python that runs this."""
+def rank_environment(mpi: Mpi, link: HostLink) -> dict[str, str]:
+    """The whole environment for :func:`mpirun_across`; ``python`` in the command is the Python of this process."""
     environment = {**mpirun_environment(mpi), **rank_variables(mpi, link)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return environment

@@ -25,12 +25,12 @@ import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-from bench.hosts.plan import (
+from .plan import (
     HOST_COUNTS,
     PID_1,
     SLEEPER,
     ClusterError,
-    Link,
+    HostLink,
     Setup,
     enter,
     host_addresses,
@@ -67,9 +67,10 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """`with Cluster(4, Link.parse("200mbit")) as cluster:` makes the hosts; after the block nothing on them is left."""
+    """``with Cluster(4, HostLink.parse("200mbit")) as cluster:`` makes the hosts; after the block nothing on them is
+    left."""
 
-    def __init__(self, hosts: int, link: Link) -> None:
+    def __init__(self, hosts: int, link: HostLink) -> None:
         if hosts not in HOST_COUNTS:
             raise ClusterError(f"--hosts {hosts}: {HOST_COUNTS[0]} to {HOST_COUNTS[-1]} hosts can be made")
         self.names = host_names(hosts)
@@ -94,26 +95,27 @@ class Cluster:
     ) -> None:
         self.down()
 
-    def on(self, place: int | None, command: Sequence[str]) -> list[str]:
-        """The command line that runs `command` on host `place` (None: the switch), in this process's own folder."""
+    def on(self, host: int | None, command: Sequence[str]) -> list[str]:
+        """The command line that runs ``command`` on a host (None: the switch), in this process's own folder."""
         if self._owner is None:
             raise ClusterError("the cluster is down: use it inside its `with` block")
         proc = f"/proc/{self._owner.pid}/ns"
         into = ["nsenter", "--target", str(self._owner.pid), f"--pid={proc}/pid_for_children", "--net", "--mount"]
         into += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
-        hop = [] if place is None else enter(self._pids[f"host{place}"])
+        hop = [] if host is None else enter(self._pids[f"host{host}"])
         return [*into, *hop, "env", "--chdir", os.getcwd(), *command]
 
     def start(
         self,
-        place: int | None,
+        host: int | None,
         command: Sequence[str],
         environment: Mapping[str, str] | None = None,
         stdout: int | None = None,
     ) -> subprocess.Popen[str]:
-        """Start `command` on a host (None: the switch), in a process group of its own; the cluster's end is its end."""
+        """Start ``command`` on a host (None: the switch), in a process group of its own; the cluster's end is its
+        end."""
         process = subprocess.Popen(
-            self.on(place, command),
+            self.on(host, command),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
@@ -130,9 +132,9 @@ class Cluster:
         environment: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> int:
-        """Run `command` on a host with the caller's stdout and stderr; its exit code, or 128 + n for signal n.
+        """Run ``command`` on a host with the caller's stdout and stderr; its exit code, or 128 + n for signal n.
 
-        Raises subprocess.TimeoutExpired after `timeout_s`. That, Ctrl-C or any other exception reaches the whole
+        Raises subprocess.TimeoutExpired after ``timeout_s``. That, Ctrl-C or any other exception reaches the whole
         command as a signal; what has not ended 2 s later is killed.
         """
         process = self.start(host, command, environment)
@@ -183,7 +185,7 @@ class Cluster:
         command = [filled(word, self._pids) for word in setup.command]
         text = filled(setup.stdin, self._pids)
         done = subprocess.run(
-            self.on(setup.place, command),
+            self.on(setup.host, command),
             check=False,
             input=text,
             capture_output=True,
@@ -191,9 +193,9 @@ class Cluster:
             timeout=SETUP_TIMEOUT_S,
         )
         if done.returncode:
-            where = "the switch" if setup.place is None else f"host {setup.place}"
+            machine = "the switch" if setup.host is None else f"host {setup.host}"
             advice = " (this kernel has no netem: use --delay none)" if "netem" in command else ""
-            raise ClusterError(f"on {where}: `{shlex.join(command)}` failed: {done.stderr.strip()}{advice}")
+            raise ClusterError(f"on {machine}: `{shlex.join(command)}` failed: {done.stderr.strip()}{advice}")
 
 
 def first_line(process: subprocess.Popen[str], pattern: str) -> str:
@@ -206,7 +208,7 @@ def first_line(process: subprocess.Popen[str], pattern: str) -> str:
 
 
 def filled(text: str, pids: Mapping[str, str]) -> str:
-    """`text` with every {hostK} replaced by the pid that owns host K."""
+    """``text`` with every {hostK} replaced by the pid that owns host K."""
     return re.sub(r"\{(host\d)\}", lambda found: pids[found[1]], text)
 
 

@@ -1,4 +1,4 @@
-"""The plan of an emulated cluster: every command that makes its network, as data (`bench.cluster --raw` prints it).
+"""The plan of an emulated cluster: every command that makes its network, as data (``bench.cluster --raw`` prints it).
 
     host 0  eth0 ===== port0
     host 1  eth0 ===== port1  switch (a bridge)
@@ -16,6 +16,8 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..core.errors import BenchError
+
 HOST_COUNTS = range(2, 9)
 INTERFACE = "eth0"
 SUBNET = "10.77.0.0/24"  # isolated: no route leads out of the namespaces, so it cannot clash with a real network
@@ -29,13 +31,13 @@ PID_1 = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); prin
 SLEEPER = ("unshare", "--net", "--uts", "--ipc", "--mount", "sh", "-c", "echo $$; exec sleep infinity")
 
 
-class ClusterError(RuntimeError):
-    """The hosts cannot be made here, or not as asked; the message names the command and what to do."""
+class ClusterError(BenchError):
+    """The hosts cannot be made here, or not as asked; the message names the command and the remedy."""
 
 
 @dataclass(frozen=True)
-class Link:
-    """What every host's link can do, each way."""
+class HostLink:
+    """The rate and the delay of every host's link, each way."""
 
     bits_per_s: int
     delay_ms: float = 0.0
@@ -43,7 +45,7 @@ class Link:
     BURST_S = 0.0105  # the bucket holds this much of the rate: 256 KiB at 200 Mbit/s
 
     @classmethod
-    def parse(cls, rate: str, delay: str = "none") -> Link:
+    def parse(cls, rate: str, delay: str = "none") -> HostLink:
         """From "200mbit", "1.5gbit", "800kbit" and "none", "5ms"; ClusterError on anything else."""
         unit = {"kbit": 1_000, "mbit": 1_000_000, "gbit": 1_000_000_000}
         matched = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", rate.lower())
@@ -65,15 +67,16 @@ class Link:
         return max(32 * 1024, round(self.bytes_per_s * self.BURST_S))
 
     def least_time_s(self, sent_bytes: float) -> float:
-        """No way of sending `sent_bytes` over one link takes less: a full bucket goes at once, the rest at the rate."""
+        """No way of sending ``sent_bytes`` over one link takes less: a full bucket goes at once, the rest at the
+        rate."""
         return max(0.0, sent_bytes - self.burst_bytes) / self.bytes_per_s
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One command of the plan, on host `place` or the switch (None); {hostK} stands for the pid that owns host K."""
+    """One command of the plan, on a host or on the switch (None); {hostK} stands for the pid that owns host K."""
 
-    place: int | None
+    host: int | None
     command: tuple[str, ...]
     stdin: str = ""
 
@@ -88,7 +91,7 @@ def host_addresses(hosts: int) -> tuple[str, ...]:
     return tuple(f"10.77.0.{index + 1}" for index in range(hosts))
 
 
-def plan(names: Sequence[str], link: Link) -> list[Setup]:
+def plan(names: Sequence[str], link: HostLink) -> list[Setup]:
     """Every command that makes the network and the hosts' private files, in order; pids are filled in when it runs."""
     addresses = host_addresses(len(names))
     shape = f"root handle 1: tbf rate {link.bits_per_s}bit burst {link.burst_bytes} latency 50ms".split()
@@ -134,7 +137,7 @@ def enter(target: str) -> list[str]:
 
 
 def launcher_script(names: Sequence[str]) -> str:
-    """What mpirun calls in ssh's place: `launch [options] HOST COMMAND...`."""
+    """The script that mpirun calls instead of ssh: ``launch [options] HOST COMMAND...``."""
     cases = "".join(f"    {name}) pid={{host{k}}} ;;\n" for k, name in enumerate(names))
     return (
         '#!/bin/sh\nwhile case "$1" in -*) true ;; *) false ;; esac; do shift; done\n'

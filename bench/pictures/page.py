@@ -1,4 +1,4 @@
-"""Plots and tables as one HTML page that needs no other file, and as PNGs with the same words below each picture."""
+"""Plots and tables as one HTML page that needs no other file, and plots as PNG files with their words around them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 
-from .collectives import SETTINGS, Plot
+from ..core.results import Record
+from .plot import SETTINGS, Plot
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 0 auto;
@@ -31,31 +32,33 @@ nav ul { columns: 2; padding-left: 1.2rem; font-size: .9rem } nav li { break-ins
 
 
 class Table(NamedTuple):
-    """``title``, column names, and rows of text; ``runs`` as of a Plot."""
+    """A table of text."""
 
     title: str
     head: Sequence[str]
+    """The names of the columns."""
     rows: Sequence[Sequence[str]]
-    runs: Sequence[dict[str, Any]]
+    sources: Sequence[Record]
+    """The ``run`` lines whose records are shown."""
 
 
-def origin(run: dict[str, Any]) -> str:
+def origin(about: Record) -> str:
     """Date, hardware and versions of a run, in one line."""
-    hardware, versions = run.get("hardware", {}), dict(run.get("versions", {}))
+    hardware, versions = about.get("hardware", {}), dict(about.get("versions", {}))
     commit = versions.pop("commit", None)
     own = f"commlab {versions.pop('commlab', '?')}" + (f" ({commit})" if commit else "")
     machine = f"{hardware.get('cpu', '?')}, {hardware.get('cores', '?')} cores, {hardware.get('memory_GiB', '?')} GiB"
     known = {"python": "Python ", "torch": "torch "}
     others = [f"{known.get(name, '')}{value}" for name, value in versions.items() if value]
-    load = f"load {run['load']} at the start" if "load" in run else ""
-    when = run.get("date", "?")[:16].replace("T", " ") + " UTC"
+    load = f"load {about['load']} at the start" if "load" in about else ""
+    when = about.get("date", "?")[:16].replace("T", " ") + " UTC"
     return "; ".join(
         text for text in (when, machine, hardware.get("system", ""), ", ".join([own, *others]), load) if text
     )
 
 
 def svg(plot: Plot) -> str:
-    """The picture as SVG. No date in it, and names that do not change: the same rows give the same bytes."""
+    """The picture as SVG, without a date and with names that do not change: equal records give equal bytes."""
     stream = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
         plot.figure.savefig(stream, format="svg", metadata={"Date": None})
@@ -68,8 +71,8 @@ def write_png(plot: Plot, folder: Path) -> Path:
     path = folder / f"{plot.name}.png"
     width = 150
     below = [*textwrap.wrap(plot.reading, width)]
-    for run in plot.runs:
-        below += ["", *textwrap.wrap(origin(run), width), *textwrap.wrap(f"$ {run['command']}", width)]
+    for about in plot.sources:
+        below += ["", *textwrap.wrap(origin(about), width), *textwrap.wrap(f"$ {about['command']}", width)]
     text = "\n".join(below).replace("$", r"\$")
     with matplotlib.rc_context(SETTINGS):
         title = plot.figure.suptitle(plot.title, x=0.01, ha="left", fontsize=12)
@@ -85,13 +88,14 @@ def write_png(plot: Plot, folder: Path) -> Path:
 
 def page(plots: Sequence[Plot], tables: Sequence[Table]) -> str:
     """The whole page."""
-    runs = [run for shown in (*plots, *tables) for run in shown.runs]
-    dates = sorted({run.get("date", "?")[:10] for run in runs})
-    places = sorted(
-        {f"{run['hardware']['cpu']}, {run['hardware']['cores']} cores" for run in runs if "hardware" in run}
+    shown: list[Plot | Table] = [*plots, *tables]
+    sources = [about for each in shown for about in each.sources]
+    dates = sorted({about.get("date", "?")[:10] for about in sources})
+    machines = sorted(
+        {f"{about['hardware']['cpu']}, {about['hardware']['cores']} cores" for about in sources if "hardware" in about}
     )
     span = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
-    titles = [shown.title for shown in (*plots, *tables)]
+    titles = [each.title for each in shown]
     contents = "".join(f'<li><a href="#s{at}">{_text(title)}</a></li>' for at, title in enumerate(titles))
     sections = [_section(at, plot.title, _figure(plot)) for at, plot in enumerate(plots)]
     sections += [_section(len(plots) + at, table.title, _table(table)) for at, table in enumerate(tables)]
@@ -99,7 +103,7 @@ def page(plots: Sequence[Plot], tables: Sequence[Table]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>commlab: what was measured</title><style>{_STYLE}</style></head><body>\n"
-        f"<h1>commlab: what was measured</h1>\n<p class=from>{_text(span)}; {_text('; '.join(places))}</p>\n"
+        f"<h1>commlab: what was measured</h1>\n<p class=from>{_text(span)}; {_text('; '.join(machines))}</p>\n"
         f"<nav><ul>{contents}</ul></nav>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
 
@@ -112,7 +116,7 @@ def _figure(plot: Plot) -> str:
     coded = base64.b64encode(svg(plot).encode()).decode()
     return (
         f'<figure><img alt="{_text(plot.title)}" src="data:image/svg+xml;base64,{coded}">'
-        f"<figcaption>{_text(plot.reading)}</figcaption></figure>\n{_origins(plot.runs)}"
+        f"<figcaption>{_text(plot.reading)}</figcaption></figure>\n{_origins(plot.sources)}"
     )
 
 
@@ -120,12 +124,13 @@ def _table(table: Table) -> str:
     head = "".join(f"<th>{_text(cell)}</th>" for cell in table.head)
     rows = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>\n" for row in table.rows)
     shown = f"<div class=scroll><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
-    return f"{shown}\n{_origins(table.runs)}"
+    return f"{shown}\n{_origins(table.sources)}"
 
 
-def _origins(runs: Sequence[dict[str, Any]]) -> str:
+def _origins(sources: Sequence[Record]) -> str:
     return "\n".join(
-        f"<p class=from>{_text(origin(run))}<br><code>{_text(run.get('command', '?'))}</code></p>" for run in runs
+        f"<p class=from>{_text(origin(about))}<br><code>{_text(about.get('command', '?'))}</code></p>"
+        for about in sources
     )
 
 

@@ -1,4 +1,4 @@
-"""The picture of one step: rows of bars on a common clock, a colour for each kind of work."""
+"""The picture of one step: tracks of bars on a common clock, a colour for each kind of work."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..timeline import WAITING, Bar, Row, waited_ms
-from .collectives import SETTINGS, WIDTH_IN
+from .plot import SETTINGS, WIDTH_IN
+from .steps import WAITING, Bar, Track, waited_ms
 
 _KINDS = {
     "forward": ("#b9c4cf", "forward"),
@@ -26,29 +26,29 @@ _KINDS = {
     "words": ("#a0399b", "norm, loss, clock: a few bytes"),
     "other": ("#dddddd", "other"),
 }
-"""Colour and what it says in the legend."""
+"""The colour of each kind of bar, and its text in the legend."""
 _ALTERNATE = {"gradients": "#2f6fae", "parameters": "#2b7d47"}
-"""For every second bar of these, so that neighbours can be told apart."""
+"""The colours of every second bar of these kinds, so that neighbours can be told apart."""
 _LINE_IN, _LEAST_IN, _GAP_IN = 0.115, 0.34, 0.08
 _RANK_GAP_IN = 0.22
 _LEFT, _WIDTH = 0.115, 0.87
-"""Of the figure: where the rows begin, and how long they are."""
+"""Where the tracks begin, and how long they are, as shares of the figure's width."""
 
 
-def draw(rows: Sequence[Row], title: str, command: str, files: Sequence[str]) -> None:
+def draw(tracks: Sequence[Track], title: str, command: str, files: Sequence[str]) -> None:
     """Write the picture to ``files``, by their suffix: .png or .svg."""
     with matplotlib.rc_context({**SETTINGS, "svg.fonttype": "none"}):
-        figure = _figure(rows, title, textwrap.wrap(command, 165))
+        figure = _figure(tracks, title, textwrap.wrap(command, 165))
         for name in files:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(name, dpi=140, metadata={"Date": None} if name.endswith(".svg") else None)
 
 
-def _figure(rows: Sequence[Row], title: str, below: Sequence[str]) -> Figure:
-    length_ms = max(bar.stop_ms for row in rows for bar in row.bars)
-    heights = [max(_LEAST_IN, _LINE_IN * row.lines) for row in rows]
-    gaps = [_GAP_IN if at and row.rank == rows[at - 1].rank else _RANK_GAP_IN for at, row in enumerate(rows)]
-    # In inches: what is above and below the rows has the same size whatever their number.
+def _figure(tracks: Sequence[Track], title: str, below: Sequence[str]) -> Figure:
+    length_ms = max(bar.stop_ms for track in tracks for bar in track.bars)
+    heights = [max(_LEAST_IN, _LINE_IN * track.lines) for track in tracks]
+    gaps = [_GAP_IN if at and track.rank == tracks[at - 1].rank else _RANK_GAP_IN for at, track in enumerate(tracks)]
+    # In inches: the words above and below the tracks take as much room whatever the number of tracks.
     body, top, bottom = sum(heights) + sum(gaps) + _GAP_IN, 0.3, 0.95 + 0.14 * len(below)
     height = body + top + bottom
     figure = Figure(figsize=(WIDTH_IN, height))
@@ -56,20 +56,20 @@ def _figure(rows: Sequence[Row], title: str, below: Sequence[str]) -> Figure:
     axes.set_xlim(0, length_ms)
     axes.set_ylim(body, 0)
     at, middles = 0.0, []
-    for row, row_in, gap_in in zip(rows, heights, gaps, strict=True):
+    for track, height_in, gap_in in zip(tracks, heights, gaps, strict=True):
         at += gap_in
-        _draw_row(axes, row, at, row_in, length_ms)
-        middles.append(at + row_in / 2)
-        at += row_in
-    axes.set_yticks(middles, [f"rank {row.rank} {row.title}" for row in rows], fontsize=8)
+        _draw_track(axes, track, at, height_in, length_ms)
+        middles.append(at + height_in / 2)
+        at += height_in
+    axes.set_yticks(middles, [f"rank {track.rank} {track.title}" for track in tracks], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(True, axis="x", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    for edge in ("top", "right", "left"):
+        axes.spines[edge].set_visible(False)
     axes.set_xlabel("milliseconds since the step began", fontsize=8)
-    used = {bar.kind for row in rows for bar in row.bars}
+    used = {bar.kind for track in tracks for bar in track.bars}
     figure.legend(
         handles=[Patch(color=colour, label=text) for kind, (colour, text) in _KINDS.items() if kind in used],
         loc="lower left",
@@ -84,28 +84,31 @@ def _figure(rows: Sequence[Row], title: str, below: Sequence[str]) -> Figure:
     return figure
 
 
-def _draw_row(axes: Axes, row: Row, top: float, height: float, length_ms: float) -> None:
-    line = height / row.lines
-    shown = sorted(row.bars, key=lambda bar: (bar.place, bar.start_ms))
+def _draw_track(axes: Axes, track: Track, top: float, height: float, length_ms: float) -> None:
+    line_height = height / track.lines
+    shown = sorted(track.bars, key=lambda bar: (bar.line, bar.start_ms))
     colours = {
         bar: _ALTERNATE[bar.kind] if at % 2 and bar.kind in _ALTERNATE else _KINDS[bar.kind][0]
         for at, bar in enumerate(shown)
     }
-    for bar in sorted(shown, key=lambda bar: bar.start_ms - bar.stop_ms):  # what lies inside comes last, on top
-        middle = top + (bar.place + 0.5) * line
+    for bar in sorted(
+        shown, key=lambda bar: bar.start_ms - bar.stop_ms
+    ):  # an inner bar comes after the outer one, on top
+        middle = top + (bar.line + 0.5) * line_height
         length = bar.stop_ms - bar.start_ms
-        axes.barh(middle, length, 0.86 * line, left=bar.start_ms, color=colours[bar], linewidth=0)
+        axes.barh(middle, length, 0.86 * line_height, left=bar.start_ms, color=colours[bar], linewidth=0)
     for bar, following in zip_longest(shown, shown[1:]):
-        beside = following is not None and following.place == bar.place
+        beside = following is not None and following.line == bar.line
         room_ms = (following.start_ms if beside else length_ms) - bar.stop_ms
-        _label(axes, bar, top + (bar.place + 0.5) * line, row.lines, length_ms, room_ms)
-    if row.title == "computes" and (waited := waited_ms(row)):
+        _label(axes, bar, top + (bar.line + 0.5) * line_height, track.lines, length_ms, room_ms)
+    if track.title == "computes" and (waited := waited_ms(track)):
         text = f"waits {waited:.0f} ms of {length_ms:.0f}"
         axes.annotate(text, (length_ms, top), (0, 1), textcoords="offset points", ha="right", va="bottom", fontsize=7)
 
 
 def _label(axes: Axes, bar: Bar, middle: float, lines: int, length_ms: float, room_ms: float) -> None:
-    """Inside the bar where it fits, else to the right of it, where there is ``room_ms``; else nowhere."""
+    """Write the bar's label inside the bar where it fits, else to the right of the bar, where there is ``room_ms``;
+    else nowhere."""
     size = 7.5 if lines == 1 else 5.5
     needed_ms = 0.62 * size * len(bar.label) / (_WIDTH * WIDTH_IN * 72) * length_ms
     if not bar.label or (bar.kind in ("forward", "backward") and needed_ms > bar.stop_ms - bar.start_ms):

@@ -1,1 +1,1 @@
-"""Training runs as rows of a table."""
+"""Training runs: jobs of the trainer, and the rows of the paper's table."""

@@ -19,58 +19,64 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..core.mpirun import Mpi, mpirun_environment
+from ..core.errors import BenchError
+from ..core.mpirun import Mpi, mpirun_environment, python_path
 from ..hosts.mpi import mpirun_across, rank_environment
 from ..hosts.namespaces import Cluster
-from ..hosts.plan import Link
+from ..hosts.plan import HostLink
+
+Line = dict[str, Any]
+"""A line of the trainer's metrics file."""
 
 
-class JobFailed(RuntimeError):
-    """A run ended with an error; the message is what the trainer said."""
+class JobFailed(BenchError):
+    """A job ended with an error; the message is the trainer's."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run reports. Times are medians over the steps, in seconds; the first two steps are left out."""
+    """The report of one training run. Times are medians over the steps, in seconds; the first two steps are left
+    out."""
 
     tokens_per_step: int
     step_s: float
     compute_s: float
     """Forward and backward of the rank that took longest, step by step."""
     exchange_s: float
-    """By rank 0, less what it waited for ranks that computed longer."""
+    """The exchange of rank 0, less the time that rank 0 waited for ranks that computed longer."""
     update_s: float
-    """By rank 0."""
+    """The update of rank 0."""
     loss: float
     held_out_bits: float
     bytes_sent: int
-    """By the rank that sends most, in a step, as commlab's executor counts it: without what a library sends by
-    itself."""
+    """Bytes that the rank which sends most sends in a step, as commlab's executor counts them: without the bytes that a
+    library sends by itself."""
     interface_bytes: float | None
-    """What rank 0's host sent in a step, by its interfaces' counters, headers included; None on one node."""
+    """Bytes that rank 0's host sent in a step, by its interfaces' counters, headers included; None on one node."""
     memory_bytes: int
-    """Of all ranks together; shared pages once."""
+    """The memory of all ranks together; shared pages count once."""
     nodes: int
     versions: dict[str, str]
 
 
 class Launcher:
-    """How jobs are started: a command line in front of ``python``, and an environment. ``threads``: torch threads per
-    rank, or None for what the trainer takes."""
+    """Starts jobs on this machine: a command line in front of ``python``, and an environment. Jobs of one rank need no
+    ``mpi``. ``timeout_s``: how long a job may take."""
 
-    def __init__(self, mpi: Mpi, timeout_s: float):
+    def __init__(self, mpi: Mpi | None, timeout_s: float):
         self.mpi, self.timeout_s = mpi, timeout_s
 
     def command(self, ranks: int, python: Sequence[str]) -> list[str]:
         if ranks == 1:
             return list(python)
+        assert self.mpi is not None
         bind = ["--bind-to", "none"] if self.mpi.kind == "openmpi" else []
         return [self.mpi.mpirun, *bind, "-n", str(ranks), *python]
 
     def start(self, ranks: int, python: Sequence[str], output: Any) -> subprocess.Popen[Any]:
         return subprocess.Popen(
             self.command(ranks, python),
-            env={**mpirun_environment(self.mpi), "PYTHONPATH": _path()},
+            env={**(mpirun_environment(self.mpi) if self.mpi else os.environ), "PYTHONPATH": python_path()},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -78,22 +84,26 @@ class Launcher:
         )
 
 
-class Hosts(Launcher):
-    """The same on emulated hosts; one rank is one host's."""
+class ClusterLauncher(Launcher):
+    """Starts jobs on emulated hosts, with ``ranks_per_host`` ranks on each; a job of one rank runs on the first
+    host."""
 
     def __init__(self, mpi: Mpi, timeout_s: float, cluster: Cluster, ranks_per_host: int):
         super().__init__(mpi, timeout_s)
+        self.across = mpi
         self.cluster, self.ranks_per_host = cluster, ranks_per_host
 
     def command(self, ranks: int, python: Sequence[str]) -> list[str]:
         if ranks == 1:
             return list(python)
-        return mpirun_across(self.mpi, self.cluster.names[: ranks // self.ranks_per_host], self.ranks_per_host, python)
+        return mpirun_across(
+            self.across, self.cluster.names[: ranks // self.ranks_per_host], self.ranks_per_host, python
+        )
 
     def start(self, ranks: int, python: Sequence[str], output: Any) -> subprocess.Popen[Any]:
         return subprocess.Popen(
             self.cluster.on(0, self.command(ranks, python)),
-            env={**rank_environment(self.mpi, self.cluster.link), "PYTHONPATH": _path()},
+            env=rank_environment(self.across, self.cluster.link),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -103,56 +113,59 @@ class Hosts(Launcher):
 
 @contextlib.contextmanager
 def launcher(mpi: Mpi, timeout_s: float, hosts: int, rate: str, delay: str, per_host: int) -> Iterator[Launcher]:
-    """For this machine, or with ``hosts`` for that many emulated ones, which exist inside the block."""
+    """A launcher for this machine, or for ``hosts`` emulated hosts, which exist inside the block."""
     if not hosts:
         yield Launcher(mpi, timeout_s)
         return
-    with Cluster(hosts, Link.parse(rate, delay)) as cluster:
-        yield Hosts(mpi, timeout_s, cluster, per_host)
+    with Cluster(hosts, HostLink.parse(rate, delay)) as cluster:
+        yield ClusterLauncher(mpi, timeout_s, cluster, per_host)
 
 
-def train(where: Launcher, ranks: int, flags: Sequence[str]) -> Measured:
-    """Run it to its end. JobFailed with what it said, also when it is not done in time."""
-    return _measured(metrics(where, ranks, flags))
+def train(starter: Launcher, ranks: int, flags: Sequence[str]) -> Measured:
+    """Run one training job to its end. JobFailed with the trainer's message, also when the job is not done in time."""
+    return measured(metrics(starter, ranks, flags))
 
 
 def metrics(
-    where: Launcher, ranks: int, flags: Sequence[str], module: Sequence[str] = ("commlab.train",)
-) -> list[dict[str, Any]]:
-    """The lines of its metrics file. ``module``: what is run in the trainer's place, with what it is given before the
-    trainer's flags."""
+    starter: Launcher, ranks: int, flags: Sequence[str], module: Sequence[str] = ("commlab.train",)
+) -> list[Line]:
+    """Run one training job to its end; returns the lines of its metrics file. JobFailed as for :func:`train`.
+    ``module``: the module that is run in the trainer's place, and its arguments before the trainer's flags."""
     with tempfile.TemporaryDirectory() as folder:
-        written, said = Path(folder, "metrics.jsonl"), Path(folder, "output.txt")
+        written, printed = Path(folder, "metrics.jsonl"), Path(folder, "output.txt")
         python = [sys.executable, "-m", *module, *flags, "--metrics", str(written), "--output", folder]
-        with open(said, "wb") as output:
-            job = where.start(ranks, python, output)
+        with open(printed, "wb") as output:
+            job = starter.start(ranks, python, output)
             try:
-                code = job.wait(where.timeout_s)
+                code = job.wait(starter.timeout_s)
             except BaseException as error:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(job.pid, signal.SIGTERM)
                 job.wait(30)
                 if isinstance(error, subprocess.TimeoutExpired):
-                    raise JobFailed(f"not done after {where.timeout_s:g} s: {shlex.join(python)}") from error
+                    raise JobFailed(f"not done after {starter.timeout_s:g} s: {shlex.join(python)}") from error
                 raise
         if code:
-            raise JobFailed(_reason(said.read_text(errors="replace"), code))
+            raise JobFailed(reason_of(printed.read_text(errors="replace"), code))
         return [json.loads(line) for line in written.read_text().splitlines()]
 
 
-def _path() -> str:
-    return os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
+def summary_of(lines: Sequence[Line]) -> dict[str, Any]:
+    """The summary at the end of a metrics file."""
+    summary: dict[str, Any] = next(line["summary"] for line in lines if "summary" in line)
+    return summary
 
 
-def _reason(output: str, code: int) -> str:
-    """The trainer's own line about a usage error, else the last line that anybody said."""
+def reason_of(output: str, code: int) -> str:
+    """The trainer's own line about a usage error, else the last line of the output."""
     lines = [line for line in output.replace("\r", "\n").splitlines() if line.strip()]
-    told = [line.removeprefix("commlab: ") for line in lines if line.startswith("commlab: ")]
-    return told[0] if told else f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
+    messages = [line.removeprefix("commlab: ") for line in lines if line.startswith("commlab: ")]
+    return messages[0] if messages else f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
 
 
-def _measured(lines: list[dict[str, Any]]) -> Measured:
-    opening, summary = lines[0], next(line["summary"] for line in lines if "summary" in line)
+def measured(lines: Sequence[Line]) -> Measured:
+    """The report of a training run from the lines of its metrics file."""
+    opening, summary = lines[0], summary_of(lines)
     steps = [line for line in lines if "loss" in line]
     steps = steps[min(2, len(steps) - 1) :]
     links = [step["interface_bytes_sent"] for step in steps if "interface_bytes_sent" in step]

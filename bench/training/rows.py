@@ -1,16 +1,17 @@
-"""The rows of the paper's table, and what is made of their runs."""
+"""The rows of the paper's table, and the records that their training runs become."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from ..core.results import Record
 from ..core.stats import ratio
 from .jobs import Measured
 
 
-class Row(NamedTuple):
+class PaperRow(NamedTuple):
     """One strategy of the table: the paper's name for it, and the trainer's flags."""
 
     paper: str
@@ -22,20 +23,20 @@ class Row(NamedTuple):
 REFERENCE = "single"
 
 _16_BIT = ("--precision", "{16-bit}", "--loss-scale", "4096")
-"""From the default scale of 65536 some of a short run's first steps overflow and are skipped, and what would be
-compared then is how training goes on after that."""
+"""The flags of the 16-bit rows. From the default scale of 65536 some of a short run's first steps overflow and are
+skipped, and the rows would differ in their numbers of steps."""
 
 ROWS = {
-    REFERENCE: Row("Single GPU", ("--strategy", "single")),
-    "ps": Row("Single Parameter Server", ("--strategy", "ps")),
-    "dps": Row("Distributed Parameter Server", ("--strategy", "dps")),
-    "horovod": Row("Horovod", ("--strategy", "horovod"), "peer"),
-    "dps 16-bit": Row("Distributed Parameter Server + Apex", ("--strategy", "dps", *_16_BIT)),
-    "horovod 16-bit": Row("Horovod + Apex", ("--strategy", "horovod", *_16_BIT), "peer"),
-    "allreduce": Row("-", ("--strategy", "allreduce")),
-    "ddp": Row("-", ("--strategy", "ddp"), "peer"),
+    REFERENCE: PaperRow("Single GPU", ("--strategy", "single")),
+    "ps": PaperRow("Single Parameter Server", ("--strategy", "ps")),
+    "dps": PaperRow("Distributed Parameter Server", ("--strategy", "dps")),
+    "horovod": PaperRow("Horovod", ("--strategy", "horovod"), "peer"),
+    "dps 16-bit": PaperRow("Distributed Parameter Server + Apex", ("--strategy", "dps", *_16_BIT)),
+    "horovod 16-bit": PaperRow("Horovod + Apex", ("--strategy", "horovod", *_16_BIT), "peer"),
+    "allreduce": PaperRow("-", ("--strategy", "allreduce")),
+    "ddp": PaperRow("-", ("--strategy", "ddp"), "peer"),
 }
-"""By the names of the command line. {16-bit}: ``--precision-16``."""
+"""The rows by their names on the command line. ``{16-bit}`` stands for the value of ``--precision-16``."""
 
 HEAD = (
     "row",
@@ -56,8 +57,8 @@ HEAD = (
 headers included. ``exchange`` of rows with a ~ is what their step takes longer than another strategy's computation."""
 
 LOSS_TOLERANCE = 0.02
-"""Share of ``single``'s loss. Ranks add gradients in another order, and AdamW makes of a rounding error in a gradient
-near 0 a whole step; 16-bit wires round besides."""
+"""How far a loss may be from ``single``'s, as a share of the latter. Ranks add gradients in another order, and AdamW
+makes of a rounding error in a gradient near 0 a whole step; 16-bit wires round besides."""
 
 
 def reduced(
@@ -66,9 +67,10 @@ def reduced(
     rounds: Sequence[Measured],
     reference: Sequence[Measured],
     computing: Sequence[Measured],
-) -> dict[str, Any]:
-    """One line of results. ``rounds``: the row's own, ``reference``: those of ``single``, ``computing``: of a strategy
-    whose exchange and computation are told apart, all in the same rounds; either may be empty."""
+) -> Record:
+    """The record of a row. ``rounds``: the row's own runs; ``reference``: the runs of ``single``; ``computing``: the
+    runs of a strategy whose exchange and computation are measured apart. All are of the same rounds; the latter two may
+    be empty."""
     row, last = ROWS[name], rounds[-1]
     hides = row.kind == "peer"
     compute = [each.compute_s for each in (computing if hides and computing else rounds)]
@@ -94,7 +96,7 @@ def reduced(
         "held_out_bits_per_byte": last.held_out_bits,
         "step_samples_ms": [_round(1e3 * each.step_s) for each in rounds],
         "exchange_update_samples_ms": [
-            _round(1e3 * (mine + other)) for mine, other in zip(exchange, update, strict=True)
+            _round(1e3 * (exchange_s + update_s)) for exchange_s, update_s in zip(exchange, update, strict=True)
         ],
     }
     if reference:
@@ -104,11 +106,12 @@ def reduced(
     return found
 
 
-def missing(name: str, ranks: int, reason: str) -> dict[str, Any]:
+def missing(name: str, ranks: int, reason: str) -> Record:
+    """The record of a row that cannot run."""
     return {**_head(name, ranks), "missing": reason}
 
 
-def _head(name: str, ranks: int) -> dict[str, Any]:
+def _head(name: str, ranks: int) -> Record:
     row = ROWS[name]
     return {
         "type": "row",
@@ -120,7 +123,7 @@ def _head(name: str, ranks: int) -> dict[str, Any]:
     }
 
 
-def cells(record: dict[str, Any]) -> list[str]:
+def cells(record: Record) -> list[str]:
     """A record under HEAD; a missing one as one cell."""
     if "missing" in record:
         return [f"{record['contestant']}, {record['ranks']} ranks: missing: {record['missing']}"]

@@ -1,145 +1,67 @@
-"""The bench core: figures, data and their closed forms, the floor, and the program as a user starts it."""
+"""bench.allreduce: the records of results, and the program as a user starts it."""
 
 from __future__ import annotations
 
 import json
-import math
-import random
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bench import allreduce, compare
-from bench.contestants import floor
-from bench.contestants.case import DTYPES, EXACT_UP_TO, OPS, Case
-from bench.core import results as records
-from bench.core.harness import Unavailable, measure
+from bench.contestants.case import Case
+from bench.core import results
+from bench.core.harness import Contestant, Result
 from bench.core.mpirun import LauncherError, find_mpi, mpirun_environment
-from bench.core.ranks import Ranks
-from bench.core.stats import bus_factor, format_bytes, parse_bytes, percentile, ratio
-from commlab.chunks import split
-from commlab.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_sizes() -> None:
-    texts = {"4B": 4, "4": 4, "64KiB": 65536, "64k": 64000, "1MB": 10**6, "0.5 GB": 5 * 10**8, "100 MB": 10**8}
-    assert {text: parse_bytes(text) for text in texts} == texts
-    for text in ("", "MB", "1XB", "-4B", "1e3B", "4 B B"):
-        with pytest.raises(ValueError, match="no size"):
-            parse_bytes(text)
+def test_records_hold_the_best_peer_and_the_check() -> None:
+    def result(name: str, samples_s: list[float], **labels: Any) -> Result:
+        contestant = Contestant(name, lambda: None, lambda: None, lambda _: 0, labels)
+        return Result(contestant, samples_s)
+
+    ring = {"kind": "commlab", "algorithm": "ring", "wire": None}
+    results = [
+        result("slow copy", [2.0, 2.0, 2.0], kind="floor"),
+        result("copy", [1.0, 2.0, 1.0], kind="floor"),
+        result("ring", [4.0, 8.0, 4.4], check=True, **ring),
+        result("ring, no check", [3.0, 7.0, 4.0], check=False, **ring),
+        result("half ring", [4.0, 4.0, 4.0], kind="commlab", algorithm="ring", wire="fp16", check=True),
+        result("peer", [8.0, 16.0, 4.0], kind="peer"),
+        result("half peer", [2.0, 2.0, 2.0], kind="peer", wire="fp16"),
+        result("wrong peer", [1.0, 1.0, 1.0], kind="peer"),
+    ]
+    results[-1].wrong = 1
+    found = {
+        record["contestant"]: record
+        for record in allreduce.records(results, Case("allreduce", 1000, torch.float32, 0, 4))
+    }
+    assert found["ring"]["ratio_floor"] == [4.0, 4.0, 4.4] and found["ring"]["floor"] == "copy"
+    assert found["ring"]["best_peer"] == "peer", (
+        "not the one whose result is wrong, nor the one that sends half the bytes"
+    )
+    assert found["ring"]["ratio_best_peer"] == [0.5, 0.5, 1.1]
+    assert found["half ring"]["best_peer"] == "half peer" and found["half ring"]["ratio_best_peer"][0] == 2
+    assert found["ring"]["check_us"] == 1e6 and "check_us" not in found["half ring"]
+    assert found["ring"]["algbw_GBps"] == pytest.approx(4000 / 4.4 / 1e9, rel=1e-3)
+    assert found["ring"]["busbw_GBps"] == pytest.approx(1.5 * 4000 / 4.4 / 1e9, rel=1e-3)
+    assert "busbw_GBps" not in found["copy"]
 
 
-@given(st.integers(1, 10**12))
-def test_exact_sizes_come_back(count: int) -> None:
-    text = format_bytes(count)
-    assert parse_bytes(text) == count or text == f"{count / 1e6:.3f}MB"
-
-
-def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
-    assert bus_factor("allreduce", 8) == 2 * 7 / 8
-    assert bus_factor("reduce_scatter", 8) == bus_factor("allgather", 8) == 7 / 8
-    assert bus_factor("broadcast", 8) == 1
-    assert percentile([3.0, 1.0, 2.0], 50) == 2 and percentile([3.0, 1.0, 2.0], 99) == 3
-
-
-@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=40))
-def test_the_range_of_a_ratio_holds_its_median(samples: list[float]) -> None:
-    found = ratio(samples, [1.0] * len(samples))
-    assert found.low <= found.median <= found.high
-    assert len(samples) > 5 or (found.low, found.high) == (min(samples), max(samples))
-
-
-@pytest.mark.parametrize("rounds", [6, 7, 9, 11, 21, 40])
-def test_the_range_holds_the_true_median_as_often_as_it_says(rounds: int) -> None:
-    """Against the binomial distribution, and on lopsided noise with a common factor per round, which must cancel."""
-    draw = random.Random(rounds)
-    held, trials = 0, 2000
-    for _ in range(trials):
-        weather = [math.exp(draw.gauss(0, 2)) for _ in range(rounds)]
-        noise = [draw.expovariate(math.log(2)) for _ in range(rounds)]  # its median is 1
-        found = ratio([each * rain for each, rain in zip(noise, weather, strict=True)], weather)
-        held += found.low <= 1 <= found.high
-    # 95 %, less four standard deviations of 2000 trials.
-    assert held / trials >= 0.95 - 4 * math.sqrt(0.95 * 0.05 / trials)
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_data_and_closed_form(op: str, dtype: str, size: int) -> None:
-    cases = [Case(op, 1003, DTYPES[dtype], rank, size, EXACT_UP_TO.get(dtype, 2**11)) for rank in range(size)]
-    numel = cases[0].bytes // DTYPES[dtype].itemsize
-    whole = torch.stack([case.source.double() for case in cases])
-    total = whole.sum(0)
-    assert float(total.max()) <= EXACT_UP_TO.get(dtype, 2**11)
-    for rank, (case, own) in enumerate(zip(cases, split(numel, size), strict=True)):
-        if op == "allreduce":
-            result = total
-        elif op == "reduce_scatter":
-            result = total[own.start : own.stop]
-        elif op == "allgather":
-            result = torch.cat([whole[peer][part.start : part.stop] for peer, part in enumerate(split(numel, size))])
-        else:
-            result = whole[0]
-        case.fill()
-        assert case.wrong(result.to(case.dtype)) == 0
-        assert case.wrong(result[1:].to(case.dtype)) == case.expected.numel()
-        before = case.part if op == "reduce_scatter" else case.whole
-        assert case.wrong(before) > 0 or size == 1 or (op, rank) == ("broadcast", 0)
-        if op != "broadcast" and rank:
-            assert (whole[rank] != whole[rank - 1]).all(), "differs per rank at every index"
-
-
-def test_data_shows_what_goes_wrong() -> None:
-    """Chunks swapped, shifted, added twice or not at all: each is seen at most of the indices that it touches."""
-    cases = [Case("allreduce", 4000, torch.float32, rank, 4) for rank in range(4)]
-    right = cases[0].expected
-    first, second = right[:1000], right[1000:2000]
-    assert cases[0].wrong(torch.cat([second, first, right[2000:]])) > 1900
-    assert cases[0].wrong(right.roll(1)) > 3900
-    for case in cases:
-        assert case.wrong(right + case.source) > 3900 and case.wrong(right - case.source) > 3900
-    assert cases[0].wrong(cases[0].whole) == 4000
-
-
-def test_too_many_ranks_for_sixteen_bits() -> None:
-    assert Case("allreduce", 5, torch.bfloat16, 22, 23, EXACT_UP_TO["bfloat16"]).expected.max() <= 256
-    with pytest.raises(UsageError, match="24 ranks are too many"):
-        Case("allreduce", 5, torch.bfloat16, 0, 24, EXACT_UP_TO["bfloat16"])
-
-
-def test_floor_copies() -> None:
-    """Any size, from and to odd places, and not a byte beyond."""
-    try:
-        ways = floor.load()
-    except Unavailable as unavailable:
-        pytest.skip(str(unavailable))
-    source = torch.randint(0, 256, (5000,), dtype=torch.uint8)
-    for way in ways.values():
-        for numel, start, shift in ((0, 0, 0), (1, 3, 5), (63, 1, 0), (64, 0, 1), (65, 7, 9), (4801, 17, 33)):
-            target = torch.zeros(5000, dtype=torch.uint8)
-            way(target.data_ptr() + start, source.data_ptr() + shift, numel)
-            assert torch.equal(target[start : start + numel], source[shift : shift + numel])
-            assert not target[:start].any() and not target[start + numel :].any()
-
-
-def test_floor_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", "false")
-    results = measure(floor.blocks(Case("allreduce", 8, torch.float32, 0, 1)), Ranks(), 1)
-    assert "floor.cpp failed" in results[0].missing
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Unavailable, match="install g"):
-        floor.build()
+def test_records_of_the_missing_say_why() -> None:
+    gone = [
+        Result(Contestant(name, lambda: None, lambda: None, lambda _: 0, {"kind": "peer"}), missing=reason)
+        for name, reason in (("absent", "not installed"), ("unable", "cannot do that"))
+    ]
+    here = Result(Contestant("here", lambda: None, lambda: None, lambda _: 0, {"kind": "peer"}), [1.0, 1.0, 1.0])
+    found = allreduce.records([*gone, here], Case("allreduce", 8, torch.float32, 0, 2))
+    assert [record.get("missing") for record in found] == ["not installed", "cannot do that", None]
 
 
 def mpirun() -> list[str]:
@@ -163,19 +85,19 @@ def test_two_ranks_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    ((run, found),) = records.read(result)
-    assert run["command"] == "mpirun -n 2 python -m bench.allreduce --sizes 4B,40KB --rounds 3 --timeout 60"
-    assert run["versions"]["mpi"] != "none" and str(ROOT) not in json.dumps(run)
-    here = [row for row in found if "missing" not in row]
-    assert all(row["wrong"] == 0 and len(row["samples_us"]) == 3 and row["p50_us"] > 0 for row in here)
-    assert all(row["p50_us"] == pytest.approx(median(row["samples_us"]), abs=2e-3) for row in here)
-    names = {row["contestant"] for row in here if row["bytes"] == 40_000}
+    ((about, found),) = results.read(result)
+    assert about["command"] == "mpirun -n 2 python -m bench.allreduce --sizes 4B,40KB --rounds 3 --timeout 60"
+    assert about["versions"]["mpi"] != "none" and str(ROOT) not in json.dumps(about)
+    here = [record for record in found if "missing" not in record]
+    assert all(record["wrong"] == 0 and len(record["samples_us"]) == 3 and record["p50_us"] > 0 for record in here)
+    assert all(record["p50_us"] == pytest.approx(median(record["samples_us"]), abs=2e-3) for record in here)
+    names = {record["contestant"] for record in here if record["bytes"] == 40_000}
     assert {"commlab ring", "commlab ring, no check", "commlab direct, wire fp16", "MPI_Allreduce", "gloo"} <= names
-    sent = {row["contestant"]: row["bytes_sent"] for row in here if row["bytes"] == 40_000}
+    sent = {record["contestant"]: record["bytes_sent"] for record in here if record["bytes"] == 40_000}
     assert (sent["commlab ring"], sent["commlab ring, wire fp16"], sent["commlab tree"]) == (40_000, 20_000, 40_000)
-    for row in found:
-        assert "missing" not in row or row["missing"] in done.stdout
-        assert row["contestant"] in done.stdout
+    for record in found:
+        assert "missing" not in record or record["missing"] in done.stdout
+        assert record["contestant"] in done.stdout
     assert compare.main([str(result), str(result)]) == 0
     assert "0 faster, 0 slower" in capsys.readouterr().out
 
@@ -187,5 +109,5 @@ def test_two_ranks_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
 )
 def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        allreduce.parser().parse_args(arguments)
+        allreduce.PROGRAM.parser().parse_args(arguments)
     assert arguments[1].split(",")[-1] in capsys.readouterr().err

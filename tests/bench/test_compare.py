@@ -14,10 +14,10 @@ from bench import compare
 from bench.core import results
 
 
-def write(path: Path, times: dict[str, Sequence[float]], mpi: str = "MPICH", **row: Any) -> str:
+def write(path: Path, times: dict[str, Sequence[float]], mpi: str = "MPICH", **columns: Any) -> str:
     """A result file of one run with these contestants' samples, in microseconds."""
     kinds = {"copy": "floor", "peer": "peer"}
-    common = {"type": "row", "op": "allreduce", "bytes": 1000, "dtype": "float32", "ranks": 2, **row}
+    common = {"type": "row", "op": "allreduce", "bytes": 1000, "dtype": "float32", "ranks": 2, **columns}
     found = [
         {**common, "contestant": name, "kind": kinds.get(name, "commlab"), "samples_us": list(samples)}
         if samples

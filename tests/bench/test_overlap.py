@@ -1,4 +1,4 @@
-"""bench.overlap: what is made of times, what counts as wrong, and the program as it is started."""
+"""bench.overlap: the records of its samples, and the program as it is started."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import overlapped
-import pytest
-import torch
-from training import alone
-
 from bench import overlap
-from bench.contestants import training_step
-from bench.contestants.training_step import Computing, Side, Work
 from bench.core import results
 from bench.core.mpirun import find_mpi, mpirun_environment
 
@@ -23,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_exposed_is_seen_round_by_round_and_hidden_is_its_ratio() -> None:
     """The second round was slow throughout. 200 bytes on a link of 100 bytes/s."""
-    side: Any = SimpleNamespace(bytes_sent=200, late_bytes=50, wrong=3)
+    step: Any = SimpleNamespace(bytes_sent=200, late_bytes=50, wrong=3)
     computing: Any = SimpleNamespace(samples_s=[(1.0, 2.0), (2.0, 4.0), (1.0, 2.0)])
-    work: Any = SimpleNamespace(model_name="m", tokens=8, size=2)
+    task: Any = SimpleNamespace(model_name="m", tokens=8, size=2)
     found = {
         ("dps", True): [(4.5, 0.5), (7.5, 0.5), (5.5, 0.5)],
         ("dps", False): [(5.5, 0.5), (10.5, 0.5), (5.5, 0.5)],
     }
-    on, off = overlap.rows(found, {"dps": side}, computing, work, 100.0)
+    on, off = overlap.records(found, {"dps": step}, computing, task, 100.0)
     assert on["exposed_samples_ms"] == [1000, 1000, 2000] and off["exposed_samples_ms"] == [2000, 4000, 2000]
     assert (on["step_ms"], on["compute_ms"], on["backward_ms"], on["update_ms"]) == (5500, 3000, 2000, 500)
     assert on["hidden"] == [0.5, 0.0, 0.75] and "hidden" not in off
@@ -41,44 +34,13 @@ def test_exposed_is_seen_round_by_round_and_hidden_is_its_ratio() -> None:
 
 
 def test_without_a_known_link_there_is_no_floor() -> None:
-    side: Any = SimpleNamespace(bytes_sent=200, late_bytes=50, wrong=0)
+    step: Any = SimpleNamespace(bytes_sent=200, late_bytes=50, wrong=0)
     computing: Any = SimpleNamespace(samples_s=[(1.0, 2.0)])
-    work: Any = SimpleNamespace(model_name="m", tokens=8, size=2)
+    task: Any = SimpleNamespace(model_name="m", tokens=8, size=2)
     found = {("dps", True): [(4.0, 0.5)], ("dps", False): [(3.5, 0.5)]}
-    on, off = overlap.rows(found, {"dps": side}, computing, work, 0.0)
+    on, off = overlap.records(found, {"dps": step}, computing, task, 0.0)
     assert "floor_ms" not in on and "hidden" not in on, "nothing was exposed that could be hidden"
     assert off["exposed_ms"] == 0 and len(overlap.cells(on)) == len(overlap.HEAD)
-
-
-@pytest.fixture
-def side(monkeypatch: pytest.MonkeyPatch) -> Side:
-    """Of one rank, which sends nothing."""
-    monkeypatch.setattr(training_step, "build_model", overlapped.build)
-    ranks: Any = SimpleNamespace(rank=0, size=1, barrier=lambda: None, maximum=list, total=list)
-    made = Side("allreduce", Work("tiny", 2, 5, alone(), ranks, 0), 10**6)
-    Computing(made).run()
-    return made
-
-
-def test_right_steps_pass_with_and_without_overlap(side: Side) -> None:
-    for on in (True, False, True):
-        side.step(overlap=on)
-        assert side.buckets.overlap == on
-        assert all(torch.equal(*pair) for pair in zip(side.model.parameters(), side.work.start, strict=True))
-    assert side.wrong == 0
-
-
-def test_another_gradient_is_wrong(side: Side) -> None:
-    side.work.mean = [mean * 1.01 for mean in side.work.mean]
-    side.step(overlap=True)
-    assert side.wrong > 0
-
-
-def test_other_bits_than_before_are_wrong(side: Side) -> None:
-    side.step(overlap=True)
-    assert side.wrong == 0
-    side._check_bits()
-    assert side.wrong == 1, "the parameters are those from before the step again"
 
 
 def test_the_program(tmp_path: Path) -> None:
@@ -90,6 +52,6 @@ def test_the_program(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr + done.stdout
     ((about, found),) = results.read(tmp_path / "r.jsonl")
     assert about["bench"] == "bench.overlap" and about["hosts"] == 1
-    turns = [(row["contestant"], row["overlap"], row["wrong"]) for row in found]
-    assert turns == [(name, on, 0) for name in ("dps", "allreduce:bf16") for on in (True, False)]
+    variants = [(record["contestant"], record["overlap"], record["wrong"]) for record in found]
+    assert variants == [(name, on, 0) for name in ("dps", "allreduce:bf16") for on in (True, False)]
     assert "2 ranks on 1 host" in done.stdout

@@ -1,20 +1,15 @@
-"""Interleaving, warm-up, repeats, the missing and the wrong; rows and tables made of it. No timing decides a test."""
+"""Interleaving, warm-up, repeats, the missing and the wrong. No timing decides a test."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from bench.contestants import PEERS
-from bench.contestants.case import Case
-from bench.core import harness, table
-from bench.core.harness import Block, Contestant, Unavailable, measure, missing
+from bench.core import harness
+from bench.core.harness import Block, Contestant, ContestantMissing, measure, missing
 from bench.core.ranks import Ranks
-from bench.rows import rows
 
 
 class Log:
@@ -27,7 +22,7 @@ class Log:
         return lambda: self.events.append(event)
 
     def contestant(self, name: str, run_s: float = 2 * harness.MIN_SAMPLE_S, wrong: int = 0) -> Contestant:
-        def run() -> str:
+        def work() -> str:
             self.events.append(f"run {name}")
             Clock.now_s += run_s
             return name
@@ -36,7 +31,7 @@ class Log:
             assert value == name
             return wrong
 
-        return Contestant(name, run, self.note(f"fill {name}"), check, {"kind": "peer"})
+        return Contestant(name, work, self.note(f"fill {name}"), check, {"kind": "peer"})
 
 
 class Clock:
@@ -55,9 +50,9 @@ def test_rounds_interleave_in_changing_order(log: Log) -> None:
     blocks = [Block([log.contestant(name)]) for name in "abcde"]
     results = measure(blocks, Ranks(), rounds=12, seed=3)
     runs = [event[-1] for event in log.events if event.startswith("run")][2 * 5 :]  # two each to warm up
-    turns = ["".join(runs[at : at + 5]) for at in range(0, len(runs), 5)]
-    assert len(turns) == 12 and all(sorted(turn) == list("abcde") for turn in turns)
-    assert len(set(turns)) > 8, "a fixed order would let one contestant always follow the same other"
+    rounds = ["".join(runs[at : at + 5]) for at in range(0, len(runs), 5)]
+    assert len(rounds) == 12 and all(sorted(each) == list("abcde") for each in rounds)
+    assert len(set(rounds)) > 8, "a fixed order would let one contestant always follow the same other"
     assert [result.contestant.name for result in results] == list("abcde")
     assert all(result.samples_s == pytest.approx([2 * harness.MIN_SAMPLE_S] * 12) for result in results)
     assert log.events.index("fill a") < log.events.index("run a")
@@ -76,7 +71,7 @@ def test_wrong_results_are_counted(log: Log) -> None:
     assert (good.wrong, bad.wrong) == (0, 28)
 
 
-def test_who_disturbs_is_up_only_in_its_turns(log: Log) -> None:
+def test_who_disturbs_is_up_only_while_measured(log: Log) -> None:
     noisy = Block([log.contestant("x"), log.contestant("y")], log.note("up"), log.note("down"), disturbs=True)
     measure([noisy, Block([log.contestant("q")])], Ranks(), rounds=5)
     up = False
@@ -93,15 +88,13 @@ def test_who_disturbs_is_up_only_in_its_turns(log: Log) -> None:
 
 def test_the_missing_say_why(log: Log) -> None:
     def refuse() -> None:
-        raise Unavailable("cannot do that")
+        raise ContestantMissing("cannot do that")
 
     unable = Contestant("unable", refuse, lambda: None, lambda _: 0, {"kind": "peer"})
     blocks = [missing("absent", "not installed", kind="peer"), Block([unable]), Block([log.contestant("here")])]
     absent, cannot, here = measure(blocks, Ranks(), rounds=3)
     assert (absent.missing, cannot.missing, here.missing) == ("not installed", "cannot do that", "")
     assert not absent.samples_s and not cannot.samples_s and len(here.samples_s) == 3
-    found = rows([absent, cannot, here], Case("allreduce", 8, torch.float32, 0, 2))
-    assert [row.get("missing") for row in found] == ["not installed", "cannot do that", None]
 
 
 def test_an_error_is_not_a_missing_peer(log: Log) -> None:
@@ -110,48 +103,3 @@ def test_an_error_is_not_a_missing_peer(log: Log) -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         measure([Block([Contestant("b", fail, lambda: None, lambda _: 0, {})])], Ranks(), rounds=1)
-
-
-def test_peers_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "horovod", None)
-    monkeypatch.setitem(sys.modules, "horovod.torch", None)
-    case = Case("allreduce", 8, torch.float32, 0, 1)
-    assert "make horovod" in measure(PEERS["horovod"](case), Ranks(), 1)[0].missing
-    assert "mpirun" in measure(PEERS["mpi"](case), Ranks(), 1)[0].missing
-    other = Case("allgather", 8, torch.float32, 0, 1)
-    assert "allreduce only" in measure(PEERS["horovod"](other), Ranks(), 1)[0].missing
-
-
-def test_rows_hold_the_best_peer_and_the_check(log: Log) -> None:
-    def result(name: str, samples_s: list[float], **labels: Any) -> harness.Result:
-        contestant = Contestant(name, lambda: None, lambda: None, lambda _: 0, labels)
-        return harness.Result(contestant, samples_s)
-
-    ours = {"kind": "commlab", "algorithm": "ring", "wire": None}
-    results = [
-        result("slow copy", [2.0, 2.0, 2.0], kind="floor"),
-        result("copy", [1.0, 2.0, 1.0], kind="floor"),
-        result("ring", [4.0, 8.0, 4.4], check=True, **ours),
-        result("ring, no check", [3.0, 7.0, 4.0], check=False, **ours),
-        result("half ring", [4.0, 4.0, 4.0], kind="commlab", algorithm="ring", wire="fp16", check=True),
-        result("peer", [8.0, 16.0, 4.0], kind="peer"),
-        result("half peer", [2.0, 2.0, 2.0], kind="peer", wire="fp16"),
-        result("wrong peer", [1.0, 1.0, 1.0], kind="peer"),
-    ]
-    results[-1].wrong = 1
-    found = {row["contestant"]: row for row in rows(results, Case("allreduce", 1000, torch.float32, 0, 4))}
-    assert found["ring"]["ratio_floor"] == [4.0, 4.0, 4.4] and found["ring"]["floor"] == "copy"
-    assert found["ring"]["best_peer"] == "peer", (
-        "not the one whose result is wrong, nor the one that sends half the bytes"
-    )
-    assert found["ring"]["ratio_best_peer"] == [0.5, 0.5, 1.1]
-    assert found["half ring"]["best_peer"] == "half peer" and found["half ring"]["ratio_best_peer"][0] == 2
-    assert found["ring"]["check_us"] == 1e6 and "check_us" not in found["half ring"]
-    assert found["ring"]["algbw_GBps"] == pytest.approx(4000 / 4.4 / 1e9, rel=1e-3)
-    assert found["ring"]["busbw_GBps"] == pytest.approx(1.5 * 4000 / 4.4 / 1e9, rel=1e-3)
-    assert "busbw_GBps" not in found["copy"]
-
-
-def test_table() -> None:
-    text = table.render(("name", "us"), [("ring", "5"), ("a long name", "1234"), [], ["gloo: missing"]])
-    assert text == "name           us\n-----------  ----\nring            5\na long name  1234\n\ngloo: missing"
