@@ -69,7 +69,6 @@ class Side:
         self.engine = commlab.strategy(
             strategy, self.model, optimizer, work.group, wire=self.wire or None, bucket_bytes=bucket_bytes
         )
-        assert self.engine.buckets is not None
         self.buckets = self.engine.buckets
         self.bytes_sent = 0
         """In a step, the most that any rank sends."""

@@ -19,24 +19,25 @@ def slow_down(factor: float) -> None:
     """This process's training from here on."""
     import torch
 
-    from commlab.strategies.engine import Strategy
+    from commlab.strategies.engine import Engine
+    from commlab.strategies.protocol import Strategy
 
-    autocast, run_backward = Strategy.autocast, Strategy._run_backward
+    autocast, backward = Engine.autocast, Strategy.backward
     began_s = 0.0
 
     @functools.wraps(autocast)
-    def beginning(self: Strategy) -> AbstractContextManager[None]:
+    def beginning(self: Engine) -> AbstractContextManager[None]:
         nonlocal began_s
         began_s = time.process_time()
         return autocast(self)
 
-    @functools.wraps(run_backward)
+    @functools.wraps(backward)
     def longer(self: Strategy, loss: torch.Tensor | None) -> None:
-        run_backward(self, loss)
+        backward(self, loss)
         if loss is not None:
             time.sleep((factor - 1) * (time.process_time() - began_s))
 
-    Strategy.autocast, Strategy._run_backward = beginning, longer  # type: ignore[method-assign]
+    Engine.autocast, Strategy.backward = beginning, longer  # type: ignore[method-assign]
 
 
 def main() -> int:

@@ -25,13 +25,15 @@ def norm_squared(gradients: Iterable[torch.Tensor]) -> float:
 
 @dataclass
 class Squares:
-    """The sum of the squares of what this rank reduced: told by whoever reduced it, where those numbers passed by
-    anyway, else found by a pass over them."""
+    """The sum of the squares of the numbers that this rank has reduced: added up by the loop that reduced them, where
+    that loop can, else by a pass over them."""
 
-    told: float | None = None
+    known: float | None = None
+    """The sum, where the loop that reduced has added it up; None where it has not."""
 
     def of(self, numbers: torch.Tensor) -> float:
-        return norm_squared([numbers]) if self.told is None else self.told
+        """The sum; ``numbers`` are those that this rank has reduced."""
+        return norm_squared([numbers]) if self.known is None else self.known
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:

@@ -1,5 +1,5 @@
-"""Strategies: how gradients become agreed updates. ``STRATEGIES`` is the table, name to where its class lives; classes
-are loaded when asked for, so that a strategy whose library is missing disturbs no other."""
+"""Strategies: how gradients become agreed updates. ``STRATEGIES`` is the table: a name, and the module and the class of
+the strategy. Classes are loaded when asked for, so that a strategy whose library is missing disturbs no other."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     import torch
 
     from ..runtime.group import Group
-    from .engine import Strategy
+    from .engine import Engine
+    from .protocol import Strategy
 
 STRATEGIES: Final[dict[str, tuple[str, str]]] = {
-    "single": ("single", "Single"),
+    "single": ("external", "Single"),
     "ps": ("sharded", "SingleServer"),
     "dps": ("sharded", "ShardedServer"),
     "allreduce": ("allreduce", "AllReduce"),
@@ -30,7 +31,7 @@ def strategy(
     optimizer: torch.optim.Optimizer,
     group: Group | None = None,
     **options: Any,
-) -> Strategy:
+) -> Engine:
     """Couple ``model`` and ``optimizer`` to the group's other ranks; returns the engine. Collective.
 
     ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: algorithm, precision, autocast, wire,
@@ -41,6 +42,7 @@ def strategy(
     closed their engines. Errors: UsageError.
     """
     from ..runtime.world import resolve
+    from .engine import Engine
     from .options import Options
 
     if name not in STRATEGIES:
@@ -56,7 +58,7 @@ def strategy(
             raise UsageError(f"servers={chosen.servers} has no meaning for strategy {name}; use ps or dps")
         from .dedicated import Dedicated
 
-        return Dedicated(name, model, optimizer, resolve(group), chosen)
+        return Engine(Dedicated(name, model, optimizer, resolve(group), chosen))
     if chosen.consistency != "bsp":
         raise UsageError(
             f"consistency {chosen.consistency!r} needs servers of their own: give servers=1 (ps) or more (dps); where "
@@ -64,4 +66,4 @@ def strategy(
         )
     module, kind = STRATEGIES[name]
     built: Strategy = getattr(import_module(f".{module}", __name__), kind)(model, optimizer, resolve(group), chosen)
-    return built
+    return Engine(built)

@@ -1,53 +1,74 @@
-"""What ``single``, ``ddp`` and ``horovod`` share: commlab moves nothing, ``p.grad`` is complete when backward and
-whoever reduces it are done."""
+"""Strategies whose gradients commlab does not move: ``single``, where nothing is sent, and the base of ``ddp`` and
+``horovod``, where a library reduces them. ``p.grad`` is complete when backward and that library are done.
+
+    backward | scale by the count | norm | clip | optimizer on all ranks
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 
 from ..errors import UsageError
-from ..gradients.hooks import GradientBuckets
+from ..gradients.bucket import Bucket
+from ..gradients.hooks import GradientBuckets, Waitable
 from ..native.norm import norm_squared, scale_
-from .engine import Strategy
-from .verdict import Agreement
+from ..runtime.group import Group
+from .options import Options
+from .protocol import Strategy
+from .start import start
+from .verdict import Verdict, of_all_ranks
 
 
-class Local(Strategy):
-    """Scale by the count, norm, clip and step on whole gradients."""
+class External(Strategy):
+    """Norm, clip and step on whole gradients. ``synchronize``: see :func:`.start.start`."""
 
-    def _make_buckets(self) -> GradientBuckets | None:
-        if not self.options.overlap:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        group: Group,
+        options: Options,
+        synchronize: Callable[[], None] | None = None,
+    ):
+        self.training = training = start(model, optimizer, group, options, synchronize=synchronize)
+        if not options.overlap:
             raise UsageError(
                 f"strategy {self.name} sends no buckets of commlab's, so overlap can't be turned off; leave it on, or "
                 "use allreduce, dps or ps"
             )
-        return None
+        training.masters.own_all()
+        self.buckets = GradientBuckets(
+            [], self.launch, training.counts.scale_for_mean, group.progress.poll, keep_gradients=True
+        )
 
-    def _gradients(self) -> list[torch.Tensor]:
-        return [item.tensor.grad for item in self.parameters if item.tensor.grad is not None]
+    def launch(self, bucket: Bucket) -> Waitable:
+        raise AssertionError(f"strategy {self.name} has no buckets, and was given {bucket.name}")
 
-    def _agree(self) -> Agreement:
-        gradients = self._gradients()
-        scale_(gradients, self._local_scale())
-        scaled = self.precision.loss_scale is not None
-        # Whoever reduced them spread an inf or NaN to all ranks, so all of them see the same here.
-        squares = norm_squared(gradients) if scaled or self.options.max_grad_norm is not None else 0.0
-        return Agreement(squares, math.isfinite(squares) and self._unscale(), set())
+    def agree(self) -> Verdict:
+        """Every rank has the whole gradient, so nothing is exchanged: whoever reduced it has spread an inf or NaN to
+        all ranks."""
+        training = self.training
+        gradients = [item.tensor.grad for item in training.parameters if item.tensor.grad is not None]
+        scale_(gradients, training.counts.scale_for_mean())
+        return of_all_ranks(norm_squared(gradients) if training.wants_norm else 0.0)
 
-    def _unscale(self) -> bool:
-        if self.masters is None:
-            return True
-        gradients = self._gradients()
-        masters = [self.masters.whole[item.index] for item in self.parameters if item.tensor.grad is not None]
-        for master in self.masters.whole.values():
-            master.grad = None  # left by a step that was skipped
-        return self.masters.unscale(gradients, masters, 1.0 / self.precision.scale)
+    def update(self, factor: float, unused: set[int]) -> None:
+        self.training.masters.step(factor)
 
-    def _update(self, clip: float, unused: set[int]) -> None:
-        if self.masters is not None:
-            self._update_masters(clip * self.precision.scale)
-            return
-        scale_(self._gradients(), clip)
-        self.optimizer.step()
+
+class Single(External):
+    """One rank: what the other strategies are measured against, and must agree with. UsageError under more than one
+    rank."""
+
+    name = "single"
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
+        if group.size > 1:
+            raise UsageError(
+                f"strategy single trains on one rank, and this job has {group.size}; start one "
+                "process without mpirun, or choose another "
+                "strategy"
+            )
+        super().__init__(model, optimizer, group, options)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
-from ..strategies.engine import Strategy
+from ..strategies.engine import Engine
 from .config import Config
 
 _OWN = struct.Struct("<6qd")
@@ -52,12 +52,12 @@ class Gathered(NamedTuple):
         return {**flat.pop("serving"), **{f"{part}_ms": ms for part, ms in flat.pop("step_ms").items()}, **flat}
 
 
-def sends_itself(engine: Strategy) -> bool:
+def sends_itself(engine: Engine) -> bool:
     """Whether a library exchanges the gradients: inside backward, where its time can't be told from computation."""
-    return engine.buckets is None and engine.group.size > 1
+    return not engine.buckets.buckets and engine.group.size > 1
 
 
-def gather(group: Group, engine: Strategy, totals: Totals, memory_bytes: int) -> Gathered:
+def gather(group: Group, engine: Engine, totals: Totals, memory_bytes: int) -> Gathered:
     """Collective. ``memory_bytes``: of this rank, at the worst moment that was looked at."""
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     moved_bytes, steps = group.node_bytes_read + group.node_bytes_written, max(1, totals.steps)
@@ -71,7 +71,7 @@ def gather(group: Group, engine: Strategy, totals: Totals, memory_bytes: int) ->
     return Gathered(speed, engine.serving_report(), step_ms, *counted)
 
 
-def rows(config: Config, engine: Strategy, found: Gathered, learned: dict[str, float], took_s: float) -> dict[str, str]:
+def rows(config: Config, engine: Engine, found: Gathered, learned: dict[str, float], took_s: float) -> dict[str, str]:
     """The closing table: names and what they come to. ``learned``: ``first_loss``, ``last_loss``,
     ``held_out_bits_per_byte``."""
     ranks, ms = engine.group.size, found.step_ms

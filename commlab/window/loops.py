@@ -116,11 +116,11 @@ def _gather_reduce(
     assert built is not None
     code, itemsize = DTYPES[dtype]
     parts = [window.address(peer, place) + own.start * itemsize for peer, place in enumerate(places)]
-    told = squares is not None and into_dtype is torch.float32
+    summed = squares is not None and into_dtype is torch.float32
     to, to_code = into or parts, DTYPES[into_dtype][0]
-    found = built.gather_reduce(to, to_code, parts, code, own.numel, OP_CODES[op], divisor, told)
-    if squares is not None and told:
-        squares.told = found
+    found = built.gather_reduce(to, to_code, parts, code, own.numel, OP_CODES[op], divisor, summed)
+    if squares is not None and summed:
+        squares.known = found
 
 
 def _places(window: Window) -> list[Place] | None:

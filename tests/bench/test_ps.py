@@ -87,23 +87,26 @@ def test_staleness_in_short() -> None:
 def test_only_the_slow_rank_is_slowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the processor time of forward and backward, times the factor less one."""
     from bench.training import slowed
-    from commlab.strategies.engine import Strategy
+    from commlab.strategies.engine import Engine
+    from commlab.strategies.external import Single
+    from commlab.strategies.protocol import Strategy
 
     naps: list[float] = []
     clock = [0.0]
     monkeypatch.setattr(slowed.time, "process_time", lambda: clock[0])
     monkeypatch.setattr(slowed.time, "sleep", naps.append)
-    monkeypatch.setattr(Strategy, "autocast", lambda self: None)
-    monkeypatch.setattr(Strategy, "_run_backward", lambda self, loss: None)
+    monkeypatch.setattr(Engine, "autocast", lambda self: None)
+    monkeypatch.setattr(Strategy, "backward", lambda self, loss: None)
     monkeypatch.setattr(slowed.train, "main", lambda flags: len(flags))
     monkeypatch.setattr(slowed.sys, "argv", ["slowed", "1", "5", "--steps", "3"])
-    untouched = Strategy.autocast
-    assert slowed.main() == 2 and Strategy.autocast is untouched, "this is rank 0"
+    untouched = Engine.autocast
+    assert slowed.main() == 2 and Engine.autocast is untouched, "this is rank 0"
     slowed.slow_down(5)
-    engine = object.__new__(Strategy)
+    engine = object.__new__(Engine)
+    strategy = object.__new__(Single)
     clock[0] = 10.0
     engine.autocast()
     clock[0] = 10.5
-    engine._run_backward(torch.zeros(()))
-    engine._run_backward(None)
+    strategy.backward(torch.zeros(()))
+    strategy.backward(None)
     assert naps == [2.0]
