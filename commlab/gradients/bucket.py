@@ -5,7 +5,7 @@ there.
     buckets                      [   bucket 2   ][ bucket 1 ][ 0 ]   so bucket 0 is ready first, and travels meanwhile
 
 Every rank starts its buckets strictly in index order, so no message has to say which bucket the message belongs to.
-Here buckets are planned and filled; :mod:`.hooks` knows when a bucket is complete.
+Here buckets are planned; :mod:`.hooks` fills a bucket when it is complete.
 """
 
 from __future__ import annotations
@@ -45,16 +45,8 @@ class Bucket:
 
     def __post_init__(self) -> None:
         self.packer = Packer(self.ranges)
-
-    def pack(self, gradients: list[torch.Tensor | None], scale: float) -> bool:
-        """Write ``scale`` times the gradients to the flat buffer; from a GPU the numbers arrive there later
-        (:meth:`Mirror.wait`). Returns whether they are all finite, as far as is known by now
-        (:meth:`Packer.finite`)."""
-        if self.mirror is None:
-            return self.packer.pack(gradients, self.flat, scale)
-        finite = self.packer.pack(gradients, self.mirror.device, scale)
-        self.mirror.to_host()
-        return finite
+        self.name = f"bucket {self.index}"
+        """For messages and traces."""
 
     def result(self) -> torch.Tensor:
         """The reduced flat buffer, on the device that the parameters are on."""
@@ -66,10 +58,6 @@ class Bucket:
     @property
     def numel(self) -> int:
         return self.flat.numel()
-
-    @property
-    def name(self) -> str:
-        return f"bucket {self.index}"
 
 
 def usual_bytes(parameters: Iterable[NamedParameter], nodes: int) -> int:

@@ -117,7 +117,10 @@ class GradientBuckets:
             if gradient is not None and gradient.is_sparse:
                 raise UsageError(f"the gradient of {member.name!r} is sparse; use sparse=False in its embedding")
         with trace.span(f"pack {bucket.name}", "compute"):
-            self._finite &= bucket.pack(gradients, self._step_scale)
+            flat = bucket.flat if bucket.mirror is None else bucket.mirror.device
+            self._finite &= bucket.packer.pack(gradients, flat, self._step_scale)
+            if bucket.mirror is not None:
+                bucket.mirror.to_host()
         if not self._keep_gradients:
             for member in bucket.parameters:
                 member.tensor.grad = None

@@ -102,7 +102,7 @@ class Engine:
                 "a second backward() in one step: run all but the last inside engine.no_sync(), "
                 "and call engine.step() after the last"
             )
-        counts, buckets, precision = self._training.counts, self.buckets, self.precision
+        counts, buckets, loss_scale = self._training.counts, self.buckets, self.precision.loss_scale
         counts.require_alike(count)
         if loss is None and count != 0:
             raise UsageError("backward(None) is for a rank without samples: pass count=0 with it")
@@ -111,10 +111,10 @@ class Engine:
         counts.add(count, total)
         if buckets.syncing and self.averages:
             counts.sum_counts()
-        if precision.loss_scale is not None:
+        if loss_scale is not None:
             counts.make_room()
-        scale = precision.scale / counts.divisor
-        self.strategy.backward(loss if loss is None or scale == 1.0 else loss * scale)
+            loss = None if loss is None else loss * (loss_scale.value / counts.divisor)
+        self.strategy.backward(loss)
         if buckets.syncing:
             buckets.flush()
             self.times.exchange_s += buckets.launch_s
@@ -145,7 +145,8 @@ class Engine:
             verdict = strategy.agree()
         agreed_s = time.perf_counter()
         with trace.span("update"):
-            scale, loss_scale = self.precision.scale, self.precision.loss_scale
+            loss_scale = self.precision.loss_scale
+            scale = 1.0 if loss_scale is None else loss_scale.value
             updates = loss_scale is None or verdict.finite
             if loss_scale is None and not verdict.finite and self.options.wire is not None:
                 raise CommlabError(

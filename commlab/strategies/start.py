@@ -43,19 +43,13 @@ class Training:
     """What the optimizer updates for the parameters."""
     counts: StepCounts
     """The token counts of the step that is under way."""
+    in_window: bool
+    """Whether buckets lie in memory that the ranks share."""
+    wants_norm: bool
+    """Whether the verdict needs the squares: for clipping, and with a loss scale to see what overflowed only when the
+    ranks' numbers were added up, where no rank packed an inf."""
     steps: int = 0
     """Steps that the engine has made, those included that the checkpoint that was loaded had made."""
-
-    @property
-    def in_window(self) -> bool:
-        """Whether buckets lie in memory that the ranks share."""
-        return self.group.window is not None and self.options.algorithm in ("auto", "window")
-
-    @property
-    def wants_norm(self) -> bool:
-        """Whether the verdict needs the squares: for clipping, and with a loss scale to see what overflowed only when
-        the ranks' numbers were added up, where no rank packed an inf."""
-        return self.options.max_grad_norm is not None or self.precision.loss_scale is not None
 
 
 def start(
@@ -79,7 +73,18 @@ def start(
     elif group.size > 1:
         copy_from_rank_0(group, tensors_of(model))
     masters = precision.masters(model, parameters, optimizer, options.apex_level)
-    return Training(model, optimizer, group, options, parameters, precision, masters, StepCounts(group))
+    return Training(
+        model,
+        optimizer,
+        group,
+        options,
+        parameters,
+        precision,
+        masters,
+        StepCounts(group),
+        in_window=group.window is not None and options.algorithm in ("auto", "window"),
+        wants_norm=options.max_grad_norm is not None or precision.loss_scale is not None,
+    )
 
 
 def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, keep_gradients: bool) -> GradientBuckets:
