@@ -1,49 +1,53 @@
 """``python -m bench.training.slowed RANK FACTOR FLAGS``: the trainer, with one rank's forward and backward made slower.
 
-After every backward pass that rank sleeps (FACTOR - 1) times the processor time that it has used since its forward pass
-began: as if its processor were that much slower, at no cost to the ranks that share its cores here.
+At the end of every backward pass that rank sleeps (FACTOR - 1) times the processor time that it has used since its
+forward pass began: as if its processor were that much slower, at no cost to the ranks that share its cores here.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
-from contextlib import AbstractContextManager
+from typing import Any
 
 from commlab import train
 from commlab.job import launch
 
 
-def slow_down(factor: float) -> None:
-    """This process's training from here on."""
-    import torch
+class SlowModel:
+    """Makes the first model that is called from here on slower, by torch's own hooks; :meth:`remove` ends that."""
 
-    from commlab.strategies.engine import Engine
-    from commlab.strategies.protocol import Strategy
+    def __init__(self, factor: float):
+        from torch.nn.modules.module import register_module_forward_pre_hook
 
-    autocast, backward = Engine.autocast, Strategy.backward
-    began_s = 0.0
+        self.factor = factor
+        self._model: object = None
+        self._began_s = 0.0
+        # The first module that is called is the whole model; its inner modules are called from there.
+        self._hooks: list[Any] = [register_module_forward_pre_hook(self._forward_begins)]
 
-    @functools.wraps(autocast)
-    def beginning(self: Engine) -> AbstractContextManager[None]:
-        nonlocal began_s
-        began_s = time.process_time()
-        return autocast(self)
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
-    @functools.wraps(backward)
-    def longer(self: Strategy, loss: torch.Tensor | None) -> None:
-        backward(self, loss)
-        if loss is not None:
-            time.sleep((factor - 1) * (time.process_time() - began_s))
+    def _forward_begins(self, module: Any, inputs: object) -> None:
+        if self._model is None:
+            from torch.autograd.graph import register_multi_grad_hook
 
-    Engine.autocast, Strategy.backward = beginning, longer  # type: ignore[method-assign]
+            self._model = module
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            self._hooks.append(register_multi_grad_hook(trained, self._backward_ends))
+        if module is self._model:
+            self._began_s = time.process_time()
+
+    def _backward_ends(self, gradients: object) -> None:
+        time.sleep((self.factor - 1) * (time.process_time() - self._began_s))
 
 
 def main() -> int:
     rank, factor, flags = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
     if launch.detect().rank == rank:
-        slow_down(factor)
+        SlowModel(factor)
     return train.main(flags)
 
 

@@ -35,6 +35,10 @@ class AllReduce(Strategy):
         self.buckets = start_buckets(training, self.launch, keep_gradients=True)
         training.masters.own_all()
 
+    def backward(self, loss: torch.Tensor | None) -> None:
+        if loss is not None:
+            loss.backward()
+
     def launch(self, bucket: Bucket) -> Waitable:
         training = self.training
         plan = plan_of(training.group, "allreduce", bucket.flat, "mean", bucket.name, training.options.algorithm)

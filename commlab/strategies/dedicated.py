@@ -106,7 +106,7 @@ class Dedicated(Strategy):
         if not averages:
             store.lr_factor = 1 / store.group.size
         self._flats = [_flattened(bucket) for bucket in self.buckets.buckets]
-        self.pulls = Pulls(model, store, self._flats)
+        self.pulls = Pulls(model, store, self._flats, self._forward_waited)
         self._accounted_bytes = 0
 
     def _start_buckets(self) -> GradientBuckets:
@@ -130,6 +130,10 @@ class Dedicated(Strategy):
         )
 
     # A step.
+
+    def backward(self, loss: torch.Tensor | None) -> None:
+        if loss is not None:
+            loss.backward()
 
     def launch(self, bucket: Bucket) -> Waitable:
         training, options = self.training, self.training.options
@@ -185,9 +189,8 @@ class Dedicated(Strategy):
         training.group.bytes_sent += sent - self._accounted_bytes
         self._accounted_bytes = sent
 
-    def take_forward_wait(self) -> float:
-        waited_s, self.pulls.forward_wait_s = self.pulls.forward_wait_s, 0.0
-        return waited_s
+    def _forward_waited(self, seconds: float) -> None:
+        self.training.forward_wait_s += seconds
 
     # Between steps.
 

@@ -114,7 +114,8 @@ class Engine:
         if loss_scale is not None:
             counts.make_room()
             loss = None if loss is None else loss * (loss_scale.value / counts.divisor)
-        self.strategy.backward(loss)
+        with trace.span("backward"):
+            self.strategy.backward(loss)
         if buckets.syncing:
             buckets.flush()
             self.times.exchange_s += buckets.launch_s
@@ -167,7 +168,7 @@ class Engine:
         updated_s = time.perf_counter()
         with trace.span("pull"):
             strategy.pull()
-        waited_s = strategy.take_forward_wait()
+        waited_s, self._training.forward_wait_s = self._training.forward_wait_s, 0.0
         self.times.forward_wait_s += waited_s
         self.times.exchange_s += waited_s + agreed_s - started_s + time.perf_counter() - updated_s
         self.times.update_s += updated_s - agreed_s

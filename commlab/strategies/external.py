@@ -43,6 +43,10 @@ class External(Strategy):
             [], self.launch, training.counts.scale_for_mean, group.progress.poll, keep_gradients=True
         )
 
+    def backward(self, loss: torch.Tensor | None) -> None:
+        if loss is not None:
+            loss.backward()
+
     def launch(self, bucket: Bucket) -> Waitable:
         raise AssertionError(f"strategy {self.name} has no buckets, and was given {bucket.name}")
 

@@ -12,7 +12,7 @@ parameter propagation for distributed DNN training", MLSys 2019.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,14 +37,19 @@ class Unit(NamedTuple):
 
 
 class Pulls:
-    """Pulls of the parameters in ``flats``. Hooks stay on the model until :meth:`close`."""
+    """Pulls of the parameters in ``flats``. ``waited(seconds)`` is called after each wait inside forward. Hooks stay on
+    the model until :meth:`close`."""
 
-    def __init__(self, model: torch.nn.Module, store: ParameterServer, flats: Sequence[FlatParameters]):
-        self._model, self._store = model, store
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        store: ParameterServer,
+        flats: Sequence[FlatParameters],
+        waited: Callable[[float], None],
+    ):
+        self._model, self._store, self._waited = model, store, waited
         self.units = [unit for each in reversed(flats) for unit in _units(each)]
         """All parameters, in the order in which forward needs them."""
-        self.forward_wait_s = 0.0
-        """Seconds that forward has spent waiting; whoever reads them may begin anew."""
         self._under_way: dict[int, Handle] = {}
         self._called: set[torch.nn.Module] = set()
         """Modules whose forward has begun, while that is being watched."""
@@ -104,7 +109,7 @@ class Pulls:
         started_s = time.perf_counter()
         with trace.span(f"wait for {self.units[at].text}"):
             handle.wait()
-        self.forward_wait_s += time.perf_counter() - started_s
+        self._waited(time.perf_counter() - started_s)
 
     def _watch_ends(self) -> None:
         unit_of = {name: at for at, unit in enumerate(self.units) for name in unit.names}

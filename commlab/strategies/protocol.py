@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from .. import trace
 from ..checkpoint import pieces
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
@@ -58,12 +57,9 @@ class Strategy(ABC):
         """Context for the forward and backward passes that only accumulate gradients on this rank."""
         return nullcontext()
 
+    @abstractmethod
     def backward(self, loss: torch.Tensor | None) -> None:
-        """Compute this rank's gradients of ``loss``; None on a rank without samples. ``buckets.syncing`` tells whether
-        this is the step's last backward pass."""
-        if loss is not None:
-            with trace.span("backward"):
-                loss.backward()
+        """Compute this rank's gradients of ``loss``; None on a rank without samples."""
 
     @abstractmethod
     def launch(self, bucket: Bucket) -> Waitable:
@@ -82,10 +78,6 @@ class Strategy(ABC):
     def pull(self) -> None:  # noqa: B027 - most strategies have nothing to pull
         """Give every rank the updated parameters, where they were updated elsewhere. Also called after a step that was
         skipped."""
-
-    def take_forward_wait(self) -> float:
-        """Seconds in which forward has waited for parameters since the last call."""
-        return 0.0
 
     # Between steps.
 

@@ -99,6 +99,10 @@ class Sharded(Strategy):
 
     # A step.
 
+    def backward(self, loss: torch.Tensor | None) -> None:
+        if loss is not None:
+            loss.backward()
+
     def launch(self, bucket: Bucket) -> Waitable:
         training, chunks = self.training, self._chunks[bucket.index]
         squares = bucket.squares if training.wants_norm else None

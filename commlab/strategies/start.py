@@ -50,6 +50,8 @@ class Training:
     ranks' numbers were added up, where no rank packed an inf."""
     steps: int = 0
     """Steps that the engine has made, those included that the checkpoint that was loaded had made."""
+    forward_wait_s: float = 0.0
+    """Seconds in which forward has waited for parameters, since the engine last took them into its times."""
 
 
 def start(

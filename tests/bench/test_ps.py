@@ -87,26 +87,29 @@ def test_staleness_in_short() -> None:
 def test_only_the_slow_rank_is_slowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the processor time of forward and backward, times the factor less one."""
     from bench.training import slowed
-    from commlab.strategies.engine import Engine
-    from commlab.strategies.external import Single
-    from commlab.strategies.protocol import Strategy
 
     naps: list[float] = []
     clock = [0.0]
     monkeypatch.setattr(slowed.time, "process_time", lambda: clock[0])
     monkeypatch.setattr(slowed.time, "sleep", naps.append)
-    monkeypatch.setattr(Engine, "autocast", lambda self: None)
-    monkeypatch.setattr(Strategy, "backward", lambda self, loss: None)
     monkeypatch.setattr(slowed.train, "main", lambda flags: len(flags))
     monkeypatch.setattr(slowed.sys, "argv", ["slowed", "1", "5", "--steps", "3"])
-    untouched = Engine.autocast
-    assert slowed.main() == 2 and Engine.autocast is untouched, "this is rank 0"
-    slowed.slow_down(5)
-    engine = object.__new__(Engine)
-    strategy = object.__new__(Single)
-    clock[0] = 10.0
-    engine.autocast()
-    clock[0] = 10.5
-    strategy.backward(torch.zeros(()))
-    strategy.backward(None)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+
+    def step() -> None:
+        clock[0] = 10.0
+        loss = model(torch.ones(1, 3)).sum()
+        clock[0] = 10.5
+        loss.backward()
+
+    assert slowed.main() == 2, "this is rank 0"
+    step()
+    assert not naps
+    slow = slowed.SlowModel(5)
+    step()
+    assert naps == [2.0]
+    with torch.no_grad():
+        model(torch.ones(1, 3))
+    slow.remove()
+    step()
     assert naps == [2.0]
