@@ -6,7 +6,8 @@ copies of parameters that are in 16 bits.
     fp32 copies          3. masters -> parameters
 
 A rank updates whole parameters, or *pieces* of them (:mod:`commlab.checkpoint.pieces`), each through a tensor of its
-own. Nothing here asks whether the gradient is finite: ranks have agreed on that before anybody updates.
+own. Nothing here asks whether the gradient is finite: an inf or NaN in it makes the sum of its squares one, and ranks
+have agreed on that sum before anybody updates.
 """
 
 from __future__ import annotations
