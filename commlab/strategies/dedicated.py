@@ -102,6 +102,7 @@ class Dedicated(Strategy):
             return
         optimizer.state.clear()  # the servers have it
         self.training = start(model, optimizer, store.group, options, named=named)
+        self.training.in_window = False  # servers are sent messages
         self.buckets = self._start_buckets()
         if not averages:
             store.lr_factor = 1 / store.group.size
