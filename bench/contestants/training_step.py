@@ -72,7 +72,6 @@ class TrainingStep:
         self.engine = commlab.strategy(
             strategy, self.model, optimizer, task.group, wire=self.wire or None, bucket_bytes=bucket_bytes
         )
-        assert self.engine.buckets is not None
         self.buckets = self.engine.buckets
         self.bytes_sent = 0
         """The bytes that the rank which sends most sends in a step."""

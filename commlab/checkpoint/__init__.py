@@ -1,5 +1,6 @@
-"""Checkpoints: what a run needs to go on, on any number of ranks. ``store`` knows files, ``state`` what is in them,
-``run`` how ranks write and read one together."""
+"""Checkpoints: what a training run needs to go on, on any number of ranks. ``files`` knows the files of a checkpoint,
+``checkpoints`` how ranks write and read one together, ``pieces`` the optimizer's state by parameter and range,
+``nested`` state as JSON text and tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: every rank writes what it owns, and a run on any number of ranks takes up what it needs.
+"""Checkpoints of a training run: every rank writes what it owns, and any number of ranks takes up what each needs.
 
     rank r   its pieces of the parameters and of the optimizer's state; its random state
     rank 0   also what exists once: buffers, frozen parameters, the schedule, whatever the caller adds
@@ -10,18 +10,50 @@ every number once, whatever the number of ranks.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from .. import trace
 from ..errors import AgreedError, UsageError
+from ..gradients.parameters import NamedParameter
 from ..runtime.control import gather_bytes, raise_together
+from ..runtime.group import Group
 from . import files
 
-if TYPE_CHECKING:
-    from ..strategies.engine import Strategy
+
+class Saved(Protocol):
+    """What :class:`Checkpoints` needs of an engine (:class:`commlab.strategies.engine.Engine`)."""
+
+    @property
+    def name(self) -> str:
+        """The strategy's name, for the manifest."""
+
+    @property
+    def group(self) -> Group:
+        """The ranks that train, all of which write and read."""
+
+    @property
+    def parameters(self) -> Sequence[NamedParameter]:
+        """What is trained."""
+
+    @property
+    def shards_state(self) -> bool:
+        """Whether ranks hold different pieces of the optimizer's state; else rank 0 writes all of it."""
+
+    def settle(self) -> None:
+        """Make every rank's parameters the newest. Collective."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state: counters, loss scale, and by name and range the optimizer's state."""
+
+    def load_state_dict(self, *parts: dict[str, Any]) -> None:
+        """Take from any ranks' states what this rank owns."""
+
+    def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
+        """Run ``change(model)``, which writes parameters in place, once for every copy of them. Collective."""
 
 
 class Checkpoints:
@@ -36,7 +68,7 @@ class Checkpoints:
         self,
         folder: str | Path,
         model: torch.nn.Module,
-        engine: Strategy,
+        engine: Saved,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         keep: int = 2,
     ):
@@ -44,15 +76,16 @@ class Checkpoints:
             raise UsageError(f"checkpoints to keep: at least 1, got {keep}")
         self.folder, self.keep = Path(folder), keep
         self.refused: list[str] = []
-        """What :meth:`restore` did not take, and why; the same on all ranks."""
+        """The checkpoints that :meth:`restore` did not take, and why; equal on all ranks."""
         self._model, self._engine, self._scheduler, self._group = model, engine, scheduler, engine.group
         self._good: list[Path] = []
         """Checkpoints that are known to be whole, the newest last."""
 
     def save(self, step: int, more: Any = None) -> Path:
-        """Write the checkpoint after ``step`` steps; where it lies. Collective. When it returns, on any rank, the
-        checkpoint survives the death of every process; until then the ones before it are untouched. ``more``: what the
-        caller needs besides, equal on all ranks; see :func:`commlab.checkpoint.nested.pack` for what it may hold.
+        """Write the checkpoint after ``step`` steps; returns its folder. Collective. Once this call returns, on any
+        rank, the checkpoint survives the death of every process; until then the checkpoints before it are untouched.
+        ``more``: what the caller needs besides, equal on all ranks; of types that
+        :func:`commlab.checkpoint.nested.pack` takes.
 
         Cost: the state is written once over all ranks, and read once (from memory) for its checksum; training waits.
         """
@@ -60,14 +93,14 @@ class Checkpoints:
         self._engine.settle()
         with trace.span("checkpoint"):
             raise_together(group, lambda: files.begin(self.folder, step) if group.rank == 0 else None)
-            place = files.aside(self.folder, step)
+            partial = files.aside(self.folder, step)
             name = f"rank-{group.rank}-of-{group.size}.safetensors"
-            part = raise_together(group, lambda: files.write_part(place, name, self._own_state(step, more)))
-            records = gather_bytes(group, json.dumps(part).encode(), "parts of the checkpoint")
-            parts = [files.Part(*json.loads(record)) for record in records]
+            own = raise_together(group, lambda: files.write_state(partial, name, self._own_state(step, more)))
+            records = gather_bytes(group, json.dumps(own).encode(), "parts of the checkpoint")
+            written = [files.StateFile(*json.loads(record)) for record in records]
             about = {"ranks": group.size, "strategy": self._engine.name}
             path = raise_together(
-                group, lambda: files.commit(self.folder, step, parts, about) if group.rank == 0 else Path()
+                group, lambda: files.commit(self.folder, step, written, about) if group.rank == 0 else Path()
             )
             path = Path(gather_bytes(group, str(path).encode(), "name of the checkpoint")[0].decode())
             self._good.append(path)
@@ -75,11 +108,12 @@ class Checkpoints:
         return path
 
     def restore(self) -> tuple[int, Any] | None:
-        """Take up the newest checkpoint that is whole: its step and ``more``, or None where there is none at all.
-        Collective. Truncated and altered ones are passed over and listed in ``refused``; UsageError where all were.
+        """Take up the newest checkpoint that is whole: returns its step and ``more``, or None where there is no
+        checkpoint at all. Collective. Truncated and altered ones are passed over and listed in ``refused``; UsageError
+        where all were.
 
         The optimizer's hyper-parameters, learning rate included, become those of the checkpoint. Random state comes
-        back on the same number of ranks; on another, every rank draws a new one from its own and the step.
+        back on as many ranks as have saved; on another number every rank draws a new one from its own and the step.
         """
         group = self._group
         listed = raise_together(group, lambda: files.newest_first(self.folder) if group.rank == 0 else [])
@@ -98,18 +132,18 @@ class Checkpoints:
         return None
 
     def require_none(self) -> None:
-        """UsageError where the folder holds checkpoints: those of another run would be mixed with this one's.
+        """UsageError where the folder holds checkpoints: those of another run would be mixed with those of this one.
         Collective."""
         found = raise_together(self._group, lambda: files.newest_first(self.folder) if self._group.rank == 0 else [])
-        told = gather_bytes(self._group, str(found[0]).encode() if found else b"", "newest checkpoint")[0].decode()
-        if told:
+        newest = gather_bytes(self._group, str(found[0]).encode() if found else b"", "newest checkpoint")[0].decode()
+        if newest:
             raise AgreedError(
-                f"there are checkpoints already, the newest {told}; --resume goes on from it, another --checkpoint-dir "
-                "starts anew"
+                f"there are checkpoints already, the newest {newest}; --resume goes on from it, another "
+                "--checkpoint-dir starts anew"
             )
 
     def _own_state(self, step: int, more: Any) -> dict[str, Any]:
-        """What this rank writes."""
+        """The state that this rank writes."""
         engine, rank = self._engine, self._group.rank
         state: dict[str, Any] = {"step": step, "random": self._random()}
         if rank == 0 or engine.shards_state:
@@ -125,7 +159,7 @@ class Checkpoints:
         return state
 
     def _fixed(self) -> list[tuple[str, torch.Tensor]]:
-        """What is not trained, by name."""
+        """The tensors that are not trained, by name."""
         trained = {item.name for item in self._engine.parameters}
         frozen = [(name, tensor) for name, tensor in self._model.named_parameters() if name not in trained]
         return [*frozen, *self._model.named_buffers()]
@@ -136,7 +170,8 @@ class Checkpoints:
         return {"cpu": torch.get_rng_state(), **states}
 
     def _checked(self, path: Path) -> dict[str, Any] | None:
-        """The manifest of a checkpoint that is whole; else None, and the reason is noted. Ranks share the reading."""
+        """The manifest of a checkpoint that is whole; else None, and the reason goes to ``refused``. Ranks share the
+        reading."""
         group = self._group
         text = reason = ""
 
@@ -144,14 +179,14 @@ class Checkpoints:
             nonlocal text, reason
             try:
                 text = files.read_manifest(path)
-                for part in files.parts_of(json.loads(text))[group.rank :: group.size]:
-                    files.verify(path, part)
+                for file in files.state_files(json.loads(text))[group.rank :: group.size]:
+                    files.verify(path, file)
             except files.Refused as refused:
                 text, reason = "", str(refused)
 
         raise_together(group, look)
-        verdicts = gather_bytes(group, json.dumps([text, reason]).encode(), "checkpoint found")
-        texts, reasons = zip(*(json.loads(verdict) for verdict in verdicts), strict=True)
+        records = gather_bytes(group, json.dumps([text, reason]).encode(), "checkpoint found")
+        texts, reasons = zip(*(json.loads(record) for record in records), strict=True)
         if any(reasons):
             self.refused.append(f"{path.name}: {next(filter(None, reasons))}")
             return None
@@ -161,10 +196,12 @@ class Checkpoints:
         return manifest
 
     def _take(self, path: Path, manifest: dict[str, Any]) -> Any:
-        parts = files.parts_of(manifest)
-        # Every rank looks at all parts, and reads what it needs: tensors lie in mapped files.
-        states = raise_together(self._group, lambda: [files.read_part(path, part) for part in parts])
-        shards = [state["engine"] for state in states if "engine" in state]
+        """Take up a checkpoint that is whole; returns ``more``. Collective."""
+        # Every rank opens all files, and reads what it needs: tensors lie in mapped files.
+        states = raise_together(
+            self._group, lambda: [files.read_state(path, file) for file in files.state_files(manifest)]
+        )
+        owned = [state["engine"] for state in states if "engine" in state]
         fixed = states[0]["fixed"]
 
         def load() -> None:
@@ -173,11 +210,11 @@ class Checkpoints:
                 raise UsageError(
                     f"{path} has parts of steps {sorted(steps)} under a manifest of step {manifest['step']}"
                 )
-            self._require_same_model(shards, fixed)
-            self._engine.load_state_dict(*shards)
+            self._require_same_model(owned, fixed)
+            self._engine.load_state_dict(*owned)
 
         raise_together(self._group, load)
-        self._engine.update_parameters(lambda _: self._write_values(shards, fixed))
+        self._engine.update_parameters(lambda _: self._write_values(owned, fixed))
         if self._scheduler is not None and states[0]["scheduler"] is not None:
             self._scheduler.load_state_dict(states[0]["scheduler"])
         if len(states) == self._group.size:
@@ -187,16 +224,16 @@ class Checkpoints:
             torch.manual_seed((torch.initial_seed() + 7919 * manifest["step"]) % 2**63)
         return states[0]["more"]
 
-    def _require_same_model(self, shards: list[dict[str, Any]], fixed: dict[str, torch.Tensor]) -> None:
+    def _require_same_model(self, owned: list[dict[str, Any]], fixed: dict[str, torch.Tensor]) -> None:
         saved = {name: list(tensor.shape) for name, tensor in fixed.items()}
         mine = {name: list(tensor.shape) for name, tensor in self._fixed()}
         for item in self._engine.parameters:
             mine[item.name] = [item.tensor.numel()]
-        for shard in shards:
-            for name, pieces in shard["pieces"].items():
+        for state in owned:
+            for name, pieces in state["pieces"].items():
                 saved.setdefault(name, [0])
                 saved[name][0] += sum(piece["stop"] - piece["start"] for piece in pieces)
-        # A parameter without numbers may be in nobody's shard.
+        # A parameter without numbers may be in no rank's state.
         for name in sorted(mine.keys() | saved.keys()):
             if mine.get(name, [0]) != saved.get(name, [0]):
                 raise UsageError(
@@ -204,9 +241,9 @@ class Checkpoints:
                     f"{mine.get(name, 'none')} in this model; resume with the model that was saved"
                 )
 
-    def _write_values(self, shards: list[dict[str, Any]], fixed: dict[str, torch.Tensor]) -> None:
+    def _write_values(self, owned: list[dict[str, Any]], fixed: dict[str, torch.Tensor]) -> None:
         for item in self._engine.parameters:
-            for piece in (piece for shard in shards for piece in shard["pieces"].get(item.name, ())):
+            for piece in (piece for state in owned for piece in state["pieces"].get(item.name, ())):
                 whole = item.tensor.data
                 if whole.is_contiguous():
                     whole.view(-1)[piece["start"] : piece["stop"]].copy_(piece["value"])

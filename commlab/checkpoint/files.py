@@ -3,10 +3,10 @@
     FOLDER/.step-0000000200.partial/     while it is written
     FOLDER/step-0000000200/              renamed when every byte of it is on disk
         rank-0-of-8.safetensors ...      what one rank knows
-        manifest.json                    step, parts with their sizes and SHA-256, and the SHA-256 of itself
+        manifest.json                    step, the ranks' files with their sizes and SHA-256, and the SHA-256 of itself
 
-A process may die between any two instructions: before the rename the checkpoint is not there, after it it is whole.
-What the disk, or a hand, changes later is found when it is read.
+A process may die between any two instructions: before the rename there is no checkpoint, after the rename it is whole.
+What the disk, or a hand, changes later is found when the checkpoint is read.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ class Refused(Exception):
     """A checkpoint that is truncated, altered, or not all there; the message says what is wrong with it."""
 
 
-class Part(NamedTuple):
-    """One file of a checkpoint: its name in the folder, its size in bytes, the SHA-256 of its content."""
+class StateFile(NamedTuple):
+    """A file of a checkpoint, with the state of one rank. The manifest lists these files under ``parts``."""
 
     name: str
+    """Its name in the checkpoint's folder."""
     size_bytes: int
     digest: str
+    """The SHA-256 of its content."""
 
 
 def aside(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is while it is written."""
+    """The folder of the checkpoint of ``step`` while the checkpoint is written."""
     return folder / f".step-{step:010d}.partial"
 
 
 def begin(folder: Path, step: int) -> None:
-    """Make the place aside, and remove what writers that died have left. One rank."""
+    """Make the folder aside, and remove what writers that died have left. One rank."""
     with _reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*"):
@@ -55,38 +57,39 @@ def begin(folder: Path, step: int) -> None:
         aside(folder, step).mkdir()
 
 
-def write_part(place: Path, name: str, state: Any) -> Part:
-    """Write ``state`` (see :mod:`.nested`) as a safetensors file, and wait until the disk has it."""
+def write_state(folder: Path, name: str, state: Any) -> StateFile:
+    """Write ``state`` (:func:`commlab.checkpoint.nested.pack`) as a safetensors file ``name`` of the folder aside, and
+    wait until the disk has all of it."""
     from safetensors.torch import save_file
 
     text, tensors = pack(state)
-    path = place / name
+    path = folder / name
     with _reported(path):
-        if not place.is_dir():
-            raise UsageError(f"{place} was made by another rank and is not to be seen here; {_SHARED}")
+        if not folder.is_dir():
+            raise UsageError(f"{folder} was made by another rank and is not to be seen here; {_SHARED}")
         save_file(tensors, str(path), {"state": text})
         _to_disk(path)
-        return Part(name, path.stat().st_size, _digest(path))
+        return StateFile(name, path.stat().st_size, _digest(path))
 
 
-def commit(folder: Path, step: int, parts: Sequence[Part], more: dict[str, Any]) -> Path:
-    """Write the manifest and let the checkpoint appear; when this returns, it is there for good. One rank, after all
-    parts are written. ``more``: plain JSON, for the manifest."""
-    place = aside(folder, step)
-    content = {"format": FORMAT, "step": step, "parts": [list(part) for part in parts], **more}
-    with _reported(place):
-        for part in parts:
-            if not (place / part.name).exists():
+def commit(folder: Path, step: int, files: Sequence[StateFile], more: dict[str, Any]) -> Path:
+    """Write the manifest and let the checkpoint appear; when this returns, the checkpoint is there for good. One rank,
+    after all ``files`` are written. ``more``: plain JSON, for the manifest."""
+    partial = aside(folder, step)
+    content = {"format": FORMAT, "step": step, "parts": [list(file) for file in files], **more}
+    with _reported(partial):
+        for file in files:
+            if not (partial / file.name).exists():
                 raise UsageError(
-                    f"{place / part.name} was written by another rank and is not to be seen here; {_SHARED}"
+                    f"{partial / file.name} was written by another rank and is not to be seen here; {_SHARED}"
                 )
-        (place / MANIFEST).write_text(_rendered(content), encoding="utf-8")
-        _to_disk(place / MANIFEST)
-        _to_disk(place)
-        # One that was refused may have this name: it stays until a newer one is there.
+        (partial / MANIFEST).write_text(_rendered(content), encoding="utf-8")
+        _to_disk(partial / MANIFEST)
+        _to_disk(partial)
+        # A checkpoint that was refused may have this name: it stays until a newer one is there.
         names = [f"step-{step:010d}", *(f"step-{step:010d}-{again}" for again in range(1, 1000))]
         final = next(path for path in (folder / name for name in names) if not path.exists())
-        os.rename(place, final)
+        os.rename(partial, final)
         _to_disk(folder)
     return final
 
@@ -101,7 +104,7 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Under another name first: half of a checkpoint must not look like a damaged one."""
+    """Remove a checkpoint; under another name, because half of a checkpoint must not look like a damaged one."""
     with _reported(path):
         hidden = path.with_name(f".{path.name}.removed")
         os.rename(path, hidden)
@@ -109,7 +112,7 @@ def remove(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> str:
-    """The text of a checkpoint's manifest. Refused unless every byte of it is as it was written."""
+    """The text of a checkpoint's manifest. Refused unless every byte of the text is as it was written."""
     with _refused_if_missing(path / MANIFEST):
         content = (path / MANIFEST).read_bytes()
     try:
@@ -128,33 +131,36 @@ def read_manifest(path: Path) -> str:
     return text
 
 
-def parts_of(manifest: dict[str, Any]) -> list[Part]:
-    return [Part(*part) for part in manifest["parts"]]
+def state_files(manifest: dict[str, Any]) -> list[StateFile]:
+    """The ranks' files, as a manifest lists them."""
+    return [StateFile(*entry) for entry in manifest["parts"]]
 
 
-def verify(path: Path, part: Part) -> None:
-    """Refused unless the part's file has exactly the bytes that were written."""
-    with _refused_if_missing(path / part.name):
-        size_bytes = (path / part.name).stat().st_size
-        if size_bytes != part.size_bytes:
-            raise Refused(f"{part.name} has {size_bytes} bytes, and was written with {part.size_bytes}")
-        if _digest(path / part.name) != part.digest:
-            raise Refused(f"{part.name} was altered: its content does not have the SHA-256 of the manifest")
+def verify(path: Path, file: StateFile) -> None:
+    """Refused unless the file has exactly the bytes that were written."""
+    with _refused_if_missing(path / file.name):
+        size_bytes = (path / file.name).stat().st_size
+        if size_bytes != file.size_bytes:
+            raise Refused(f"{file.name} has {size_bytes} bytes, and was written with {file.size_bytes}")
+        if _digest(path / file.name) != file.digest:
+            raise Refused(f"{file.name} was altered: its content does not have the SHA-256 of the manifest")
 
 
-def read_part(path: Path, part: Part) -> Any:
-    """The state of a verified part; tensors lie in the mapped file, and are read when they are used."""
+def read_state(path: Path, file: StateFile) -> Any:
+    """The state in a verified file; tensors lie in the mapped file, and are read when they are used."""
     from safetensors import safe_open
 
-    with _reported(path / part.name), safe_open(str(path / part.name), "pt") as file:
-        return unpack(file.metadata()["state"], {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    with _reported(path / file.name), safe_open(str(path / file.name), "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return unpack(opened.metadata()["state"], tensors)
 
 
 _SHARED = "all ranks must share the folder of checkpoints: put it on a file system that all hosts mount"
 
 
 def _rendered(content: dict[str, Any]) -> str:
-    """JSON with its own checksum, in the one form that is accepted: a byte more or less is an alteration."""
+    """``content`` as JSON with its own checksum, in the one form that is accepted: a byte more or less is an
+    alteration."""
     body = json.dumps(content, indent=1)
     return json.dumps({**content, "sha256": sha256(body.encode()).hexdigest()}, indent=1) + "\n"
 
@@ -168,7 +174,7 @@ def _digest(path: Path) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    """A file's content, or a folder's names."""
+    """Wait until the disk has a file's content, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,5 @@
-"""Nested state as JSON text and tensors, and back: the one form in which state lies on disk and travels,
-without pickle.
+"""Nested state as JSON text and tensors, and back: the one form in which state lies on disk and travels, without
+pickle.
 
 JSON knows neither tensors, nor tuples, nor keys that are no strings; each becomes an object with one tag, so that no
 name that a user gives a parameter can be mistaken for one.
@@ -19,7 +19,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 def pack(state: Any) -> tuple[str, dict[str, torch.Tensor]]:
     """``state`` (None, numbers, text, tensors; dicts, lists and tuples of them) as JSON text and its tensors, on the
-    CPU, under names that the text refers to. Floats keep all their bits. UsageError for anything else."""
+    CPU, under names that the text refers to. Floats keep all their bits. UsageError for a value of any other type."""
     tensors: dict[str, torch.Tensor] = {}
 
     def walk(value: Any, where: str) -> Any:
@@ -44,7 +44,7 @@ def pack(state: Any) -> tuple[str, dict[str, torch.Tensor]]:
 
 
 def unpack(text: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The reverse of :func:`pack`; tensors are those given, not copies."""
+    """The reverse of :func:`pack`; the result holds ``tensors`` themselves, not copies."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, list):

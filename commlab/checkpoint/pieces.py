@@ -1,8 +1,8 @@
 """Optimizer state by parameter name and range: the one form in which it is sharded, saved and loaded.
 
-A piece is a range of one flattened parameter together with the tensor that the optimizer updates for it. Strategies
-without sharding have one piece per parameter, the whole of it; so state saved under one strategy and number of ranks
-loads under any other.
+A piece is a range of one flattened parameter together with the tensor that the optimizer updates for that range.
+Strategies without sharding have one piece per parameter, the whole of it; so state saved under one strategy and number
+of ranks loads under any other.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Piece(NamedTuple):
 
 
 MASTER = "master"
-"""Under which name the fp32 master is saved, beside the optimizer's state, where a piece is updated through one."""
+"""The name under which the fp32 master is saved, beside the optimizer's state, where a piece is updated through one."""
 
 
 def parameter_of(piece: Piece) -> torch.Tensor:
-    """The piece's part of the parameter itself, in the shape of ``piece.tensor``."""
+    """The piece's range of the parameter itself, in the shape of ``piece.tensor``."""
     whole = piece.parameter.tensor.detach()
     if piece.tensor.shape == whole.shape:
         return whole
@@ -45,7 +45,7 @@ def _is_master(piece: Piece) -> bool:
 
 def rebind(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> None:
     """Let the user's own optimizer update ``pieces`` instead of whole parameters; its groups, hyper-parameters and
-    schedulers stay, and state that it has already is cut the same way."""
+    schedulers stay, and state that it has already is cut as the parameters are."""
     before = {id(parameter): dict(state) for parameter, state in optimizer.state.items()}
     optimizer.state.clear()
     members: list[list[torch.Tensor]] = [[] for _ in optimizer.param_groups]
@@ -63,14 +63,14 @@ def rebind(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> None:
 
 
 def _cut(value: torch.Tensor, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
-    """The part of a state tensor that belongs to a piece; what is not shaped like the parameter (a step counter)
-    belongs to all."""
+    """The range of a state tensor that belongs to a piece; a tensor that is not shaped like the parameter (a step
+    counter) belongs to all pieces."""
     return value.reshape(-1)[start:stop] if value.shape == shape and value.dim() else value
 
 
 def state(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """``{"groups": [hyper-parameters], "pieces": {name: [{"start", "stop", "numel", "state"}]}}`` of this rank; tensors
-    are not copied."""
+    """What this rank's optimizer remembers: ``{"groups": [hyper-parameters], "pieces": {name: [{"start", "stop",
+    "numel", "state"}]}}``. Tensors are not copied."""
     saved: dict[str, list[dict[str, Any]]] = {}
     for piece in pieces:
         entry: dict[str, Any] = {"start": piece.start, "stop": piece.stop, "numel": piece.parameter.tensor.numel()}
@@ -86,55 +86,56 @@ def state(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Its hyper-parameters."""
+    """The hyper-parameters of each of the optimizer's groups."""
     return [{key: value for key, value in entry.items() if key != "params"} for entry in optimizer.param_groups]
 
 
-def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]) -> None:
-    """The reverse of :func:`state`, from the parts of any number of ranks."""
-    collected = collect(pieces, optimizer, parts)
-    load_groups(optimizer, parts)
+def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]]) -> None:
+    """The reverse of :func:`state`, from the states of any number of ranks."""
+    collected = collect(pieces, optimizer, states)
+    load_groups(optimizer, states)
     for piece, found in collected:
         master = found.pop(MASTER, None)
         if _is_master(piece):
             piece.tensor.copy_(parameter_of(piece) if master is None else master.view(piece.tensor.shape))
         entry = optimizer.param_groups[piece.parameter.group]
         if entry.get("fused") or entry.get("capturable"):
-            # These want their step counters, too, where the tensor is.
+            # Such an optimizer wants its step counter, too, on the tensor's device.
             found = {k: v.to(piece.tensor.device) if torch.is_tensor(v) else v for k, v in found.items()}
         optimizer.state[piece.tensor] = found
 
 
 def collect(
-    pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]
+    pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]]
 ) -> list[tuple[Piece, dict[str, Any]]]:
-    """The state of each piece, out of ``parts``. Changes nothing: an error must leave the optimizer as it was."""
-    if not parts:
+    """What the optimizer is to remember of each piece, out of any ranks' ``states``. Changes nothing: an error must
+    leave the optimizer as it was."""
+    if not states:
         raise UsageError("load_state_dict() needs at least one part")
-    if len(parts[0]["groups"]) != len(optimizer.param_groups):
+    if len(states[0]["groups"]) != len(optimizer.param_groups):
         raise UsageError(
-            f"the saved optimizer has {len(parts[0]['groups'])} groups, this one {len(optimizer.param_groups)}"
+            f"the saved optimizer has {len(states[0]['groups'])} groups, this one {len(optimizer.param_groups)}"
         )
     # A parameter without numbers has a state too, which nobody saved.
-    return [(piece, _collect(piece, parts)) for piece in pieces if piece.stop > piece.start]
+    return [(piece, _collect(piece, states)) for piece in pieces if piece.stop > piece.start]
 
 
-def load_groups(optimizer: torch.optim.Optimizer, parts: Sequence[dict[str, Any]]) -> None:
-    """Its hyper-parameters become those that were saved."""
-    for entry, saved in zip(optimizer.param_groups, parts[0]["groups"], strict=True):
+def load_groups(optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]]) -> None:
+    """The optimizer's hyper-parameters become those that were saved."""
+    for entry, saved in zip(optimizer.param_groups, states[0]["groups"], strict=True):
         entry.update({key: deepcopy(value) for key, value in saved.items() if key != "params"})
 
 
-def _collect(piece: Piece, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _collect(piece: Piece, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     name, wanted = piece.parameter.name, Range(piece.start, piece.stop)
-    saved = [entry for part in parts for entry in part["pieces"].get(name, ())]
+    saved = [entry for state in states for entry in state["pieces"].get(name, ())]
     if saved and saved[0]["numel"] != piece.parameter.tensor.numel():
         raise UsageError(
             f"parameter {name!r}: saved with {saved[0]['numel']} numbers, the model has "
             f"{piece.parameter.tensor.numel()}"
         )
     result: dict[str, Any] = {}
-    # Ranks that do not shard save the same numbers each; they are taken once.
+    # Ranks that do not shard all save the whole parameter; its numbers are taken once.
     covered = wanted.start
     for entry in sorted(saved, key=lambda entry: int(entry["start"])):
         here = Range(entry["start"], entry["stop"])

@@ -4,8 +4,8 @@ there.
     registration order      wte  wpe  h.0 ...  h.11  ln_f            backward runs from the right to the left
     buckets                      [   bucket 2   ][ bucket 1 ][ 0 ]   so bucket 0 is ready first, and travels meanwhile
 
-Every rank starts its buckets strictly in index order, so no message has to say which bucket it belongs to. What one
-does with a ready bucket is not known here: it is given to ``launch``.
+Every rank starts its buckets strictly in index order, so no message has to say which bucket the message belongs to.
+Here buckets are planned; :mod:`.hooks` fills a bucket when it is complete.
 """
 
 from __future__ import annotations
@@ -19,43 +19,37 @@ from ..chunks import Range
 from ..native.norm import Squares
 from .mirror import Mirror, mirrors
 from .packer import Packer
-from .parameters import NamedParameter
+from .parameters import NamedParameter, adjoining
 
 USUAL_BYTES = 25 * 2**20
 
 
 @dataclass
 class Bucket:
-    """Parameters of one dtype and one optimizer group, and where each lies in the flat buffer."""
+    """Parameters of one dtype and one optimizer group, whose gradients travel together in one flat buffer."""
 
     index: int
     parameters: list[NamedParameter]
     ranges: list[Range]
+    """The range of each parameter in the flat buffer."""
     dtype: torch.dtype
-    """Of the flat buffer, that is of the wire."""
+    """The dtype of the flat buffer, which is that of the wire."""
     flat: torch.Tensor = field(repr=False)
-    """In CPU memory."""
+    """The flat buffer: 1-D, in CPU memory."""
     mirror: Mirror | None = field(default=None, repr=False)
-    """``flat`` on the GPU that the parameters are on."""
+    """The flat buffer once more, on the GPU that the parameters are on; None where the parameters are on the CPU."""
     squares: Squares = field(default_factory=Squares)
-    """Of what this rank reduces of it in this step."""
+    """The sum of the squares of the numbers of this bucket that this rank has reduced in this step."""
     waiting: set[int] = field(default_factory=set)
-    """Indices of the parameters whose gradients are not there yet."""
+    """Indices of the parameters whose gradients are not there yet in this step."""
 
     def __post_init__(self) -> None:
         self.packer = Packer(self.ranges)
-
-    def pack(self, gradients: list[torch.Tensor | None], scale: float) -> bool:
-        """Write the gradients to ``flat``, on the way there where they are on a GPU; whether they are finite, as far as
-        is known by now (:meth:`Packer.finite`)."""
-        if self.mirror is None:
-            return self.packer.pack(gradients, self.flat, scale)
-        finite = self.packer.pack(gradients, self.mirror.device, scale)
-        self.mirror.to_host()
-        return finite
+        self.name = f"bucket {self.index}"
+        """For messages and traces."""
 
     def result(self) -> torch.Tensor:
-        """``flat``, reduced, where the parameters are."""
+        """The reduced flat buffer, on the device that the parameters are on."""
         if self.mirror is None:
             return self.flat
         self.mirror.to_device()
@@ -65,18 +59,13 @@ class Bucket:
     def numel(self) -> int:
         return self.flat.numel()
 
-    @property
-    def name(self) -> str:
-        return f"bucket {self.index}"
-
 
 def usual_bytes(parameters: Iterable[NamedParameter], nodes: int) -> int:
-    """How large buckets are where nobody says: 25 MiB; between nodes, where links are slow, no more than a quarter of
-    all gradients, so that most of a small model can leave during backward too, but 1 MiB."""
+    """How large buckets are where the user gives no size: 25 MiB. Between nodes, where links are slow, a bucket has no
+    more than a quarter of all gradients, so that most of a small model can leave during backward too, but 1 MiB."""
     if nodes == 1:
         return USUAL_BYTES
-    total_bytes = sum(each.tensor.numel() * each.tensor.element_size() for each in parameters)
-    return min(USUAL_BYTES, max(2**20, total_bytes // 4))
+    return min(USUAL_BYTES, max(2**20, sum(parameter.nbytes for parameter in parameters) // 4))
 
 
 def plan(
@@ -87,22 +76,21 @@ def plan(
 ) -> list[Bucket]:
     """Fill buckets of at most ``bucket_bytes`` (more where one parameter is larger) in reverse registration order.
 
-    A bucket holds one dtype, one device and one optimizer group, so that a chunk of it can be updated as one. Buckets
-    are numbered in the order in which backward completes them. ``allocate(numel, dtype)`` makes their flat buffers:
-    1-D, CPU.
+    A bucket holds one dtype, one device and one optimizer group, so that a chunk of the bucket can be updated as one.
+    Buckets are numbered in the order in which backward completes them. ``wire``: the dtype in which gradients travel;
+    None: each bucket's own. ``allocate(numel, dtype)`` makes a flat buffer: 1-D, on the CPU.
     """
     open_buckets: dict[tuple[torch.dtype, torch.device, int], list[NamedParameter]] = {}
     closed: list[list[NamedParameter]] = []
     for parameter in reversed(list(parameters)):
         key = parameter.tensor.dtype, parameter.tensor.device, parameter.group
         members = open_buckets.setdefault(key, [])
-        filled = sum(member.tensor.numel() * member.tensor.element_size() for member in members)
-        if members and filled + parameter.tensor.numel() * parameter.tensor.element_size() > bucket_bytes:
+        if members and sum(member.nbytes for member in members) + parameter.nbytes > bucket_bytes:
             closed.append(members)
             members = open_buckets[key] = []
         members.append(parameter)
     closed.extend(members for members in open_buckets.values() if members)
-    # Complete when its last member is: the one registered first.
+    # A bucket is complete when its last member is, which is the one registered first.
     closed.sort(key=lambda members: -members[-1].index)
     buckets = []
     for index, members in enumerate(closed):
@@ -112,12 +100,3 @@ def plan(
         mirror = Mirror(flat, device) if mirrors(device) else None
         buckets.append(Bucket(index, members, ranges, dtype, flat, mirror))
     return buckets
-
-
-def adjoining(members: Iterable[NamedParameter]) -> list[Range]:
-    """Where each lies when all lie side by side."""
-    ranges, at = [], 0
-    for member in members:
-        ranges.append(Range(at, at + member.tensor.numel()))
-        at = ranges[-1].stop
-    return ranges

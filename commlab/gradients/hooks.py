@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -14,18 +15,31 @@ from .bucket import Bucket
 from .parameters import NamedParameter
 
 
-class GradientBuckets:
-    """Watches backward through post-accumulate-grad hooks, packs what is complete, and launches it in index order.
+class Waitable(Protocol):
+    """The exchange of a bucket, under way."""
 
-    ``launch(bucket)`` starts the bucket on its way. ``scale()`` is asked for when a step's first bucket is packed, and
-    multiplies all gradients of the step. ``poll()`` lets operations under way move on while backward computes.
-    ``overlap``: False keeps all buckets until backward has ended.
+    @property
+    def result(self) -> Any:
+        """What this rank has of the exchange, once :meth:`wait` has returned."""
+
+    def wait(self, timeout_s: float | None = None) -> Any:
+        """Return once the exchange has ended; raise what went wrong."""
+
+
+class GradientBuckets:
+    """Watches backward through post-accumulate-grad hooks, packs each bucket that is complete, and launches buckets in
+    index order.
+
+    ``launch(bucket)`` starts a packed bucket on its way. ``scale()`` is called when a step's first bucket is packed,
+    and returns what all gradients of the step are multiplied by. ``poll()`` lets operations under way move on while
+    backward computes. ``keep_gradients``: whether ``p.grad`` stays when its bucket is packed. ``overlap``: False keeps
+    all buckets until backward has ended.
     """
 
     def __init__(
         self,
         buckets: list[Bucket],
-        launch: Callable[[Bucket], None],
+        launch: Callable[[Bucket], Waitable],
         scale: Callable[[], float],
         poll: Callable[[], None],
         *,
@@ -33,21 +47,25 @@ class GradientBuckets:
         overlap: bool = True,
     ):
         self.buckets = buckets
+        """In index order; none where a library exchanges the gradients."""
+        self.launched: list[tuple[Bucket, Waitable]] = []
+        """The buckets that have left since the last :meth:`reset`, in index order, and the exchange of each."""
         self.syncing = True
-        """Off inside ``no_sync``: gradients accumulate on this rank and nothing is launched."""
+        """Whether complete buckets leave; off inside ``no_sync``, where gradients accumulate on this rank."""
         self.overlap = overlap
-        """Off: nothing leaves before :meth:`flush`. May change between two steps, on all ranks alike."""
+        """Whether complete buckets leave during backward, or all of them in :meth:`flush`. May change between two
+        steps, on all ranks alike."""
         self.used: set[int] = set()
         """Parameters (by index) that have had a gradient since the last :meth:`reset`."""
-        self._finite = True
         self.launch_s = 0.0
         """Time spent packing, launching and polling, inside backward and in :meth:`flush`, since the last
         :meth:`reset`."""
         self._launch, self._scale, self._poll = launch, scale, poll
         self._keep_gradients = keep_gradients
+        self._finite = True
         self._next = 0
-        self._travelling: deque[Bucket] = deque()
-        """Packed and not launched yet: their copies to the host are under way."""
+        self._packed: deque[Bucket] = deque()
+        """Buckets that are packed and not launched yet: their copies to the host are under way."""
         self._step_scale: float | None = None
         self._hooks = [
             member.tensor.register_post_accumulate_grad_hook(self._hook(bucket, member))
@@ -80,8 +98,9 @@ class GradientBuckets:
     def _launch_ready(self) -> None:
         while self._next < len(self.buckets) and not self.buckets[self._next].waiting:
             self._pack_next()
-        while self._travelling and (self._travelling[0].mirror is None or self._travelling[0].mirror.arrived()):
-            self._launch(self._travelling.popleft())
+        while self._packed and (self._packed[0].mirror is None or self._packed[0].mirror.arrived()):
+            bucket = self._packed.popleft()
+            self.launched.append((bucket, self._launch(bucket)))
 
     @property
     def finite(self) -> bool:
@@ -98,11 +117,14 @@ class GradientBuckets:
             if gradient is not None and gradient.is_sparse:
                 raise UsageError(f"the gradient of {member.name!r} is sparse; use sparse=False in its embedding")
         with trace.span(f"pack {bucket.name}", "compute"):
-            self._finite &= bucket.pack(gradients, self._step_scale)
+            flat = bucket.flat if bucket.mirror is None else bucket.mirror.device
+            self._finite &= bucket.packer.pack(gradients, flat, self._step_scale)
+            if bucket.mirror is not None:
+                bucket.mirror.to_host()
         if not self._keep_gradients:
             for member in bucket.parameters:
                 member.tensor.grad = None
-        self._travelling.append(bucket)
+        self._packed.append(bucket)
 
     def flush(self) -> None:
         """After backward: launch what is left; parameters without a gradient on this rank travel as zeros."""
@@ -110,21 +132,32 @@ class GradientBuckets:
         while self._next < len(self.buckets):
             self._pack_next()
             self._launch_ready()
-        self.launch_packed()
+        self._launch_packed()
         self.launch_s += time.perf_counter() - started_s
 
-    def launch_packed(self) -> None:
-        """Launch all that is packed, once it has arrived: how much has by itself differs between ranks."""
-        while self._travelling:
-            bucket = self._travelling.popleft()
+    def _launch_packed(self) -> None:
+        while self._packed:
+            bucket = self._packed.popleft()
             if bucket.mirror is not None:
                 bucket.mirror.wait()
-            self._launch(bucket)
+            self.launched.append((bucket, self._launch(bucket)))
+
+    def wait(self) -> None:
+        """Wait for the exchange of every bucket that has left."""
+        for _, exchange in self.launched:
+            exchange.wait()
+
+    def drain(self) -> None:
+        """End the exchange of all buckets that are packed, after a backward pass that has failed on all ranks. How many
+        of them have left already differs between ranks. Collective."""
+        self._launch_packed()
+        self.wait()
 
     def reset(self) -> None:
         """Get ready for the next step."""
         self._next, self._step_scale, self.launch_s, self._finite = 0, None, 0.0, True
-        self._travelling.clear()
+        self._packed.clear()
+        self.launched.clear()
         self.used.clear()
         for bucket in self.buckets:
             bucket.packer.forget()

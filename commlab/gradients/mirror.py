@@ -1,4 +1,4 @@
-"""A buffer twice: in a GPU's memory, where the model is, and in the host's, where the ranks meet.
+"""Mirrors: a buffer twice, in a GPU's memory, where the model is, and in the host's, where the ranks meet.
 
     GPU     gradients --pack--> device --copy, its own stream--> host          device --> parameters, gradients
     cores                                                        host --reduce--> host
@@ -20,17 +20,18 @@ from ..native import library
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 _pinned: dict[int, int] = {}
-"""Address of host memory that is registered with CUDA, and for how many owners."""
+"""Address of host memory that is registered with CUDA, and for how many owners the memory is."""
 
 
 def mirrors(device: torch.device) -> bool:
-    """Whether buffers of parameters on ``device`` need one."""
+    """Whether buffers of parameters on ``device`` need a mirror."""
     return device.type != "cpu"
 
 
 def pin(owner: object, memories: Sequence[torch.Tensor]) -> None:
-    """Register host memory with CUDA for as long as ``owner`` lives, and keep it mapped. Whole segments: CUDA refuses a
-    part of what is registered already. What cannot be registered is copied more slowly."""
+    """Register host memory with CUDA for as long as ``owner`` lives, and keep the memory mapped. ``memories``: whole
+    segments, because CUDA refuses a range of memory that is registered already. Memory that cannot be registered is
+    copied more slowly."""
     if not torch.cuda.is_available() or not hasattr(library.built, "cuda_register"):
         return
     for memory in memories:
@@ -44,7 +45,7 @@ def pin(owner: object, memories: Sequence[torch.Tensor]) -> None:
 
 
 def _unpin(memory: torch.Tensor) -> None:
-    # Before it is unmapped: CUDA would go on copying the old pages for whoever gets this address next.
+    # Before the memory is unmapped: CUDA would go on copying the old pages for whoever gets this address next.
     address = memory.data_ptr()
     _pinned[address] -= 1
     if not _pinned[address]:
@@ -53,7 +54,8 @@ def _unpin(memory: torch.Tensor) -> None:
 
 
 class Mirror:
-    """``host``: 1-D, in CPU memory. ``device``: the same numbers on a GPU, once they were copied.
+    """``host``: a 1-D tensor in CPU memory. ``device``: a tensor on a GPU, which has the numbers of ``host`` once they
+    were copied.
 
     Copies run on one stream per GPU beside torch's current one, in the order of the calls.
     """
@@ -68,19 +70,21 @@ class Mirror:
             self._stream, self._copied = _streams[device], torch.cuda.Event()
             weakref.finalize(self, self._stream.synchronize)
 
-    def to_host(self, part: Range | None = None) -> None:
-        """Copy what the current stream has put into ``device``. Returns at once; :meth:`arrived` and :meth:`wait`."""
-        self._copy(self.host, self.device, part)
+    def to_host(self, extent: Range | None = None) -> None:
+        """Copy what the current stream has put into ``device``, or the range ``extent`` of it, to ``host``. Returns at
+        once: :meth:`arrived` and :meth:`wait` tell when the numbers are there."""
+        self._copy(self.host, self.device, extent)
 
-    def to_device(self, part: Range | None = None) -> None:
-        """Copy ``host``, which must stay as it is until then; whatever the current stream does next sees it."""
-        self._copy(self.device, self.host, part)
+    def to_device(self, extent: Range | None = None) -> None:
+        """Copy ``host``, or the range ``extent`` of it, to ``device``: whatever the current stream does next sees the
+        numbers, and until it does ``host`` must stay as it is."""
+        self._copy(self.device, self.host, extent)
         if self._stream is not None:
             torch.cuda.current_stream(self.device.device).wait_stream(self._stream)
 
-    def _copy(self, to: torch.Tensor, frm: torch.Tensor, part: Range | None) -> None:
-        if part is not None:
-            to, frm = to[part.start : part.stop], frm[part.start : part.stop]
+    def _copy(self, to: torch.Tensor, frm: torch.Tensor, extent: Range | None) -> None:
+        if extent is not None:
+            to, frm = to[extent.start : extent.stop], frm[extent.start : extent.stop]
         if self._stream is None or self._copied is None:
             to.copy_(frm)
             return
@@ -94,6 +98,6 @@ class Mirror:
         return self._copied is None or self._copied.query()
 
     def wait(self) -> None:
-        """Until the last copy is done. The host waits."""
+        """Block the host until the last copy is done."""
         if self._copied is not None:
             self._copied.synchronize()

@@ -1,4 +1,5 @@
-"""How a number travels. What is computed is one thing (the gradient's dtype), what is sent is another (the wire's)."""
+"""Packing: gradients as the wire has them. Numbers are computed in one dtype, the gradient's, and sent in another, the
+wire's."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ def pack(
     ``sources``: any shape and stride; None writes zeros. The product is computed in the source's precision, 16-bit
     sources' in fp32. ``flat``: 1-D, contiguous. Cost: one pass over the sources and ``flat``.
     """
-    for source, place in zip(sources, ranges, strict=True):
-        target = flat[place.start : place.stop]
+    for source, extent in zip(sources, ranges, strict=True):
+        target = flat[extent.start : extent.stop]
         if source is None:
             target.zero_()
         elif scale == 1.0:
@@ -34,19 +35,21 @@ def pack(
 
 class Packer:
     """Packs a bucket's gradients, and unpacks them, in one native pass over all of them: read, scale, round, write,
-    look for inf and NaN; on a GPU in one launch. :func:`pack` and :func:`unpack` are the same in plain torch, and run
-    where a gradient is missing or the tensors are not all in one place."""
+    look for inf and NaN; on a GPU in one launch. :func:`pack` and :func:`unpack` do this in plain torch, and run where
+    a gradient is missing or the tensors are not all in one memory. ``ranges``: each gradient's range in the flat
+    buffer."""
 
     def __init__(self, ranges: Sequence[Range]):
         self._ranges = ranges
         self._plan: PackPlan | None = None
         self._cuda_plan: CudaPackPlan | None = None
         self._not_finite: torch.Tensor | None = None
-        """int32[1] on the GPU that has packed."""
+        """int32[1], on the GPU that has packed: not 0 where a number was not finite. None before a GPU has packed."""
 
     def pack(self, sources: Sequence[torch.Tensor | None], flat: torch.Tensor, scale: float) -> bool:
         """Write ``scale`` x every source to its range of ``flat``, rounded once to its dtype; None writes zeros.
-        Returns whether every number written is finite; on a GPU True, because it is not known yet (:meth:`finite`)."""
+        Returns whether every number written is finite; on a GPU True, because the answer comes later
+        (:meth:`finite`)."""
         present = [source for source in sources if source is not None and source.device == flat.device]
         whole = len(present) == len(sources)
         if flat.is_cuda:
@@ -69,10 +72,11 @@ class Packer:
         return finite
 
     def finite(self) -> bool:
-        """Whether all that was packed on a GPU since :meth:`forget` is finite. Waits for it."""
+        """Whether all that was packed on a GPU since :meth:`forget` is finite. Waits for the GPU."""
         return self._not_finite is None or not self._not_finite.item()
 
     def forget(self) -> None:
+        """Begin anew to look for numbers that are not finite."""
         if self._not_finite is not None:
             self._not_finite.zero_()
 
@@ -95,14 +99,14 @@ class Packer:
     def _planned(self, tensors: Sequence[torch.Tensor], wire: torch.dtype) -> PackPlan:
         # Gradients are made anew in every step, in other memory, of the same shapes.
         if self._plan is None:
-            self._plan = PackPlan(tensors, wire, [place.start for place in self._ranges])
+            self._plan = PackPlan(tensors, wire, [extent.start for extent in self._ranges])
         else:
             self._plan.rebind(tensors)
         return self._plan
 
     def _cuda_planned(self, tensors: Sequence[torch.Tensor], wire: torch.dtype) -> CudaPackPlan:
         if self._cuda_plan is None:
-            self._cuda_plan = CudaPackPlan(tensors, wire, [place.start for place in self._ranges])
+            self._cuda_plan = CudaPackPlan(tensors, wire, [extent.start for extent in self._ranges])
         else:
             self._cuda_plan.rebind(tensors)
         return self._cuda_plan
@@ -110,6 +114,6 @@ class Packer:
 
 def unpack(flat: torch.Tensor, ranges: Sequence[Range], targets: Sequence[torch.Tensor | None]) -> None:
     """Write each range of ``flat`` into its target, cast to the target's dtype; None is passed over."""
-    for target, place in zip(targets, ranges, strict=True):
+    for target, extent in zip(targets, ranges, strict=True):
         if target is not None:
-            target.copy_(flat[place.start : place.stop].view(target.shape))
+            target.copy_(flat[extent.start : extent.stop].view(target.shape))

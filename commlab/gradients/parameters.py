@@ -1,30 +1,37 @@
-"""The parameters that are trained, by name."""
+"""The parameters that are trained, each with its name, its group in the optimizer and its index."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from ..chunks import Range
 from ..errors import UsageError
 
 
 @dataclass(frozen=True)
 class NamedParameter:
-    """A parameter as the buckets see it; ``group`` is the index of its group in the user's optimizer."""
+    """A trainable parameter of the user's model."""
 
     name: str
     tensor: torch.nn.Parameter
     group: int
+    """The index of the parameter's group in the user's optimizer."""
     index: int
-    """Place in registration order."""
+    """How many trainable parameters the model has registered before this one."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
 
 
 def named_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[NamedParameter]:
     """The trainable parameters of ``model`` in registration order, a tied one once, with their groups in ``optimizer``.
 
-    UsageError for a parameter that the optimizer does not have, or has but the model does not, and for sparse or
-    complex ones.
+    UsageError for a parameter that the optimizer does not have, for one that the optimizer has and the model does not,
+    and for a parameter that is not of a floating-point dtype.
     """
     group_of = {id(tensor): group for group, entry in enumerate(optimizer.param_groups) for tensor in entry["params"]}
     named: list[NamedParameter] = []
@@ -49,3 +56,12 @@ def named_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
             f"the optimizer has {len(group_of)} parameters that are not trainable ones of the model: {shapes[:5]}"
         )
     return named
+
+
+def adjoining(parameters: Iterable[NamedParameter]) -> list[Range]:
+    """The range of each parameter in a flat buffer in which all of them lie side by side."""
+    ranges, stop = [], 0
+    for parameter in parameters:
+        ranges.append(Range(stop, stop + parameter.tensor.numel()))
+        stop = ranges[-1].stop
+    return ranges

@@ -25,13 +25,14 @@ def norm_squared(gradients: Iterable[torch.Tensor]) -> float:
 
 @dataclass
 class Squares:
-    """The sum of the squares of the numbers that this rank has reduced. The loop that reduced them sets ``known``,
-    where the numbers passed through its registers anyway; else :meth:`of` makes a pass over them."""
+    """The sum of the squares of the numbers that this rank has reduced: added up by the loop that reduced them, where
+    that loop can, else by a pass over them."""
 
     known: float | None = None
+    """The sum, where the loop that reduced has added it up; None where it has not."""
 
     def of(self, numbers: torch.Tensor) -> float:
-        """The sum, of ``numbers`` where it is not known."""
+        """The sum; ``numbers`` are those that this rank has reduced."""
         return norm_squared([numbers]) if self.known is None else self.known
 
 

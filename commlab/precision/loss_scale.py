@@ -19,7 +19,7 @@ class LossScale:
     good_steps: int = 0
 
     def update(self, overflowed: bool) -> None:
-        """Take in one step; all ranks must have agreed on ``overflowed``."""
+        """Take in whether one step ``overflowed``; all ranks must have agreed on that."""
         if overflowed:
             self.value, self.good_steps = max(1.0, self.value * self.backoff), 0
             return

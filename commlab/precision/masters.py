@@ -1,26 +1,167 @@
-"""fp32 masters."""
+"""Masters: the tensors that the optimizer updates. They are the parameters themselves, or under precision apex fp32
+copies of parameters that are in 16 bits.
+
+    in every precision   1. the gradient, multiplied by a factor (clipping, 1 / loss scale)
+                         2. the optimizer's step on the masters
+    fp32 copies          3. masters -> parameters
+
+A rank updates whole parameters, or *pieces* of them (:mod:`commlab.checkpoint.pieces`), each through a tensor of its
+own. Nothing here asks whether the gradient is finite: an inf or NaN in it makes the sum of its squares one, and ranks
+have agreed on that sum before anybody updates.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from ..apex import Apex
+from ..checkpoint.pieces import Piece, parameter_of, rebind
 from ..gradients.parameters import NamedParameter
+from ..native.norm import scale_
 
 
-class Masters:
-    """fp32 masters of parameters that are in 16 bits; the parameters themselves where apex.amp left them in fp32."""
+class Masters(Protocol):
+    """What an optimizer updates for the parameters of a model. Before the first step a rank says what it owns, by one
+    call of :meth:`own_all` or :meth:`own`."""
 
-    def __init__(self, apex: Apex, model: torch.nn.Module, parameters: Sequence[NamedParameter], level: str | None):
-        self.apex = apex
-        kept = {item.index: item.tensor.detach().float().contiguous().clone() for item in parameters}
-        self.separate = apex.prepare(model, level)
-        self.whole = kept if self.separate else {item.index: item.tensor for item in parameters}
+    pieces: list[Piece]
+    """What this rank's optimizer updates, each piece with the tensor that the optimizer has for it."""
 
-    def unscale(self, gradients: Sequence[torch.Tensor], masters: Sequence[torch.Tensor], factor: float) -> bool:
-        """Give ``masters`` fp32 gradients, ``factor`` x ``gradients``; whether these are all finite."""
+    def own_all(self) -> None:
+        """This rank updates all parameters, whole."""
+
+    def own(self, pieces: Sequence[Piece]) -> None:
+        """This rank updates ``pieces`` alone, which are views of their parameters; the optimizer is given their
+        masters."""
+
+    def step(self, factor: float) -> None:
+        """Multiply the gradients that the parameters have (``p.grad``) by ``factor``, and update. For who owns all."""
+
+    def step_pieces(self, gradients: Sequence[torch.Tensor | None], factor: float) -> None:
+        """Multiply ``gradients`` by ``factor``, and update: 1-D and on the CPU, one for each of :attr:`pieces`, as they
+        were reduced; they may be written. None: the piece is passed over."""
+
+    def follow(self) -> None:
+        """Take the new value of parameters that somebody else has written."""
+
+
+class InPlaceMasters:
+    """Parameters that are their own masters. Gradients of 16 bits are multiplied in fp32: a wire's sums must not be
+    rounded a second time before they reach the parameter's dtype."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[NamedParameter]):
+        self._optimizer, self._parameters = optimizer, parameters
+        self.pieces: list[Piece] = []
+
+    def own_all(self) -> None:
+        self.pieces = [Piece(item, 0, item.tensor.numel(), item.tensor) for item in self._parameters]
+
+    def own(self, pieces: Sequence[Piece]) -> None:
+        self.pieces = list(pieces)
+        rebind(self._optimizer, self.pieces)
+
+    def step(self, factor: float) -> None:
+        scale_([item.tensor.grad for item in self._parameters if item.tensor.grad is not None], factor)
+        self._optimizer.step()
+
+    def step_pieces(self, gradients: Sequence[torch.Tensor | None], factor: float) -> None:
+        present = [gradient for gradient in gradients if gradient is not None]
+        # A fused optimizer divides by a scale as it goes, which saves a pass over the gradient.
+        divides = factor != 1.0 and getattr(self._optimizer, "_step_supports_amp_scaling", False)
+        divides = divides and all(gradient.dtype is torch.float32 for gradient in present)
+        multiplies = factor != 1.0 and not divides
+        if multiplies:
+            scale_([gradient for gradient in present if gradient.element_size() > 2], factor)
+        for piece, gradient in zip(self.pieces, gradients, strict=True):
+            master = piece.tensor
+            if gradient is None:
+                master.grad = None
+                continue
+            if multiplies and gradient.element_size() == 2:
+                gradient = gradient.float() * factor
+            master.grad = gradient.to(master.device, master.dtype).view(master.shape)
+        if divides:
+            device = self._parameters[0].tensor.device
+            self._optimizer.grad_scale = torch.tensor(1.0 / factor, device=device)  # type: ignore[attr-defined]
+        try:
+            self._optimizer.step()
+        finally:
+            if divides:
+                del self._optimizer.grad_scale  # type: ignore[attr-defined]
+        for piece in self.pieces:
+            piece.tensor.grad = None
+
+    def follow(self) -> None:
+        """Nothing to do: the parameters are the masters."""
+
+
+class Fp32Masters:
+    """fp32 copies of parameters that are in 16 bits, updated by Apex's optimizer. Apex's kernel multiplies gradients on
+    their way to the masters, and rounds masters on their way to the parameters."""
+
+    def __init__(
+        self,
+        apex: Apex,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[NamedParameter],
+        copies: Sequence[torch.Tensor],
+    ):
+        """``copies``: of the parameters, in fp32, from before they were rounded; contiguous."""
+        self._apex, self._optimizer = apex, optimizer
+        self._whole = [Piece(item, 0, item.tensor.numel(), copy) for item, copy in zip(parameters, copies, strict=True)]
+        self.pieces: list[Piece] = []
+
+    def own_all(self) -> None:
+        self._take(self._whole)
+
+    def own(self, pieces: Sequence[Piece]) -> None:
+        whole = {piece.parameter.index: piece.tensor.view(-1) for piece in self._whole}
+        self._take(
+            [
+                piece._replace(
+                    tensor=whole[piece.parameter.index][piece.start : piece.stop].clone().view(piece.tensor.shape)
+                )
+                for piece in pieces
+            ]
+        )
+
+    def _take(self, pieces: list[Piece]) -> None:
+        self.pieces, self._whole = pieces, []
+        rebind(self._optimizer, pieces)
+
+    def step(self, factor: float) -> None:
+        self._step([piece.parameter.tensor.grad for piece in self.pieces], factor)
+
+    def step_pieces(self, gradients: Sequence[torch.Tensor | None], factor: float) -> None:
+        masters = [piece.tensor for piece in self.pieces]
+        self._step(
+            [
+                None if gradient is None else gradient.to(master.device).view(master.shape)
+                for master, gradient in zip(masters, gradients, strict=True)
+            ],
+            factor,
+        )
+
+    def _step(self, gradients: Sequence[torch.Tensor | None], factor: float) -> None:
+        masters = [piece.tensor for piece in self.pieces]
+        sources, targets = [], []
+        for master, gradient in zip(masters, gradients, strict=True):
+            if gradient is not None:
+                master.grad = torch.empty_like(master)
+                sources.append(gradient)
+                targets.append(master.grad)
+        self._apex.scale(sources, targets, factor)
+        self._optimizer.step()
         for master in masters:
-            master.grad = torch.empty_like(master)
-        return self.apex.scale(gradients, [master.grad for master in masters if master.grad is not None], factor)
+            master.grad = None
+        self._apex.scale(masters, [parameter_of(piece) for piece in self.pieces], 1.0)
+
+    def follow(self) -> None:
+        """A master whose parameter still has its value keeps the bits that 16 have no room for."""
+        for piece in self.pieces:
+            parameter = parameter_of(piece)
+            changed = piece.tensor.to(parameter.dtype) != parameter
+            piece.tensor.copy_(torch.where(changed, parameter.float(), piece.tensor))

@@ -1,9 +1,9 @@
-"""Precision: what the model is computed in. Composes with every strategy; what travels is the wire's business.
+"""Modes: what the model is computed in. Each composes with every strategy; how numbers travel is the wire's business.
 
     fp32   everything in fp32
     bf16   16-bit matrix products where they are fast; bf16's range is fp32's, so there is no loss scale
-    fp16   the same with a loss scale; a step that overflowed on any rank is skipped on all of them
-    apex   NVIDIA Apex: parameters in fp16, FusedAdam on fp32 masters of them, the same loss scale
+    fp16   16-bit matrix products too, with a loss scale; a step that overflowed on any rank is skipped on all of them
+    apex   NVIDIA Apex: parameters in fp16, FusedAdam on fp32 masters of them, the loss scale of fp16
 
 But for apex, parameters are fp32 (the master weights of mixed precision); 16-bit copies exist inside autocast alone.
 """
@@ -23,7 +23,7 @@ from ..gradients.parameters import NamedParameter
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from .loss_scale import LossScale
-from .masters import Masters
+from .masters import Fp32Masters, InPlaceMasters, Masters
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "apex": torch.float16}
 
@@ -50,8 +50,8 @@ class Precision:
             return autocast == "on", f"autocast {autocast}"
         # A processor without 16-bit matrix units does these products by conversion, up to 70 times slower than in fp32.
         ratio = _slowdown(self.dtype, self._device)
-        verdicts = exchange_records(group, b"1" if ratio < 1.0 else b"0", "fast 16-bit products")
-        fast = all(verdict == b"1" for verdict in verdicts)
+        answers = exchange_records(group, b"1" if ratio < 1.0 else b"0", "fast 16-bit products")
+        fast = all(answer == b"1" for answer in answers)
         return (
             fast,
             f"16-bit products take {ratio:.2g} times as long as fp32 ones here: autocast {'on' if fast else 'off'}",
@@ -63,17 +63,20 @@ class Precision:
         parameters: Sequence[NamedParameter],
         optimizer: torch.optim.Optimizer,
         level: str | None,
-    ) -> Masters | None:
-        """Precision apex: make ``model`` compute in fp16, and return the fp32 masters. UsageError for an optimizer that
-        is not Apex's."""
+    ) -> Masters:
+        """What ``optimizer`` updates for ``parameters``. Under precision apex ``model`` computes in fp16 from here on
+        (``level``: as apex.amp's level says, where one is given); UsageError for an optimizer that is not Apex's."""
         if self.apex is None:
-            return None
+            return InPlaceMasters(optimizer, parameters)
         if not isinstance(optimizer, self.apex.FusedAdam):
             raise UsageError(
                 f"precision apex updates with Apex's FusedAdam, not {type(optimizer).__name__}: give strategy() one, "
                 "made by commlab.apex.fused_adam()"
             )
-        return Masters(self.apex, model, parameters, level)
+        copies = [item.tensor.detach().float().contiguous().clone() for item in parameters]
+        if not self.apex.prepare(model, level):
+            return InPlaceMasters(optimizer, parameters)
+        return Fp32Masters(self.apex, optimizer, parameters, copies)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context for the forward pass and the loss."""
@@ -83,12 +86,12 @@ class Precision:
 
     @property
     def scale(self) -> float:
-        """What the loss is multiplied by."""
+        """What the loss is multiplied by: the loss scale, or 1 where there is none."""
         return 1.0 if self.loss_scale is None else self.loss_scale.value
 
 
 def _slowdown(dtype: torch.dtype, device: torch.device) -> float:
-    """Time of a 16-bit matrix product over that of the same in fp32; the best of three of each."""
+    """Time of a 16-bit matrix product over that of this product in fp32; the best of three of each."""
 
     def best_s(kind: torch.dtype) -> float:
         a, b = torch.ones(64, 256, dtype=kind, device=device), torch.ones(256, 512, dtype=kind, device=device)

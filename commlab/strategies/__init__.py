@@ -1,5 +1,5 @@
-"""Strategies: how gradients become agreed updates. ``STRATEGIES`` is the table, name to where its class lives; classes
-are loaded when asked for, so that a strategy whose library is missing disturbs no other."""
+"""Strategies: how gradients become agreed updates. ``STRATEGIES`` is the table: a name, and the module and the class of
+the strategy. Classes are loaded when asked for, so that a strategy whose library is missing disturbs no other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     import torch
 
     from ..runtime.group import Group
-    from .engine import Strategy
+    from .engine import Engine
+    from .protocol import Strategy
 
 STRATEGIES: Final[dict[str, tuple[str, str]]] = {
-    "single": ("single", "Single"),
+    "single": ("external", "Single"),
     "ps": ("sharded", "SingleServer"),
     "dps": ("sharded", "ShardedServer"),
     "allreduce": ("allreduce", "AllReduce"),
@@ -31,7 +32,7 @@ def strategy(
     optimizer: torch.optim.Optimizer,
     group: Group | None = None,
     **options: Any,
-) -> Strategy:
+) -> Engine:
     """Couple ``model`` and ``optimizer`` to the group's other ranks; returns the engine. Collective.
 
     ``name``: single, ps, dps, allreduce, horovod, ddp. ``options``: the fields of
@@ -41,6 +42,7 @@ def strategy(
     when all others have closed their engines. Errors: UsageError.
     """
     from ..runtime.world import resolve
+    from .engine import Engine
 
     unknown = sorted(set(options) - set(Options.__dataclass_fields__))
     if unknown:
@@ -53,7 +55,7 @@ def strategy(
     if chosen.servers is not None:
         from .dedicated import Dedicated
 
-        return Dedicated(name, model, optimizer, members, chosen)
+        return Engine(Dedicated(name, model, optimizer, members, chosen))
     module, kind = STRATEGIES[name]
     built: Strategy = getattr(import_module(f".{module}", __name__), kind)(model, optimizer, members, chosen)
-    return built
+    return Engine(built)

@@ -16,8 +16,12 @@ from ..chunks import split
 from ..collectives.allreduce import start_allreduce
 from ..collectives.plan import plan_of
 from ..gradients.bucket import Bucket
-from ..native.norm import scale_
-from .engine import Strategy
+from ..gradients.hooks import Waitable
+from ..runtime.group import Group
+from .options import Options
+from .protocol import Strategy
+from .start import close_buckets, start, start_buckets
+from .verdict import Verdict, agree
 
 
 class AllReduce(Strategy):
@@ -26,42 +30,48 @@ class AllReduce(Strategy):
 
     name = "allreduce"
 
-    def _launch(self, bucket: Bucket) -> None:
-        plan = plan_of(self.group, "allreduce", bucket.flat, "mean", bucket.name, self.options.algorithm)
-        handle = start_allreduce(self.group, bucket.flat, "mean", plan, squares=self._squares(bucket))
-        self._launched.append((bucket, handle))
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
+        self.training = training = start(model, optimizer, group, options)
+        self.buckets = start_buckets(training, self.launch, keep_gradients=True)
+        training.masters.own_all()
 
-    def _owned_squares(self) -> float:
-        squares = 0.0
-        for bucket, _ in self._launched:
-            own = split(bucket.numel, self.group.size)[self.group.rank]
-            squares += bucket.squares.of(bucket.flat[own.start : own.stop])
-        return squares
+    def backward(self, loss: torch.Tensor | None) -> None:
+        if loss is not None:
+            loss.backward()
 
-    def _update(self, clip: float, unused: set[int]) -> None:
-        for bucket, _ in self._launched:
+    def launch(self, bucket: Bucket) -> Waitable:
+        training = self.training
+        plan = plan_of(training.group, "allreduce", bucket.flat, "mean", bucket.name, training.options.algorithm)
+        squares = bucket.squares if training.wants_norm else None
+        return start_allreduce(training.group, bucket.flat, "mean", plan, squares=squares)
+
+    def agree(self) -> Verdict:
+        group, squares = self.training.group, 0.0
+        if self.training.wants_norm:
+            # Each rank adds up an equal range of every bucket; all of them have all numbers.
+            for bucket, _ in self.buckets.launched:
+                own = split(bucket.numel, group.size)[group.rank]
+                squares += bucket.squares.of(bucket.flat[own.start : own.stop])
+        buckets = self.buckets
+        return agree(group, squares, buckets.finite, buckets.used, len(self.training.parameters))
+
+    def update(self, factor: float, unused: set[int]) -> None:
+        for bucket, _ in self.buckets.launched:
             copied: list[torch.Tensor | None] = []
             flat = bucket.result()
-            for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
+            for member, extent in zip(bucket.parameters, bucket.ranges, strict=True):
                 tensor = member.tensor
                 copied.append(None)
                 if member.index in unused:
                     tensor.grad = None
                 elif bucket.dtype == tensor.dtype and tensor.is_contiguous():
-                    tensor.grad = flat[place.start : place.stop].view(tensor.shape)
+                    tensor.grad = flat[extent.start : extent.stop].view(tensor.shape)
                 else:
                     # Strides as the parameter's own: torch's fused optimizers walk both as plain memory.
                     copied[-1] = tensor.grad = torch.empty_like(tensor)
             bucket.packer.unpack(flat, copied)
-            if self.masters is not None:
-                continue
-            # In the parameters' precision: a 16-bit bucket must not be rounded a second time.
-            gradients = [member.tensor.grad for member in bucket.parameters]
-            scale_([gradient for gradient in gradients if gradient is not None], clip)
-        if self.masters is not None:
-            used = [item for item in self.parameters if item.tensor.grad is not None]
-            masters = [self.masters.whole[item.index] for item in used]
-            self.masters.unscale([item.tensor.grad for item in used if item.tensor.grad is not None], masters, clip)
-            self._update_masters(1.0)
-            return
-        self.optimizer.step()
+        # Multiplied in the parameters' precision: a 16-bit bucket must not be rounded a second time.
+        self.training.masters.step(factor)
+
+    def close(self) -> None:
+        close_buckets(self.training, self.buckets)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,19 +16,19 @@ from ..errors import UsageError
 from ..runtime.control import gather_bytes
 from ..runtime.group import Group
 from ..transport.rendezvous import join_store, open_store
-from .external import Local
+from .external import External
 from .options import Options
 
 _process_groups: WeakKeyDictionary[Group, dist.ProcessGroup] = WeakKeyDictionary()
 _kept: list[dist.ProcessGroup] = []
-"""For as long as the process lives: where torch's reducer is the last to let go of a process group, it waits for gloo's
-threads, with the GIL, which one of them may be waiting for."""
+"""All process groups, for as long as the process lives: where torch's reducer is the last to let go of one, the reducer
+waits for gloo's threads, with the GIL, which one of them may be waiting for."""
 
 
 def _process_group(group: Group) -> dist.ProcessGroup:
     """torch's process group of the ranks of ``group``, over gloo: one for all its engines. Collective.
 
-    Not torch's default one: of that there is one in a process, which may be the user's, or connect other ranks.
+    Not torch's default process group: a process has one, which may be the user's, or connect other ranks.
     """
     if group not in _process_groups:
         server, address = open_store(group.size, group.timeout_s) if group.rank == 0 else (None, b"")
@@ -46,7 +46,8 @@ def _process_group(group: Group) -> dist.ProcessGroup:
 
 
 class _Calls(torch.nn.Module):
-    """Lets DistributedDataParallel run anything on the model: its forward is where it gets ready for backward."""
+    """Lets DistributedDataParallel run any call on the model: in the forward of this module it gets ready for
+    backward."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -59,7 +60,7 @@ class _Calls(torch.nn.Module):
 
 
 class _Front(torch.nn.Module):
-    """What the user calls like the model itself."""
+    """The module that the user calls in place of the model."""
 
     def __init__(self, wrapped: torch.nn.Module):
         super().__init__()
@@ -71,7 +72,7 @@ class _Front(torch.nn.Module):
         return self._wrapped(lambda model: model(*args, **kwargs))
 
 
-class Ddp(Local):
+class Ddp(External):
     """Call ``engine.model`` in the loop, not the bare model: torch prepares its reducer in the wrapper's forward."""
 
     name = "ddp"
@@ -83,14 +84,17 @@ class Ddp(Local):
         self._calls = _Calls(model)
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
         self._ddp = DistributedDataParallel(self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(group))
-        self.model = _Front(self._ddp)
+        self._front = _Front(self._ddp)
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        with super().no_sync(), self._ddp.no_sync():
-            yield
+    @property
+    def model(self) -> torch.nn.Module:
+        return self._front
 
-    def _run_backward(self, loss: torch.Tensor | None) -> None:
+    def no_sync(self) -> AbstractContextManager[None]:
+        no_sync: AbstractContextManager[None] = self._ddp.no_sync()
+        return no_sync
+
+    def backward(self, loss: torch.Tensor | None) -> None:
         if loss is None:
             # A rank without samples must still meet its peers in torch's reducer.
             loss = self._ddp(lambda model: sum(parameter.sum() for parameter in model.parameters()) * 0.0)
@@ -100,4 +104,4 @@ class Ddp(Local):
                 "engine.model instead of the model itself"
             )
         self._calls.called = False
-        super()._run_backward(loss)
+        super().backward(loss)

@@ -1,25 +1,23 @@
-"""What every strategy shares: one engine call for the user, buckets on their way during backward, one agreed norm and
-clip."""
+"""The engine: what the user calls in the training loop, whatever the strategy.
+
+backward()   the strategy computes gradients; buckets leave as they become complete
+step()       wait for the exchange | verdict | clip | update | pull
+"""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .. import trace
 from ..errors import CommlabError, UsageError
-from ..gradients.bucket import Bucket
-from ..native.norm import Squares, clip_factor
-from ..runtime.group import Group
-from .options import Options
-from .start import Coupled
-from .verdict import Agreement, agree
+from ..native.norm import clip_factor
+from .protocol import Strategy
 
 
 @dataclass
@@ -34,51 +32,57 @@ class Times:
     """Clipping and the optimizer."""
 
 
-class Waitable(Protocol):
-    """A bucket's exchange under way."""
+class Engine:
+    """Trains a model on all ranks of a group. Built by :func:`commlab.strategy`; all ranks must make the same calls.
 
-    @property
-    def result(self) -> Any: ...
-
-    def wait(self, timeout_s: float | None = None) -> Any: ...
-
-
-class Strategy(Coupled):
-    """How gradients become agreed updates. Built by :func:`commlab.strategy`; all ranks must make the same calls.
-
-    ``model``: what to call in the training loop (the user's own model, but for ``ddp``). At construction rank 0's
-    parameters and buffers are given to all ranks.
+    At construction rank 0's parameters and buffers have become all ranks'.
     """
 
-    averages: bool = True
-    """Whether the ranks' gradients of a step become one; under ssp and asp they do not."""
-
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
-        super().__init__(model, optimizer, group, options)
+    def __init__(self, strategy: Strategy):
+        training = strategy.training
+        self.strategy = strategy
+        """How gradients become agreed updates."""
+        self.name = strategy.name
+        """The strategy's name."""
+        self.role = strategy.role
+        """"server" on a rank that only served, whose engine is of no more use; else "worker"."""
+        self.averages = strategy.averages
+        """Whether the ranks' gradients of a step become one; under ssp and asp they do not."""
+        self.shards_state = strategy.shards_state
+        """Whether ranks hold different pieces of the optimizer's state; else every rank holds all of it."""
+        self.model = strategy.model
+        """What to call in the training loop: the user's own model, but for ``ddp``."""
+        self.optimizer = training.optimizer
+        """The user's own optimizer, which keeps its groups, hyper-parameters and schedulers."""
+        self.group = training.group
+        """The ranks that train."""
+        self.options = training.options
+        """What the user has chosen."""
+        self.parameters = training.parameters
+        """What is trained, in registration order."""
+        self.precision = training.precision
+        """What the model is computed in, and the loss scale."""
+        self.buckets = strategy.buckets
+        """The gradients that commlab sends; without buckets where a library exchanges them."""
+        self.in_window = training.in_window
+        """Whether buckets lie in memory that the ranks share."""
+        self.skipped_steps = 0
+        """Steps without an update, because a gradient overflowed."""
         self.grad_norm: float | None = None
         """Global 2-norm of the last step's reduced gradient, before clipping; None where max_grad_norm is None."""
         self.times = Times()
-        self._syncing = True
+        """Seconds in which this rank's model stood still; the user may put in a new one, to begin anew."""
+        self._training = training
         self._backward_done = False
         self._stale = False
-        self._launched: list[tuple[Bucket, Waitable]] = []
+        """Whether gradients of the last step are still there."""
 
-    # What differs between strategies.
+    @property
+    def steps(self) -> int:
+        """Steps that were made, skipped ones included."""
+        return self._training.steps
 
-    def _owned_squares(self) -> float:
-        """After the exchange: the sum of the squares of a part of the reduced gradient; the parts of all ranks make up
-        the whole."""
-        raise NotImplementedError
-
-    def _update(self, clip: float, unused: set[int]) -> None:
-        """Multiply the gradient by ``clip`` (and 1 / loss scale) and step the optimizer; parameters in ``unused`` had
-        no gradient on any rank."""
-        raise NotImplementedError
-
-    def _pull(self) -> None:
-        """Give every rank the updated parameters, where they were updated elsewhere."""
-
-    # The engine call.
+    # A step.
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context for the forward pass and the loss: the precision's compute dtype."""
@@ -98,40 +102,36 @@ class Strategy(Coupled):
                 "a second backward() in one step: run all but the last inside engine.no_sync(), "
                 "and call engine.step() after the last"
             )
-        self._weight.require_alike(count)
+        counts, buckets, loss_scale = self._training.counts, self.buckets, self.precision.loss_scale
+        counts.require_alike(count)
         if loss is None and count != 0:
             raise UsageError("backward(None) is for a rank without samples: pass count=0 with it")
         if self._stale:
             raise UsageError("gradients of the last step are still there: call engine.zero_grad() after engine.step()")
-        self._weight.add(count, total)
-        if self._syncing and self.averages:
-            self._weight.sum_counts()
-        if self.buckets is not None:
-            self.buckets.syncing = self._syncing
-        if self.precision.loss_scale is not None:
-            self._weight.make_room()
-        scale = self.precision.scale / self._weight.share
-        self._run_backward(loss if loss is None or scale == 1.0 else loss * scale)
-        if self.buckets is not None and self._syncing:
-            self.buckets.flush()
-            self.times.exchange_s += self.buckets.launch_s
+        counts.add(count, total)
+        if buckets.syncing and self.averages:
+            counts.sum_counts()
+        if loss_scale is not None:
+            counts.make_room()
+            loss = None if loss is None else loss * (loss_scale.value / counts.divisor)
+        with trace.span("backward"):
+            self.strategy.backward(loss)
+        if buckets.syncing:
+            buckets.flush()
+            self.times.exchange_s += buckets.launch_s
         # Last: a backward pass that ended in an exception can be dropped, by zero_grad().
-        self._backward_done = self._syncing
-
-    def _run_backward(self, loss: torch.Tensor | None) -> None:
-        if loss is not None:
-            with trace.span("backward"):
-                loss.backward()
+        self._backward_done = buckets.syncing
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, backward() only accumulates on this rank; for all micro-batches of a step but the last. Put the
         forward pass inside too: there ``ddp`` decides whether to exchange."""
-        self._syncing = False
+        self.buckets.syncing = False
         try:
-            yield
+            with self.strategy.no_sync():
+                yield
         finally:
-            self._syncing = True
+            self.buckets.syncing = True
 
     def step(self) -> bool:
         """Finish the exchange, clip, update, and give every rank the new parameters. Collective. Returns whether there
@@ -139,16 +139,17 @@ class Strategy(Coupled):
         scheduler should not advance then."""
         if not self._backward_done:
             raise UsageError("step() without a backward() outside no_sync(): there is no gradient to agree on")
+        strategy = self.strategy
         started_s = time.perf_counter()
         with trace.span("exchange"):
-            for _, handle in self._launched:
-                handle.wait()
-            agreement = self._agree()
+            self.buckets.wait()
+            verdict = strategy.agree()
         agreed_s = time.perf_counter()
         with trace.span("update"):
-            scale, loss_scale = self.precision.scale, self.precision.loss_scale
-            updates = loss_scale is None or agreement.finite
-            if loss_scale is None and not agreement.finite and self.options.wire is not None:
+            loss_scale = self.precision.loss_scale
+            scale = 1.0 if loss_scale is None else loss_scale.value
+            updates = loss_scale is None or verdict.finite
+            if loss_scale is None and not verdict.finite and self.options.wire is not None:
                 raise CommlabError(
                     f"rank {self.group.rank}: in step {self.steps} the gradient of some rank is not finite on wire "
                     f"{self.options.wire} (an overflow, inf or NaN); nothing was updated. Use precision fp16, which "
@@ -156,22 +157,24 @@ class Strategy(Coupled):
                 )
             clip = 1.0
             if self.options.max_grad_norm is not None:
-                self.grad_norm = agreement.squares**0.5 / scale
+                self.grad_norm = verdict.squares**0.5 / scale
                 clip = clip_factor(self.grad_norm, self.options.max_grad_norm)
             if updates:
-                self._update(clip / scale, agreement.unused)
+                strategy.update(clip / scale, verdict.unused)
             else:
                 self.skipped_steps += 1
             if loss_scale is not None:
                 loss_scale.update(not updates)
         updated_s = time.perf_counter()
         with trace.span("pull"):
-            self._pull()
-        self.times.exchange_s += agreed_s - started_s + time.perf_counter() - updated_s
+            strategy.pull()
+        waited_s, self._training.forward_wait_s = self._training.forward_wait_s, 0.0
+        self.times.forward_wait_s += waited_s
+        self.times.exchange_s += waited_s + agreed_s - started_s + time.perf_counter() - updated_s
         self.times.update_s += updated_s - agreed_s
         self._begin_step()
-        self._stale = self.keeps_gradients
-        self.steps += 1
+        self._stale = strategy.keeps_gradients
+        self._training.steps += 1
         return updates
 
     def zero_grad(self) -> None:
@@ -182,43 +185,72 @@ class Strategy(Coupled):
                 "zero_grad() between backward() and step(): the gradients are on their way "
                 "already; call it after step()"
             )
-        if self.buckets is not None:
-            self.buckets.launch_packed()
-        for _, handle in self._launched:
-            handle.wait()
+        self.buckets.drain()
         for parameter in self.parameters:
             parameter.tensor.grad = None
         self._begin_step()
+
+    def _begin_step(self) -> None:
+        self.buckets.reset()
+        self._training.counts.reset()
+        self._backward_done = self._stale = False
+
+    # Between steps.
 
     def turns(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """(step, whose share of it), in the order in which this rank is to train on them, until all shares of steps
         ``start .. stop - 1`` are given out. In lockstep each rank has its own share of every step; where ranks do not
         wait for each other, whoever is free gets the next one that nobody has."""
-        yield from ((step, self.group.rank) for step in range(start, stop))
+        return self.strategy.assignments(start, stop)
 
-    # Shared parts.
+    def settle(self, last: bool = False) -> None:
+        """Make every rank's parameters the newest, in full precision, before they are evaluated or saved. Collective.
+        ``last``: this rank will train no more. Where every step ends so by itself, nothing is done."""
+        self.strategy.finish(last)
 
-    def _begin_step(self) -> None:
-        self._launched.clear()
-        if self.buckets is not None:
-            self.buckets.reset()
-        self._weight.reset()
-        self._backward_done = self._stale = False
+    def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
+        """Run ``change(model)``, which writes parameters in place, so that it takes effect once on every copy: under
+        ``dps`` and ``ps`` ranks of a node share one. Collective."""
+        self.strategy.update_parameters(change)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the optimizer's state, by parameter name and range; call it between steps, without
+        communication but for dedicated servers, which are asked. All ranks' parts together are the whole, whatever the
+        strategy and the number of ranks. The model's own state is ``model.state_dict()``."""
+        loss_scale = self.precision.loss_scale
+        return {
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+            "loss_scale": None if loss_scale is None else loss_scale.state_dict(),
+            **self.strategy.state(),
+        }
+
+    def load_state_dict(self, *parts: dict[str, Any]) -> None:
+        """Take from ``parts`` (any ranks' :meth:`state_dict`, of any strategy and number of ranks) what this rank owns.
+        UsageError when a needed range is in none of them, or when they are not all of one step. With dedicated servers
+        collective."""
+        for key in ("steps", "skipped_steps", "loss_scale"):
+            values = [part[key] for part in parts]
+            if any(value != values[0] for value in values):
+                raise UsageError(
+                    f"rank {self.group.rank}: the parts to load differ in {key!r}: {', '.join(map(str, values))}; they "
+                    "were not saved together. Load the parts of one checkpoint"
+                )
+        self.strategy.load(parts)
+        self._training.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
+        if self.precision.loss_scale is not None and parts[0]["loss_scale"] is not None:
+            self.precision.loss_scale.load_state_dict(parts[0]["loss_scale"])
 
     @property
-    def _wants_norm(self) -> bool:
-        # With a loss scale also to see what overflowed only when it was added up: no rank packed an inf then.
-        return self.options.max_grad_norm is not None or self.precision.loss_scale is not None
+    def serving(self) -> str:
+        """How parameters are served, in a line for the user; empty where no ranks only serve."""
+        return self.strategy.serving
 
-    def _squares(self, bucket: Bucket) -> Squares | None:
-        """Who is to be told the squares of what this rank reduces of a bucket."""
-        return bucket.squares if self._wants_norm else None
+    def serving_report(self) -> dict[str, str]:
+        """What servers report at the end: rows of the trainer's summary. Collective."""
+        return self.strategy.serving_report()
 
-    def _agree(self) -> Agreement:
-        """What is known of the reduced gradient once the last bucket is here. Collective."""
-        assert self.buckets is not None
-        squares = 0.0
-        if self._wants_norm:
-            squares = self._owned_squares()
-        finite = self.buckets.finite and math.isfinite(squares) and self._unscale()
-        return agree(self.group, squares, finite, self.buckets.used, len(self.parameters))
+    def close(self) -> None:
+        """Take the hooks off the model and give the window's memory back. The model stays as it is; the engine is of no
+        more use. Collective."""
+        self.strategy.close()

@@ -1,47 +1,62 @@
-"""What ``single``, ``ddp`` and ``horovod`` share: commlab moves nothing, ``p.grad`` is complete when backward and
-whoever reduces it are done."""
+"""Strategies whose gradients commlab does not move: ``single``, where nothing is sent, and the base of ``ddp`` and
+``horovod``, where a library reduces them. ``p.grad`` is complete when backward and that library are done.
+
+    backward | scale by the count | norm | clip | optimizer on all ranks
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 
-from ..gradients.hooks import GradientBuckets
+from ..gradients.bucket import Bucket
+from ..gradients.hooks import GradientBuckets, Waitable
 from ..native.norm import norm_squared, scale_
-from .engine import Strategy
-from .verdict import Agreement
+from ..runtime.group import Group
+from .options import Options
+from .protocol import Strategy
+from .start import start
+from .verdict import Verdict, of_all_ranks
 
 
-class Local(Strategy):
-    """Scale by the count, norm, clip and step on whole gradients."""
+class External(Strategy):
+    """Norm, clip and step on whole gradients. ``synchronize``: see :func:`.start.start`."""
 
-    def _make_buckets(self) -> GradientBuckets | None:
-        return None
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        group: Group,
+        options: Options,
+        synchronize: Callable[[], None] | None = None,
+    ):
+        self.training = training = start(model, optimizer, group, options, synchronize=synchronize)
+        training.masters.own_all()
+        self.buckets = GradientBuckets(
+            [], self.launch, training.counts.scale_for_mean, group.progress.poll, keep_gradients=True
+        )
 
-    def _gradients(self) -> list[torch.Tensor]:
-        return [item.tensor.grad for item in self.parameters if item.tensor.grad is not None]
+    def backward(self, loss: torch.Tensor | None) -> None:
+        if loss is not None:
+            loss.backward()
 
-    def _agree(self) -> Agreement:
-        gradients = self._gradients()
-        scale_(gradients, self._local_scale())
-        scaled = self.precision.loss_scale is not None
-        # Whoever reduced them spread an inf or NaN to all ranks, so all of them see the same here.
-        squares = norm_squared(gradients) if scaled or self.options.max_grad_norm is not None else 0.0
-        return Agreement(squares, math.isfinite(squares) and self._unscale(), set())
+    def launch(self, bucket: Bucket) -> Waitable:
+        raise AssertionError(f"strategy {self.name} has no buckets, and was given {bucket.name}")
 
-    def _unscale(self) -> bool:
-        if self.masters is None:
-            return True
-        gradients = self._gradients()
-        masters = [self.masters.whole[item.index] for item in self.parameters if item.tensor.grad is not None]
-        for master in self.masters.whole.values():
-            master.grad = None  # left by a step that was skipped
-        return self.masters.unscale(gradients, masters, 1.0 / self.precision.scale)
+    def agree(self) -> Verdict:
+        """Every rank has the whole gradient, so nothing is exchanged: whoever reduced it has spread an inf or NaN to
+        all ranks."""
+        training = self.training
+        gradients = [item.tensor.grad for item in training.parameters if item.tensor.grad is not None]
+        scale_(gradients, training.counts.scale_for_mean())
+        return of_all_ranks(norm_squared(gradients) if training.wants_norm else 0.0)
 
-    def _update(self, clip: float, unused: set[int]) -> None:
-        if self.masters is not None:
-            self._update_masters(clip * self.precision.scale)
-            return
-        scale_(self._gradients(), clip)
-        self.optimizer.step()
+    def update(self, factor: float, unused: set[int]) -> None:
+        self.training.masters.step(factor)
+
+
+class Single(External):
+    """One rank: what the other strategies are measured against, and must agree with."""
+
+    name = "single"

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
 from ..errors import UsageError
 from ..gradients.bucket import Bucket
-from .engine import Strategy
+from ..gradients.mirror import Mirror, mirrors
+from .start import Training
 
 
-def flatten(bucket: Bucket, flat: torch.Tensor | None = None, *, fill: bool = True) -> torch.Tensor:
-    """Make the bucket's parameters views of ``flat`` (1-D, of their dtype; None: a new one), in the bucket's order.
-    ``fill``: write them there first."""
-    if flat is None:
-        flat = torch.empty(bucket.numel, dtype=bucket.parameters[0].tensor.dtype)
-    for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
-        view = flat[place.start : place.stop].view(member.tensor.shape)
-        if fill:
-            view.copy_(member.tensor.data)
-        member.tensor.data = view
-    return flat
+class FlatParameters:
+    """The parameters of a bucket, which become views of one flat buffer, in the bucket's order. ``host``: that buffer,
+    or where the parameters are on a GPU its mirror in the host's memory; 1-D, of the parameters' dtype. ``fill``: write
+    the parameters there first."""
+
+    def __init__(self, bucket: Bucket, host: torch.Tensor, *, fill: bool = True):
+        device = bucket.parameters[0].tensor.device
+        self.bucket, self.host = bucket, host
+        self.mirror = Mirror(host, device) if mirrors(device) else None
+        self.flat = host if self.mirror is None else self.mirror.device
+        """The buffer that the parameters are views of."""
+        for member, extent in zip(bucket.parameters, bucket.ranges, strict=True):
+            view = self.flat[extent.start : extent.stop].view(member.tensor.shape)
+            if fill or self.mirror is not None:
+                view.copy_(member.tensor.data)
+            member.tensor.data = view
 
 
-def require_in_place(engine: Strategy, flats: Sequence[torch.Tensor]) -> None:
-    """UsageError where a parameter of the model no longer lies in its flat buffer, or is another one by now: updates
-    would not reach it any more."""
-    assert engine.buckets is not None
-    present = dict(engine.model.named_parameters())
-    for bucket, flat in zip(engine.buckets.buckets, flats, strict=True):
-        for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
-            here = flat.data_ptr() + place.start * flat.element_size()
-            moved = member.tensor.numel() and member.tensor.data_ptr() != here
+def require_in_place(name: str, training: Training, flats: Iterable[FlatParameters]) -> None:
+    """UsageError where a parameter of the model no longer lies in its flat buffer, or is another one by now: updates of
+    strategy ``name`` would not reach it any more."""
+    present = dict(training.model.named_parameters())
+    for each in flats:
+        start, itemsize = each.flat.data_ptr(), each.flat.element_size()
+        for member, extent in zip(each.bucket.parameters, each.bucket.ranges, strict=True):
+            moved = member.tensor.numel() and member.tensor.data_ptr() != start + extent.start * itemsize
             if moved or present.get(member.name) is not member.tensor:
                 raise UsageError(
-                    f"rank {engine.group.rank}: parameter {member.name!r} was given other memory after "
+                    f"rank {training.group.rank}: parameter {member.name!r} was given other memory after "
                     "commlab.strategy() (by model.to(), load_state_dict(assign=True) or p.data = ?), and strategy "
-                    f"{engine.name} updates it where it was; do that before, and change values in place after"
+                    f"{name} updates it where it was; do that before, and change values in place after"
                 )
+
+
+def own_memory(training: Training) -> None:
+    """Give the parameters memory of their own again, with the values that they have."""
+    for item in training.parameters:
+        item.tensor.data = item.tensor.data.clone()

@@ -13,9 +13,9 @@ import torch
 
 from ..errors import UsageError
 from ..runtime.group import Group
-from .external import Local
+from .external import External
 from .options import Options
-from .verdict import Agreement
+from .verdict import Verdict
 
 
 def _import() -> Any:
@@ -30,7 +30,7 @@ def _import() -> Any:
     return hvd
 
 
-class Horovod(Local):
+class Horovod(External):
     """All ranks make the same update from gradients that Horovod has averaged.
 
     Horovod's ``step()`` is ``synchronize()`` and then the optimizer's own. Here clipping comes in between, so that it
@@ -49,33 +49,32 @@ class Horovod(Local):
                 f"{group.rank} of {group.size}; Horovod "
                 "works on all ranks of an MPI job, with transport mpi"
             )
-        super().__init__(model, optimizer, group, options)
-        # Horovod hooks the parameters that the optimizer has; with Apex these are masters, which see no backward.
-        hooked = optimizer
-        if self.masters is not None and self.masters.separate:
-            hooked = torch.optim.SGD([item.tensor for item in self.parameters], lr=0.0)
+
+        def synchronize() -> None:
+            hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+            # For an optimizer without state it would make one, by a step on zero gradients: weight decay would act once
+            # too often.
+            if optimizer.state:
+                hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+
+        super().__init__(model, optimizer, group, options, synchronize)
+        parameters = self.training.parameters
+        # Horovod hooks the parameters that an optimizer has. The user's own may have masters, which see no backward, so
+        # Horovod gets another one, which never steps.
         self._distributed = hvd.DistributedOptimizer(
-            hooked,
-            named_parameters=[(item.name, item.tensor) for item in self.parameters],
+            torch.optim.SGD([item.tensor for item in parameters], lr=0.0),
+            named_parameters=[(item.name, item.tensor) for item in parameters],
             compression=hvd.Compression.fp16 if options.wire == "fp16" else hvd.Compression.none,
         )
 
-    def _synchronize_model(self) -> None:
-        self._hvd.broadcast_parameters(self.model.state_dict(), root_rank=0)
-        # For an optimizer without state it would make one, by a step on zero gradients: weight decay would act once too
-        # often.
-        if self.optimizer.state:
-            self._hvd.broadcast_optimizer_state(self.optimizer, root_rank=0)
+    def backward(self, loss: torch.Tensor | None) -> None:
+        # How many backward passes there are until Horovod is to reduce: this one, or this one and more.
+        self._distributed.set_backward_passes_per_step(1 if self.buckets.syncing else 2)
+        super().backward(loss)
 
-    def _run_backward(self, loss: torch.Tensor | None) -> None:
-        # How many backward passes there are until it is to reduce: this one, or this one and more.
-        self._distributed.set_backward_passes_per_step(1 if self._syncing else 2)
-        super()._run_backward(loss)
-
-    def _agree(self) -> Agreement:
+    def agree(self) -> Verdict:
         self._distributed.synchronize()
-        return super()._agree()
+        return super().agree()
 
     def close(self) -> None:
         self._hvd.shutdown()
-        super().close()

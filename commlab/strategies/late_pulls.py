@@ -3,10 +3,10 @@
     servers    h.0 h.1 h.2 ...                         values leave in forward order
     worker     step() | wte | h.0 | h.1 | h.2 ...      the next forward begins at once, and waits for one at a time
 
-Who reads what is found out by watching: a parameter is waited for when a module begins that has it; where no such
-module was ever called (its weights are read by the module above, as in torch.nn.MultiheadAttention), when the nearest
-module above begins that was. P. Jayarajan et al., "Priority-based parameter propagation for distributed DNN training",
-MLSys 2019.
+Which module reads which parameter is found out by watching one forward pass: a parameter is waited for when a module
+begins that has it; where no such module was ever called (its weights are read by the module above, as in
+torch.nn.MultiheadAttention), when the nearest module above begins that was called. P. Jayarajan et al., "Priority-based
+parameter propagation for distributed DNN training", MLSys 2019.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import trace
-from ..gradients.bucket import Bucket
 from ..ps.placement import UNIT_BYTES
 from ..ps.store import ParameterServer
 from ..runtime.handle import Handle
+from .flat import FlatParameters
 
 
 class Unit(NamedTuple):
@@ -29,7 +29,7 @@ class Unit(NamedTuple):
 
     names: tuple[str, ...]
     flat: torch.Tensor
-    """Where they lie, side by side."""
+    """The parameters themselves, side by side."""
 
     @property
     def text(self) -> str:
@@ -37,59 +37,57 @@ class Unit(NamedTuple):
 
 
 class Pulls:
-    """``buckets`` and ``flats``: the parameters, and the flat tensors that they are views of. ``waited(seconds)`` is
-    told of all waiting inside forward. Hooks stay on the model until :meth:`close`."""
+    """Pulls of the parameters in ``flats``. ``waited(seconds)`` is called after each wait inside forward. Hooks stay on
+    the model until :meth:`close`."""
 
     def __init__(
         self,
         model: torch.nn.Module,
         store: ParameterServer,
-        buckets: Sequence[Bucket],
-        flats: Sequence[torch.Tensor],
+        flats: Sequence[FlatParameters],
         waited: Callable[[float], None],
     ):
         self._model, self._store, self._waited = model, store, waited
-        self.units = [
-            unit
-            for bucket, flat in zip(reversed(buckets), reversed(flats), strict=True)
-            for unit in _units(bucket, flat)
-        ]
-        """In the order in which forward needs them."""
+        self.units = [unit for each in reversed(flats) for unit in _units(each)]
+        """All parameters, in the order in which forward needs them."""
         self._under_way: dict[int, Handle] = {}
         self._called: set[torch.nn.Module] = set()
         """Modules whose forward has begun, while that is being watched."""
         self._needs: dict[torch.nn.Module, list[int]] | None = None
-        """Units that a module waits for; None while it is being watched."""
+        """The units that each module waits for; None until a forward pass has been watched."""
         self._unguarded: set[int] = set()
+        """Units that no module is known to wait for."""
         self._hooks: list[Any] = [module.register_forward_pre_hook(self._begins) for module in model.modules()]
         self._hooks.append(model.register_state_dict_pre_hook(lambda *_: self.wait_for_all()))
 
     def ask(self, *, exact: bool = False) -> None:
         """Ask for all parameters as of now. ``exact``: as they are on the servers, whatever the wire."""
-        self.wait_for_all()  # what no forward has needed: two pulls must not write to one place
+        self.wait_for_all()  # for those that no forward has needed: two pulls must not write to one tensor
         if self._needs is None and self._called:
             self._watch_ends()
         for at, unit in enumerate(self.units):
             self._under_way[at] = self._store.pull_flat(unit.names, unit.flat, exact=exact)
 
     def end_step(self) -> None:
-        """Wait for what no module is known to wait for: everything, until a forward pass has been watched."""
+        """Wait for the parameters that no module is known to wait for: all of them, until a forward pass has been
+        watched."""
         if self._needs is None:
             self.wait_for_all()
         for at in self._unguarded:
             self._under_way.pop(at).wait()
 
     def wait_for_all(self) -> None:
+        """Wait for every pull that is under way."""
         for at in list(self._under_way):
             self._under_way.pop(at).wait()
 
     def on_their_way(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that nobody has waited for."""
+        """The parameters among ``names`` that nobody has waited for."""
         coming = {name for at in self._under_way for name in self.units[at].names}
         return [name for name in names if name in coming]
 
     def close(self) -> None:
-        """Also takes the hooks off the model."""
+        """Wait for every pull, and take the hooks off the model."""
         self.wait_for_all()
         for hook in self._hooks:
             hook.remove()
@@ -132,13 +130,15 @@ class Pulls:
         self._needs = {module: sorted(units) for module, units in needs.items()}
 
 
-def _units(bucket: Bucket, flat: torch.Tensor) -> list[Unit]:
+def _units(parameters: FlatParameters) -> list[Unit]:
+    """The parameters of one bucket, small ones gathered until they fill a unit."""
+    bucket, flat = parameters.bucket, parameters.flat
     units, first = [], 0
-    for last, (_, place) in enumerate(zip(bucket.parameters, bucket.ranges, strict=True)):
+    for last, (_, extent) in enumerate(zip(bucket.parameters, bucket.ranges, strict=True)):
         start = bucket.ranges[first].start
-        full = (place.stop - start) * flat.element_size() >= UNIT_BYTES
+        full = (extent.stop - start) * flat.element_size() >= UNIT_BYTES
         if full or last == len(bucket.parameters) - 1:
             names = tuple(member.name for member in bucket.parameters[first : last + 1])
-            units.append(Unit(names, flat[start : place.stop]))
+            units.append(Unit(names, flat[start : extent.stop]))
             first = last + 1
     return units

@@ -16,11 +16,12 @@ from ..ps.store import ParameterServer
 from ..runtime.handle import Handle
 
 UNDER_WAY = 4
-"""Requests of a worker that are not answered."""
+"""The most requests of a worker that are not answered."""
 
 
-class UsersOwn:
-    """The user's own optimizer, with its groups, hyper-parameters, schedulers and state, on other tensors."""
+class UsersOptimizer:
+    """A factory for the store: the user's own optimizer, with its groups, hyper-parameters, schedulers and state, on
+    the servers' tensors."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, named: Sequence[NamedParameter]):
         self._optimizer, self._named = optimizer, {item.name: item for item in named}
@@ -38,54 +39,55 @@ class UsersOwn:
 
 
 def share(store: ParameterServer, rank: int, size: int) -> list[Slice]:
-    """What one of the workers saves and restores: they share the work."""
-    everything = [part for parts in store.placement.of_server for part in parts]
+    """The slices that one of the workers saves and restores: they share the work."""
+    everything = [each for slices in store.placement.of_server for each in slices]
     return everything[rank::size]
 
 
-def state(store: ParameterServer, parts: Sequence[Slice], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """:func:`.pieces.state` of ``parts``, from the servers; hyper-parameters are the workers'."""
+def state(store: ParameterServer, slices: Sequence[Slice], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """:func:`commlab.checkpoint.pieces.state` of ``slices``, from the servers; hyper-parameters are the workers'."""
     saved: dict[str, list[dict[str, Any]]] = {}
-    asked = (store.optimizer_state(part) for part in parts)
-    for part, found in zip(parts, _few_at_a_time(asked), strict=True):
-        entry = store.placement.entries[part.entry]
-        own = {"start": part.start, "stop": part.stop, "numel": entry.numel, "state": found}
-        saved.setdefault(entry.name, []).append(own)
+    requests = (store.optimizer_state(each) for each in slices)
+    for each, found in zip(slices, _few_at_a_time(requests), strict=True):
+        entry = store.placement.entries[each.entry]
+        piece = {"start": each.start, "stop": each.stop, "numel": entry.numel, "state": found}
+        saved.setdefault(entry.name, []).append(piece)
     return {"groups": pieces.groups_of(optimizer), "pieces": saved}
 
 
 def collect(
     store: ParameterServer,
-    parts: Sequence[Slice],
+    slices: Sequence[Slice],
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[NamedParameter],
     saved: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """The state of each part, out of what any strategy saved, on any ranks. Changes nothing."""
+    """The state of each slice, out of what any strategy saved, on any ranks. Changes nothing."""
     named = {item.name: item for item in parameters}
     wanted = []
-    for part in parts:
-        entry = store.placement.entries[part.entry]
-        stand_in = torch.empty((part.numel,) if entry.shape else (), dtype=entry.dtype)
-        wanted.append(pieces.Piece(named[entry.name], part.start, part.stop, stand_in))
+    for each in slices:
+        entry = store.placement.entries[each.entry]
+        stand_in = torch.empty((each.numel,) if entry.shape else (), dtype=entry.dtype)
+        wanted.append(pieces.Piece(named[entry.name], each.start, each.stop, stand_in))
     found = [state for _, state in pieces.collect(wanted, optimizer, saved)]
     for state in found:
         state.pop(pieces.MASTER, None)
     return found
 
 
-def tell(store: ParameterServer, parts: Sequence[Slice], states: Sequence[dict[str, Any]]) -> None:
-    """Give the servers what :func:`collect` found."""
-    told = (store.set_optimizer_state(part, state) for part, state in zip(parts, states, strict=True))
-    for _ in _few_at_a_time(told):
+def assign(store: ParameterServer, slices: Sequence[Slice], states: Sequence[dict[str, Any]]) -> None:
+    """Give the servers the states that :func:`collect` found."""
+    requests = (store.set_optimizer_state(each, state) for each, state in zip(slices, states, strict=True))
+    for _ in _few_at_a_time(requests):
         pass
 
 
-def _few_at_a_time(handles: Iterable[Handle]) -> Iterator[Any]:
-    """Their results, in order. Requests are made as it goes: each holds a copy of its part's state on both sides."""
+def _few_at_a_time(requests: Iterable[Handle]) -> Iterator[Any]:
+    """The results of ``requests``, in order. Each request is made when an earlier one is answered: it holds a copy of a
+    slice's state on both sides."""
     under_way: deque[Handle] = deque()
-    for handle in handles:
-        under_way.append(handle)
+    for request in requests:
+        under_way.append(request)
         if len(under_way) == UNDER_WAY:
             yield under_way.popleft().wait()
     while under_way:

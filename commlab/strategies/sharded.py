@@ -1,11 +1,10 @@
 """``ps`` and ``dps``: gradients are pushed to the owners of the parameters, who update them; all ranks pull the result.
 
-    ps  (one shard)     push: reduce to rank 0          rank 0: norm, clip, optimizer      pull: broadcast from rank 0
-    dps (P shards)      push: reduce-scatter            rank r: the same on its shard      pull: allgather
+    ps  (one shard)     push: reduce to rank 0          rank 0: norm, clip, optimizer       pull: broadcast from rank 0
+    dps (P shards)      push: reduce-scatter            rank r: these three on its shard    pull: allgather
 
-The same code, one shard or many: each bucket is cut into chunks, one per owner; ``ps`` gives rank 0 all of it, ``dps``
-gives every rank an equal part of every bucket, whatever the tensors' borders, so shards are balanced to a cache line
-per bucket. Optimizer state exists once. All ranks train.
+One code for both: each bucket is cut into chunks, one per owner (:mod:`.owners`), so shards are balanced to a cache
+line per bucket. Optimizer state exists once. All ranks train.
 
 Cost per step, n numbers: dps sends 2 n (P-1)/P per rank, as an allreduce does, and updates n/P; ps sends n from every
 worker, and its server receives n (P-1), or as a chain (algorithm ring) n, and updates n. M. Li et al., "Scaling
@@ -16,186 +15,122 @@ sharded optimizer state).
 from __future__ import annotations
 
 import struct
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
 
-from ..checkpoint import pieces
-from ..chunks import Range, split, whole_at
+from ..checkpoint.pieces import Piece
+from ..chunks import Range
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
 from ..gradients.bucket import Bucket
-from ..gradients.hooks import GradientBuckets
-from ..gradients.mirror import Mirror, mirrors
+from ..gradients.hooks import Waitable
 from ..ps.elementwise import require_elementwise
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..window.memory import Place
-from .engine import Strategy
-from .flat import flatten, require_in_place
+from .flat import FlatParameters, own_memory, require_in_place
 from .options import Options
-from .replicas import give_from_rank_0, tensors_of
+from .owners import Owned, all_owners, one_owner, owned
+from .protocol import Strategy
+from .start import close_buckets, copy_from_rank_0, pin_flats, start, start_buckets, tensors_of
+from .verdict import Verdict, agree
 
-SERVER = 0
-"""The rank that owns everything under ``ps``."""
 
-
-class Colocated(Strategy):
-    """Co-located servers in lockstep (BSP). Parameters become views of flat buffers, one per bucket; ``p.grad`` is None
-    after step.
+class Sharded(Strategy):
+    """Owners in lockstep. Parameters become views of flat buffers, one per bucket; ``p.grad`` is None after a step.
 
     In the window these buffers exist once for all ranks: an owner's update is seen by everyone, and a pull is a wait.
-    Nobody updates while another still computes: owners begin only after the agreement that follows the last bucket of
+    Nobody updates while another still computes: owners begin only after the verdict, which follows the last bucket of
     every rank.
     """
 
     keeps_gradients = False
     shards_state = True
-    sharded: bool
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         require_elementwise(optimizer, options.elementwise)
-        super().__init__(model, optimizer, group, options)
-        assert self.buckets is not None
-        self._chunks = [self._owners(bucket.numel) for bucket in self.buckets.buckets]
-        self._mirrors: list[Mirror | None] = []
-        """Of the flat parameters, where the model is on a GPU."""
-        self._flat_parameters = [self._flatten(bucket) for bucket in self.buckets.buckets]
-        if any(self._mirrors):
-            self._pin(self._flat_parameters)
-        self._shard = [piece for bucket in self.buckets.buckets for piece in self._cut(bucket)]
-        pieces.rebind(optimizer, self._shard)
-        if self.masters is not None:
-            self.masters.whole.clear()  # this rank needs those of its pieces alone
-        if self.in_window:
+        self.training = training = start(model, optimizer, group, options)
+        self.buckets = start_buckets(training, self.launch, keep_gradients=False)
+        self._chunks = [self.owners(bucket.numel, group.size) for bucket in self.buckets.buckets]
+        """Of each bucket: who owns what."""
+        self._owned: list[list[Owned]] = [
+            owned(bucket, chunks[group.rank]) for bucket, chunks in zip(self.buckets.buckets, self._chunks, strict=True)
+        ]
+        """Of each bucket: what this rank updates."""
+        self._flats = [self._flatten(bucket) for bucket in self.buckets.buckets]
+        if any(each.mirror is not None for each in self._flats):
+            pin_flats(training, [each.host for each in self._flats])
+        training.masters.own(self._pieces())
+        if training.in_window:
             group.barrier()  # rank 0 has written the shared parameters
 
-    def _owners(self, numel: int) -> tuple[Range, ...]:
-        # On cache lines: in the window neighbours' shards adjoin, and two ranks must not write one line in turn.
-        return split(numel, self.group.size, align=16) if self.sharded else whole_at(SERVER, numel, self.group.size)
+    @staticmethod
+    @abstractmethod
+    def owners(numel: int, ranks: int) -> tuple[Range, ...]:
+        """Who owns what of a bucket of ``numel`` numbers: a chunk for each rank."""
 
-    def _make_buckets(self) -> GradientBuckets:
-        made = super()._make_buckets()
-        assert made is not None
-        return made
+    def _flatten(self, bucket: Bucket) -> FlatParameters:
+        """Move a bucket's parameters into a flat buffer; in the window, into the one buffer of all ranks."""
+        dtype, training = bucket.parameters[0].tensor.dtype, self.training
+        if not training.in_window:
+            return FlatParameters(bucket, torch.empty(bucket.numel, dtype=dtype))
+        host = _of_local_rank_0(training.group, bucket.numel, dtype)
+        return FlatParameters(bucket, host, fill=training.group.rank == 0)
 
-    def _flatten(self, bucket: Bucket) -> torch.Tensor:
-        """Move a bucket's parameters into one flat buffer, so that a pull writes them where they are used; in the
-        window, into the one buffer of all ranks."""
-        dtype, device = bucket.parameters[0].tensor.dtype, bucket.parameters[0].tensor.device
-        flat = self._shared(bucket.numel, dtype) if self.in_window else torch.empty(bucket.numel, dtype=dtype)
-        mirror = Mirror(flat, device) if mirrors(device) else None
-        self._mirrors.append(mirror)
-        fill = mirror is not None or not self.in_window or self.group.rank == 0
-        flatten(bucket, self._where_used(bucket.index, flat), fill=fill)
-        return flat
-
-    @property
-    def _device(self) -> torch.device:
-        return self.parameters[0].tensor.device
-
-    def _where_used(self, index: int, flat: torch.Tensor) -> torch.Tensor:
-        """A bucket's flat parameters where the model has them: ``flat`` itself, or its mirror."""
-        mirror = self._mirrors[index]
-        return flat if mirror is None else mirror.device
-
-    def _shared(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory of local rank 0, seen by all. Collective."""
-        window = self.group.window
-        assert window is not None
-        size_bytes = numel * dtype.itemsize
-        place = Place(0, 0)
-        if self.group.rank == 0:
-            _, place = window.allocate(size_bytes)
-        records = exchange_records(self.group, struct.pack("<qq", *place), "place of the parameters")
-        return window.view(0, Place(*struct.unpack("<qq", records[0])), size_bytes).view(dtype)
-
-    def _cut(self, bucket: Bucket) -> list[pieces.Piece]:
-        """This rank's pieces of the bucket's parameters."""
-        own = self._chunks[bucket.index][self.group.rank]
-        flat = self._where_used(bucket.index, self._flat_parameters[bucket.index])
-        found = []
-        for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
-            common = place.intersect(own)
-            if common.numel:
-                tensor = flat[common.start : common.stop]
-                if self.masters is not None and self.masters.separate:
-                    master = self.masters.whole[member.index].view(-1)
-                    tensor = master[common.start - place.start : common.stop - place.start].clone()
-                if not member.tensor.dim():
+    def _pieces(self) -> list[Piece]:
+        """What this rank updates, as views of the flat buffers; in the order of buckets and of their parameters."""
+        pieces = []
+        for each, chunks, mine in zip(self._flats, self._chunks, self._owned, strict=True):
+            own = chunks[self.training.group.rank]
+            chunk = each.flat[own.start : own.stop]
+            for item in mine:
+                tensor = chunk[item.in_chunk.start : item.in_chunk.stop]
+                if not item.parameter.tensor.dim():
                     # So that its state has no dimension either, like that of the whole.
                     tensor = tensor.view(())
-                found.append(pieces.Piece(member, common.start - place.start, common.stop - place.start, tensor))
-        return found
+                pieces.append(Piece(item.parameter, item.start, item.stop, tensor))
+        return pieces
 
-    def _pieces(self) -> list[pieces.Piece]:
-        return self._shard
+    # A step.
 
-    def _launch(self, bucket: Bucket) -> None:
-        chunks = self._chunks[bucket.index]
-        handle = reduce_chunks_async(
-            bucket.flat, chunks, "mean", bucket.name, self.options.algorithm, self.group, self._squares(bucket)
+    def backward(self, loss: torch.Tensor | None) -> None:
+        if loss is not None:
+            loss.backward()
+
+    def launch(self, bucket: Bucket) -> Waitable:
+        training, chunks = self.training, self._chunks[bucket.index]
+        squares = bucket.squares if training.wants_norm else None
+        return reduce_chunks_async(
+            bucket.flat, chunks, "mean", bucket.name, training.options.algorithm, training.group, squares
         )
-        self._launched.append((bucket, handle))
 
-    def _owned_squares(self) -> float:
-        return sum(bucket.squares.of(handle.result) for bucket, handle in self._launched)
+    def agree(self) -> Verdict:
+        squares, buckets = 0.0, self.buckets
+        if self.training.wants_norm:
+            squares = sum(bucket.squares.of(push.result) for bucket, push in buckets.launched)
+        return agree(self.training.group, squares, buckets.finite, buckets.used, len(self.training.parameters))
 
-    def _bind_masters(self) -> None:
-        """Done with the shard, once that is known."""
+    def update(self, factor: float, unused: set[int]) -> None:
+        require_in_place(self.name, self.training, self._flats)
+        gradients: list[torch.Tensor | None] = []
+        for (_, push), mine in zip(self.buckets.launched, self._owned, strict=True):
+            chunk = push.result
+            gradients += [
+                None if item.parameter.index in unused else chunk[item.in_chunk.start : item.in_chunk.stop]
+                for item in mine
+            ]
+        self.training.masters.step_pieces(gradients, factor)
 
-    def _unscale(self) -> bool:
-        if self.masters is None:
-            return True
-        shard, gradients = iter(self._shard), []
-        for bucket, handle in self._launched:
-            own = self._chunks[bucket.index][self.group.rank]
-            for place in bucket.ranges:
-                common = place.intersect(own)
-                if common.numel:
-                    part = handle.result[common.start - own.start : common.stop - own.start]
-                    master = next(shard).tensor
-                    gradients.append(part.to(master.device).view(master.shape))
-        return self.masters.unscale(gradients, [piece.tensor for piece in self._shard], 1.0 / self.precision.scale)
-
-    def _update(self, clip: float, unused: set[int]) -> None:
-        require_in_place(self, list(map(self._where_used, range(len(self._chunks)), self._flat_parameters)))
-        if self.masters is not None:
-            for piece in self._shard:
-                if piece.parameter.index in unused:
-                    piece.tensor.grad = None
-            self._update_masters(clip * self.precision.scale)
-            return
-        shard = iter(self._shard)
-        # A fused optimizer divides by a scale as it goes, which saves a pass over the gradient.
-        scales = clip != 1.0 and getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        scales = scales and all(handle.result.dtype is torch.float32 for _, handle in self._launched)
-        for bucket, handle in self._launched:
-            own, sums = self._chunks[bucket.index][self.group.rank], handle.result
-            if clip != 1.0 and not scales:
-                # A 16-bit wire's sums must not be rounded a second time before they reach the parameter's dtype.
-                sums = sums.mul_(clip) if sums.element_size() > 2 else sums.float() * clip
-            for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
-                common = place.intersect(own)
-                if common.numel:
-                    gradient = sums[common.start - own.start : common.stop - own.start]
-                    piece = next(shard)
-                    gradient = gradient.to(piece.tensor.device, piece.tensor.dtype).view(piece.tensor.shape)
-                    piece.tensor.grad = None if member.index in unused else gradient
-        if scales:
-            self.optimizer.grad_scale = torch.tensor(1.0 / clip, device=self._device)  # type: ignore[attr-defined]
-        try:
-            self.optimizer.step()
-        finally:
-            if scales:
-                del self.optimizer.grad_scale  # type: ignore[attr-defined]
-        for piece in self._shard:
-            piece.tensor.grad = None
-
-    def _pull(self) -> None:
-        own = [chunks[self.group.rank] for chunks in self._chunks]
-        mirrored = [(mirror, part) for mirror, part in zip(self._mirrors, own, strict=True) if mirror is not None]
-        for mirror, part in mirrored:
-            mirror.to_host(part)
+    def pull(self) -> None:
+        rank = self.training.group.rank
+        mirrored = [
+            (each.mirror, chunks[rank])
+            for each, chunks in zip(self._flats, self._chunks, strict=True)
+            if each.mirror is not None
+        ]
+        for mirror, own in mirrored:
+            mirror.to_host(own)
         for mirror, _ in mirrored:
             mirror.wait()
         self._gather()
@@ -204,44 +139,60 @@ class Colocated(Strategy):
             mirror.to_device()
 
     def _gather(self) -> None:
-        if self.in_window:
-            self.group.barrier()
+        """Bring every owner's chunk of the parameters to all ranks."""
+        group, algorithm = self.training.group, self.training.options.algorithm
+        if self.training.in_window:
+            group.barrier()
             return
         pulls = [
-            gather_chunks_async(flat, chunks, f"parameters of bucket {index}", self.options.algorithm, group=self.group)
-            for index, (flat, chunks) in enumerate(zip(self._flat_parameters, self._chunks, strict=True))
+            gather_chunks_async(each.host, chunks, f"parameters of bucket {index}", algorithm, group=group)
+            for index, (each, chunks) in enumerate(zip(self._flats, self._chunks, strict=True))
         ]
         for pull in pulls:
             pull.wait()
 
+    # Between steps.
+
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
-        self.group.barrier()
-        alone = self.in_window and not any(self._mirrors)
-        if not alone or self.group.rank == 0:
+        training, group = self.training, self.training.group
+        one_copy = training.in_window and all(each.mirror is None for each in self._flats)
+        group.barrier()
+        if not one_copy or group.rank == 0:
             super().update_parameters(change)
-        self.group.barrier()
-        if alone:
-            self._follow_parameters()
+        group.barrier()
+        if one_copy:
+            training.masters.follow()
             # What is not trained, and buffers, every rank has for itself.
-            shared = {item.name for item in self.parameters}
-            give_from_rank_0(self.group, [entry for entry in tensors_of(self.model) if entry[0] not in shared])
+            shared = {item.name for item in training.parameters}
+            copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in shared])
 
     def close(self) -> None:
-        """Also gives every rank parameters of its own again."""
-        for item in self.parameters:
-            item.tensor.data = item.tensor.data.clone()
-        super().close()
-        if self.in_window and self.group.rank == 0:
-            assert self.group.window is not None
-            for flat in self._flat_parameters:
-                self.group.window.free(flat)
+        training = self.training
+        own_memory(training)
+        close_buckets(training, self.buckets)
+        window = training.group.window
+        if window is not None and training.in_window and training.group.rank == 0:
+            for each in self._flats:
+                window.free(each.host)
 
 
-class SingleServer(Colocated):
+class SingleServer(Sharded):
     name = "ps"
-    sharded = False
+    owners = staticmethod(one_owner)
 
 
-class ShardedServer(Colocated):
+class ShardedServer(Sharded):
     name = "dps"
-    sharded = True
+    owners = staticmethod(all_owners)
+
+
+def _of_local_rank_0(group: Group, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of local rank 0 in the window, seen by all. Collective."""
+    window = group.window
+    assert window is not None
+    size_bytes = numel * dtype.itemsize
+    place = Place(0, 0)
+    if group.rank == 0:
+        _, place = window.allocate(size_bytes)
+    records = exchange_records(group, struct.pack("<qq", *place), "place of the parameters")
+    return window.view(0, Place(*struct.unpack("<qq", records[0])), size_bytes).view(dtype)

@@ -1,42 +1,50 @@
-"""What all ranks must know alike of a step's reduced gradient before one of them updates anything."""
+"""The verdict on a step's reduced gradient: all ranks must know it alike before one of them updates anything."""
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import NamedTuple
 
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 
-_VERDICT = struct.Struct("<d??")
+_OWN = struct.Struct("<d??")
 
 
-class Agreement(NamedTuple):
+class Verdict(NamedTuple):
     """What all ranks know of a step's reduced gradient."""
 
     squares: float
-    """Sum of the squares of all numbers, times the square of the loss scale; 0 where it is not wanted."""
+    """The sum of the squares of all numbers, times the square of the loss scale; 0 where nobody wants the norm."""
     finite: bool
-    """Whether there is no inf or NaN in it, nor was in what any rank packed."""
+    """Whether there is no inf or NaN in the reduced gradient, nor was in the numbers that any rank packed."""
     unused: set[int]
     """Parameters (by index) without a gradient on any rank."""
 
 
-def agree(group: Group, squares: float, finite: bool, used: set[int], count: int) -> Agreement:
+def of_all_ranks(squares: float) -> Verdict:
+    """The verdict where every rank has the whole gradient, whose ``squares`` are known."""
+    return Verdict(squares, math.isfinite(squares), set())
+
+
+def agree(group: Group, squares: float, finite: bool, used: set[int], count: int) -> Verdict:
     """One small exchange: the squares, summed in rank order so that all ranks get the same bits, whether all gradients
     are finite, and whether any rank has unused parameters; if so, a second one finds those unused on all. Collective.
 
-    ``used``: which of ``count`` parameters (by index) have a gradient on this rank.
+    ``squares``: of the numbers that this rank answers for; those of all ranks make up the whole. ``finite``: whether
+    all that this rank has packed is. ``used``: which of ``count`` parameters (by index) have a gradient on this rank.
     """
+    finite = finite and math.isfinite(squares)
     unused = set(range(count)) - used
     if group.size == 1:
-        return Agreement(squares, finite, unused)
-    records = exchange_records(group, _VERDICT.pack(squares, finite, bool(unused)), "norm")
-    parts, finites, some_unused = zip(*(_VERDICT.unpack(record) for record in records), strict=True)
+        return Verdict(squares, finite, unused)
+    records = exchange_records(group, _OWN.pack(squares, finite, bool(unused)), "norm")
+    all_squares, finites, some_unused = zip(*(_OWN.unpack(record) for record in records), strict=True)
     if any(some_unused):
         used_here = bytearray(count)
         for index in used:
             used_here[index] = 1
         maps = exchange_records(group, bytes(used_here), "used parameters")
         unused = {index for index in range(count) if not any(row[index] for row in maps)}
-    return Agreement(sum(parts), all(finites), unused)
+    return Verdict(sum(all_squares), all(finites), unused)

@@ -19,7 +19,7 @@ from ..collectives.plan import pick
 from ..job.machine import interface_bytes_sent, memory_bytes
 from ..runtime.group import Group
 from ..runtime.handle import Handle
-from ..strategies.engine import Strategy, Times
+from ..strategies.engine import Engine, Times
 from .config import Config
 from .data.batches import Batch
 from .metrics import Metrics, versions
@@ -44,7 +44,7 @@ class Report:
     """The report of one run. Every rank makes one, because the loss and the table need all ranks; rank 0 alone
     prints."""
 
-    def __init__(self, config: Config, group: Group, engine: Strategy, total_steps: int, started_s: float):
+    def __init__(self, config: Config, group: Group, engine: Engine, total_steps: int, started_s: float):
         self.config, self.group, self.engine, self.total_steps = config, group, engine, total_steps
         self._started_s = started_s
         self._on_rank_0 = group.rank == 0
@@ -95,7 +95,7 @@ class Report:
                 if group.node is not None
                 else f"no window: {group.window_reason}"
             )
-        if not engine.serving and engine.buckets is not None and group.size > 1:
+        if not engine.serving and engine.buckets.buckets and group.size > 1:
             largest = max(bucket.numel for bucket in engine.buckets.buckets)
             kind = {"allreduce": "allreduce", "ps": "reduce"}.get(config.strategy, "reduce_scatter")
             wire = engine.buckets.buckets[0].dtype

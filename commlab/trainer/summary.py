@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
-from ..strategies.engine import Strategy
+from ..strategies.engine import Engine
 from .config import Config
 
 _RECORD = struct.Struct("<6qd")
@@ -54,13 +54,13 @@ class Summary(NamedTuple):
         return {**flat.pop("servers"), **{f"{phase}_ms": ms for phase, ms in flat.pop("step_ms").items()}, **flat}
 
 
-def exchanges_by_library(engine: Strategy) -> bool:
+def exchanges_by_library(engine: Engine) -> bool:
     """Whether torch or Horovod exchanges the gradients, inside backward, where the time of the exchange can't be
     separated from that of the computation."""
-    return engine.buckets is None and engine.group.size > 1
+    return not engine.buckets.buckets and engine.group.size > 1
 
 
-def gather(group: Group, engine: Strategy, totals: Totals, memory_bytes: int) -> Summary:
+def gather(group: Group, engine: Engine, totals: Totals, memory_bytes: int) -> Summary:
     """Exchange all ranks' sums. ``memory_bytes``: this rank's memory, the most that was measured. Collective."""
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     moved_bytes, steps = group.node_bytes_read + group.node_bytes_written, max(1, totals.steps)
@@ -74,9 +74,7 @@ def gather(group: Group, engine: Strategy, totals: Totals, memory_bytes: int) ->
     return Summary(speed, engine.serving_report(), step_ms, *counted)
 
 
-def rows(
-    config: Config, engine: Strategy, summary: Summary, learned: dict[str, float], took_s: float
-) -> dict[str, str]:
+def rows(config: Config, engine: Engine, summary: Summary, learned: dict[str, float], took_s: float) -> dict[str, str]:
     """The closing table: titles and texts. ``learned``: ``first_loss``, ``last_loss``, ``held_out_bits_per_byte``.
     ``took_s``: seconds since the start of the process."""
     ranks, ms = engine.group.size, summary.step_ms

@@ -17,8 +17,9 @@ from training import alone, digest
 import commlab
 from commlab import apex
 from commlab.errors import UsageError
+from commlab.precision.masters import InPlaceMasters
 from commlab.runtime.group import Group
-from commlab.strategies.engine import Strategy
+from commlab.strategies.engine import Engine
 
 SIZE, STEPS, LR = 3, 6, 0.02
 SHARED = ("allreduce", "ps", "dps")
@@ -68,7 +69,7 @@ def decayed(model: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def engine_of(strategy: str, group: Group, **options: Any) -> Strategy:
+def engine_of(strategy: str, group: Group, **options: Any) -> Engine:
     model = learner()
     optimizer = apex.fused_adam(decayed(model), lr=LR)
     engine = commlab.strategy(strategy, model, optimizer, group, precision="apex", bucket_bytes=400, **options)
@@ -77,7 +78,7 @@ def engine_of(strategy: str, group: Group, **options: Any) -> Strategy:
     return engine
 
 
-def train(engine: Strategy, steps: range, bad: int | None = None) -> list[bytes]:
+def train(engine: Engine, steps: range, bad: int | None = None) -> list[bytes]:
     digests = []
     for step in steps:
         loss = loss_of(engine.model, step)
@@ -211,9 +212,9 @@ def test_parameters_that_the_user_writes_reach_the_masters(stand_in: ModuleType)
     engine = engine_of("single", alone())
     train(engine, range(2))
     bias = next(parameter for name, parameter in engine.model.named_parameters() if name == "0.bias")
-    weight_masters = [piece.tensor.clone() for piece in engine._pieces() if piece.parameter.name == "0.weight"]
+    weight_masters = [piece.tensor.clone() for piece in engine.strategy.owned() if piece.parameter.name == "0.weight"]
     engine.update_parameters(lambda _: bias.fill_(0.5))
-    pieces = {piece.parameter.name: piece.tensor for piece in engine._pieces()}
+    pieces = {piece.parameter.name: piece.tensor for piece in engine.strategy.owned()}
     assert (pieces["0.bias"] == 0.5).all()
     assert torch.equal(pieces["0.weight"], weight_masters[0]), "what nobody wrote keeps all its bits"
 
@@ -233,7 +234,7 @@ def test_apex_amp_where_it_is_there(stand_in: ModuleType, monkeypatch: pytest.Mo
     assert train(engine, range(STEPS)) == by_hand(None)
     engine = engine_of("single", alone(), apex_level="O1")
     assert all(parameter.dtype == torch.float32 for parameter in engine.model.parameters())
-    assert engine.masters is not None and not engine.masters.separate
+    assert isinstance(engine.strategy.training.masters, InPlaceMasters)
     engine.backward(engine.model(torch.ones(2, 7)).square().mean())
     before = digest(engine.model)
     assert engine.step() and digest(engine.model) != before

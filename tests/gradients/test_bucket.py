@@ -40,10 +40,10 @@ def test_properties_of_a_plan(parameters: list[NamedParameter], bucket_bytes: in
     assert [bucket.index for bucket in buckets] == list(range(len(buckets)))
     for bucket in buckets:
         # Ranges adjoin, from 0 to the bucket's end, each as long as its parameter.
-        starts = [0, *(place.stop for place in bucket.ranges)]
-        assert [place.start for place in bucket.ranges] == starts[:-1]
+        starts = [0, *(extent.stop for extent in bucket.ranges)]
+        assert [extent.start for extent in bucket.ranges] == starts[:-1]
         assert starts[-1] == bucket.numel == bucket.flat.numel()
-        assert [place.numel for place in bucket.ranges] == [member.tensor.numel() for member in bucket.parameters]
+        assert [extent.numel for extent in bucket.ranges] == [member.tensor.numel() for member in bucket.parameters]
         # One dtype and one optimizer group; on the wire, the wire's dtype.
         assert len({(member.tensor.dtype, member.group) for member in bucket.parameters}) == 1
         assert bucket.dtype == bucket.flat.dtype == (wire or bucket.parameters[0].tensor.dtype)
@@ -75,6 +75,15 @@ def chain(depth: int = 4) -> torch.nn.Sequential:
         return torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(depth)])
 
 
+class Sent:
+    """An exchange that has ended."""
+
+    result = None
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        pass
+
+
 class Log:
     """Buckets of a model with a launch that only writes down what it was given."""
 
@@ -91,9 +100,10 @@ class Log:
         self.packed: dict[int, torch.Tensor] = {}
         self.scales = 0
 
-        def launch(bucket: Bucket) -> None:
+        def launch(bucket: Bucket) -> Sent:
             self.events.append(bucket.name)
             self.packed[bucket.index] = bucket.flat.clone()
+            return Sent()
 
         def asked_scale() -> float:
             self.scales += 1
@@ -189,10 +199,10 @@ def test_what_a_bucket_holds(bucket_bytes: int, keep: bool) -> None:
     twin(x).square().sum().backward()
     wanted = dict(twin.named_parameters())
     for bucket in log.buckets.buckets:
-        for member, place in zip(bucket.parameters, bucket.ranges, strict=True):
+        for member, extent in zip(bucket.parameters, bucket.ranges, strict=True):
             gradient = wanted[member.name].grad
             assert gradient is not None
-            found = log.packed[bucket.index][place.start : place.stop].view(gradient.shape)
+            found = log.packed[bucket.index][extent.start : extent.stop].view(gradient.shape)
             assert torch.equal(found, gradient * 0.5)
             assert (member.tensor.grad is not None) == keep
     assert log.scales == 1, "the scale belongs to the step, and may cost an exchange"

@@ -15,8 +15,9 @@ from training import EVEN, RAGGED, Recipe, alone, go_on
 from commlab import native
 from commlab.chunks import Range
 from commlab.gradients import bucket, mirror
+from commlab.gradients.hooks import Waitable
 from commlab.gradients.mirror import Mirror
-from commlab.strategies import sharded
+from commlab.strategies import flat
 
 SIZE = 3
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and a torch built for CUDA")
@@ -36,11 +37,11 @@ class LateMirror(Mirror):
         self._later: Callable[[], object] | None = None
         self._asked = 0
 
-    def to_host(self, part: Range | None = None) -> None:
+    def to_host(self, extent: Range | None = None) -> None:
         assert self._later is None, "the last copy was never waited for"
-        there = self.host if part is None else self.host[part.start : part.stop]
+        there = self.host if extent is None else self.host[extent.start : extent.stop]
         there.fill_(torch.nan)
-        self._later, self._asked = lambda: super(LateMirror, self).to_host(part), 0
+        self._later, self._asked = lambda: super(LateMirror, self).to_host(extent), 0
 
     def arrived(self) -> bool:
         self._asked += 1
@@ -56,7 +57,7 @@ class LateMirror(Mirror):
 
 @pytest.fixture
 def mirrored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (bucket, sharded):
+    for module in (bucket, flat):
         monkeypatch.setattr(module, "mirrors", lambda device: True)
         monkeypatch.setattr(module, "Mirror", LateMirror)
     LateMirror.made = 0
@@ -113,13 +114,12 @@ def test_buckets_are_launched_in_order_and_after_their_copies(
     monkeypatch.setattr(LateMirror, "patience", 1)
     run = training.build(strategy, alone(), Recipe(all_used=True), bucket_bytes=100)
     engine, launched, in_flush = run.engine, [], []
-    assert engine.buckets is not None
     flush, launch = engine.buckets.flush, engine.buckets._launch
 
-    def watched(each: bucket.Bucket) -> None:
+    def watched(each: bucket.Bucket) -> Waitable:
         assert not each.flat.isnan().any(), "launched before its copy was done"
         launched.append(each.index)
-        launch(each)
+        return launch(each)
 
     def flushed() -> None:
         in_flush.append(len(launched))

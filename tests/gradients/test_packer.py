@@ -66,16 +66,16 @@ def test_every_number_is_scaled_rounded_and_in_place(dtype: torch.dtype, wire: t
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_packer_does_the_same_step_after_step(dtype: torch.dtype, wire: torch.dtype, scale: float) -> None:
     """Natively, with new tensors every time, some of them missing. fp64 is rounded to fp32 before it is scaled."""
-    places = ranges_of(tensors(dtype))
-    packer = Packer(places)
+    ranges = ranges_of(tensors(dtype))
+    packer = Packer(ranges)
     for step in range(3):
         sources: list[torch.Tensor | None] = [tensor * (step + 1) for tensor in tensors(dtype)]
         if step == 1:
             sources[1] = None
-        flat = torch.full((places[-1].stop,), torch.nan, dtype=wire)
+        flat = torch.full((ranges[-1].stop,), torch.nan, dtype=wire)
         packer.pack(sources, flat, scale)
-        for source, place in zip(sources, places, strict=True):
-            found = flat[place.start : place.stop]
+        for source, extent in zip(sources, ranges, strict=True):
+            found = flat[extent.start : extent.stop]
             if source is None:
                 assert not found.any()
             elif dtype != torch.float64 or step == 1:
@@ -86,9 +86,9 @@ def test_a_packer_does_the_same_step_after_step(dtype: torch.dtype, wire: torch.
             None if source is None else torch.zeros_like(source) for source in sources
         ]
         packer.unpack(flat, targets)
-        for target, place in zip(targets, places, strict=True):
+        for target, extent in zip(targets, ranges, strict=True):
             if target is not None:
-                assert torch.equal(target.reshape(-1), flat[place.start : place.stop].to(dtype))
+                assert torch.equal(target.reshape(-1), flat[extent.start : extent.stop].to(dtype))
 
 
 def test_a_missing_gradient_travels_as_zeros_and_neighbours_are_left_alone() -> None:
@@ -113,9 +113,9 @@ def test_unpack_writes_each_range_to_its_target(wire: torch.dtype, dtype: torch.
     ranges = ranges_of(shapes)
     flat = torch.arange(ranges[-1].stop, dtype=torch.float64).div(64).to(wire)
     unpack(flat, ranges, targets)
-    for target, place in zip(targets, ranges, strict=True):
+    for target, extent in zip(targets, ranges, strict=True):
         if target is not None:
-            assert torch.equal(target.reshape(-1), flat[place.start : place.stop].to(dtype))
+            assert torch.equal(target.reshape(-1), flat[extent.start : extent.stop].to(dtype))
 
 
 @given(

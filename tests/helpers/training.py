@@ -15,7 +15,7 @@ import commlab
 from commlab.chunks import split
 from commlab.job.topology import Topology
 from commlab.runtime.group import Group
-from commlab.strategies.engine import Strategy
+from commlab.strategies.engine import Engine
 from commlab.transport.sim import SimNetwork
 
 WIDTH = 6
@@ -76,7 +76,7 @@ class Run:
     """What came out. ``digests``: of all parameters, after each step."""
 
     recipe: Recipe
-    engine: Strategy
+    engine: Engine
     model: Net
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -130,7 +130,7 @@ def build(strategy: str, group: Group, recipe: Recipe, model: Net | None = None,
     return Run(recipe, engine, model, optimizer, scheduler)
 
 
-def backward(engine: Strategy, recipe: Recipe, step: int) -> None:
+def backward(engine: Engine, recipe: Recipe, step: int) -> None:
     """All micro-batches of this rank's part of one step's global batch."""
     inputs, targets = samples(step, recipe.samples[step])
     own = split(len(inputs), engine.group.size)[engine.group.rank]

@@ -16,13 +16,13 @@ import commlab
 from commlab.errors import UsageError
 from commlab.job.topology import Topology
 from commlab.runtime.group import Group
-from commlab.strategies.engine import Strategy
+from commlab.strategies.engine import Engine
 from commlab.transport.sim import SimNetwork
 
 CONTRACT = ("single", "allreduce", "ps", "dps")
 
 
-def small(strategy: str, **options: Any) -> tuple[Strategy, torch.nn.Linear]:
+def small(strategy: str, **options: Any) -> tuple[Engine, torch.nn.Linear]:
     model = torch.nn.Linear(3, 2)
     return commlab.strategy(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), alone(), **options), model
 
@@ -159,7 +159,7 @@ class Fails(torch.autograd.Function):
 
 @pytest.mark.parametrize("strategy", CONTRACT)
 def test_a_backward_that_failed_can_be_dropped(strategy: str) -> None:
-    def build() -> tuple[Strategy, torch.nn.Sequential]:
+    def build() -> tuple[Engine, torch.nn.Sequential]:
         model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
         with torch.no_grad():
             for parameter in model.parameters():

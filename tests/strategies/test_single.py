@@ -12,7 +12,7 @@ from training import EVEN, Net, Recipe, alone, assert_same, build, go_on, refere
 import commlab
 from commlab.native.norm import norm_squared
 from commlab.strategies import STRATEGIES
-from commlab.strategies.engine import Strategy
+from commlab.strategies.protocol import Strategy
 
 OURS = ("allreduce", "ps", "dps")
 RECIPES = {

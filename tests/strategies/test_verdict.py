@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import commlab
 from commlab.runtime.group import Group
-from commlab.strategies.engine import Strategy
+from commlab.strategies.engine import Engine
 
 SIZE = 3
 NUMELS = (3, 40, 1, 70)
@@ -30,14 +30,14 @@ class Job:
     """One strategy and wire on all ranks."""
 
     wire: str | None
-    engines: list[Strategy]
+    engines: list[Engine]
 
 
 def parameters() -> torch.nn.ParameterList:
     return torch.nn.ParameterList([torch.full((numel,), 2.0) for numel in NUMELS])
 
 
-def engine_of(strategy: str, wire: str | None, clip: float | None, group: Group) -> Strategy:
+def engine_of(strategy: str, wire: str | None, clip: float | None, group: Group) -> Engine:
     model = parameters()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     options: dict[str, Any] = {"precision": "fp16", "autocast": "off", "wire": wire, "max_grad_norm": clip}

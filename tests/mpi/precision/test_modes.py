@@ -24,7 +24,7 @@ from commlab.chunks import split
 from commlab.precision.loss_scale import LossScale
 from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
-from commlab.strategies.engine import Strategy
+from commlab.strategies.engine import Engine
 from commlab.trainer.data.batches import Blocks
 from commlab.trainer.data.corpus import load_corpus
 from commlab.trainer.model import build_model, loss_sum
@@ -64,7 +64,7 @@ def taught(
     growth_interval: int = 2000,
     optimizer: str = "AdamW",
     **options: Any,
-) -> tuple[Strategy, list[float], list[bytes], list[bool]]:
+) -> tuple[Engine, list[float], list[bytes], list[bool]]:
     """The engine, each step's loss over all ranks, the parameters' digests, and whether there was an update.
 
     ``skip``: a step that is not taken at all, as if it had overflowed. ``tamper(loss, step)`` on this rank's loss.

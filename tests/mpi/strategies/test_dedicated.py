@@ -217,11 +217,11 @@ def test_pulls_are_waited_for_in_the_order_of_forward(
                 engine.backward(loss)
                 waits.clear()
                 engine.step()
-                assert not waits and len(engine._pulls.on_their_way(names)) == (len(names) if overlaps else 0)
+                assert not waits and len(engine.strategy.pulls.on_their_way(names)) == (len(names) if overlaps else 0)
                 engine.zero_grad()
             # Whoever looks at all of it waits for all of it.
             digests.append([tensor.clone() for tensor in model.state_dict().values()])
-            assert not engine._pulls.on_their_way(names)
+            assert not engine.strategy.pulls.on_their_way(names)
             engine.close()
         if digests:
             assert all(torch.equal(a, b) for a, b in zip(*digests, strict=True))

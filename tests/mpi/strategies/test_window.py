@@ -23,7 +23,7 @@ from commlab.errors import UsageError
 from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 from commlab.runtime.nodes import open_window
-from commlab.strategies.engine import Strategy
+from commlab.strategies.engine import Engine
 
 SERVERS = ("ps", "dps")
 GROUPS = ((0, 1, 2, 3), (4, 5, 6), (6, 7))
@@ -60,7 +60,7 @@ def page_of(address: int) -> Page:
     raise AssertionError("no such memory")
 
 
-def pages_of(engine: Strategy) -> str:
+def pages_of(engine: Engine) -> str:
     return repr([tuple(page_of(item.tensor.data_ptr())) for item in engine.parameters if item.tensor.numel()])
 
 

@@ -1,0 +1,124 @@
+"""What a strategy is: how the gradients of a step become agreed updates. :class:`commlab.strategies.engine.Engine` owns
+one, and calls it in this order:
+
+    backward        backward(loss)   and during it launch(bucket), for each bucket that is complete
+    step            agree()          once all buckets are here
+                    update(...)      unless the step is skipped
+                    pull()
+    between steps   state(), load(), update_parameters(), finish()
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from ..checkpoint import pieces
+from ..gradients.bucket import Bucket
+from ..gradients.hooks import GradientBuckets, Waitable
+from .start import Training
+from .verdict import Verdict
+
+
+class Strategy(ABC):
+    """A way to agree. Built on all ranks of a group, from a model, the optimizer that has its parameters, the group and
+    :class:`.options.Options`; the constructor refuses what the strategy cannot do, and calls :func:`.start.start`.
+
+    Here are the calls, and what a strategy without anything to do in one of them does: nothing.
+    """
+
+    name: str
+    """As the user gives it to :func:`commlab.strategy`."""
+    training: Training
+    """What the strategy works on, with its engine."""
+    buckets: GradientBuckets
+    """The gradients that commlab sends; without buckets where a library exchanges them."""
+    role: str = "worker"
+    """"server" on a rank that only served; the constructor has served all workers to their end then."""
+    averages: bool = True
+    """Whether the ranks' gradients of a step become one; under ssp and asp they do not."""
+    keeps_gradients: bool = True
+    """Whether ``p.grad`` holds the reduced gradient after a step."""
+    shards_state: bool = False
+    """Whether ranks hold different pieces of the optimizer's state; else every rank holds all of it."""
+
+    # A step.
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """What the user calls in the training loop."""
+        return self.training.model
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Context for the forward and backward passes that only accumulate gradients on this rank."""
+        return nullcontext()
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor | None) -> None:
+        """Compute this rank's gradients of ``loss``; None on a rank without samples."""
+
+    @abstractmethod
+    def launch(self, bucket: Bucket) -> Waitable:
+        """Start the exchange of a packed bucket. All ranks launch their buckets in index order."""
+
+    @abstractmethod
+    def agree(self) -> Verdict:
+        """What all ranks know of the step's reduced gradient, once the exchange of all buckets has ended. Collective:
+        no rank updates anything before all ranks' gradients are complete."""
+
+    @abstractmethod
+    def update(self, factor: float, unused: set[int]) -> None:
+        """Multiply the reduced gradient by ``factor`` (clipping, 1 / loss scale), and step the optimizer. ``unused``:
+        parameters (by index) that had no gradient on any rank, which the optimizer must pass over."""
+
+    def pull(self) -> None:  # noqa: B027 - most strategies have nothing to pull
+        """Give every rank the updated parameters, where they were updated elsewhere. Also called after a step that was
+        skipped."""
+
+    # Between steps.
+
+    def assignments(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(step, whose samples of that step), in the order in which this rank is to train on them, until the samples of
+        steps ``start .. stop - 1`` are all given out."""
+        yield from ((step, self.training.group.rank) for step in range(start, stop))
+
+    def finish(self, last: bool) -> None:  # noqa: B027 - most strategies finish in every step
+        """Make this rank's parameters the newest, in full precision. ``last``: this rank will train no more.
+        Collective."""
+
+    def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
+        """Run ``change(model)``, which writes parameters in place, so that the change takes effect once on every copy
+        of them. Collective."""
+        with torch.no_grad():
+            change(self.training.model)
+            self.training.masters.follow()
+
+    def owned(self) -> list[pieces.Piece]:
+        """The pieces of parameters that this rank's optimizer updates."""
+        return self.training.masters.pieces
+
+    def state(self) -> dict[str, Any]:
+        """What the optimizer remembers of what this rank owns, as :func:`commlab.checkpoint.pieces.state` has it."""
+        return pieces.state(self.owned(), self.training.optimizer)
+
+    def load(self, states: Sequence[dict[str, Any]]) -> None:
+        """The reverse of :meth:`state`, from any ranks' states. UsageError where a range that this rank owns is in none
+        of them; the optimizer is as it was then."""
+        pieces.load(self.owned(), self.training.optimizer, states)
+
+    @property
+    def serving(self) -> str:
+        """How parameters are served, in a line for the user; empty where no rank only serves."""
+        return ""
+
+    def serving_report(self) -> dict[str, str]:
+        """What servers report at the end: rows of the trainer's summary. Collective."""
+        return {}
+
+    def close(self) -> None:
+        """Take the hooks off the model, and give shared memory back; the model stays as it is. Collective."""
+        self.buckets.close()
