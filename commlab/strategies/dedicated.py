@@ -58,7 +58,8 @@ class Dedicated(Strategy):
         assert options.servers is not None
         if any(not parameter.is_cpu for parameter in model.parameters()):
             raise UsageError(
-                f"strategy {name} with dedicated servers works on the CPU; leave servers out, or the model on the CPU"
+                f"strategy {name} with dedicated servers works on the CPU, without Apex; leave servers out, or the "
+                "model on the CPU"
             )
         averages = parse(options.consistency).averages
         named = named_parameters(model, optimizer)
