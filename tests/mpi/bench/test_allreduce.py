@@ -16,6 +16,8 @@ from bench.core.harness import Block, Contestant, Unavailable, measure, missing
 from bench.core.ranks import Ranks
 from bench.rows import rows
 
+ALONE = "torch's default process group stays, and Horovod's thread"
+
 
 @pytest.fixture(scope="module")
 def everyone() -> Ranks:
