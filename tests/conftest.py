@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+# Before any test imports them: an assertion that fails in a helper shows its operands, as one in a test does.
+pytest.register_assert_rewrite(*(helper.stem for helper in (Path(__file__).parent / "helpers").glob("*.py")))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A warning is a fault, wherever it comes from; -W on the command line comes after this line, and wins.
+    config.addinivalue_line("filterwarnings", "error")
     # Under mpirun there are no property tests (ranks might draw different examples), and importing hypothesis takes
     # each of the ranks a second.
     if not config.getoption("--with-mpi", default=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -13,24 +12,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import schedule_checks
 import torch
 from pictures import costs, picture, steps_of
+from schedule_checks import ROOTED, SEGMENTS
 
 import commlab
 from commlab.schedules import ALGORITHMS
 from commlab.trainer.config import Config
 
-
-def module_of(path: Path) -> Any:
-    """A file of tests as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-test_schedules = module_of(Path(__file__).parent / "schedules/test_schedules.py")
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -83,14 +73,14 @@ def test_the_worked_example_is_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> 
     line.__package__ = "commlab.schedules"
     exec(compile(code, "docs/add-an-algorithm.md", "exec"), line.__dict__)
     monkeypatch.setitem(ALGORITHMS, "line", line)
-    for segment_bytes in (None, test_schedules.SMALL_SEGMENT_BYTES):
-        test_schedules.test_allreduce("line", segment_bytes, "mean")
-        test_schedules.test_reduce_scatter_and_allgather("line", segment_bytes, torch.int32)
-    for numel, segment_bytes in ((0, None), (1, None), (5, None), (64, 28)):
-        test_schedules.test_reduce_and_broadcast_with_every_root("line", numel, segment_bytes)
-    test_schedules.test_the_network_carries_what_the_schedule_says("line")
-    test_schedules.test_owners_cover_the_buffer("line")
-    test_schedules.test_one_rank_and_nothing_to_send_need_no_step("line")
+    for segment_bytes in SEGMENTS:
+        schedule_checks.check_allreduce("line", segment_bytes, "mean")
+        schedule_checks.check_reduce_scatter_and_allgather("line", segment_bytes, torch.int32)
+    for numel, segment_bytes in ROOTED:
+        schedule_checks.check_reduce_and_broadcast("line", numel, segment_bytes)
+    schedule_checks.check_what_the_network_carries("line")
+    schedule_checks.check_owners("line")
+    schedule_checks.check_nothing_to_send("line")
     for rank, plan in enumerate(steps_of("line", 7, 70)):
         assert {peer for item in plan for peer in (item.to, item.frm)} <= {rank - 1, rank + 1, None}
         assert sum(item.send.numel for item in plan) == 10 * (6 + (1 if rank in (0, 6) else 8))

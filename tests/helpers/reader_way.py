@@ -4,11 +4,12 @@ Two ranks under mpirun go four ways through commlab, each after three steps to w
 commlab ran: a file counts where one of its functions is called, not where it is only imported.
 
 - *allreduce*: 4 bytes that lie in the window, the public call alone. What counts is the number of Python calls.
-- *dps*: a step of strategy dps in the window, from ``engine.backward()`` to the end of ``engine.step()``, with clipping,
-  as the trainer does by default. ``chunks`` and ``trace`` are not counted: everything uses them, nobody opens them to
-  follow a step.
-- *push*: ``ParameterServer.push()`` and its ``wait()`` in a group of one rank, which serves itself, so that the worker's
-  side and the server's are both seen. What counts are the files of ``ps/``; below it the message is a transport's.
+- *dps*: a step of strategy dps in the window, from ``engine.backward()`` to the end of ``engine.step()``, with
+  clipping, as the trainer does by default. ``chunks`` and ``trace`` are not counted: everything uses them, and nobody
+  opens them to follow a step.
+- *push*: ``ParameterServer.push()`` and its ``wait()`` in a group of one rank, which serves itself, so that the
+  worker's side and the server's are both seen. What counts are the files of ``ps/``; below them the message is a
+  transport's.
 - *push, worker's side*: the same call where another rank serves.
 
 With these rules commit c2ec415, before the rooms, has 9 calls, 24 files for the step and 14 for the push. The program

@@ -63,8 +63,8 @@ def imports(file: Path) -> tuple[Imported, ...]:
 def module_graph(files: list[Path]) -> dict[str, dict[str, int]]:
     """For each module the modules that it imports, and in which line.
 
-    ``from . import trace`` names a module, ``from .trace import span`` a thing in one: the longest name that is a module
-    counts. A package runs before its modules, but imports nothing by that.
+    ``from . import trace`` names a module, ``from .trace import span`` a thing in one: the longest name that is a
+    module counts. That a package runs before its modules is no import of theirs.
     """
     modules = {".".join(module_of(file)): file for file in files}
     graph: dict[str, dict[str, int]] = {}

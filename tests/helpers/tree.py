@@ -1,4 +1,4 @@
-"""The tree of folders that docs/design.md shows: ``python tests/helpers/tree.py`` prints it from the folders themselves.
+"""The tree of folders that docs/design.md shows; ``python tests/helpers/tree.py`` prints it from the folders.
 
 A folder is a line: its name, indented by its depth, and its Python files without ``.py``. A line that begins with no
 folder goes on with the files of the one above it. ``__init__`` is there only where it holds more than a docstring.

@@ -1,7 +1,7 @@
 """The tests that need mpirun: ``python tests/mpi/launch.py [RANKS] [FILE OR FOLDER ...] [arguments for pytest]``.
 
-All files of this folder share one launch, because each launch pays for importing torch on every rank. A file whose tests
-leave something behind that would disturb others says so in a constant, and gets a launch of its own::
+All files of this folder share one launch, because each launch pays for importing torch on every rank. A file whose
+tests leave something behind that would disturb others says so in a constant, and gets a launch of its own::
 
     ALONE = "Horovod's thread stays, and takes part in what MPI does until the process ends"
 
@@ -11,7 +11,6 @@ The first launch that fails ends the run with its exit code. ``MPIEXEC_TIMEOUT``
 from __future__ import annotations
 
 import ast
-import os
 import shlex
 import signal
 import subprocess

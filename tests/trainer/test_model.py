@@ -227,6 +227,9 @@ def test_labels_and_losses_agree_on_what_is_ignored() -> None:
 
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:
     heavy = ("torch", "transformers", "numpy")
-    program = f"import sys, commlab.trainer.config, commlab.trainer.model; sys.exit([m for m in {heavy} if m in sys.modules] or 0)"
+    program = (
+        "import sys, commlab.trainer.config, commlab.trainer.model; "
+        f"sys.exit([m for m in {heavy} if m in sys.modules] or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
