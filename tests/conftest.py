@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,15 @@ def pytest_configure(config: pytest.Config) -> None:
         # A test must not depend on how busy the machine is, nor on what an earlier run has found.
         settings.register_profile("commlab", derandomize=True, deadline=None, database=None)
         settings.load_profile("commlab")
+
+
+@pytest.fixture(scope="module")
+def small_heap() -> Iterator[None]:
+    """For modules that collect garbage again and again to see what is left: only what their tests made is looked at.
+
+    Everything that has been imported by then is a million objects, and going through them takes half a second.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

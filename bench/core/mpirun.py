@@ -1,5 +1,7 @@
 """Which MPI this environment has, and how its mpirun wants to be called.
 
+    python -m bench.core.mpirun RANKS COMMAND ...    # COMMAND on RANKS ranks of this environment's MPI
+
 The environment that runs this Python comes first (`mpirun` beside `python`), then PATH: a benchmark that started ranks
 with another MPI than the one mpi4py loads would measure nothing.
 """
@@ -58,7 +60,10 @@ def find_mpi(wanted: str = "auto") -> Mpi:
 
 
 def mpirun_environment(mpi: Mpi) -> dict[str, str]:
-    """os.environ with what this MPI needs to start as root and with more ranks than cores."""
+    """os.environ with what this MPI needs to start as root and with more ranks than cores.
+
+    Open MPI also complains about UCX windows, which it then does without.
+    """
     environment = dict(os.environ)
     environment["PATH"] = f"{mpi.bin_dir}{os.pathsep}{environment.get('PATH', os.defpath)}"
     if mpi.kind == "openmpi":
@@ -69,3 +74,16 @@ def mpirun_environment(mpi: Mpi) -> dict[str, str]:
             OMPI_MCA_osc="^ucx",
         )
     return environment
+
+
+def main(ranks: str, *command: str) -> None:
+    """Become ``mpirun -n RANKS COMMAND``: its exit code is the caller's, and so is Ctrl-C."""
+    try:
+        mpi = find_mpi()
+    except LauncherError as error:
+        sys.exit(f"mpirun: {error}")
+    os.execve(mpi.mpirun, [mpi.mpirun, "-n", ranks, *command], mpirun_environment(mpi))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -49,8 +49,8 @@ CASES: dict[str, tuple[Call, Call, str, str]] = {
     "op": (
         lambda group, x: commlab.allreduce(x, "max", algorithm="ring", group=group),
         lambda group, x: commlab.allreduce(x, "min", algorithm="ring", group=group),
-        r"\(max, ring, wire\)",
-        r"\(min, ring, wire\)",
+        r"\(max, ring, wire as is\)",
+        r"\(min, ring, wire as is\)",
     ),
     "name": (
         lambda group, x: commlab.allreduce(x, name="weight", group=group),
@@ -67,7 +67,7 @@ CASES: dict[str, tuple[Call, Call, str, str]] = {
     "wire": (
         lambda group, x: commlab.allreduce(x, algorithm="ring", group=group),
         lambda group, x: commlab.allreduce(x, algorithm="ring", wire="bf16", group=group),
-        r"wire",
+        r"wire as is",
         r"wire bf16",
     ),
     "operation": (
