@@ -23,6 +23,8 @@ SHELL       := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # No job of this file waits for ever: both MPIs end a run after this many seconds.
 export MPIEXEC_TIMEOUT ?= 3600
+# Some hundred processes run the same files: without bytecode on the disk each of them would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 PIP        := $(VENV)/bin/python -m pip --disable-pip-version-check
 PIP_IN     := $(PIP) install --quiet --constraint constraints.txt

@@ -1,4 +1,4 @@
-"""Lines of Markdown have at most 120 characters: ``python tests/helpers/markdown_lines.py`` prints those that have more.
+"""No line of Markdown has more than 120 characters: ``python tests/helpers/markdown_lines.py`` names those that have.
 
 A row of a table cannot be broken, and may be longer; all other lines can, those of code and of lists too.
 """

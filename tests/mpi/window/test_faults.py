@@ -21,7 +21,6 @@ from commlab.runtime.group import Group
 from commlab.runtime.nodes import open_window
 from commlab.window.memory import _CARD, Window
 
-
 pytestmark = pytest.mark.usefixtures("small_heap")
 
 
