@@ -42,7 +42,7 @@ def test_a_file_and_a_folder_can_be_chosen(launcher: dict[str, Any]) -> None:
 def test_a_reason_must_be_given(launcher: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "test_nothing.py"
     file.write_text("ALONE = ''\n")
-    with pytest.raises(SystemExit, match="test_nothing.py:1: ALONE must be the reason, as text"):
+    with pytest.raises(SystemExit, match=r"test_nothing\.py:1: ALONE must be the reason, as text"):
         launcher["reason_alone"](file)
 
 

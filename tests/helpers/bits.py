@@ -41,7 +41,10 @@ def numbers(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def assert_same_bits(got: Tensor, want: Tensor, zeros_equal: bool = False) -> None:
-    """Every number has the bits of its counterpart; any NaN equals any NaN, and with ``zeros_equal`` any zero any zero."""
+    """Every number has the bits of its counterpart.
+
+    Any NaN equals any NaN, and with ``zeros_equal`` both zeros are equal too.
+    """
     bits = BITS[got.element_size()]
     different = got.view(bits) != want.view(bits)
     if got.is_floating_point():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -125,11 +124,12 @@ def circles(graph: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
     ]
 
 
-def definitions(file: Path) -> Iterator[Defined]:
+@cache
+def definitions(file: Path) -> tuple[Defined, ...]:
     """The names that the file gives: its own, and those of its classes, functions, parameters and attributes. Variables
     of a function are its own affair."""
-    yield Defined(1, "module", module_of(file)[-1], "")
-    yield from _definitions(tree_of(file), "", in_function=False)
+    named = Defined(1, "module", module_of(file)[-1], "")
+    return (named, *_definitions(tree_of(file), "", in_function=False))
 
 
 def _definitions(node: ast.AST, owner: str, in_function: bool) -> Iterator[Defined]:
@@ -152,8 +152,3 @@ def _definitions(node: ast.AST, owner: str, in_function: bool) -> Iterator[Defin
         elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
             yield Defined(child.lineno, "attribute", child.attr, owner)
         yield from _definitions(child, inner, inside)
-
-
-def words(name: str) -> list[str]:
-    """The words of an identifier, in lower case: ``StepWeight`` and ``step_weight`` are both step, weight."""
-    return re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower())
