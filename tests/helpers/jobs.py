@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import commlab
+from bench.core.mpirun import LauncherError, Mpi, find_mpi, launcher_variables
 
 BIN = Path(sys.executable).parent
 ENDED_S = 2.0
@@ -33,8 +34,18 @@ say("pid", os.getpid())
 """
 
 
+@cache
+def _mpi() -> Mpi | None:
+    try:
+        return find_mpi()
+    except LauncherError:
+        return None
+
+
 def environment(**more: str) -> dict[str, str]:
-    """This process's, less a launcher's variables, plus the package under test and what Open MPI wants as root."""
+    """This process's, less a launcher's variables, plus the package under test and what this environment's mpirun
+    wants."""
+    mpi = _mpi()
     keep = {
         name: value
         for name, value in os.environ.items()
@@ -48,8 +59,7 @@ def environment(**more: str) -> dict[str, str]:
             "PYTHONPATH": os.pathsep.join(path),
             "OMP_NUM_THREADS": "1",
         }
-        | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_osc": "^ucx"}
-        | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+        | ({} if mpi is None else launcher_variables(mpi))
         | more
     )
 
@@ -96,10 +106,11 @@ def finish(process: subprocess.Popen[str], already: str = "") -> Job:
 
 
 def mpirun(ranks: int) -> list[str]:
-    launcher = shutil.which("mpirun", path=f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}")
-    if launcher is None:
+    """The command under which a program runs on so many ranks."""
+    mpi = _mpi()
+    if mpi is None:
         pytest.skip("no mpirun on the path")
-    return [launcher, "-n", str(ranks), sys.executable]
+    return [mpi.mpirun, "-n", str(ranks), sys.executable]
 
 
 def free_port() -> int:

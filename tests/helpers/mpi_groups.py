@@ -1,4 +1,4 @@
-"""What the tests under mpirun go through: every algorithm, on every number of ranks."""
+"""What tests of collectives under mpirun go through: every algorithm, on every number of ranks."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
 def all_groups(ranks: Ranks) -> Iterator[Group]:
-    """This rank's groups, so that all numbers of ranks occur."""
+    """This rank's groups, one for each way to halve the ranks, so that all numbers of ranks occur. Collective."""
     return map(ranks.halves, ranks.splits)

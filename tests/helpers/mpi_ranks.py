@@ -1,4 +1,7 @@
-"""The groups of one launch of mpirun."""
+"""The groups of one launch of mpirun, and what its ranks tell each other about a test's end.
+
+``tests/mpi/conftest.py`` makes one :class:`Ranks` in each process, and gives it to tests as the fixture ``ranks``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from commlab.runtime import world
 from commlab.runtime.group import Group
 
 TIMEOUT_S = 60.0
-"""How long a group waits for a rank that has failed: after it the others get to the verdict too."""
+"""How long a group waits for a rank that has failed; then the other ranks too learn how the test went."""
 
 
 class Ranks:
@@ -44,15 +47,18 @@ class Ranks:
 
     @property
     def splits(self) -> range:
-        """What to give :meth:`halves` so that every number of ranks from 1 to all occurs, and nobody is ever idle."""
+        """The arguments for :meth:`halves` with which every number of ranks from 1 to all occurs, and no rank is ever
+        idle."""
         return range(self.size // 2 + 1)
 
     def forget(self) -> None:
+        """Make all groups anew when they are next asked for: a failure has left the ranks at different operations."""
         self._groups.clear()
         world._world = None
 
     def tell(self, text: bytes) -> list[bytes]:
-        """Every rank's ``text`` on every rank. Never spins: the ranks that wait leave the cores to those that don't."""
+        """Every rank's ``text`` on every rank. Collective. Ranks that wait don't spin: they leave the cores to those
+        that still work."""
         sizes, mine = bytearray(8 * self.size), len(text).to_bytes(8, "little")
         self._patiently(self._verdicts.Iallgather([mine, self._mpi.BYTE], [sizes, self._mpi.BYTE]))
         widest = max(int.from_bytes(sizes[at : at + 8], "little") for at in range(0, 8 * self.size, 8))

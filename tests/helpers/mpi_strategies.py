@@ -1,10 +1,10 @@
-"""What the tests of strategies on real ranks share."""
+"""What tests of strategies under mpirun share: the strategies, the groups that train, and that ranks stay equal."""
 
 from __future__ import annotations
 
 import pytest
 from mpi_ranks import Ranks
-from mpi_windows import window_group
+from mpi_windows import few_ranks
 from training import Run
 
 from commlab.runtime.control import gather_bytes
@@ -12,22 +12,17 @@ from commlab.runtime.group import Group
 from commlab.schedules import ALGORITHMS
 
 OURS = ("allreduce", "ps", "dps")
-
-
-GROUPS = ((0, 1, 2, 3), (4, 5, 6), (6, 7))
-"""4, 3 and 2 ranks of one launch, nearly all of them at once."""
-
-
-EVERY_ALGORITHM = ("window", *ALGORITHMS)
-
+"""commlab's own strategies for several ranks; horovod and ddp are others'."""
 
 ours = pytest.mark.parametrize("strategy", OURS)
 
+EVERY_ALGORITHM = ("window", *ALGORITHMS)
+"""The values of ``algorithm`` with which a strategy exchanges gradients on one node."""
+
 
 def groups_of(ranks: Ranks) -> list[Group]:
-    """This rank's groups: one, two or none of them."""
-    made = [window_group(ranks, *members) for members in GROUPS]
-    return [group for group in made if group is not None]
+    """This rank's groups among ``mpi_windows.GROUPS``: one, two or none of them. Collective."""
+    return few_ranks(ranks)
 
 
 def assert_same_bits_everywhere(run: Run) -> None:

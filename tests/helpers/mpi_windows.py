@@ -8,7 +8,11 @@ from mpi_ranks import Ranks
 from commlab.runtime.group import Group
 from commlab.runtime.nodes import open_window
 
+GROUPS = ((0, 1, 2, 3), (4, 5, 6), (6, 7))
+"""4, 3 and 2 ranks of one launch, nearly all of them at once."""
+
 _opened: dict[tuple[Group, tuple[int, ...]], Group | None] = {}
+_pools: dict[Group, torch.Tensor] = {}
 
 
 def window_group(ranks: Ranks, *members: int) -> Group | None:
@@ -34,13 +38,13 @@ def window_groups(ranks: Ranks) -> list[Group]:
 
 
 def few_ranks(ranks: Ranks) -> list[Group]:
-    """This rank's groups of 4, 3 and 2 ranks."""
-    made = [window_group(ranks, *members) for members in ((0, 1, 2, 3), (4, 5, 6), (6, 7))]
+    """This rank's groups among :data:`GROUPS`: one, two or none of them. Collective."""
+    made = [window_group(ranks, *members) for members in GROUPS]
     return [group for group in made if group is not None]
 
 
 def close_all() -> None:
-    """Collective. Those of ranks that a failure has left apart are forgotten."""
+    """Close the groups that were opened here; forget those of ranks that a failure has left apart. Collective."""
     for group in _opened.values():
         if group is not None and not group._closed:
             group.close()
@@ -48,11 +52,8 @@ def close_all() -> None:
     _pools.clear()
 
 
-_pools: dict[Group, torch.Tensor] = {}
-
-
 def in_window(group: Group, data: torch.Tensor, skip: int = 0) -> torch.Tensor:
-    """A copy of ``data`` in the window, ``skip`` numbers behind a cache line. The next one overwrites it."""
+    """A copy of ``data`` in the window, ``skip`` numbers behind a cache line. The group's next copy overwrites it."""
     import commlab
 
     if group not in _pools:
@@ -64,14 +65,15 @@ def in_window(group: Group, data: torch.Tensor, skip: int = 0) -> torch.Tensor:
 
 
 def ordinary(group: Group, data: torch.Tensor) -> torch.Tensor:
+    """A copy of ``data`` in this process's own memory."""
     return data.clone()
 
 
 def odd(group: Group, data: torch.Tensor) -> torch.Tensor:
-    """Behind a cache line's begin, on every rank somewhere else."""
+    """A copy of ``data`` in the window, behind a cache line's begin, on every rank somewhere else."""
     return in_window(group, data, 1 + group.rank % 5)
 
 
 def mixed(group: Group, data: torch.Tensor) -> torch.Tensor:
-    """Every third rank's data are ordinary memory."""
+    """A copy of ``data`` in the window, but for every third rank's, which is in its own memory."""
     return data.clone() if group.rank % 3 == 1 else in_window(group, data)

@@ -2,103 +2,46 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from math import ceil, log2
 
 import pytest
+import schedule_checks
 import torch
-from closed_form import NUMELS, expected, numbers
-from simulated import rounds, simulate
+from schedule_checks import SEGMENTS, SIZES
+from simulated import rounds
 
-from commlab.chunks import Range, split, whole_at
 from commlab.collectives.select import TABLE, Case, choose
 from commlab.errors import UsageError
-from commlab.runtime.operand import Operand
 from commlab.schedules import ALGORITHMS, compose
 from commlab.schedules.step import AnyStep, Schedule, Step, elements_sent, messages_sent
-from commlab.transport.sim import SimNetwork
-
-SIZES = range(1, 18)
-SMALL_SEGMENT_BYTES = 7 * 8  # 7 or 14 numbers: chunks of 64 and 200 numbers end in ragged segments
 
 algorithms = pytest.mark.parametrize("name", ALGORITHMS)
-segments = pytest.mark.parametrize("segment_bytes", [None, SMALL_SEGMENT_BYTES], ids=["whole", "segmented"])
-
-
-def buffers(size: int, numel: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return [numbers(rank, numel, dtype) for rank in range(size)]
+segments = pytest.mark.parametrize("segment_bytes", SEGMENTS, ids=["whole", "segmented"])
 
 
 @algorithms
 @segments
-@pytest.mark.parametrize("op", ["sum", "mean", "prod"])
+@pytest.mark.parametrize("op", schedule_checks.OPS)
 def test_allreduce(name: str, segment_bytes: int | None, op: str) -> None:
-    algorithm = ALGORITHMS[name]
-    for size in SIZES:
-        for numel in NUMELS if segment_bytes is None else (64, 200):
-            data = [numbers(rank, numel, torch.float32, op) for rank in range(size)]
-            operands = [Operand(each, "sum" if op == "mean" else op, size if op == "mean" else 1) for each in data]
-            simulate(lambda rank, n=numel, p=size: compose.allreduce(algorithm, rank, p, n), operands, segment_bytes)
-            for rank, got in enumerate(data):
-                assert torch.equal(got, expected(op, size, numel, torch.float32)), (size, numel, rank)
+    schedule_checks.check_allreduce(name, segment_bytes, op)
 
 
 @algorithms
 @segments
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", schedule_checks.DTYPES, ids=str)
 def test_reduce_scatter_and_allgather(name: str, segment_bytes: int | None, dtype: torch.dtype) -> None:
-    algorithm = ALGORITHMS[name]
-    for size in SIZES:
-        for numel in NUMELS if segment_bytes is None else (64, 200):
-            chunks, total = split(numel, size), expected("sum", size, numel, dtype)
-            data = buffers(size, numel, dtype)
-            simulate(lambda rank, c=chunks: compose.reduce_scatter(algorithm, rank, c), data, segment_bytes)
-            parts = [data[rank][own.start : own.stop] for rank, own in enumerate(chunks)]
-            assert torch.equal(torch.cat(parts), total), (size, numel)
-
-            data = buffers(size, numel, dtype)
-            parts = [data[rank][own.start : own.stop].clone() for rank, own in enumerate(chunks)]
-            simulate(lambda rank, c=chunks: compose.allgather(algorithm, rank, c), data, segment_bytes)
-            for rank, got in enumerate(data):
-                assert torch.equal(got, torch.cat(parts)), (size, numel, rank)
+    schedule_checks.check_reduce_scatter_and_allgather(name, segment_bytes, dtype)
 
 
 @algorithms
-@pytest.mark.parametrize(("numel", "segment_bytes"), [(0, None), (1, None), (5, None), (64, 28)])
+@pytest.mark.parametrize(("numel", "segment_bytes"), schedule_checks.ROOTED)
 def test_reduce_and_broadcast_with_every_root(name: str, numel: int, segment_bytes: int | None) -> None:
-    algorithm = ALGORITHMS[name]
-    for size in SIZES:
-        total = expected("mean", size, numel, torch.float32)
-        for root in range(size) if numel == 5 else {0, size // 2, size - 1}:
-            data = buffers(size, numel)
-            operands = [Operand(each, "sum", size) for each in data]
-            simulate(
-                lambda rank, p=size, at=root: compose.reduce(algorithm, rank, p, numel, at), operands, segment_bytes
-            )
-            assert torch.equal(data[root], total), (size, root)
-
-            data = buffers(size, numel)
-            simulate(
-                lambda rank, p=size, at=root: compose.broadcast(algorithm, rank, p, numel, at), data, segment_bytes
-            )
-            for rank, got in enumerate(data):
-                assert torch.equal(got, numbers(root, numel, torch.float32)), (size, root, rank)
+    schedule_checks.check_reduce_and_broadcast(name, numel, segment_bytes)
 
 
 @algorithms
 def test_the_network_carries_what_the_schedule_says(name: str) -> None:
-    """Messages and bytes counted on the wire = those of the steps, segment by segment; and nobody sends to itself."""
-    algorithm = ALGORITHMS[name]
-    for size, numel, segment_bytes in ((1, 100, 40), (5, 1000, 40), (8, 64, 4), (13, 1000, 1 << 20)):
-        plans = [list(compose.allreduce(algorithm, rank, size, numel)) for rank in range(size)]
-        network = SimNetwork(size)
-        executions = simulate(lambda rank, p=plans: iter(p[rank]), buffers(size, numel), segment_bytes, network)
-        for rank, (plan, execution) in enumerate(zip(plans, executions, strict=True)):
-            sent = [numbytes for frm, _, numbytes in network.messages if frm == rank]
-            assert sum(sent) == execution.bytes_sent == 4 * elements_sent(plan)
-            in_segments = sum(ceil(4 * item.send.numel / segment_bytes) for item in plan if isinstance(item, Step))
-            assert len(sent) == execution.messages_sent == in_segments
-        assert all(frm != to for frm, to, _ in network.messages)
+    schedule_checks.check_what_the_network_carries(name)
 
 
 def allreduces(name: str, size: int, numel: int) -> list[list[AnyStep]]:
@@ -164,21 +107,12 @@ def test_cost_with_a_root(kind: type[Schedule], size: int) -> None:
 
 @algorithms
 def test_owners_cover_the_buffer(name: str) -> None:
-    for size in SIZES:
-        for numel in NUMELS:
-            chunks = ALGORITHMS[name].owners(numel, size)
-            assert len(chunks) == size
-            assert chunks[0].start == 0
-            assert chunks[-1].stop == numel
-            assert all(left.stop == right.start for left, right in pairwise(chunks))
+    schedule_checks.check_owners(name)
 
 
 @algorithms
 def test_one_rank_and_nothing_to_send_need_no_step(name: str) -> None:
-    algorithm = ALGORITHMS[name]
-    for plan in (compose.allreduce(algorithm, 0, 1, 100), compose.allgather(algorithm, 3, (Range(0, 0),) * 5)):
-        assert not [item for item in plan if isinstance(item, Step)]
-    assert not [item for item in compose.reduce_scatter(algorithm, 2, whole_at(1, 0, 4)) if isinstance(item, Step)]
+    schedule_checks.check_nothing_to_send(name)
 
 
 def test_select() -> None:

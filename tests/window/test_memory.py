@@ -24,6 +24,7 @@ from commlab.window.memfd import Unavailable
 from commlab.window.memory import _CARD, Place, Window, size_class
 
 pytestmark = [
+    pytest.mark.usefixtures("small_heap"),
     needs_native,
     pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the window needs Linux"),
 ]

@@ -29,6 +29,8 @@ from commlab.trainer.data.batches import Blocks
 from commlab.trainer.data.corpus import load_corpus
 from commlab.trainer.model import build_model, loss_sum
 
+ALONE = "Horovod's thread stays: it takes part in what MPI does until the process ends"
+
 STEPS, SAMPLES, WIDTH, SEQ_LEN = 20, 24, 12, 32
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import training
 from mpi_ranks import Ranks
-from mpi_strategies import GROUPS, OURS, assert_same_bits_everywhere, groups_of, ours
-from mpi_windows import close_all, window_group
+from mpi_strategies import OURS, assert_same_bits_everywhere, groups_of, ours
+from mpi_windows import GROUPS, close_all, window_group
 from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference, train
 
 import commlab

@@ -21,6 +21,8 @@ from commlab.runtime.group import Group
 from commlab.runtime.nodes import open_window
 from commlab.window.memory import _CARD, Window
 
+pytestmark = pytest.mark.usefixtures("small_heap")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def close_groups() -> Iterator[None]:

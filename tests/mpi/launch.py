@@ -1,0 +1,108 @@
+"""The tests that need mpirun: ``python tests/mpi/launch.py [RANKS] [FILE OR FOLDER ...] [arguments for pytest]``.
+
+All files of this folder share one launch, because each launch pays for importing torch on every rank. A file whose
+tests leave something behind that would disturb others says so in a constant, and gets a launch of its own::
+
+    ALONE = "Horovod's thread stays, and takes part in what MPI does until the process ends"
+
+The first launch that fails ends the run with its exit code. ``MPIEXEC_TIMEOUT`` bounds each launch in seconds.
+"""
+
+from __future__ import annotations
+
+import ast
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.core.mpirun import find_mpi, mpirun_environment  # noqa: E402
+
+RANKS = 8
+LAUNCH_S = "1800"
+"""After how many seconds a launch is ended, unless ``MPIEXEC_TIMEOUT`` says otherwise. Both MPIs read that variable."""
+GRACE_S = 30
+"""How much later the launcher itself is ended, should it not have ended its ranks."""
+NO_TESTS = 5
+"""pytest's exit code where its arguments select no test of the files that it was given."""
+
+
+def reason_alone(file: Path) -> str | None:
+    """The file's constant ``ALONE``, read without importing the file."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ALONE":
+            reason = ast.literal_eval(node.value)
+            if not isinstance(reason, str) or not reason:
+                raise SystemExit(f"{file}:{node.lineno}: ALONE must be the reason, as text")
+            return reason
+    return None
+
+
+def launches(files: Iterable[Path]) -> list[list[Path]]:
+    """The files of each launch: first those that may be together, then each lonely one."""
+    together: list[Path] = []
+    lonely: list[Path] = []
+    for file in files:
+        (together if reason_alone(file) is None else lonely).append(file)
+    return [*([together] if together else []), *([file] for file in lonely)]
+
+
+def chosen(arguments: Sequence[str]) -> tuple[int, list[Path], list[str]]:
+    """The number of ranks, the test files, and what is left for pytest."""
+    ranks, folders, others = RANKS, [], []
+    for at, argument in enumerate(arguments):
+        path = Path(argument).resolve()
+        if at == 0 and argument.isdigit():
+            ranks = int(argument)
+        elif path.exists() and path.is_relative_to(HERE):
+            folders.append(path)
+        else:
+            others.append(argument)
+    files = {file for path in folders or [HERE] for file in ([path] if path.is_file() else path.rglob("test_*.py"))}
+    return ranks, sorted(files), others
+
+
+def run(command: Sequence[str], environment: dict[str, str]) -> int:
+    """The exit code of the launch; 124 where it had to be ended."""
+    print(f"==== {shlex.join(command)}", flush=True)
+    # The launcher stays in this process's group, so that Ctrl-C reaches it too; it has ranks to end, and so is
+    # interrupted before it is killed.
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL)
+    try:
+        return process.wait(int(environment["MPIEXEC_TIMEOUT"]) + GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        return 124
+    finally:
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def main() -> int:
+    ranks, files, arguments = chosen(sys.argv[1:])
+    mpi = find_mpi()
+    environment = mpirun_environment(mpi)
+    environment.setdefault("MPIEXEC_TIMEOUT", LAUNCH_S)
+    pytest = [sys.executable, "-m", "pytest", "--with-mpi", "--color=no", "-p", "no:cacheprovider"]
+    codes = []
+    for group in launches(files):
+        names = [str(file.relative_to(ROOT)) for file in group]
+        code = run([mpi.mpirun, "-n", str(ranks), *pytest, *names, *arguments], environment)
+        # Arguments such as -k may well leave nothing of a launch.
+        if code and not (code == NO_TESTS and arguments):
+            print(f"==== exit code {code}: {' '.join(names)}", file=sys.stderr)
+            return code
+        codes.append(code)
+    return 0 if 0 in codes else NO_TESTS
+
+
+if __name__ == "__main__":
+    sys.exit(main())
