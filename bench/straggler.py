@@ -34,7 +34,7 @@ SLOW_RANK = 1
 LOSS_TOLERANCE = 0.1
 
 
-class Ended(NamedTuple):
+class Outcome(NamedTuple):
     """The end of one training run."""
 
     tokens_per_s: float
@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace, run: Record) -> Iterator[Section]:
     yield Section(f"{title}\n{table.render(HEAD, [cells(record) for record in made], left=(0, 5, 6))}", made)
 
 
-def trained(starter: Launcher, row: str, options: argparse.Namespace) -> Ended:
+def trained(starter: Launcher, row: str, options: argparse.Namespace) -> Outcome:
     """One training run. Clipping is off in all runs: ssp and asp can't have it."""
     flags = f"--strategy ps --servers 1 --consistency {row.split()[0]} --model {options.model} --threads 1 "
     flags += f"--batch-size {options.batch_size} --steps {options.steps} --seed {options.seed} "
@@ -75,7 +75,7 @@ def trained(starter: Launcher, row: str, options: argparse.Namespace) -> Ended:
     factor = 1.0 if row.endswith("alone") else options.factor
     slowed = ("bench.training.slowed", str(SLOW_RANK), str(factor))
     summary = summary_of(metrics(starter, options.ranks, flags.split(), slowed))
-    return Ended(
+    return Outcome(
         summary["tokens_per_s"],
         summary["held_out_bits_per_byte"],
         summary["staleness"].split(" of ")[0],
@@ -83,10 +83,10 @@ def trained(starter: Launcher, row: str, options: argparse.Namespace) -> Ended:
     )
 
 
-def runs_of(starter: Launcher, options: argparse.Namespace) -> dict[str, list[Ended]]:
+def runs_of(starter: Launcher, options: argparse.Namespace) -> dict[str, list[Outcome]]:
     """All rounds, each with all rows in a new order."""
     order = random.Random(options.seed)
-    found: dict[str, list[Ended]] = {row: [] for row in options.rows}
+    found: dict[str, list[Outcome]] = {row: [] for row in options.rows}
     for round_ in range(options.rounds):
         for row in order.sample(options.rows, len(options.rows)):
             print(f"round {round_ + 1} of {options.rounds}: {row}", file=sys.stderr, flush=True)
@@ -94,7 +94,7 @@ def runs_of(starter: Launcher, options: argparse.Namespace) -> dict[str, list[En
     return found
 
 
-def records(found: dict[str, list[Ended]], options: argparse.Namespace) -> list[Record]:
+def records(found: dict[str, list[Outcome]], options: argparse.Namespace) -> list[Record]:
     """A record per row; ratios are to bsp in the same rounds."""
     made = []
     for row, runs in found.items():

@@ -208,13 +208,11 @@ RETIRED = (
     Retired("Given", "class", "", "a noun: the gradients are known"),
     Retired("Agreement", "class", "commlab/(?!runtime)", "Verdict"),
     Retired(
-        "Strategy", "class", "(?!commlab/strategies/strategy.py)", "Engine is what users call; Strategy what differs"
+        "Strategy", "class", "(?!commlab/strategies/protocol.py)", "Engine is what users call; Strategy what differs"
     ),
     Retired("Run", "class", "commlab/ps", "Span"),
     Retired("(.*_)?[Rr]uns(_.*)?", "any", "commlab/ps", "spans"),
     Retired("run", "function", "commlab/ps/server/shard", "update"),
-    Retired("Run|[Rr]uns|runs_of", "any", "bench", "record, records"),
-    Retired("run", "parameter", "bench", "record"),
     Retired(PART, "any", "commlab/ps", "slice"),
     Retired(PART, "any", "commlab/checkpoint", "file; state"),
     Retired(PART, "any", "commlab/strategies", "state; slice"),

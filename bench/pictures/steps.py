@@ -13,7 +13,7 @@ WAITING = "waiting"
 """The kind of a span in which a rank stands still."""
 
 
-class Span(NamedTuple):
+class TraceSpan(NamedTuple):
     """A piece of work of ``rank``, from and to when in milliseconds."""
 
     rank: int
@@ -43,14 +43,14 @@ class Track(NamedTuple):
     lines: int
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], list[Span]]:
+def read(path: str | Path) -> tuple[dict[str, Any], list[TraceSpan]]:
     """What a trace tells about its job, and its spans. ValueError for another kind of file."""
     try:
         written = json.loads(Path(path).read_text())
         events = written["traceEvents"]
         lanes = {(each["pid"], each["tid"]): each["args"]["name"] for each in events if each["name"] == "thread_name"}
         spans = [
-            Span(
+            TraceSpan(
                 each["pid"],
                 lanes[each["pid"], each["tid"]],
                 each["name"],
@@ -66,7 +66,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[Span]]:
     return written.get("otherData", {}), spans
 
 
-def cut(spans: Sequence[Span], step: int, ranks: Iterable[int] | None = None) -> list[Span]:
+def cut(spans: Sequence[TraceSpan], step: int, ranks: Iterable[int] | None = None) -> list[TraceSpan]:
     """The spans of ``ranks`` (None: all) while any of these ranks was in ``step``, on a clock that starts with the
     step; spans that reach beyond the step are cut off. ValueError where the trace has no such step or rank."""
     known = sorted({span.rank for span in spans})
@@ -86,7 +86,7 @@ def cut(spans: Sequence[Span], step: int, ranks: Iterable[int] | None = None) ->
     ]
 
 
-def kind_of(span: Span) -> str:
+def kind_of(span: TraceSpan) -> str:
     """The kind of a span, by which it is coloured; empty for a span that only holds others."""
     name = span.name
     if span.lane == STEPS or (span.lane == "compute" and name == "step"):
@@ -102,7 +102,7 @@ def kind_of(span: Span) -> str:
     return "words"
 
 
-def label_of(span: Span) -> str:
+def label_of(span: TraceSpan) -> str:
     """The shortest text that names the bucket or the parameters of a span; empty where nobody needs a label."""
     kind, quoted = kind_of(span), span.name.split("'")[1::2]
     if kind in ("forward", "backward", "update"):
@@ -116,7 +116,7 @@ def label_of(span: Span) -> str:
     return f"b{number}" if number != first else f"{first} .." if len(quoted) > 1 else first
 
 
-def tracks(spans: Sequence[Span]) -> list[Track]:
+def tracks(spans: Sequence[TraceSpan]) -> list[Track]:
     """The tracks rank by rank: computing, gradients, parameters, serving; without empty tracks."""
     found = []
     for rank in sorted({span.rank for span in spans}):
@@ -134,7 +134,7 @@ def tracks(spans: Sequence[Span]) -> list[Track]:
     return found
 
 
-def _track(rank: int, title: str, spans: Sequence[Span]) -> Track:
+def _track(rank: int, title: str, spans: Sequence[TraceSpan]) -> Track:
     """Spans that overlap go below each other. Of computing, where one span holds the other, all go on one line; and of
     a span that holds another of its name only the outer one is shown."""
     free_ms: list[float] = []

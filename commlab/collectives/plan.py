@@ -14,7 +14,7 @@ from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from . import routes
 from .call import Plan
-from .select import Case, choose
+from .select import Conditions, choose
 
 OPS = ("sum", "mean", "min", "max", "prod")
 
@@ -41,7 +41,7 @@ def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype
     against = {name: routes.load(row.file).reason_against(group, kind) for name, row in routes.ROUTES.items()}
     if against.get(algorithm):
         raise UsageError(f"rank {group.rank}: algorithm {algorithm} is not to be had: {against[algorithm]}")
-    case = Case(
+    case = Conditions(
         kind,
         group.size,
         numel * dtype.itemsize,

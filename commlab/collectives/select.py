@@ -13,7 +13,7 @@ CHOICES: Final[tuple[str, ...]] = ("auto", *names())
 """What a caller may name: the algorithms of :mod:`commlab.schedules`, and the routes that need shared memory."""
 
 
-class Case(NamedTuple):
+class Conditions(NamedTuple):
     """What the choice may depend on; the same on all ranks."""
 
     kind: str
@@ -33,32 +33,32 @@ class Case(NamedTuple):
     """Whether the numbers can travel with the agreement check."""
 
 
-class Rule(NamedTuple):
+class Preference(NamedTuple):
     """A row of the table: ``algorithm`` is taken where it ``applies``, for this ``reason``."""
 
-    applies: Callable[[Case], bool]
+    applies: Callable[[Conditions], bool]
     algorithm: str
     reason: str
 
 
-TABLE: tuple[Rule, ...] = (
-    Rule(lambda case: case.window, "window", "on one node nobody sends: the cost of a copy, and one rounding"),
-    Rule(
+TABLE: tuple[Preference, ...] = (
+    Preference(lambda case: case.window, "window", "on one node nobody sends: the cost of a copy, and one rounding"),
+    Preference(
         lambda case: case.hierarchical and case.kind == "allreduce" and case.bytes > 64 * 1024,
         "hierarchical",
         "a node sends as if it were one rank, and all its ranks carry a share",
     ),
-    Rule(
+    Preference(
         lambda case: case.piggyback,
         "direct",
         "few numbers travel with the agreement check: one message time, two beyond 4 KB",
     ),
-    Rule(
+    Preference(
         lambda case: case.size == 2,
         "direct",
         "with one peer all algorithms send the same bytes; direct needs the fewest steps and rounds once",
     ),
-    Rule(
+    Preference(
         lambda case: (
             case.wire_is_16_bit
             and case.size <= 16
@@ -68,31 +68,33 @@ TABLE: tuple[Rule, ...] = (
         "a 16-bit wire is rounded once here and at every hop elsewhere; on a slow link its "
         "crowd costs 1.3 times the ring",
     ),
-    Rule(
+    Preference(
         lambda case: case.kind in ("reduce", "broadcast") and case.bytes <= 256 * 1024,
         "tree",
         "one rank has everything: ceil(log2 P) steps",
     ),
-    Rule(
+    Preference(
         lambda case: case.kind in ("reduce", "broadcast"),
         "ring",
         "one rank has everything: a chain of segments sends it once over every link",
     ),
-    Rule(
+    Preference(
         lambda case: case.bytes <= 64 * 1024 and case.size & (case.size - 1) == 0,
         "halving",
         "latency counts: 2 log2 P steps, and all ranks work on a power of two",
     ),
-    Rule(
+    Preference(
         lambda case: case.bytes <= 16 * 1024,
         "tree",
         "latency counts: 2 ceil(log2 P) steps, whatever the number of ranks",
     ),
-    Rule(lambda case: True, "ring", "bandwidth counts: the fewest bytes, only between neighbours, as one pipeline"),
+    Preference(
+        lambda case: True, "ring", "bandwidth counts: the fewest bytes, only between neighbours, as one pipeline"
+    ),
 )
 
 
-def choose(algorithm: str, case: Case, available: tuple[str, ...]) -> tuple[str, str]:
+def choose(algorithm: str, case: Conditions, available: tuple[str, ...]) -> tuple[str, str]:
     """The algorithm to run and why: ``algorithm`` itself if it was named, else the first row of the table that applies.
     UsageError for a name that does not exist."""
     if algorithm != "auto":

@@ -55,8 +55,8 @@ class CudaPackPlan:
         self._native = library.built if hasattr(library.built, "CUDA") else None
         if self._native is not None:
             codes = [DTYPES[dtype][0] for dtype, _ in self._signature]
-            self._places = torch.tensor([numels, self.starts, codes], dtype=torch.int64).t().contiguous()
-            self._places = self._places.to(self.device)
+            self._layout = torch.tensor([numels, self.starts, codes], dtype=torch.int64).t().contiguous()
+            self._layout = self._layout.to(self.device)
             self._chunks = chunk_table(numels, self._native.CUDA_CHUNK_NUMEL).to(self.device)
             self._on_device = torch.zeros(len(tensors), dtype=torch.int64, device=self.device)
             self._native.cuda_load(self.device.index)
@@ -133,7 +133,7 @@ class CudaPackPlan:
         )
 
     def _table(self) -> tuple[int, int, int, int]:
-        return self._on_device.data_ptr(), self._places.data_ptr(), self._chunks.data_ptr(), len(self._chunks)
+        return self._on_device.data_ptr(), self._layout.data_ptr(), self._chunks.data_ptr(), len(self._chunks)
 
     def _scale(self, scale: float | Tensor) -> tuple[float, int]:
         if not isinstance(scale, torch.Tensor):

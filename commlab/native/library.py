@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,15 @@ if TYPE_CHECKING:
 def _load() -> tuple[Any, str]:
     """The native module, or None and the reason it is missing."""
     try:
-        return importlib.import_module("commlab._native"), ""
+        from commlab import _native
+
+        return _native, ""
     except ImportError as error:
         import_error = str(error)
     try:  # left by CMakeLists.txt where it could not build
-        reason = importlib.import_module("commlab._native_missing").REASON
-        return None, f"the native module was not built: {reason}"
+        from commlab._native_missing import REASON
+
+        return None, f"the native module was not built: {REASON}"
     except ImportError:
         return None, f"the native module cannot be imported: {import_error}"
 

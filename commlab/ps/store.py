@@ -26,17 +26,17 @@ from .elementwise import require_elementwise
 from .messages import Header, Kind
 from .placement import Placement, Slice, server_ranks
 from .server.ledger import Record, Rules
-from .server.loop import Serving
+from .server.loop import ServerLoop
 from .server.server import Server
 from .server.shard import Factory, Shard
-from .worker.client import Call, Client
+from .worker.client import Client, PendingRequests
 from .worker.keys import Keys
 from .worker.requests import Requests
 
 _LAST = 2**62
 
 
-class Verdict(NamedTuple):
+class ClockVerdict(NamedTuple):
     """What servers have agreed on at a clock's end: the norm of the gradient before clipping, and whether all of the
     gradient was finite."""
 
@@ -119,12 +119,12 @@ class ParameterServer:
         """The workers; on a server rank, everyone."""
         near, far = _transports(everyone, alone)
         crowded, timeout_s = everyone.crowded, everyone.timeout_s
-        serving: Serving | None = None
+        serving: ServerLoop | None = None
         if alone or self.role == "server":
             index = 0 if alone else ranks.index(everyone.rank)
             names = [f"worker rank {rank}" for rank in workers]
             self.server = Server(Shard(self.placement, index, optimizer, group_count), rules, index, names, log)
-            serving = Serving(self.server, far, workers, ranks, timeout_s, crowded)
+            serving = ServerLoop(self.server, far, workers, ranks, timeout_s, crowded)
         # Not the store itself: its values and optimizer are gone when nobody has it any more.
         everyone.endings.append((partial(_close, weakref.ref(self)), partial(_free, near, own_group)))
         if self.role == "server":
@@ -201,8 +201,8 @@ class ParameterServer:
     def step(self, *, finite: bool = True) -> Handle:
         """End this worker's clock: what it pushed in it is complete. Not collective, and does not wait. ``finite``:
         whether all that was pushed is, as far as this worker knows. ``wait()`` of the handle returns a
-        :class:`Verdict` where servers agree on one (``max_grad_norm`` or ``skips``), once all workers have ended the
-        clock; else None, at once."""
+        :class:`ClockVerdict` where servers agree on one (``max_grad_norm`` or ``skips``), once all workers have ended
+        the clock; else None, at once."""
         self._require_worker("step")
         if self._last_step is not None and self._last_step.finished:
             self._last_step.wait()  # an error that nobody has asked for
@@ -273,13 +273,13 @@ class ParameterServer:
         if self._closed:
             raise UsageError(f"rank {self._keys.rank}: {what}() on a parameter server that was closed")
 
-    def _take_verdict(self, call: Call) -> None:
+    def _take_verdict(self, call: PendingRequests) -> None:
         if self.agrees:
             answer = call.answers[0]
-            call.handle.result = Verdict(answer.value**0.5 / self.grad_scale, answer.flag)
+            call.handle.result = ClockVerdict(answer.value**0.5 / self.grad_scale, answer.flag)
 
 
-def _take_ticket(call: Call) -> None:
+def _take_ticket(call: PendingRequests) -> None:
     call.handle.result = call.answers[0].clock
 
 

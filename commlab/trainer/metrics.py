@@ -9,7 +9,8 @@ from typing import IO, Any
 
 import torch
 
-from .. import __version__, native
+from .. import native
+from ..job.version import __version__
 
 _SHOWN = {
     "loss": "loss/train, nats per token",

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from .. import __version__, native, trace
+from .. import native, trace
 from ..collectives.allreduce import allreduce_async
 from ..collectives.plan import pick
 from ..job.machine import interface_bytes_sent, memory_bytes
+from ..job.version import __version__
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..strategies.engine import Engine, Times

@@ -7,8 +7,8 @@ import pytest
 from bench import straggler
 
 
-def ended(tokens_per_s: float, bits: float) -> straggler.Ended:
-    return straggler.Ended(tokens_per_s, bits, "0: 100.0%", "5 5")
+def ended(tokens_per_s: float, bits: float) -> straggler.Outcome:
+    return straggler.Outcome(tokens_per_s, bits, "0: 100.0%", "5 5")
 
 
 def test_a_straggler_is_measured_against_bsp() -> None:

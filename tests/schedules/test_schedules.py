@@ -10,7 +10,7 @@ import torch
 from schedule_checks import SEGMENTS, SIZES
 from simulated import rounds
 
-from commlab.collectives.select import TABLE, Case, choose
+from commlab.collectives.select import TABLE, Conditions, choose
 from commlab.errors import UsageError
 from commlab.schedules import ALGORITHMS, compose
 from commlab.schedules.step import AnyStep, Schedule, Step, elements_sent, messages_sent
@@ -121,10 +121,10 @@ def test_select() -> None:
         for size in SIZES:
             for numbytes in (0, 4, 1 << 14, 1 << 20, 1 << 30):
                 for half in (False, True):
-                    name, reason = choose("auto", Case(kind, size, numbytes, half, "mpi"), tuple(ALGORITHMS))
+                    name, reason = choose("auto", Conditions(kind, size, numbytes, half, "mpi"), tuple(ALGORITHMS))
                     assert name in ALGORITHMS
                     assert reason
-    assert choose("auto", Case("allreduce", 8, 1 << 20, True, "mpi"), ())[0] == "direct"
+    assert choose("auto", Conditions("allreduce", 8, 1 << 20, True, "mpi"), ())[0] == "direct"
     assert all(row.reason for row in TABLE)
     for kind, wanted in (
         ("allreduce", "direct"),
@@ -133,7 +133,7 @@ def test_select() -> None:
         ("broadcast", "ring"),
     ):
         # One rank would take in (P - 1) n over its link.
-        assert choose("auto", Case(kind, 4, 1 << 19, True, "mpi", nodes=4), tuple(ALGORITHMS))[0] == wanted
-    assert choose("tree", Case("allreduce", 8, 1 << 30, True, "mpi"), tuple(ALGORITHMS))[0] == "tree"
+        assert choose("auto", Conditions(kind, 4, 1 << 19, True, "mpi", nodes=4), tuple(ALGORITHMS))[0] == wanted
+    assert choose("tree", Conditions("allreduce", 8, 1 << 30, True, "mpi"), tuple(ALGORITHMS))[0] == "tree"
     with pytest.raises(UsageError, match=r"'rnig'.*ring, halving, tree, direct"):
-        choose("rnig", Case("allreduce", 8, 4, False, "mpi"), tuple(ALGORITHMS))
+        choose("rnig", Conditions("allreduce", 8, 4, False, "mpi"), tuple(ALGORITHMS))

@@ -23,7 +23,7 @@ from ...window import loops
 from ...window.exchange import NOTHING, Attachment
 from ...window.memory import size_class
 from ..call import Call
-from ..select import Case, choose
+from ..select import Conditions, choose
 
 CASTS = False
 
@@ -65,7 +65,7 @@ def allreduce(call: Call) -> Pending:
     group.account((yield from loops.reduce_chunks(window, shared, chunks, call.op, divisor, None, None)))
 
     shard_bytes = shard.numel() * shard.element_size()
-    case = Case("allreduce", across.size, shard_bytes, halves, group.transport.name, nodes=across.size)
+    case = Conditions("allreduce", across.size, shard_bytes, halves, group.transport.name, nodes=across.size)
     algorithm = ALGORITHMS[choose("auto", case, tuple(ALGORITHMS))[0]]
     owned = algorithm.owners(shard.numel(), across.size)[across.rank]
     meets_at_owner = halves and algorithm.MEETS_AT_OWNER

@@ -23,7 +23,7 @@ _LOOK_AGAIN_S = 1.0
 """So often the server looks for requests that have waited for long."""
 
 
-class Serving:
+class ServerLoop:
     """``workers`` and ``servers``: their ranks in ``transport``. ``crowded``: ranks share cores."""
 
     def __init__(

@@ -29,7 +29,7 @@ class Message(NamedTuple):
     target: torch.Tensor | None = None
 
 
-class Call:
+class PendingRequests:
     """A push, a pull or the end of a clock under way: some requests, and the handle that the caller holds. ``what``
     names the call in messages. ``complete(call)`` runs when all answers are there and none is an error, before anybody
     sees the handle finished. ``follows``: the handle of an earlier call, which ends no later than this one; where the
@@ -40,7 +40,7 @@ class Call:
         client: Client,
         what: str,
         result: Any = None,
-        complete: Callable[[Call], None] | None = None,
+        complete: Callable[[PendingRequests], None] | None = None,
         follows: Handle | None = None,
     ):
         self.what, self.follows, self._complete = what, follows, complete
@@ -84,7 +84,7 @@ class Client:
             Link(transport, rank, partial(self._memory_for, server), partial(self._arrived, server))
             for server, rank in enumerate(ranks)
         ]
-        self._open: list[dict[int, tuple[Call, torch.Tensor | None]]] = [{} for _ in ranks]
+        self._open: list[dict[int, tuple[PendingRequests, torch.Tensor | None]]] = [{} for _ in ranks]
         """By server and sequence number: the requests that are not answered, with the target of their values."""
         self._sequence = 0
         self._moves = 0
@@ -99,7 +99,7 @@ class Client:
 
     # Requests and answers.
 
-    def submit(self, call: Call, messages: Sequence[Message]) -> Handle:
+    def submit(self, call: PendingRequests, messages: Sequence[Message]) -> Handle:
         """Queue all requests of ``call``, at once. Returns the handle of ``call``."""
         with self._lock:
             if messages:
@@ -112,7 +112,7 @@ class Client:
                 call.follows.when_finished(call.fail_with)
         return call.handle
 
-    def _queue(self, call: Call, message: Message) -> None:
+    def _queue(self, call: PendingRequests, message: Message) -> None:
         server, order, header, data, target = message
         self._sequence += 1
         call.open += 1
@@ -176,7 +176,7 @@ class Client:
 
     def silence(self, handle: Handle, idle_s: float) -> str:
         """The sentence that names the servers that have not answered; empty once all have."""
-        silent: dict[int, Call] = {}
+        silent: dict[int, PendingRequests] = {}
         for link, requests in zip(self.links, self._open, strict=True):
             for call, _ in list(requests.values()):
                 if call.handle is handle:

@@ -13,7 +13,7 @@ from ..encoding import encode
 from ..link import Order
 from ..messages import MESSAGE_BYTES, WIRE_CODES, Header, Kind
 from ..placement import Slice
-from .client import Call, Client, Message
+from .client import Client, Message, PendingRequests
 from .keys import Keys
 
 
@@ -63,7 +63,7 @@ class Requests:
             )
             for span in self._spans_of(keys)
         ]
-        handle = self.client.submit(Call(self.client, what), messages)
+        handle = self.client.submit(PendingRequests(self.client, what), messages)
         self.client.poll()
         return handle
 
@@ -124,14 +124,14 @@ class Requests:
         landing = flat if wire in (None, flat.dtype) else torch.empty(flat.numel(), dtype=wire)
         data, itemsize, code = landing.view(torch.uint8), landing.element_size(), WIRE_CODES[landing.dtype]
 
-        def complete(call: Call) -> None:
+        def complete(call: PendingRequests) -> None:
             if landing is not flat:
                 flat.copy_(landing)
             use()
             version = min(answer.clock for answer in call.answers)
             self.versions.update(dict.fromkeys(keys, version))
 
-        call = Call(self.client, f"pull of {named(keys)} at clock {clock}", result, complete, follows)
+        call = PendingRequests(self.client, f"pull of {named(keys)} at clock {clock}", result, complete, follows)
         urgency = clock if follows is None else clock - 1
         messages = [
             Message(
@@ -182,12 +182,12 @@ class Requests:
         order: Order,
         what: str,
         data: torch.Tensor | None = None,
-        complete: Callable[[Call], None] | None = None,
+        complete: Callable[[PendingRequests], None] | None = None,
     ) -> Handle:
-        """The same request to every server; ``complete`` is that of :class:`Call`."""
+        """The same request to every server; ``complete`` is that of :class:`PendingRequests`."""
         servers = range(len(self.keys.placement.of_server))
         messages = [Message(server, order, header, data) for server in servers]
-        return self.client.submit(Call(self.client, what, complete=complete), messages)
+        return self.client.submit(PendingRequests(self.client, what, complete=complete), messages)
 
     def ask(
         self,
@@ -196,10 +196,10 @@ class Requests:
         order: Order,
         what: str,
         data: torch.Tensor | None = None,
-        complete: Callable[[Call], None] | None = None,
+        complete: Callable[[PendingRequests], None] | None = None,
     ) -> Handle:
-        """A request to one server; ``complete`` is that of :class:`Call`."""
-        call = Call(self.client, what, complete=complete)
+        """A request to one server; ``complete`` is that of :class:`PendingRequests`."""
+        call = PendingRequests(self.client, what, complete=complete)
         return self.client.submit(call, [Message(server, order, header, data)])
 
 

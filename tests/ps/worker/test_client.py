@@ -11,7 +11,7 @@ import commlab
 from commlab.errors import PeerTimeoutError, UsageError
 from commlab.ps.link import Link
 from commlab.ps.messages import Header, Kind
-from commlab.ps.worker.client import Call, Client, Message
+from commlab.ps.worker.client import Client, Message, PendingRequests
 from commlab.transport.sim import SimNetwork
 
 
@@ -38,7 +38,7 @@ class Scripted:
 
     def call(self, what: str, servers: tuple[int, ...] = (0, 1), **options: Any) -> Any:
         messages = [Message(server, (0, 0, 0), Header(Kind.CLOCK)) for server in servers]
-        return self.client.submit(Call(self.client, what, **options), messages)
+        return self.client.submit(PendingRequests(self.client, what, **options), messages)
 
     def answer(self, server: int, kind: Kind = Kind.ACK, text: str = "") -> None:
         """Answer the oldest open request of a server."""
