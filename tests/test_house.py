@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from sources import ROOT, Defined, circles, definitions, files_of, imports, module_graph, module_of
+from sources import BUILT, ROOT, Defined, circles, definitions, files_of, imports, module_graph, module_of
 from tree import drawn, tree_of_folders, tree_of_page
 
 COMMLAB = files_of("commlab")
@@ -114,9 +114,9 @@ def test_imports_go_downwards() -> None:
             if name.partition(".")[0] != "commlab":
                 continue
             other = name.split(".")[1] if name.count(".") else "__init__"
-            other = other if other in FLOORS or other == "_native" else "__init__"
-            below = other == "_native" or FLOORS.index(other) > floor
-            if not below and other != room_of(file):
+            other = other if other in FLOORS else "__init__"
+            built = name.startswith(BUILT)
+            if not built and FLOORS.index(other) <= floor and other != room_of(file):
                 offenders.append(f"{name_of(file)}:{line}: {room_of(file)} imports {name}, from above")
     assert not offenders, lines(offenders)
 

@@ -12,8 +12,7 @@ from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..runtime.world import resolve
 from ..transport.base import Pending
-from .call import Call, Plan
-from .plan import plan_of
+from .plan import Call, Plan, plan_of
 from .routes import inline
 from .staging import as_flat, put_back
 

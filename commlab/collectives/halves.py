@@ -13,11 +13,9 @@ from ..native.dtypes import HALVES
 from ..native.norm import Squares
 from ..runtime.group import Group
 from ..runtime.handle import Handle
-from ..runtime.world import resolve
 from ..schedules import ALGORITHMS
 from ..transport.base import Pending
-from .call import Call
-from .plan import plan_of
+from .plan import Call, plan_of
 
 
 def reduce_chunks_async(
@@ -26,7 +24,8 @@ def reduce_chunks_async(
     op: str = "mean",
     name: str | None = None,
     algorithm: str = "auto",
-    group: Group | None = None,
+    *,
+    group: Group,
     squares: Squares | None = None,
 ) -> Handle:
     """Start to reduce rank r's chunk of ``flat`` on rank r, in place. ``flat``: 1-D, contiguous, CPU; afterwards only
@@ -36,7 +35,6 @@ def reduce_chunks_async(
     rounded (``direct``), so the whole push rounds once, when it was packed. ``squares``: is given the sum of squares of
     this rank's chunk where they are at hand, on all ranks or none.
     """
-    group = resolve(group)
     chunks = tuple(chunks)
     plan = plan_of(group, "reduce_scatter", flat, op, name, algorithm, chunks=chunks)
     own = chunks[group.rank]
@@ -59,11 +57,11 @@ def gather_chunks_async(
     chunks: Sequence[Range],
     name: str | None = None,
     algorithm: str = "auto",
-    group: Group | None = None,
+    *,
+    group: Group,
 ) -> Handle:
     """Start to bring rank r's chunk of ``flat`` from rank r to all ranks, in place, for all r. ``flat``: 1-D,
     contiguous, CPU. The parameter server's pull: with everything in one chunk, a broadcast."""
-    group = resolve(group)
     chunks = tuple(chunks)
     plan = plan_of(group, "allgather", flat, "sum", name, algorithm, chunks=chunks)
     call = Call(group, plan, flat, "sum", chunks)

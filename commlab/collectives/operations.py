@@ -49,7 +49,7 @@ def reduce_scatter(
     require(group, "reduce_scatter", tensor, op)
     chunks = _chunks_of(group, "reduce_scatter", out, tensor)
     flat = tensor.detach().to("cpu").reshape(-1).clone()
-    part = reduce_chunks_async(flat, chunks, op, name, algorithm, group).wait()
+    part = reduce_chunks_async(flat, chunks, op, name, algorithm, group=group).wait()
     out.detach().copy_(part.view(out.shape))
     return out
 
@@ -69,7 +69,7 @@ def allgather(
     flat = as_flat(out, out.dtype)
     own = chunks[group.rank]
     flat[own.start : own.stop].copy_(tensor.detach().reshape(-1))
-    gather_chunks_async(flat, chunks, name, algorithm, group).wait()
+    gather_chunks_async(flat, chunks, name, algorithm, group=group).wait()
     put_back(flat, out)
     return out
 
@@ -89,7 +89,7 @@ def broadcast(
     require(group, "broadcast", tensor)
     flat = as_flat(tensor, tensor.dtype)
     chunks = whole_at(root, flat.numel(), group.size)
-    gather_chunks_async(flat, chunks, name, algorithm, group).wait()
+    gather_chunks_async(flat, chunks, name, algorithm, group=group).wait()
     put_back(flat, tensor)
     return tensor
 
@@ -109,7 +109,7 @@ def reduce(
     require(group, "reduce", tensor, op)
     flat = tensor.detach().to("cpu").reshape(-1).clone()
     chunks = whole_at(root, flat.numel(), group.size)
-    part = reduce_chunks_async(flat, chunks, op, name, algorithm, group).wait()
+    part = reduce_chunks_async(flat, chunks, op, name, algorithm, group=group).wait()
     if group.rank == root:
         tensor.detach().copy_(part.view(tensor.shape))
     return tensor

@@ -1,20 +1,24 @@
-"""What follows from the arguments of a call alone: whether it can be made, by which algorithm, on which wire, and the
-signature that all ranks must agree on. Worked out once for each shape of call."""
+"""A call and its plan. The plan is what follows from the arguments alone, worked out once for each shape of call:
+whether the call can be made, by which route, on which wire, and the signature that all ranks must agree on. The call is
+one operation on one rank, as its route sees it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from ..chunks import Range
 from ..errors import UsageError
 from ..native.dtypes import DTYPES, HALVES, WIRES, require_wire
+from ..native.norm import Squares
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
+from ..transport.base import Piggyback
 from . import routes
-from .call import Plan
 from .select import Conditions, choose
+from .staging import as_flat, put_back
 
 OPS = ("sum", "mean", "min", "max", "prod")
 
@@ -35,6 +39,11 @@ def require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wire
         raise UsageError(f"{where}: a 16-bit wire is for sum and mean of floating-point tensors, not op={op!r}")
 
 
+def divided(op: str, size: int) -> tuple[int, str]:
+    """What the reduced numbers of ``size`` ranks are divided by, and how they are reduced."""
+    return (size, "sum") if op == "mean" else (1, op)
+
+
 def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype) -> tuple[str, str]:
     """The algorithm that an operation on ``numel`` numbers of ``dtype`` (the wire's) will use, and why. UsageError for
     one that this group can't."""
@@ -53,6 +62,60 @@ def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype
         piggyback=kind == "allreduce" and routes.load("piggyback").load_of(group, numel, dtype, "sum") is not None,
     )
     return choose(algorithm, case, routes.names())
+
+
+class Plan(NamedTuple):
+    """What follows from the arguments of a call alone, and need not be worked out when the call is made again."""
+
+    chosen: str
+    """The algorithm by the name that a caller may give; equal on all ranks."""
+    route: Any
+    """The module of :mod:`.routes` that moves the numbers: a :class:`.routes.route.Route`, or a ``FewRoute``."""
+    wire: torch.dtype
+    """The dtype in which the numbers travel."""
+    signature: Signature
+    """What ranks must agree on."""
+    few: Any = None
+    """What a route for few numbers has worked out for a call of this shape."""
+
+
+class Call:
+    """The ``op`` of ``plan`` on ``tensor``, on this rank of ``group``. ``chunks``: one per rank, for the two halves of
+    an allreduce. ``wide``: where a reduction leaves its fp32 sums of 16-bit numbers. ``squares``: is given the sum of
+    squares of the numbers that this rank reduces, where they are at hand, on all ranks or none."""
+
+    __slots__ = ("_flat", "chunks", "divisor", "group", "op", "piggyback", "plan", "squares", "tensor", "wide")
+
+    def __init__(
+        self,
+        group: Group,
+        plan: Plan,
+        tensor: torch.Tensor,
+        op: str,
+        chunks: Sequence[Range] = (),
+        squares: Squares | None = None,
+        wide: torch.Tensor | None = None,
+    ):
+        self.group, self.plan, self.tensor = group, plan, tensor
+        self.divisor, self.op = divided(op, group.size)
+        self.chunks, self.squares, self.wide = chunks, squares, wide
+        self.piggyback: Piggyback | None = None
+        """What travels with this rank's record, once the route has loaded it."""
+        # The halves are given flat buffers.
+        self._flat: torch.Tensor | None = tensor if chunks else None
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The numbers as a flat CPU buffer in the dtype that the route wants: the tensor itself where it is one
+        already, else a copy, made when it is first asked for."""
+        if self._flat is None:
+            casts = self.plan.route.CASTS and self.tensor.dtype is torch.float32
+            self._flat = as_flat(self.tensor, self.tensor.dtype if casts else self.plan.wire)
+        return self._flat
+
+    def put_back(self) -> None:
+        """Write the flat buffer back to the tensor, where the buffer is a copy."""
+        put_back(self.flat, self.tensor)
 
 
 def plan_of(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def _load() -> tuple[Any, str]:
     """The native module, or None and the reason it is missing."""
     try:
-        from commlab import _native
+        import commlab._native as _native
 
         return _native, ""
     except ImportError as error:

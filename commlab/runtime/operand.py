@@ -84,8 +84,3 @@ def operand_of(
     if divisor != 1:
         native.divide(flat, 0, flat.numel(), divisor)
     return Operand(flat, op)
-
-
-def divided(op: str, size: int) -> tuple[int, str]:
-    """What the reduced numbers of ``size`` ranks are divided by, and how they are reduced."""
-    return (size, "sum") if op == "mean" else (1, op)

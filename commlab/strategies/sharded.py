@@ -102,7 +102,13 @@ class Sharded(Strategy):
         training, chunks = self.training, self._chunks[bucket.index]
         squares = bucket.squares if training.wants_norm else None
         return reduce_chunks_async(
-            bucket.flat, chunks, "mean", bucket.name, training.options.algorithm, training.group, squares
+            bucket.flat,
+            chunks,
+            "mean",
+            bucket.name,
+            training.options.algorithm,
+            group=training.group,
+            squares=squares,
         )
 
     def agree(self) -> Verdict:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILT = ("commlab._native", "commlab._native_missing")
+"""Modules that the build makes, which have no sources in Python and import nothing."""
 
 
 class Imported(NamedTuple):
@@ -66,11 +68,12 @@ def module_graph(files: list[Path]) -> dict[str, dict[str, int]]:
     module counts. That a package runs before its modules is no import of theirs.
     """
     modules = {".".join(module_of(file)): file for file in files}
+    known = {*modules, *BUILT}
     graph: dict[str, dict[str, int]] = {}
     for module, file in modules.items():
         edges = graph.setdefault(module, {})
         for line, name in imports(file):
-            target = name if name in modules else name.rpartition(".")[0]
+            target = name if name in known else name.rpartition(".")[0]
             if target in modules and target != module:
                 edges.setdefault(target, line)
     return graph

@@ -6,7 +6,7 @@
     inline        few numbers, in the window's control pages
     hierarchical  the window on each node, schedules between nodes
 
-What a module offers is :class:`commlab.collectives.call.Route`. Nothing here imports torch: the names are choices of a
+What a module offers is :class:`.route.Route`. Nothing here imports torch: the names are choices of a
 flag.
 """
 

@@ -22,7 +22,7 @@ from ...transport.base import Pending
 from ...window import loops
 from ...window.exchange import NOTHING, Attachment
 from ...window.memory import size_class
-from ..call import Call
+from ..plan import Call
 from ..select import Conditions, choose
 
 CASTS = False

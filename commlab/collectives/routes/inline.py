@@ -13,11 +13,10 @@ import torch
 
 from ...native.dtypes import DTYPES, OP_CODES
 from ...runtime.group import Group
-from ...runtime.operand import divided
 from ...transport.base import Pending
 from ...window import loops
 from ...window.exchange import Attachment, Inline
-from ..call import Call
+from ..plan import Call, divided
 
 CASTS = False
 

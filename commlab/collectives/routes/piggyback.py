@@ -19,7 +19,7 @@ import torch
 from ... import native
 from ...runtime.group import Group
 from ...transport.base import RECORD_BYTES, Pending, Piggyback
-from ..call import Call
+from ..plan import Call
 from . import schedule
 
 CASTS = False

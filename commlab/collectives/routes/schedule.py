@@ -14,7 +14,7 @@ from ...runtime.operand import Operand, operand_of
 from ...schedules import ALGORITHMS, compose
 from ...transport.base import Pending
 from ...window.exchange import NOTHING, Attachment
-from ..call import Call
+from ..plan import Call
 
 CASTS = False
 

@@ -14,7 +14,7 @@ from ...transport.base import Pending
 from ...window import loops
 from ...window.exchange import NOTHING, Attachment
 from ...window.memory import Window
-from ..call import Call
+from ..plan import Call
 
 CASTS = True
 
