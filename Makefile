@@ -7,6 +7,7 @@
 PYTHON ?= python3
 MPI    ?= mpich
 RANKS  ?= 8
+WORKERS ?= 2
 ARGS   ?=
 PYTEST_ARGS ?=
 
@@ -41,7 +42,7 @@ CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null
 	@echo
-	@echo "  RANKS=$(RANKS)  MPI=$(MPI) (or openmpi)  PYTHON=$(PYTHON)  ARGS='--strategy ps ...' for train  PYTEST_ARGS='-k ...' for test"
+	@echo "  RANKS=$(RANKS)  WORKERS=$(WORKERS) (processes of test-serial)  MPI=$(MPI) (or openmpi)  PYTHON=$(PYTHON)  ARGS='--strategy ps ...' for train  PYTEST_ARGS='-k ...' for test"
 
 venv: $(VENV)/.installed ## set up .venv: torch, MPI, commlab in editable mode
 
@@ -51,7 +52,7 @@ train: venv ## train GPT-2 on real text with 8 ranks
 test: test-serial test-mpi ## the whole test suite
 
 test-serial: venv ## the tests that need no mpirun
-	python -m pytest tests --ignore=tests/mpi $(PYTEST_ARGS)
+	python -m pytest tests --ignore=tests/mpi -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-mpi: venv ## the tests that run on 8 ranks
 	python tests/mpi/launch.py $(RANKS) $(PYTEST_ARGS)
