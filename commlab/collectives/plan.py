@@ -115,7 +115,8 @@ class Call:
 
     def put_back(self) -> None:
         """Write the flat buffer back to the tensor, where the buffer is a copy."""
-        put_back(self.flat, self.tensor)
+        if self._flat is not None and self._flat is not self.tensor:
+            put_back(self._flat, self.tensor)
 
 
 def plan_of(

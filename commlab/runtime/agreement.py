@@ -78,8 +78,8 @@ class Agreement:
         """``body``, once all ranks are known to agree on ``signature``. ``attached()``: what this rank publishes in the
         window, or what travels with its record; asked for just before the others are told. DisagreementError on every
         rank where they do not agree."""
-        always = signature.kind in ("barrier", "subgroup")
-        if self._transport.size > 1 and (self.required or self.window is not None or always):
+        checked = self.required or self.window is not None or signature.kind in ("barrier", "subgroup")
+        if checked and self._transport.size > 1:
             record = signature.record(sequence)
             exchange = self._announce(record, attached())
             while not exchange.test():

@@ -34,9 +34,9 @@ class Handle:
         self._started_ns = 0
 
     def begin(self) -> None:
-        """The operation's first step is taken now: the span in the trace starts here. Called by the driver."""
-        if trace.enabled():
-            self._started_ns = time.perf_counter_ns()
+        """The operation's first step is taken now: its span in the trace starts here. Called by the driver, where spans
+        are recorded."""
+        self._started_ns = time.perf_counter_ns()
 
     def finish(self, error: BaseException | None = None) -> None:
         """The operation has ended, with ``error`` or with :attr:`result` complete. Called once, by the driver."""
@@ -45,7 +45,8 @@ class Handle:
         # In this order: a thread that sees ``finished`` looks for ``error`` next.
         self.error = error
         self.finished = True
-        self._call_back()
+        if self._callbacks:
+            self._call_back()
 
     def when_finished(self, call: Callable[[Handle], object]) -> None:
         """Run ``call(handle)`` once, when the operation has ended: at once if it has, else in the thread that ends

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from typing import Any
 
+from .. import trace
 from ..errors import PeerLostError
 from ..transport.base import Pending
 from .handle import Handle
@@ -34,16 +35,16 @@ class Operation:
 
     def advance(self) -> bool:
         """Go on as far as possible without waiting; returns whether the operation has ended."""
-        if self.handle.finished:
-            return True  # an interrupt has ended it
         if not self._begun:
             self._begun = True
-            self.handle.begin()
+            if trace.enabled():
+                self.handle.begin()
         try:
             self.waits_for = next(self._pending)
             return False
         except StopIteration:
-            self.handle.finish()
+            if not self.handle.finished:  # an interrupt may have ended the operation before
+                self.handle.finish()
         except Exception as error:
             self.handle.finish(self.lost(error) if isinstance(error, PeerLostError) else error)
         except BaseException as interrupt:

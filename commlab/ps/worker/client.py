@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ... import trace
 from ...errors import UsageError
 from ...runtime.handle import Handle
 from ...runtime.waiting import pause, silence_of, spin_s, wait_until
@@ -103,7 +104,8 @@ class Client:
         """Queue all requests of ``call``, at once. Returns the handle of ``call``."""
         with self._lock:
             if messages:
-                call.handle.begin()
+                if trace.enabled():
+                    call.handle.begin()
                 for message in messages:
                     self._queue(call, message)
             else:
