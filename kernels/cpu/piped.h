@@ -8,10 +8,10 @@
 //
 // Where there is a cast my own shard is cast there and back in passing: its numbers must be the wire's.
 //
-// One wait a tick suffices with two of each buffer, used alternately: what tick t writes (in[t%2], out[(t-1)%2]) was last
-// read in tick t-1 (in by the reduction of block t-2, out by the copy of block t-3), and everyone has left tick t-1.
-// After the last tick nobody waits here; but the next operation begins with a wait of its own, its agreement check, so
-// no peer still copies out of what its first tick overwrites.
+// One wait a tick suffices with two of each buffer, used alternately: what tick t writes (in[t%2], out[(t-1)%2]) was
+// last read in tick t-1 (in by the reduction of block t-2, out by the copy of block t-3), and everyone has left tick
+// t-1. After the last tick nobody waits here; but the next operation begins with a wait of its own, its agreement
+// check, so no peer still copies out of what its first tick overwrites.
 #pragma once
 
 #include <cstddef>
