@@ -16,7 +16,7 @@ class Route(Protocol):
     """What a module of :mod:`.routes` offers: a way by which numbers travel between the ranks of a group.
 
     The three operations are computations that run once all ranks are known to agree on the call; they work in place on
-    ``call.flat``. A route that has no halves raises UsageError from :meth:`reason_against`.
+    ``call.flat``. A route without the halves says so in :meth:`reason_against`.
     """
 
     CASTS: bool
