@@ -120,6 +120,14 @@ void register_window(nb::module_& m) {
                places.emplace_back(self.slot(rank).segment, self.slot(rank).offset);
              return places;
            })
+      .def("inlined",
+           [](const NodeSync& self, std::size_t bytes) {
+             if (bytes > kInlineBytes) throw std::invalid_argument("a control page holds 64 KB");
+             nb::list found;
+             for (std::size_t rank = 0; rank < self.size(); ++rank)
+               found.append(nb::bytes(reinterpret_cast<const char*>(self.inline_data(rank)), bytes));
+             return found;
+           })
       .def("add_segment",
            [](NodeSync& self, std::size_t segment, std::uint64_t fd, std::uint64_t bytes) {
              if (segment >= kMaxSegments) throw std::invalid_argument("the window's segment table is full");
