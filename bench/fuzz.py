@@ -39,7 +39,7 @@ LAUNCH_S = 60.0
 """How much longer than its share of the minutes a launch may take: to start, and for the program that is under way."""
 
 
-class Outcome(NamedTuple):
+class LaunchOutcome(NamedTuple):
     """What one launch made of its share of the time."""
 
     programs: list[dict[str, Any]]
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, run: Record) -> Iterator[Section]:
     yield Section(f"random training programs against plain torch\n{table.render(HEAD, rows, left=(5,))}", records)
 
 
-def outcomes(launcher: Launcher, ranks: int, seed: int, programs: int | None) -> Iterator[Outcome]:
+def outcomes(launcher: Launcher, ranks: int, seed: int, programs: int | None) -> Iterator[LaunchOutcome]:
     """One launch after the other until the time is over, or so many programs are through: a program that fails ends its
     launch, and the next one begins with the next seed."""
     left_s = launcher.timeout_s
@@ -88,7 +88,9 @@ def outcomes(launcher: Launcher, ranks: int, seed: int, programs: int | None) ->
             return
 
 
-def launch(launcher: Launcher, ranks: int, seed: int, seconds: float, programs: int | None) -> tuple[Outcome, float]:
+def launch(
+    launcher: Launcher, ranks: int, seed: int, seconds: float, programs: int | None
+) -> tuple[LaunchOutcome, float]:
     """Run programs from ``seed`` on, on ``ranks`` ranks; returns what came out, and how many seconds it took."""
     with tempfile.TemporaryDirectory() as folder:
         written, printed = Path(folder, "programs.jsonl"), Path(folder, "output.txt")
@@ -107,11 +109,13 @@ def launch(launcher: Launcher, ranks: int, seed: int, seconds: float, programs: 
         lines = [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
         text = printed.read_text(errors="replace")
     if lines and "done" in lines[-1]:
-        return Outcome(lines[:-1], None, text), lines[-1]["seconds"]
-    return Outcome(lines[:-1], lines[-1] if lines else {"seed": seed, "steps": []}, text), seconds / 10
+        return LaunchOutcome(lines[:-1], None, text), lines[-1]["seconds"]
+    return LaunchOutcome(lines[:-1], lines[-1] if lines else {"seed": seed, "steps": []}, text), seconds / 10
 
 
-def _record(ranks: int, launches: Iterator[Outcome], seed: int) -> tuple[Record, list[tuple[dict[str, Any], str]]]:
+def _record(
+    ranks: int, launches: Iterator[LaunchOutcome], seed: int
+) -> tuple[Record, list[tuple[dict[str, Any], str]]]:
     """The record of all launches on so many ranks, and the programs that failed, with what their ranks printed."""
     right: list[dict[str, Any]] = []
     failures: list[tuple[dict[str, Any], str]] = []

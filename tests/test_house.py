@@ -47,7 +47,19 @@ FLOORS = (
 
 LOOSE_FILES = {"__init__", "errors", "trace", "chunks", "train"}
 BENCH_COMMANDS = {
-    *("accuracy", "allreduce", "cluster", "compare", "horovod_build", "overlap", "pack", "precision", "ps", "report"),
+    *(
+        "accuracy",
+        "allreduce",
+        "cluster",
+        "compare",
+        "fuzz",
+        "horovod_build",
+        "overlap",
+        "pack",
+        "precision",
+        "ps",
+        "report",
+    ),
     *("step", "straggler", "timeline", "train"),
 }
 BENCH_ROOMS = {"core", "contestants", "training", "hosts", "pictures", "results"}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from .programs import Program, Step
+from .programs import Program, ProgramStep
 from .small_models import make_model, samples
 
 EDITED_TO = 0.01
@@ -160,7 +160,7 @@ def edit(gradients: Iterable[torch.Tensor]) -> None:
         gradient.clamp_(-EDITED_TO, EDITED_TO)
 
 
-def micro_batches(step: Step, rank: int) -> list[tuple[int, bool]]:
+def micro_batches(step: ProgramStep, rank: int) -> list[tuple[int, bool]]:
     """(micro-batch, whether it is the last) of one rank."""
     last = len(step.samples[rank]) - 1
     return [(index, index == last) for index in range(last + 1)]

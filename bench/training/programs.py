@@ -34,7 +34,7 @@ EVENTS = ("raise", "lr", "write", "checkpoint", "freeze", "grow", "reopen", "edi
 
 
 @dataclass(frozen=True)
-class Step:
+class ProgramStep:
     """One step. All of it is known to all ranks."""
 
     events: tuple[str, ...]
@@ -62,7 +62,7 @@ class Program:
     max_grad_norm: float | None
     strategies: tuple[tuple[str, Mapping[str, Any]], ...]
     """The strategy and options that the program begins with, and after it one for each "checkpoint" and "reopen"."""
-    steps: tuple[Step, ...]
+    steps: tuple[ProgramStep, ...]
 
     @property
     def wire(self) -> str | None:
@@ -86,7 +86,7 @@ def draw(seed: int, ranks: int) -> Program:
     optimizer = dice.choice(SMOOTH + ADAPTIVE)
     dtype = dice.choice(("float32", "float64")) if optimizer in SMOOTH else "float64"
     wire = dice.choice((None, None, "fp16", "bf16")) if dtype == "float32" else None
-    steps: list[Step] = []
+    steps: list[ProgramStep] = []
     left = set(EVENTS)
     for number in range(dice.randint(3, 7)):
         events = tuple(event for event in dice.sample(EVENTS, dice.choice((0, 0, 1, 1, 2))) if event in left and number)
@@ -112,7 +112,7 @@ def draw(seed: int, ranks: int) -> Program:
     )
 
 
-def _step(dice: random.Random, ranks: int, events: tuple[str, ...]) -> Step:
+def _step(dice: random.Random, ranks: int, events: tuple[str, ...]) -> ProgramStep:
     counted = dice.choice(("mean", "count", "count", "weights"))
     micro_batches = dice.choice((1, 1, 2, 3))
     if counted == "mean":
@@ -123,7 +123,7 @@ def _step(dice: random.Random, ranks: int, events: tuple[str, ...]) -> Step:
         # Where some ranks serve, at least the first two train: a count of 0 has no mean.
         if not sum(map(sum, samples[:2])):
             samples = ((1,) * micro_batches, *samples[1:])
-    return Step(events, samples, counted, dice.random() < 0.5)
+    return ProgramStep(events, samples, counted, dice.random() < 0.5)
 
 
 def _strategy(
@@ -132,7 +132,7 @@ def _strategy(
     model: str,
     wire: str | None,
     happening: set[str],
-    steps: Sequence[Step],
+    steps: Sequence[ProgramStep],
 ) -> tuple[str, dict[str, Any]]:
     names = ["allreduce", "dps", "ps"]
     if model not in RARE and all(min(map(min, step.samples)) for step in steps) and not happening & {"freeze", "grow"}:

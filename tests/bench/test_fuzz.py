@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench import fuzz
-from bench.fuzz import Outcome
+from bench.fuzz import LaunchOutcome
 from bench.training.jobs import Launcher
 from bench.training.programs import draw
 
@@ -16,10 +16,14 @@ def test_a_program_that_fails_is_named_and_the_next_one_begins(monkeypatch: pyte
     """Each launch goes on at the seed after the failed one, until the time is over."""
     starts: list[int] = []
 
-    def launch(launcher: Any, ranks: int, seed: int, seconds: float, programs: int | None) -> tuple[Outcome, float]:
+    def launch(
+        launcher: Any, ranks: int, seed: int, seconds: float, programs: int | None
+    ) -> tuple[LaunchOutcome, float]:
         starts.append(seed)
         drawn = [draw(each, ranks).record() for each in range(seed, seed + 4)]
-        return (Outcome(drawn[:3], drawn[3], "what ranks said") if len(starts) < 3 else Outcome(drawn, None, "")), 4.0
+        return (
+            LaunchOutcome(drawn[:3], drawn[3], "what ranks said") if len(starts) < 3 else LaunchOutcome(drawn, None, "")
+        ), 4.0
 
     monkeypatch.setattr(fuzz, "launch", launch)
     record, failures = fuzz._record(2, fuzz.outcomes(Launcher(None, 10.0), 2, 100, None), 100)
