@@ -18,7 +18,12 @@ class AgreedError(UsageError):
 
 class DisagreementError(CommlabError):
     """Ranks of one group called different operations, or the same one with different tensors. Raised on every rank,
-    before anything is reduced."""
+    before anything is reduced. The group can be used again."""
+
+
+class RefusedError(AgreedError, DisagreementError):
+    """Some ranks gave arguments that cannot be. Raised on every rank of the group, with those ranks' reasons, before
+    anything is reduced. The group can be used again."""
 
 
 class PeerLostError(CommlabError, ConnectionError):

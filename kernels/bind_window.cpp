@@ -29,6 +29,9 @@ DType dtype_of(int code) {
   return static_cast<DType>(code);
 }
 
+// Of data that are only moved.
+DType moved_dtype_of(int code) { return code == static_cast<int>(DType::kByte) ? DType::kByte : dtype_of(code); }
+
 Op op_of(int code) {
   if (code < 0 || code > 3) throw std::invalid_argument("op code " + std::to_string(code) + " is not one of 0..3");
   return static_cast<Op>(code);
@@ -160,8 +163,9 @@ void register_window(nb::module_& m) {
           [](Piped* self, NodeSync& sync, const std::vector<Address>& staging, std::size_t block_bytes, Address data,
              int dtype, int wire, int op, double divisor, bool reduce, bool gather,
              const std::vector<std::pair<std::size_t, std::size_t>>& chunks, Address wide) {
+            const auto known = reduce ? dtype_of : moved_dtype_of;
             PipedWork work{
-                reinterpret_cast<void*>(data), dtype_of(dtype), dtype_of(wire), op_of(op), divisor, reduce, gather, {},
+                reinterpret_cast<void*>(data), known(dtype), known(wire), op_of(op), divisor, reduce, gather, {},
                 reinterpret_cast<float*>(wide)};
             for (const auto& [start, stop] : chunks) work.chunks.push_back({start, stop});
             std::vector<char*> areas;

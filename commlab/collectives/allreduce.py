@@ -12,9 +12,10 @@ from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..runtime.world import resolve
 from ..transport.base import Pending
-from .plan import Call, Plan, plan_of
+from .plan import Call, Plan, plan_of, where_of
 from .routes import inline
 from .staging import as_flat, put_back
+from .tensors import PAGE_BITS, PLAIN, increment_version, may_write_at, writable, writable_pages
 
 
 def allreduce_async(
@@ -33,23 +34,37 @@ def allreduce_async(
     UsageError; from ``wait()``: DisagreementError, PeerLostError, PeerTimeoutError.
     """
     group = resolve(group)
-    return start_allreduce(group, tensor, op, plan_of(group, "allreduce", tensor, op, name, algorithm, wire))
+    try:
+        plan = plan_of(group, "allreduce", tensor, op, name, algorithm, wire)
+        memory = writable(tensor, where_of(group, "allreduce", tensor))
+    except Exception as error:
+        return group.refuse("allreduce", name, error)
+    return start_allreduce(group, memory, op, plan, users=tensor)
 
 
 def start_allreduce(
-    group: Group, tensor: torch.Tensor, op: str, plan: Plan, awaited: bool = False, squares: Squares | None = None
+    group: Group,
+    tensor: torch.Tensor,
+    op: str,
+    plan: Plan,
+    awaited: bool = False,
+    squares: Squares | None = None,
+    users: torch.Tensor | None = None,
 ) -> Handle:
     """Start the allreduce that ``plan`` was made for. ``awaited``: the caller goes on to wait for it. ``squares``: is
     given, where they are at hand, the sum of squares of a share of the result; the shares of all ranks make up the
-    whole."""
+    whole. ``users``: the tensor that the user has given, of which ``tensor`` is the memory."""
     call = Call(group, plan, tensor, op, squares=squares)
-    return group.submit(plan.signature, _body(call), tensor, partial(plan.route.attach, call), awaited)
+    result = tensor if users is None else users
+    return group.submit(plan.signature, _body(call, users), result, partial(plan.route.attach, call), awaited)
 
 
-def _body(call: Call) -> Pending:
+def _body(call: Call, users: torch.Tensor | None) -> Pending:
     if call.group.size > 1 and call.tensor.numel():
         yield from call.plan.route.allreduce(call)
         call.put_back()
+        if users is not None:
+            increment_version((users,))
 
 
 def allreduce(
@@ -62,9 +77,24 @@ def allreduce(
 ) -> torch.Tensor:
     """Reduce ``tensor`` in place over all ranks and return it; see :func:`allreduce_async`."""
     group = resolve(group)
-    plan = plan_of(group, "allreduce", tensor, op, name, algorithm, wire)
-    if plan.route is inline and tensor.is_cpu and tensor.is_contiguous():
-        sent = tensor if plan.wire is tensor.dtype else as_flat(tensor, plan.wire)
+    sent = None
+    try:
+        plan = plan_of(group, "allreduce", tensor, op, name, algorithm, wire)
+        if (
+            plan.route is inline
+            and type(tensor) in PLAIN
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+            and (tensor.data_ptr() >> PAGE_BITS in writable_pages or may_write_at(tensor.data_ptr()))
+        ):
+            sent = tensor if wire is None else as_flat(tensor, plan.wire)
+        else:
+            memory = writable(tensor, where_of(group, "allreduce", tensor))
+    except Exception as error:
+        group.refuse("allreduce", name, error).wait()
+        raise
+    if sent is not None:
 
         def otherwise() -> Pending:
             return inline.allreduce(Call(group, plan, sent, op))
@@ -72,6 +102,8 @@ def allreduce(
         if group.allreduce_inline(plan.signature, plan.few, sent, otherwise):
             if sent is not tensor:
                 put_back(sent, tensor)
+            increment_version((tensor,))
             return tensor
-    result: torch.Tensor = start_allreduce(group, tensor, op, plan, awaited=True).wait()
+        memory = tensor.detach()
+    result: torch.Tensor = start_allreduce(group, memory, op, plan, awaited=True, users=tensor).wait()
     return result

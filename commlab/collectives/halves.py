@@ -27,13 +27,14 @@ def reduce_chunks_async(
     *,
     group: Group,
     squares: Squares | None = None,
+    awaited: bool = False,
 ) -> Handle:
     """Start to reduce rank r's chunk of ``flat`` on rank r, in place. ``flat``: 1-D, contiguous, CPU; afterwards only
     this rank's chunk means anything. The parameter server's push: with everything in one chunk, a reduce to that rank.
 
     The handle returns this rank's chunk: a view of ``flat``, or for a 16-bit ``flat`` the fp32 sums that were never
     rounded (``direct``), so the whole push rounds once, when it was packed. ``squares``: is given the sum of squares of
-    this rank's chunk where they are at hand, on all ranks or none.
+    this rank's chunk where they are at hand, on all ranks or none. ``awaited``: the caller waits for it at once.
     """
     chunks = tuple(chunks)
     plan = plan_of(group, "reduce_scatter", flat, op, name, algorithm, chunks=chunks)
@@ -41,7 +42,7 @@ def reduce_chunks_async(
     wide = None
     meets_at_owner = plan.chosen not in ALGORITHMS or ALGORITHMS[plan.chosen].MEETS_AT_OWNER
     if flat.dtype in HALVES and meets_at_owner and group.size > 1:
-        wide = torch.empty(own.numel, dtype=torch.float32)
+        wide = torch.empty(own.numel, dtype=torch.float32, device="cpu")
     call = Call(group, plan, flat, op, chunks, squares, wide)
 
     def body() -> Pending:
@@ -49,7 +50,7 @@ def reduce_chunks_async(
             yield from plan.route.reduce_chunks(call)
 
     result = flat[own.start : own.stop] if wide is None else wide
-    return group.submit(plan.signature, body(), result, partial(plan.route.attach, call))
+    return group.submit(plan.signature, body(), result, partial(plan.route.attach, call), awaited)
 
 
 def gather_chunks_async(
@@ -59,15 +60,19 @@ def gather_chunks_async(
     algorithm: str = "auto",
     *,
     group: Group,
+    meaning: str = "",
+    awaited: bool = False,
 ) -> Handle:
     """Start to bring rank r's chunk of ``flat`` from rank r to all ranks, in place, for all r. ``flat``: 1-D,
-    contiguous, CPU. The parameter server's pull: with everything in one chunk, a broadcast."""
+    contiguous, CPU; uint8 too. The parameter server's pull: with everything in one chunk, a broadcast. ``meaning``:
+    what else ranks must agree on, of bytes that stand for other numbers. ``awaited``: the caller waits for it at
+    once."""
     chunks = tuple(chunks)
-    plan = plan_of(group, "allgather", flat, "sum", name, algorithm, chunks=chunks)
+    plan = plan_of(group, "allgather", flat, "sum", name, algorithm, chunks=chunks, meaning=meaning)
     call = Call(group, plan, flat, "sum", chunks)
 
     def body() -> Pending:
         if group.size > 1 and flat.numel():
             yield from plan.route.gather_chunks(call)
 
-    return group.submit(plan.signature, body(), flat, partial(plan.route.attach, call))
+    return group.submit(plan.signature, body(), flat, partial(plan.route.attach, call), awaited)

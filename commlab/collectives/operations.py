@@ -1,24 +1,32 @@
 """The collectives on tensors; allreduce itself is in :mod:`.allreduce`. All of them must be called by every rank of the
 group, in the same order.
 
-Tensors: CPU or CUDA; float32, float64, float16, bfloat16, int32, int64; contiguous or not; empty allowed. Results are
-bitwise the same on all ranks, and from run to run for the same algorithm and group; not across algorithms, which add in
-different orders.
+Tensors: CPU or CUDA; float32, float64, float16, bfloat16, int32, int64, and for allgather and broadcast every dtype that
+torch has; contiguous or not; empty allowed. What is written in place is written as under ``torch.no_grad()``, and
+autograd is told. Results are bitwise the same on all ranks, and from run to run for the same algorithm and group; not
+across algorithms, which add in different orders.
+
+Arguments that one rank can't accept are refused on every rank (RefusedError), before anything is sent: the rank takes
+part in the agreement check all the same, and tells the others why.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from ..chunks import Range, split, whole_at
 from ..errors import UsageError
+from ..native.dtypes import DTYPES
 from ..runtime.group import Group
 from ..runtime.world import resolve
 from .halves import gather_chunks_async, reduce_chunks_async
-from .plan import require
+from .plan import require, where_of
 from .staging import as_flat, put_back
+from .tensors import as_bytes, carrier, described, increment_version, readable, writable
 
 
 def _chunks_of(group: Group, kind: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[Range, ...]:
@@ -46,12 +54,48 @@ def reduce_scatter(
     allreduce, and a copy of ``tensor``.
     """
     group = resolve(group)
-    require(group, "reduce_scatter", tensor, op)
-    chunks = _chunks_of(group, "reduce_scatter", out, tensor)
-    flat = tensor.detach().to("cpu").reshape(-1).clone()
-    part = reduce_chunks_async(flat, chunks, op, name, algorithm, group=group).wait()
-    out.detach().copy_(part.view(out.shape))
+    kind = "reduce_scatter"
+    try:
+        require(group, kind, tensor, op)
+        target = writable(out, f"{where_of(group, kind, tensor)} into {described(out)}")
+        chunks = _chunks_of(group, kind, target, tensor)
+        flat = readable(tensor, where_of(group, kind, tensor)).to("cpu").reshape(-1).clone()
+        handle = reduce_chunks_async(flat, chunks, op, name, algorithm, group=group, awaited=True)
+    except Exception as error:
+        handle = group.refuse(kind, name, error)
+    part = handle.wait()
+    with torch.inference_mode(target.is_inference()):
+        target.copy_(part.view(target.shape))
     return out
+
+
+class _Moved(NamedTuple):
+    """A tensor whose numbers are moved and not computed with."""
+
+    memory: torch.Tensor
+    """The tensor itself, or its memory in a dtype that can be moved."""
+    flat: torch.Tensor
+    """Its numbers as a flat CPU buffer: ``memory`` itself where it is one already."""
+    units: torch.Tensor
+    """The same buffer in a dtype of :data:`commlab.native.dtypes.MOVED`."""
+    meaning: str
+    """What ranks must agree on beside that dtype."""
+
+    def chunks(self, chunks: Sequence[Range]) -> tuple[Range, ...]:
+        """Chunks of the tensor as chunks of ``units``."""
+        scale = self.units.numel() // max(1, self.flat.numel())
+        return tuple(Range(chunk.start * scale, chunk.stop * scale) for chunk in chunks)
+
+
+def _moved(tensor: torch.Tensor, where: str, *, written: bool) -> _Moved:
+    """``tensor``, to be given away, and where it is ``written``, to be overwritten."""
+    memory = writable(tensor, where) if written else readable(tensor, where)
+    if memory.dtype in DTYPES:
+        flat = as_flat(memory, memory.dtype)
+        return _Moved(memory, flat, flat, "")
+    memory, meaning = carrier(memory, where)
+    flat = as_flat(memory, memory.dtype)
+    return _Moved(memory, flat, as_bytes(flat), meaning)
 
 
 def allgather(
@@ -62,35 +106,57 @@ def allgather(
     group: Group | None = None,
 ) -> torch.Tensor:
     """Write every rank's ``tensor``, one after the other, into ``out`` on all ranks and return it. The parts are cut as
-    in :func:`reduce_scatter`. Cost: half an allreduce."""
+    in :func:`reduce_scatter`. Any dtype. Cost: half an allreduce."""
     group = resolve(group)
-    require(group, "allgather", tensor)
-    chunks = _chunks_of(group, "allgather", tensor, out)
-    flat = as_flat(out, out.dtype)
-    own = chunks[group.rank]
-    flat[own.start : own.stop].copy_(tensor.detach().reshape(-1))
-    gather_chunks_async(flat, chunks, name, algorithm, group=group).wait()
-    put_back(flat, out)
+    try:
+        where = where_of(group, "allgather", tensor)
+        given = readable(tensor, where)
+        moved = _moved(out, f"{where} into {described(out)}", written=True)
+        chunks = _chunks_of(group, "allgather", given, out)
+        own = chunks[group.rank]
+        mine = _moved(given, where, written=False).flat
+        moved.flat[own.start : own.stop].copy_(mine.view(moved.flat.dtype))
+        handle = gather_chunks_async(
+            moved.units, moved.chunks(chunks), name, algorithm, group=group, meaning=moved.meaning, awaited=True
+        )
+    except Exception as error:
+        handle = group.refuse("allgather", name, error)
+    handle.wait()
+    put_back(moved.flat, moved.memory)
+    increment_version((out,))
     return out
 
 
-def _rooted(group: Group, kind: str, root: int) -> None:
+def _rooted(group: Group, kind: str, root: int) -> int:
+    try:
+        root = operator.index(root)
+    except TypeError:
+        raise UsageError(f"rank {group.rank}: {kind} with root {root!r}, which is no rank's number") from None
     if not 0 <= root < group.size:
         raise UsageError(f"rank {group.rank}: {kind} with root {root}; the group has ranks 0..{group.size - 1}")
+    return root
 
 
 def broadcast(
     tensor: torch.Tensor, root: int = 0, name: str | None = None, algorithm: str = "auto", group: Group | None = None
 ) -> torch.Tensor:
-    """Overwrite ``tensor`` on all ranks with ``root``'s and return it. Cost with ``tree``: ceil(log2 P) steps; the root
-    sends n ceil(log2 P); with ``ring`` (a pipelined chain): every rank but the last sends n once."""
+    """Overwrite ``tensor`` on all ranks with ``root``'s and return it. Any dtype. Cost with ``tree``: ceil(log2 P)
+    steps; the root sends n ceil(log2 P); with ``ring`` (a pipelined chain): every rank but the last sends n once."""
     group = resolve(group)
-    _rooted(group, "broadcast", root)
-    require(group, "broadcast", tensor)
-    flat = as_flat(tensor, tensor.dtype)
-    chunks = whole_at(root, flat.numel(), group.size)
-    gather_chunks_async(flat, chunks, name, algorithm, group=group).wait()
-    put_back(flat, tensor)
+    try:
+        root = _rooted(group, "broadcast", root)
+        written = group.rank != root
+        moved = _moved(tensor, where_of(group, "broadcast", tensor), written=written)
+        chunks = moved.chunks(whole_at(root, moved.flat.numel(), group.size))
+        handle = gather_chunks_async(
+            moved.units, chunks, name, algorithm, group=group, meaning=moved.meaning, awaited=True
+        )
+    except Exception as error:
+        handle = group.refuse("broadcast", name, error)
+    handle.wait()
+    if written:
+        put_back(moved.flat, moved.memory)
+        increment_version((tensor,))
     return tensor
 
 
@@ -105,13 +171,20 @@ def reduce(
     """Reduce ``tensor`` in place on ``root`` and return it; on the other ranks it is left as it was. Cost with
     ``tree``: ceil(log2 P) steps, every rank but the root sends n."""
     group = resolve(group)
-    _rooted(group, "reduce", root)
-    require(group, "reduce", tensor, op)
-    flat = tensor.detach().to("cpu").reshape(-1).clone()
-    chunks = whole_at(root, flat.numel(), group.size)
-    part = reduce_chunks_async(flat, chunks, op, name, algorithm, group=group).wait()
+    try:
+        root = _rooted(group, "reduce", root)
+        require(group, "reduce", tensor, op)
+        where = where_of(group, "reduce", tensor)
+        memory = writable(tensor, where) if group.rank == root else readable(tensor, where)
+        flat = readable(memory, where).to("cpu").reshape(-1).clone()
+        chunks = whole_at(root, flat.numel(), group.size)
+        handle = reduce_chunks_async(flat, chunks, op, name, algorithm, group=group, awaited=True)
+    except Exception as error:
+        handle = group.refuse("reduce", name, error)
+    part = handle.wait()
     if group.rank == root:
-        tensor.detach().copy_(part.view(tensor.shape))
+        with torch.inference_mode(memory.is_inference()):
+            memory.copy_(part.view(memory.shape))
     return tensor
 
 
@@ -125,7 +198,7 @@ def empty(shape: Sequence[int] | int, dtype: torch.dtype = torch.float32, group:
     back at shutdown. Where the group shares no window, an ordinary tensor."""
     group = resolve(group)
     if group.window is None:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     shape = torch.Size((shape,) if isinstance(shape, int) else shape)
     memory, _ = group.window.allocate(shape.numel() * dtype.itemsize)
     return memory.view(dtype).view(shape)

@@ -11,7 +11,7 @@ import torch
 
 from ..chunks import Range
 from ..errors import UsageError
-from ..native.dtypes import DTYPES, HALVES, WIRES, require_wire
+from ..native.dtypes import DTYPES, HALVES, MOVED, WIRES, require_wire
 from ..native.norm import Squares
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
@@ -19,24 +19,31 @@ from ..transport.base import Piggyback
 from . import routes
 from .select import Conditions, choose
 from .staging import as_flat, put_back
+from .tensors import described, readable
 
 OPS = ("sum", "mean", "min", "max", "prod")
 
 
 def require(group: Group, kind: str, tensor: torch.Tensor, op: str = "sum", wire: str | None = None) -> None:
     """UsageError for what no rank could do; what only differs between ranks is found by the agreement check."""
-    where = f"rank {group.rank}: {kind} of {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-    if tensor.dtype not in DTYPES:
+    where = where_of(group, kind, tensor)
+    readable(tensor, where)
+    if tensor.dtype not in (MOVED if kind == "allgather" else DTYPES):
         raise UsageError(
             f"{where}: dtypes are {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}; cast it"
         )
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise UsageError(f"{where}: unknown op {op!r}; there are {', '.join(OPS)}")
     if op == "mean" and not tensor.dtype.is_floating_point:
         raise UsageError(f"{where}: the mean of integers is not an integer; use op='sum' and divide, or a float tensor")
     require_wire(wire, f"{where}: ")
     if wire is not None and (not tensor.dtype.is_floating_point or op not in ("sum", "mean")):
         raise UsageError(f"{where}: a 16-bit wire is for sum and mean of floating-point tensors, not op={op!r}")
+
+
+def where_of(group: Group, kind: str, tensor: object) -> str:
+    """The words with which a message about one argument begins."""
+    return f"rank {group.rank}: {kind} of {described(tensor)}"
 
 
 def divided(op: str, size: int) -> tuple[int, str]:
@@ -128,12 +135,23 @@ def plan_of(
     algorithm: str,
     wire: str | None = None,
     chunks: Sequence[Range] | None = None,
+    meaning: str = "",
 ) -> Plan:
-    """The plan of a call: worked out once for each shape of call, then looked up."""
-    key = (kind, tensor.shape, tensor.dtype, op, name, algorithm, wire, chunks)
-    found = group.plans.get(key)
+    """The plan of a call: worked out once for each shape of call, then looked up. ``meaning``: what ranks must agree on
+    of numbers that are only moved. UsageError for what can't be."""
+    try:
+        key = (kind, tensor.shape, tensor.dtype, op, name, algorithm, wire, chunks, meaning)
+        found = group.plans.get(key)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        where = where_of(group, kind, tensor)
+        readable(tensor, where)
+        raise UsageError(f"{where}: op, name, algorithm and wire must be text ({error})") from error
     if found is None:
         require(group, kind, tensor, op, wire)
+        if not isinstance(name, str | None) or not isinstance(algorithm, str):
+            raise UsageError(
+                f"{where_of(group, kind, tensor)}: name and algorithm must be text, not {name!r} and {algorithm!r}"
+            )
         rooted = chunks is not None and any(chunk.numel == tensor.numel() for chunk in chunks)
         case_kind = {"reduce_scatter": "reduce", "allgather": "broadcast"}.get(kind, kind) if rooted else kind
         wire_dtype = WIRES[wire] or tensor.dtype
@@ -141,6 +159,8 @@ def plan_of(
         detail = f"{op}, {chosen}, wire {wire or 'as is'}"
         if chunks is not None and len(chunks) > 1:
             detail += f", chunks to {[chunk.stop for chunk in chunks]}"
+        if meaning:
+            detail += f", {meaning}"
         if len(group.plans) > 4096:
             group.plans.clear()
         row = routes.row_of(chosen)

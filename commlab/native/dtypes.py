@@ -20,6 +20,10 @@ DTYPES = {
 }
 
 
+MOVED = {**DTYPES, torch.uint8: (6, 1)}
+"""What can be moved, but not computed with: bytes too."""
+
+
 WIRES: dict[str | None, torch.dtype | None] = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -4,17 +4,20 @@ do before anything is reduced, eight bytes each way when they agree."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import torch
 
-from ..errors import DisagreementError
+from ..errors import AgreedError, DisagreementError, RefusedError, UsageError
 from ..transport.base import Exchange, Pending, Piggyback, Request, Transport
-from ..window.exchange import Attachment, WindowExchange
+from ..window.exchange import NOTHING, Attachment, WindowExchange
 from ..window.memory import Window
 
-TEXT_BYTES = 512
+TEXT_BYTES = 64 * 1024
+"""The most that a rank tells of an operation. A longer text ends with a digest of itself."""
+SHOWN = 480
+"""So many characters of each side a message shows: of longer ones the beginning, and the place where they differ."""
 _ODD = 0x9E3779B97F4A7C15  # any odd number: multiplying by it maps sequence numbers to distinct 64-bit words
 
 
@@ -32,9 +35,11 @@ class Signature:
     name: str | None = None
     detail: str = ""
     """What else must agree: the reduction, root, algorithm and wire."""
+    refusal: str = ""
+    """Why this rank can't do the operation, for the other ranks to know; empty where it can."""
 
     def __post_init__(self) -> None:
-        digest = blake2b(repr((self.kind, self.shape, self.dtype, self.name, self.detail)).encode(), digest_size=8)
+        digest = blake2b(repr((self.kind, self.shape, self.dtype, self.name, self.detail, self.refusal)).encode(), digest_size=8)
         object.__setattr__(self, "_hash", int.from_bytes(digest.digest(), "little"))
 
     def number(self, sequence: int) -> int:
@@ -53,10 +58,16 @@ class Signature:
             what += f" {self.name!r}"
         if self.dtype is not None:
             what += f" of {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
-        return f"{what} ({self.detail})" if self.detail else what
+        if self.detail:
+            what += f" ({self.detail})"
+        return f"{what}, refused: {self.refusal}" if self.refusal else what
 
-    def padded_text(self, sequence: int) -> bytes:
-        return self.text(sequence).encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
+    def told(self, sequence: int) -> bytes:
+        """What this rank tells the others where they disagree: whether it refuses, and its side as text."""
+        text = self.text(sequence).encode(errors="backslashreplace")
+        if len(text) > TEXT_BYTES:
+            text = text[:TEXT_BYTES] + f"... (digest {blake2b(text, digest_size=8).hexdigest()})".encode()
+        return (b"!" if self.refusal else b" ") + text
 
 
 class Agreement:
@@ -68,6 +79,11 @@ class Agreement:
         self.window: Window | None = None
         """Memory of the group's ranks, once they share one: records travel through its control pages."""
 
+    @property
+    def checks(self) -> bool:
+        """Whether ranks compare all that they do."""
+        return self.required or self.window is not None
+
     def before(
         self,
         signature: Signature,
@@ -76,19 +92,35 @@ class Agreement:
         attached: Callable[[], Attachment | Piggyback | None],
     ) -> Pending:
         """``body``, once all ranks are known to agree on ``signature``. ``attached()``: what this rank publishes in the
-        window, or what travels with its record; asked for just before the others are told. DisagreementError on every
-        rank where they do not agree."""
-        checked = self.required or self.window is not None or signature.kind in ("barrier", "subgroup")
+        window, or what travels with its record; asked for just before the others are told. Where they do not agree,
+        DisagreementError on every rank; where a rank's signature is a refusal, or its ``attached()`` fails,
+        RefusedError on every rank, or AgreedError where all refuse for one reason."""
+        checked = self.checks or signature.kind in ("barrier", "subgroup")
         if checked and self._transport.size > 1:
+            cause: Exception | None = None
+            try:
+                brought = attached()
+            except Exception as error:
+                # Nobody knows yet; nobody has to wait for what this rank can't bring.
+                cause, brought = error, NOTHING
+                signature = replace(signature, refusal=refusal_of(error, self._transport.rank))
             record = signature.record(sequence)
-            exchange = self._announce(record, attached())
+            exchange = self._announce(record, brought)
             while not exchange.test():
                 yield exchange
+            rank = self._transport.rank
             if not exchange.agreed(record):
-                texts = self._transport.exchange(signature.padded_text(sequence))
+                told = signature.told(sequence)
+                lengths = self._transport.exchange(len(told).to_bytes(8, "little"))
+                while not lengths.test():
+                    yield lengths
+                longest = max(int.from_bytes(length, "little") for length in lengths.records())
+                texts = self._transport.exchange(told.ljust(longest, b"\0"))
                 while not texts.test():
                     yield texts
-                raise DisagreementError(disagreement(texts.records(), self._transport.rank))
+                raise disagreement(texts.records(), rank) from cause
+            if signature.refusal:
+                raise AgreedError(f"rank {rank}: {signature.refusal}") from cause
         yield from body
 
     def _announce(self, record: bytes, brought: Attachment | Piggyback | None) -> Exchange | WindowExchange:
@@ -97,17 +129,43 @@ class Agreement:
         return WindowExchange(self.window, int.from_bytes(record, "little"), brought)
 
 
-def disagreement(records: Sequence[bytes], rank: int) -> str:
-    """The message for a disagreement: all the sides, each with its ranks."""
+def refusal_of(error: Exception, rank: int) -> str:
+    """The reason for a refusal as all ranks are told: without this rank's number, which they know."""
+    text = str(error).removeprefix(f"rank {rank}: ")
+    return text if isinstance(error, UsageError) and text else f"{type(error).__name__}: {text}"
+
+
+def disagreement(told: Sequence[bytes], rank: int) -> DisagreementError:
+    """The error for a disagreement: all the sides, each with its ranks."""
     sides: dict[str, list[int]] = {}
-    for peer, record in enumerate(records):
-        sides.setdefault(record.rstrip(b"\0").decode(errors="replace"), []).append(peer)
-    listed = "; ".join(f"rank{'s' if len(ranks) > 1 else ''} {_ranges(ranks)}: {text}" for text, ranks in sides.items())
-    return (
+    for peer, side in enumerate(told):
+        sides.setdefault(side[1:].rstrip(b"\0").decode(errors="replace"), []).append(peer)
+    listed = "; ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {_ranges(ranks)}: {text}"
+        for text, ranks in zip(_shown(list(sides)), sides.values(), strict=True)
+    )
+    if any(side[:1] == b"!" for side in told):
+        return RefusedError(f"not every rank can do this (seen on rank {rank}): {listed}. Nothing was reduced")
+    return DisagreementError(
         f"ranks disagree (seen on rank {rank}): {listed}. Nothing was reduced. Every rank of the "
         "group must call the same "
         "operations, in the same order, with the same name, shape, dtype and arguments"
     )
+
+
+def _shown(texts: list[str]) -> list[str]:
+    """Texts cut to what a reader wants to see of them: the beginning, and the place from which on they differ."""
+    shortest = min(map(len, texts))
+    differ = next((at for at in range(shortest) if len({text[at] for text in texts}) > 1), shortest)
+    start = max(0, min(differ - SHOWN // 4, shortest - SHOWN // 2))
+    shown = []
+    for text in texts:
+        if len(text) > SHOWN:
+            head, stop = SHOWN // 3, start + SHOWN // 2
+            kept = text[:stop] if start <= head else f"{text[:head]} ... {text[start:stop]}"
+            text = kept + (" ..." if stop < len(text) else "")
+        shown.append(text)
+    return shown
 
 
 def _ranges(ranks: Sequence[int]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import operator
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -17,16 +19,19 @@ from ..schedules.step import NodeStep
 from ..transport.base import Pending, Piggyback, Request, Transport
 from ..window.exchange import NOTHING, Attachment, Inline
 from ..window.memory import Window
-from .agreement import Agreement, Signature
+from .agreement import Agreement, Signature, refusal_of
 from .execute import Execution
 from .handle import Handle
 from .progress import Operation, Progress
+from .waiting import under_way as others_under_way
 
 log = logging.getLogger("commlab")
 
 
 _INLINE_WAIT_US = 1e5
 """Back after this long: for signals, and to see who is silent."""
+_INLINE_WAIT_FOR_OTHERS_US = 1e3
+"""The same where other groups or stores have operations under way, which must be moved on."""
 _INLINE_DONE = getattr(library.built, "INLINE_DONE", 0)
 
 
@@ -84,6 +89,12 @@ class Group:
         releases it."""
         self._sequence = 0
         self._closed = False
+        self._inline = False
+        """Whether a thread is in the native call of :meth:`allreduce_inline`."""
+        self._calls = threading.RLock()
+        """Held while an operation gets its place in the order."""
+        self._awaited: tuple[Handle, int] | None = None
+        """The last operation whose caller went on to wait for it, and the caller's thread."""
 
     def __repr__(self) -> str:
         return f"<Group rank {self.rank} of {self.size}, {len(self.nodes)} node(s), transport {self.transport.name}>"
@@ -99,10 +110,35 @@ class Group:
         """Queue ``body`` to run once all ranks are known to agree on ``signature``. Collective. ``attached()`` is asked
         for just before this rank tells the others: what it publishes in the window, or what travels with its record.
         ``awaited``: the caller waits for it at once."""
-        if self._closed:
-            raise UsageError(f"rank {self.rank}: {signature.kind} on a group that was shut down")
-        self._sequence += 1
-        return self._queue(signature, body, result, attached or (lambda: NOTHING), awaited)
+        ended = self.progress.ended
+        if ended is not None:
+            raise ended.error(signature.kind, self.rank)
+        with self._calls:
+            if self._inline and not signature.refusal:
+                return self.refuse(signature.kind, signature.name, _two_threads(self.rank, "an allreduce"))
+            if self._awaited is not None:
+                handle, thread = self._awaited
+                if handle.finished or thread == threading.get_ident():
+                    self._awaited = None
+                elif not signature.refusal:
+                    return self.refuse(signature.kind, signature.name, _two_threads(self.rank, handle.describe()))
+            self._sequence += 1
+            handle = self._queue(signature, body, result, attached or (lambda: NOTHING), awaited)
+            if awaited and not handle.finished:
+                self._awaited = handle, threading.get_ident()
+            return handle
+
+    def refuse(self, kind: str, name: str | None, error: Exception) -> Handle:
+        """Tell the other ranks, in the place of an operation that they have started or will start, that this rank can't
+        do it because of ``error``: so nobody waits for this rank. Collective with :meth:`submit`; the handle's
+        ``wait()`` raises RefusedError on all ranks. ``error`` itself is raised at once where nobody listens: in a group
+        of one rank, or without the agreement check."""
+        if self.progress.ended is not None or self.size == 1 or not self.agreement.checks:
+            raise error
+        name = name if isinstance(name, str) else None
+        return self.submit(
+            Signature(kind, name=name, refusal=refusal_of(error, self.rank)), attached=partial(_raise, error)
+        )
 
     def _queue(
         self,
@@ -123,19 +159,22 @@ class Group:
         native call, where nothing else is under way. Collective with :meth:`submit`: ranks may differ in which of the
         two they take. False: not possible now, nothing was done. ``otherwise()`` makes the body that goes on when a
         peer lets this rank wait, or disagrees."""
-        assert self.window is not None
-        if self._closed or trace.enabled() or not self.progress.take():
+        progress = self.progress
+        if trace.enabled() or not progress.take():
             return False
+        assert self.window is not None
         try:
+            self._inline = True
             self._sequence += 1
             number = signature.number(self._sequence)
-            ended = self.window.sync.allreduce_inline(number, result.data_ptr(), *data, _INLINE_WAIT_US)
+            patience_us = _INLINE_WAIT_FOR_OTHERS_US if others_under_way else _INLINE_WAIT_US
+            ended = self.window.sync.allreduce_inline(number, result.data_ptr(), *data.arguments, patience_us)
         finally:
-            self.progress.leave()
+            self._inline = False
+            progress.leave()
         if ended == _INLINE_DONE:
-            size_bytes = result.numel() * result.element_size()
-            self.node_bytes_read += size_bytes * self.size
-            self.node_bytes_written += size_bytes
+            self.node_bytes_read += data.size_bytes * self.size
+            self.node_bytes_written += data.size_bytes
         else:
             self._queue(signature, otherwise(), result, lambda: None, awaited=True).wait()
         return True
@@ -161,10 +200,15 @@ class Group:
 
     def subgroup(self, ranks: Sequence[int]) -> Group | None:
         """A group of ``ranks`` of this one, in that order. Collective over this group; None on ranks that are not in
-        it."""
-        if len(set(ranks)) != len(ranks) or not all(0 <= rank < self.size for rank in ranks) or not ranks:
-            raise UsageError(f"rank {self.rank}: {list(ranks)} is not a set of ranks of a group of {self.size}")
-        self.submit(Signature("subgroup", detail=f"ranks {', '.join(map(str, ranks))}")).wait()
+        it. It takes nothing of the transport but numbers; it ends when nobody has it any more."""
+        try:
+            ranks = [operator.index(rank) for rank in ranks]
+            if len(set(ranks)) != len(ranks) or not all(0 <= rank < self.size for rank in ranks) or not ranks:
+                raise UsageError(f"rank {self.rank}: {ranks} is not a set of ranks of a group of {self.size}")
+        except Exception as error:
+            self.refuse("subgroup", None, error).wait()
+            raise
+        self.submit(Signature("subgroup", detail=f"ranks {', '.join(map(str, ranks))}"), awaited=True).wait()
         transport = self.transport.split(ranks)
         return (
             None
@@ -194,3 +238,14 @@ class Group:
                 self.window = self.agreement.window = None
                 self.window_reason = "the group was shut down"
             self.transport.close()
+
+
+def _raise(error: Exception) -> Attachment:
+    raise error
+
+
+def _two_threads(rank: int, what: str) -> UsageError:
+    return UsageError(
+        f"rank {rank}: another thread of this rank waits in {what} of the same group. Ranks could take "
+        "the calls of two threads in different orders; give each thread a group of its own, or call one after the other"
+    )

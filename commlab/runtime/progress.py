@@ -4,7 +4,12 @@ circle.
 
 Where a core is free (cores > local ranks) one thread per group does it, asleep when there is nothing to do. Elsewhere a
 thread would only take the core from the computation, and progress happens in ``poll`` (called from the gradient hooks)
-and in ``wait``.
+and in ``wait``: whoever waits, for whichever group or parameter server, moves all of them on
+(:func:`.waiting.move_others`).
+
+A queue ends with the first operation that breaks off, and with a wait that gives up: what the ranks have sent and not
+read would be taken for the next operation's. From then on every call says what has ended it. What all ranks find out
+together, before anything is sent, ends nothing: a disagreement, and arguments that a rank refuses.
 """
 
 from __future__ import annotations
@@ -12,14 +17,40 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import trace
-from ..errors import PeerLostError
+from ..errors import AgreedError, CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
 from ..transport.base import Pending
 from .handle import Handle
-from .waiting import SPIN_S, pause, silence_of, wait_until
+from .waiting import SPIN_S, begin_moving, others_move, pause, silence_of, stop_moving, wait_until
+
+_kept: list[object] = []
+"""Operations that broke off, with their buffers: messages that peers still send may arrive there."""
+
+
+class Ended(NamedTuple):
+    """Why a queue takes no more operations: the class and the text of what a caller is told."""
+
+    kind: type[CommlabError]
+    text: str
+
+    def error(self, what: str, rank: int) -> CommlabError:
+        """The error for a caller who asks for ``what``."""
+        return self.kind(f"rank {rank}: {what} on a group that {self.text}")
+
+
+def _ended_by(error: BaseException, what: str) -> Ended:
+    classes = (PeerLostError, PeerTimeoutError)
+    kind = next((each for each in classes if isinstance(error, each)), CommlabError)
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return Ended(
+        kind,
+        f"was ended by an error in {what} ({said}). Ranks may be at different operations since then; "
+        "end the job, or call commlab.shutdown() and commlab.init() on every rank",
+    )
 
 
 class Operation:
@@ -69,6 +100,11 @@ class Progress:
 
     def __init__(self, rank: int, timeout_s: float, threaded: bool):
         self.rank, self.timeout_s = rank, timeout_s
+        self.ended: Ended | None = None
+        """Why no more operations are taken; None as long as they are."""
+        self._given_up: Handle | None = None
+        """The handle whose wait gave up, where that has ended the queue."""
+        self._tied: list[weakref.ref[Progress]] = []
         self._queue: deque[Operation] = deque()
         self._lock = threading.Lock()
         self._waiting = False
@@ -76,8 +112,11 @@ class Progress:
         self._closed = False
         self._thread: threading.Thread | None = None
         if threaded:
-            self._thread = threading.Thread(target=self._serve, name="commlab progress", daemon=True)
+            # The thread must not keep alive what nobody has any more.
+            serve = _serve, (weakref.ref(self), self._work)
+            self._thread = threading.Thread(target=serve[0], args=serve[1], name="commlab progress", daemon=True)
             self._thread.start()
+            weakref.finalize(self, self._work.set).atexit = False
 
     @property
     def threaded(self) -> bool:
@@ -88,26 +127,31 @@ class Progress:
         it is moved on here for a while, and the thread, which would only want the GIL for nothing, sleeps on."""
         if awaited and self.take():
             try:
-                ended = operation.advance()
+                ended = self._step(operation)
                 stop_s = time.perf_counter() + SPIN_S
                 while not (ended or hasattr(operation.waits_for, "block") or time.perf_counter() > stop_s):
                     os.sched_yield()
-                    ended = operation.advance()
+                    ended = self._step(operation)
                 if ended:
                     return operation.handle
-                self._queue.append(operation)
+                self._append(operation)
             finally:
                 self.leave()
             return operation.handle
-        self._queue.append(operation)
+        self._append(operation)
         self.poll()
         if not awaited:
             self._work.set()
         return operation.handle
 
+    def _append(self, operation: Operation) -> None:
+        self._queue.append(operation)
+        if self._thread is None:
+            begin_moving(self)
+
     def take(self) -> bool:
-        """Whether nothing is under way; then nothing starts before :meth:`leave`."""
-        if self._queue or not self._lock.acquire(blocking=False):
+        """Whether nothing is under way, and operations are taken; then nothing starts before :meth:`leave`."""
+        if self._queue or self.ended is not None or not self._lock.acquire(blocking=False):
             return False
         if self._queue:
             self._lock.release()
@@ -130,40 +174,102 @@ class Progress:
         """Advance the queue's head, and the next ones while they end; returns the one that has to wait."""
         while self._queue:
             head = self._queue[0]
-            if not head.advance():
+            if not self._step(head):
                 return head
-            self._queue.popleft()
+            if self._queue:
+                self._queue.popleft()
         self._work.clear()
+        stop_moving(self)
         # What was submitted between the last look at the queue and now has set the flag in vain.
         if self._queue:
             self._work.set()
+            if self._thread is None:
+                begin_moving(self)
         return None
+
+    def _step(self, operation: Operation) -> bool:
+        """Go on with an operation; returns whether it has ended. The queue ends with one that breaks off."""
+        try:
+            ended = operation.advance()
+        except BaseException:
+            self._break_off(operation)
+            raise
+        if ended and operation.handle.error is not None:
+            self._break_off(operation)
+        return ended
+
+    def _break_off(self, operation: Operation) -> None:
+        error = operation.handle.error
+        if error is None or isinstance(error, DisagreementError | AgreedError):
+            return
+        _kept.append((operation, error))
+        self.end(_ended_by(error, operation.handle.describe()))
+        while self._queue:
+            dropped = self._queue.popleft()
+            if dropped is not operation and not dropped.handle.finished:
+                assert self.ended is not None
+                dropped.handle.finish(self.ended.error(dropped.handle.describe(), self.rank))
+
+    def tie(self, other: Progress) -> None:
+        """What ends one of the two queues ends the other."""
+        self._tied.append(weakref.ref(other))
+        other._tied.append(weakref.ref(self))
+
+    def end(self, ended: Ended) -> None:
+        """Take no more operations from now on; the first reason counts."""
+        if self.ended is None:
+            self.ended = ended
+            for reference in self._tied:
+                tied = reference()
+                if tied is not None:
+                    tied.end(ended)
+
+    def _resume(self, ended: Ended) -> None:
+        if self.ended is ended:
+            self.ended = None
+            for reference in self._tied:
+                tied = reference()
+                if tied is not None:
+                    tied._resume(ended)
 
     def drive(self, handle: Handle, timeout_s: float | None = None) -> None:
         """Wait for ``handle`` (and all before it), moving the queue on. PeerTimeoutError when nothing has moved for
-        ``timeout_s``; a warning that names the silent peer after 10 s."""
+        ``timeout_s``; a warning that names the silent peer after 10 s. A wait that gives up ends the queue; the
+        operation stays under way, and once it has been waited for to its end after all, the queue goes on."""
+        ended = self.ended
+        if ended is not None and handle is not self._given_up:
+            raise ended.error(handle.describe(), self.rank)
         self._waiting = True
         try:
             limit_s = self.timeout_s if timeout_s is None else timeout_s
             wait_until(lambda: handle.finished, _Caller(self, handle), limit_s)
+        except BaseException as error:
+            if not handle.finished and self.ended is None:
+                _kept.append(self._queue)
+                self._given_up = handle
+                self.end(_ended_by(error, handle.describe()))
+            raise
         finally:
             self._waiting = False
+        if ended is not None:
+            self._given_up = None
+            if handle.error is None or isinstance(handle.error, DisagreementError | AgreedError):
+                self._resume(ended)
 
-    def _serve(self) -> None:
-        while not self._closed:
-            self._work.wait()
-            idle_since_s = time.perf_counter()
-            while self._work.is_set() and not self._closed:
-                if self._waiting:
-                    time.sleep(1e-3)
-                    continue
-                before = self._blocked_on()
-                self.poll()
-                now_s = time.perf_counter()
-                if not self._queue or self._blocked_on() is not before:
-                    idle_since_s = now_s
-                else:
-                    pause(now_s - idle_since_s, spin_s=0)
+    def serve(self) -> None:
+        """Move on what is under way, until nothing is. In a thread of its own."""
+        idle_since_s = time.perf_counter()
+        while self._work.is_set() and not self._closed:
+            if self._waiting:
+                time.sleep(1e-3)
+                continue
+            before = self._blocked_on()
+            self.poll()
+            now_s = time.perf_counter()
+            if not self._queue or self._blocked_on() is not before:
+                idle_since_s = now_s
+            else:
+                pause(now_s - idle_since_s, spin_s=0)
 
     def _blocked_on(self) -> object:
         try:
@@ -172,18 +278,33 @@ class Progress:
             return None
 
     def close(self) -> None:
-        """Stop the thread. Operations still in the queue are dropped."""
+        """Stop the thread, and take no more operations. Those still in the queue are dropped."""
         self._closed = True
+        stop_moving(self)
+        if self.ended is None:
+            self.ended = Ended(UsageError, "was shut down")
         self._work.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
+
+
+def _serve(reference: weakref.ref[Progress], work: threading.Event) -> None:
+    """The thread of a queue: asleep while nothing is under way; ends when nobody has the queue any more."""
+    while True:
+        work.wait()
+        progress = reference()
+        if progress is None or progress._closed:
+            return
+        progress.serve()
+        del progress
 
 
 class _Caller:
     """A caller that moves the queue on while it waits for ``handle``."""
 
     def __init__(self, progress: Progress, handle: Handle):
-        self._progress, self._handle = progress, handle
+        self._progress = self.driver = progress
+        self._handle = handle
         self._head: Operation | None = None
 
     def advance(self) -> object:
@@ -200,10 +321,11 @@ class _Caller:
         if block is None:
             pause(idle_s)
             return
-        # The request knows how to wait by itself. Back every 0.1 s: for signals, and to see who is silent.
+        # The request knows how to wait by itself. Back every 0.1 s: for signals, and to see who is silent; sooner where
+        # others have to be moved on.
         with self._progress._lock:
             try:
-                block(0.1)
+                block(1e-3 if others_move(self._progress) else 0.1)
             except PeerLostError as error:
                 raise head.lost(error) from error
 

@@ -13,10 +13,12 @@ import logging
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import suppress
+from typing import Any, Protocol
 
-from ..errors import PeerTimeoutError
+from ..errors import PeerLostError, PeerTimeoutError
 
 log = logging.getLogger("commlab")
 
@@ -30,8 +32,42 @@ _MOVING_S = 5e-3
 _CROWDED_S = 200e-6
 
 
+under_way: dict[int, weakref.ref[Any]] = {}
+"""The drivers that have operations under way, by their id()."""
+
+
+def begin_moving(driver: Any) -> None:
+    """From now on ``driver`` has operations under way that move only while somebody calls its ``poll()``: whoever waits
+    for anything in this process does. Cheap, and kept up by drivers that no thread of their own moves on."""
+    under_way[id(driver)] = weakref.ref(driver)
+
+
+def stop_moving(driver: Any) -> None:
+    """``driver`` has nothing under way any more."""
+    under_way.pop(id(driver), None)
+
+
+def others_move(driver: Any) -> bool:
+    """Whether a driver other than ``driver`` has operations under way."""
+    return len(under_way) > (id(driver) in under_way)
+
+
+def move_others(driver: Any) -> None:
+    """Move on, without waiting, what any driver but ``driver`` has under way. Two ranks may wait for operations of
+    several groups, or of a group and a parameter server, in different orders: neither would come to an end if each of
+    them moved only the one that it waits for."""
+    for key, reference in list(under_way.items()):
+        other = reference()
+        if other is None:
+            if under_way.get(key) is reference:
+                under_way.pop(key, None)
+        elif other is not driver:
+            with suppress(PeerLostError):  # which is told to whoever waits for that driver
+                other.poll()
+
+
 class Waiter(Protocol):
-    """What the loop asks of the side that waits."""
+    """What the loop asks of the side that waits. It may also have a ``driver``, which moves what it waits for."""
 
     def advance(self) -> object:
         """Go on as far as possible without waiting. Returns a mark that is another one whenever something has moved
@@ -48,6 +84,7 @@ class Waiter(Protocol):
 def wait_until(finished: Callable[[], bool], waiter: Waiter, limit_s: float = math.inf) -> None:
     """Move ``waiter`` on until ``finished()``. PeerTimeoutError when nothing has moved for ``limit_s``."""
     mark: object = None
+    driver = getattr(waiter, "driver", waiter)
     since_s = warned_s = time.perf_counter()
     while not finished():
         found = waiter.advance()
@@ -60,6 +97,8 @@ def wait_until(finished: Callable[[], bool], waiter: Waiter, limit_s: float = ma
         if now_s - warned_s > WARN_AFTER_S and (silence := waiter.silence(idle_s)):
             warned_s = now_s
             log.warning("%s", silence)
+        if idle_s and under_way:
+            move_others(driver)
         waiter.rest(idle_s)
 
 

@@ -27,10 +27,9 @@ NOTHING = Attachment()
 class Inline(NamedTuple):
     """What the native module has to know of an inline allreduce, but for where its data lie."""
 
-    numel: int
-    dtype: int
-    op: int
-    divisor: float
+    arguments: tuple[int, int, int, float]
+    """How many numbers, the codes of their dtype and of the reduction, the divisor."""
+    size_bytes: int
 
 
 class WindowWait:

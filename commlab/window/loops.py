@@ -18,7 +18,7 @@ import torch
 
 from .. import trace
 from ..chunks import Range, split
-from ..native.dtypes import DTYPES, OP_CODES
+from ..native.dtypes import DTYPES, MOVED, OP_CODES
 from ..native.library import built
 from ..native.norm import Squares
 from ..schedules.step import NodeStep
@@ -84,8 +84,8 @@ def _piped(
         window.staging,
         SHARED_BLOCK_BYTES,
         data.data_ptr(),
-        DTYPES[data.dtype][0],
-        DTYPES[wire][0],
+        MOVED[data.dtype][0],
+        MOVED[wire][0],
         OP_CODES[op],
         divisor,
         "reduce" in moves,

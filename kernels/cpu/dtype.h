@@ -6,7 +6,15 @@
 
 namespace commlab {
 
-enum class DType : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3, kInt32 = 4, kInt64 = 5 };
+enum class DType : int {
+  kFloat32 = 0,
+  kFloat64 = 1,
+  kFloat16 = 2,
+  kBFloat16 = 3,
+  kInt32 = 4,
+  kInt64 = 5,
+  kByte = 6,  // moved, whatever it means, and never computed with
+};
 
 struct Fp16 {
   std::uint16_t bits;
@@ -50,6 +58,7 @@ void with_any(DType dtype, Fn fn) {
 
 constexpr std::size_t dtype_bytes(DType dtype) {
   switch (dtype) {
+    case DType::kByte: return 1;
     case DType::kFloat16:
     case DType::kBFloat16: return 2;
     case DType::kFloat32:
@@ -59,6 +68,8 @@ constexpr std::size_t dtype_bytes(DType dtype) {
 }
 
 constexpr bool is_16bit(DType dtype) { return dtype_bytes(dtype) == 2; }
-constexpr bool is_float(DType dtype) { return dtype != DType::kInt32 && dtype != DType::kInt64; }
+constexpr bool is_float(DType dtype) {
+  return dtype != DType::kInt32 && dtype != DType::kInt64 && dtype != DType::kByte;
+}
 
 }  // namespace commlab

@@ -39,6 +39,7 @@ def reason_against(group: Group, kind: str) -> str:
 
 def attach(call: Call) -> Attachment:
     """Nothing: each node makes an exchange of its own."""
+    _ = call.flat  # a copy that can't be made is told before anything is sent
     return NOTHING
 
 

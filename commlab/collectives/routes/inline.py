@@ -26,7 +26,7 @@ def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> Inline | No
     if group.window is None or not 0 < numel * wire.itemsize <= loops.INLINE_BYTES:
         return None
     divisor, reduction = divided(op, group.size)
-    return Inline(numel, DTYPES[wire][0], OP_CODES[reduction], divisor)
+    return Inline((numel, DTYPES[wire][0], OP_CODES[reduction], divisor), numel * wire.itemsize)
 
 
 def attach(call: Call) -> Attachment:

@@ -1,0 +1,191 @@
+"""Arguments that one rank refuses: the same error on every rank at once, nobody waits, and the group goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from closed_form import expected, numbers
+from mpi_ranks import Ranks
+
+import commlab
+from commlab.errors import RefusedError
+from commlab.runtime.group import Group
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+
+class Wrapped(torch.Tensor):
+    """Stands for another tensor, as DTensor and its like do."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+
+def read_only() -> torch.Tensor:
+    """A file mapped for reading: a write would end the process."""
+    file = Path(f"/tmp/commlab-test-{np.random.default_rng().integers(2**62)}")
+    file.write_bytes(bytes(4096))
+    try:
+        mapped = np.memmap(file, mode="r", dtype=np.float32, shape=(6,))
+    finally:
+        file.unlink()
+    return torch.from_numpy(mapped)
+
+
+NO_TENSORS: dict[str, tuple[Callable[[], object], str]] = {
+    "numpy": (lambda: np.zeros(6, np.float32), "a ndarray: that is no tensor"),
+    "none": (lambda: None, "a NoneType: that is no tensor"),
+    "sparse": (lambda: torch.eye(6).to_sparse(), r"a sparse_coo tensor is not one dense block"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a nested tensor is not one"),
+    "meta": (lambda: torch.zeros(6, device="meta"), "device meta has no numbers"),
+    "wrapper": (lambda: Wrapped(torch.zeros(6)), "a Wrapped stands for other tensors"),
+    "lazy": (lambda: torch.nn.UninitializedParameter(), "an? UninitializedParameter has no numbers yet"),
+}
+NOT_WRITTEN: dict[str, tuple[Callable[[], object], str]] = {
+    "expanded": (lambda: torch.ones(1).expand(6), "share one place in memory"),
+    "overlapping": (lambda: torch.ones(4).as_strided((3, 2), (1, 1)), "share one place in memory"),
+    "read-only": (read_only, "its memory may only be read"),
+}
+DTYPES: dict[str, tuple[Callable[[], object], str]] = {
+    "bool": (lambda: torch.ones(6, dtype=torch.bool), r"bool\[6\]: dtypes are float32"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(6), 1.0, 0, torch.quint8), r"quint8\[6\]: dtypes are"),
+}
+
+
+def groups_of(ranks: Ranks) -> list[Group]:
+    """The window and its shortest way; and halves, which send messages that carry numbers."""
+    return [ranks.world, ranks.halves(ranks.size // 2)] if ranks.size >= 4 else [ranks.world]
+
+
+def all_are_told(group: Group, odd: int, call: Callable[[bool], object], words: str) -> None:
+    """``call(whether this is the odd rank)`` raises the odd rank's reason on all ranks, soon, and the group goes on."""
+    started_s = time.perf_counter()
+    with pytest.raises(RefusedError, match=rf"rank {odd}: .*{words}") as caught:
+        call(group.rank == odd)
+    assert isinstance(caught.value, commlab.UsageError | commlab.DisagreementError)
+    assert time.perf_counter() - started_s < 20
+    assert "Nothing was reduced" in str(caught.value)
+    usual = numbers(group.rank, 6, torch.float32)
+    assert torch.equal(commlab.allreduce(usual, "sum", group=group), expected("sum", group.size, 6, torch.float32))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", [*NO_TENSORS, *NOT_WRITTEN, *DTYPES])
+def test_a_tensor_that_one_rank_has(ranks: Ranks, case: str) -> None:
+    """B18: what one rank's tensor can't do is told to all, by every operation that it concerns."""
+    make, words = {**NO_TENSORS, **NOT_WRITTEN, **DTYPES}[case]
+    for group in groups_of(ranks):
+        if group.size == 1:
+            continue
+        odd, given = group.size - 1, numbers(group.rank, 6, torch.float32)
+
+        def chosen(is_odd: bool, given: torch.Tensor = given) -> torch.Tensor:
+            return make() if is_odd else given.clone()  # type: ignore[return-value]
+
+        for call in (
+            lambda is_odd, group=group: commlab.allreduce(chosen(is_odd), "sum", group=group),
+            lambda is_odd, group=group: commlab.allreduce(chosen(is_odd), "sum", algorithm="tree", group=group),
+            lambda is_odd, group=group: commlab.allreduce_async(chosen(is_odd), "sum", group=group).wait(),
+            lambda is_odd, group=group, odd=odd: commlab.reduce(chosen(is_odd), odd, "sum", group=group),
+        ):
+            all_are_told(group, odd, call, words)
+        if case not in DTYPES:
+            all_are_told(group, odd, lambda is_odd, group=group: commlab.broadcast(chosen(is_odd), group=group), words)
+        if case in NO_TENSORS:
+            part = torch.zeros(6 // group.size + (group.rank < 6 % group.size))
+            for call in (
+                lambda is_odd, group=group, part=part: commlab.reduce_scatter(part, chosen(is_odd), group=group),
+                lambda is_odd, group=group, part=part: commlab.allgather(chosen(is_odd), part, group=group),
+            ):
+                all_are_told(group, odd, call, words)
+
+
+def test_arguments_of_one_rank(ranks: Ranks) -> None:
+    """B18: op, algorithm, wire, name, root, sizes of parts and ranks of a subgroup."""
+    for group in groups_of(ranks):
+        if group.size == 1:
+            continue
+        x = torch.ones(6)
+        part = torch.ones(6 // group.size + (group.rank < 6 % group.size))
+        for odd in {0, group.size - 1}:
+            for options, words in (
+                ({"op": "avg"}, "unknown op 'avg'"),
+                ({"op": ["sum"]}, "must be text"),
+                ({"algorithm": "rnig"}, "unknown algorithm 'rnig'"),
+                ({"algorithm": 3}, "unknown algorithm 3|must be text"),
+                ({"wire": "fp8"}, "unknown wire 'fp8'"),
+                ({"name": 5}, "must be text"),
+            ):
+
+                def one(is_odd: bool, group: Group = group, options: dict[str, object] = options) -> object:  # type: ignore[type-arg]
+                    return commlab.allreduce(x.clone(), group=group, **(options if is_odd else {}))  # type: ignore[arg-type]
+
+                all_are_told(group, odd, one, words)
+            for call, words in (
+                (lambda is_odd: commlab.broadcast(x, 99 if is_odd else 0, group=group), "root 99; the group has"),
+                (lambda is_odd: commlab.broadcast(x, "0" if is_odd else 0, group=group), "root '0', which is no rank"),
+                (lambda is_odd: commlab.reduce(x, -1 if is_odd else 0, group=group), "root -1"),
+                (lambda is_odd: commlab.allgather(x, torch.ones(9) if is_odd else part, group=group), "part has 9"),
+                (
+                    lambda is_odd: commlab.reduce_scatter(torch.ones(9) if is_odd else part, x, group=group),
+                    "part has 9 numbers",
+                ),
+                (lambda is_odd: group.subgroup([0, 0] if is_odd else [0, 1]), "not a set of ranks"),
+                (lambda is_odd: group.subgroup(None if is_odd else [0, 1]), "TypeError"),  # type: ignore[arg-type]
+            ):
+                all_are_told(group, odd, call, words)
+
+
+def test_what_all_ranks_refuse_has_one_reason(ranks: Ranks) -> None:
+    """B18: a mistake in the program is the same on all ranks, and is said once."""
+    for group in groups_of(ranks):
+        for _ in range(2):
+            with pytest.raises(commlab.UsageError, match=rf"^rank {group.rank}: allreduce of float32\[3\]: unknown op"):
+                commlab.allreduce(torch.ones(3), "average", group=group)
+        group.barrier()
+
+
+def test_later_operations_keep_their_order(ranks: Ranks) -> None:
+    """B18: a refusal in the middle of operations under way concerns itself alone."""
+    for group in groups_of(ranks):
+        if group.size == 1:
+            continue
+        data = [numbers(group.rank, numel, torch.float32) for numel in (5, 20_000, 7)]
+        first = commlab.allreduce_async(data[0], "sum", group=group)
+        refused = commlab.allreduce_async(data[1], "avg" if group.rank == 1 else "sum", group=group)
+        last = commlab.allreduce_async(data[2], "sum", group=group)
+        assert torch.equal(last.wait(), expected("sum", group.size, 7, torch.float32))
+        with pytest.raises(RefusedError, match="rank 1: .*unknown op 'avg'"):
+            refused.wait()
+        assert torch.equal(data[1], numbers(group.rank, 20_000, torch.float32))
+        assert torch.equal(first.wait(), expected("sum", group.size, 5, torch.float32))
+
+
+def test_memory_that_runs_out_on_one_rank(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B18: a copy that one rank can't make, once the operation was started, is told before anything is sent."""
+    from commlab.collectives import plan
+
+    def no_memory(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        raise RuntimeError("not enough memory")
+
+    for group in groups_of(ranks):
+        if group.size == 1:
+            continue
+        mine = torch.ones(40_000).view(200, 200).t()
+        with monkeypatch.context() as patch:
+            if group.rank == 1:
+                patch.setattr(plan, "as_flat", no_memory)
+            # Only ways that copy when the operation begins: without a copy there is nothing to fail.
+            with pytest.raises(RefusedError, match="rank 1: .*RuntimeError: not enough memory"):
+                commlab.allreduce(mine, "sum", algorithm="auto" if group.window else "direct", group=group)
+        group.barrier()
