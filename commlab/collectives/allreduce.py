@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from ..native.norm import Squares
+from ..native.versions import count_write
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..runtime.world import resolve
@@ -43,6 +44,8 @@ def start_allreduce(
     given, where they are at hand, the sum of squares of a share of the result; the shares of all ranks make up the
     whole."""
     call = Call(group, plan, tensor, op, squares=squares)
+    if group.size > 1:
+        count_write((tensor,))
     return group.submit(plan.signature, _body(call), tensor, partial(plan.route.attach, call), awaited)
 
 
@@ -70,6 +73,7 @@ def allreduce(
             return inline.allreduce(Call(group, plan, sent, op))
 
         if group.allreduce_inline(plan.signature, plan.few, sent, otherwise):
+            count_write((tensor,))
             if sent is not tensor:
                 put_back(sent, tensor)
             return tensor

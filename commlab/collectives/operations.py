@@ -14,6 +14,7 @@ import torch
 
 from ..chunks import Range, split, whole_at
 from ..errors import UsageError
+from ..native.versions import count_write
 from ..runtime.group import Group
 from ..runtime.world import resolve
 from .halves import gather_chunks_async, reduce_chunks_async
@@ -90,6 +91,8 @@ def broadcast(
     flat = as_flat(tensor, tensor.dtype)
     chunks = whole_at(root, flat.numel(), group.size)
     gather_chunks_async(flat, chunks, name, algorithm, group=group).wait()
+    if group.rank != root:
+        count_write((tensor,))
     put_back(flat, tensor)
     return tensor
 
