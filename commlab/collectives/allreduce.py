@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from ..native.norm import Squares
+from ..native.versions import count_write
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..runtime.world import resolve
@@ -15,7 +16,7 @@ from ..transport.base import Pending
 from .plan import Call, Plan, plan_of, where_of
 from .routes import inline
 from .staging import as_flat, put_back
-from .tensors import PAGE_BITS, PLAIN, increment_version, may_write_at, writable, writable_pages
+from .tensors import PAGE_BITS, PLAIN, may_write_at, writable, writable_pages
 
 
 def allreduce_async(
@@ -55,6 +56,8 @@ def start_allreduce(
     given, where they are at hand, the sum of squares of a share of the result; the shares of all ranks make up the
     whole. ``users``: the tensor that the user has given, of which ``tensor`` is the memory."""
     call = Call(group, plan, tensor, op, squares=squares)
+    if users is None and group.size > 1:
+        count_write((tensor,))  # nobody does it at the end
     result = tensor if users is None else users
     return group.submit(plan.signature, _body(call, users), result, partial(plan.route.attach, call), awaited)
 
@@ -64,7 +67,7 @@ def _body(call: Call, users: torch.Tensor | None) -> Pending:
         yield from call.plan.route.allreduce(call)
         call.put_back()
         if users is not None:
-            increment_version((users,))
+            count_write((users,))
 
 
 def allreduce(
@@ -102,7 +105,7 @@ def allreduce(
         if group.allreduce_inline(plan.signature, plan.few, sent, otherwise):
             if sent is not tensor:
                 put_back(sent, tensor)
-            increment_version((tensor,))
+            count_write((tensor,))
             return tensor
         memory = tensor.detach()
     result: torch.Tensor = start_allreduce(group, memory, op, plan, awaited=True, users=tensor).wait()

@@ -21,12 +21,13 @@ import torch
 from ..chunks import Range, split, whole_at
 from ..errors import UsageError
 from ..native.dtypes import DTYPES
+from ..native.versions import count_write
 from ..runtime.group import Group
 from ..runtime.world import resolve
 from .halves import gather_chunks_async, reduce_chunks_async
 from .plan import require, where_of
 from .staging import as_flat, put_back
-from .tensors import as_bytes, carrier, described, increment_version, readable, writable
+from .tensors import as_bytes, carrier, described, readable, writable
 
 
 def _chunks_of(group: Group, kind: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[Range, ...]:
@@ -123,7 +124,7 @@ def allgather(
         handle = group.refuse("allgather", name, error)
     handle.wait()
     put_back(moved.flat, moved.memory)
-    increment_version((out,))
+    count_write((out,))
     return out
 
 
@@ -156,7 +157,7 @@ def broadcast(
     handle.wait()
     if written:
         put_back(moved.flat, moved.memory)
-        increment_version((tensor,))
+        count_write((tensor,))
     return tensor
 
 

@@ -171,16 +171,3 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return nothing.set_(
         tensor.untyped_storage(), tensor.storage_offset() * itemsize, (tensor.numel() * itemsize,), (1,)
     )
-
-
-def _version_counter() -> Callable[[tuple[torch.Tensor, ...]], None]:
-    increment: Any = torch._C._increment_version
-    try:
-        increment((torch.zeros(1, device="cpu"),))
-    except TypeError:  # torch before 2.6 takes one tensor
-        return lambda tensors: increment(tensors[0])
-    return increment  # type: ignore[no-any-return]
-
-
-increment_version = _version_counter()
-"""Tell autograd that tensors were written by address: a backward pass that has saved one of them must not use it."""

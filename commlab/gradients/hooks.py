@@ -52,11 +52,16 @@ class GradientBuckets:
         """The buckets that have left since the last :meth:`reset`, in index order, and the exchange of each."""
         self.syncing = True
         """Whether complete buckets leave; off inside ``no_sync``, where gradients accumulate on this rank."""
+        self.listening = True
+        """Whether gradients that become ready belong to the step. An engine turns it off outside of its backward():
+        there other backward passes, as another engine's, may reach its parameters."""
+        self.held = False
+        """Whether ``p.grad`` is a reduced gradient that waits for the update, to which nothing may be added."""
         self.overlap = overlap
         """Whether complete buckets leave during backward, or all of them in :meth:`flush`. May change between two
         steps, on all ranks alike."""
         self.used: set[int] = set()
-        """Parameters (by index) that have had a gradient since the last :meth:`reset`."""
+        """Parameters (by index) whose gradient has been packed since the last :meth:`reset`."""
         self.launch_s = 0.0
         """Time spent packing, launching and polling, inside backward and in :meth:`flush`, since the last
         :meth:`reset`."""
@@ -67,23 +72,42 @@ class GradientBuckets:
         self._packed: deque[Bucket] = deque()
         """Buckets that are packed and not launched yet: their copies to the host are under way."""
         self._step_scale: float | None = None
-        self._hooks = [
-            member.tensor.register_post_accumulate_grad_hook(self._hook(bucket, member))
-            for bucket in buckets
-            for member in bucket.parameters
-        ]
+        self._hooks: list[tuple[torch.Tensor, Callable[[torch.Tensor], None], Any]] = []
+        """Of each parameter: its hook, and the hook's handle."""
+        for bucket in buckets:
+            for member in bucket.parameters:
+                hook = self._hook(bucket, member)
+                handle = member.tensor.register_post_accumulate_grad_hook(hook)
+                self._hooks.append((member.tensor, hook, handle))
         self.reset()
+
+    def come_last(self) -> None:
+        """Let the hooks here run after those that the user has put on parameters since, and which may change or use
+        ``p.grad``. Cost: 0.1 us a parameter."""
+        for at, (tensor, hook, handle) in enumerate(self._hooks):
+            hooks = tensor._post_accumulate_grad_hooks
+            if hooks and next(reversed(hooks)) != handle.id:
+                handle.remove()
+                self._hooks[at] = tensor, hook, tensor.register_post_accumulate_grad_hook(hook)
 
     def _hook(self, bucket: Bucket, member: NamedParameter) -> Callable[[torch.Tensor], None]:
         def on_gradient(_: torch.Tensor) -> None:
-            self.used.add(member.index)
+            if not self.listening:
+                if self.held:
+                    raise UsageError(
+                        f"a backward pass that is not this engine's has added to the reduced gradient of "
+                        f"{member.name!r}, between backward() and step(): call step() first, or "
+                        "requires_grad_(False) on this engine's model while others go through it"
+                    )
+                return
             if not self.syncing:
                 return
-            if member.index not in bucket.waiting:
+            if bucket.index < self._next:
                 raise UsageError(
-                    f"the gradient of {member.name!r} is ready a second time before step(): run "
-                    "all backward() calls but the last "
-                    "of a step inside engine.no_sync()"
+                    f"a gradient of {member.name!r} is ready after its bucket has left. Where a weight is used in two "
+                    "segments of activation checkpointing, give torch.utils.checkpoint use_reentrant=False, or "
+                    "commlab.strategy() overlap=False; where there are several backward() calls in one step, run all "
+                    "but the last inside engine.no_sync()"
                 )
             bucket.waiting.discard(member.index)
             if not self.overlap:
@@ -114,7 +138,15 @@ class GradientBuckets:
             self._step_scale = self._scale()
         gradients = [member.tensor.grad for member in bucket.parameters]
         for member, gradient in zip(bucket.parameters, gradients, strict=True):
-            if gradient is not None and gradient.is_sparse:
+            if gradient is not None:
+                self.used.add(member.index)
+            elif member.index not in bucket.waiting:
+                raise UsageError(
+                    f"the gradient of {member.name!r} was taken away during backward, before its bucket could leave: "
+                    "by a hook that sets p.grad to None or updates the parameter itself? Gradients are reduced first, "
+                    "and engine.step() updates"
+                )
+            if gradient is not None and gradient.layout is not torch.strided:
                 raise UsageError(f"the gradient of {member.name!r} is sparse; use sparse=False in its embedding")
         with trace.span(f"pack {bucket.name}", "compute"):
             flat = bucket.flat if bucket.mirror is None else bucket.mirror.device
@@ -166,5 +198,5 @@ class GradientBuckets:
 
     def close(self) -> None:
         """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
+        for _, _, handle in self._hooks:
+            handle.remove()

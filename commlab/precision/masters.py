@@ -29,6 +29,8 @@ class Masters(Protocol):
 
     pieces: list[Piece]
     """What this rank's optimizer updates, each piece with the tensor that the optimizer has for it."""
+    instead: str
+    """Why parameters that somebody else has written would be overwritten; empty where they are the masters."""
 
     def own_all(self) -> None:
         """This rank updates all parameters, whole."""
@@ -51,6 +53,8 @@ class Masters(Protocol):
 class InPlaceMasters:
     """Parameters that are their own masters. Gradients of 16 bits are multiplied in fp32: a wire's sums must not be
     rounded a second time before they reach the parameter's dtype."""
+
+    instead = ""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[NamedParameter]):
         self._optimizer, self._parameters = optimizer, parameters
@@ -101,6 +105,8 @@ class InPlaceMasters:
 class Fp32Masters:
     """fp32 copies of parameters that are in 16 bits, updated by Apex's optimizer. Apex's kernel multiplies gradients on
     their way to the masters, and rounds masters on their way to the parameters."""
+
+    instead = "the next step overwrites it from the parameter's fp32 master"
 
     def __init__(
         self,

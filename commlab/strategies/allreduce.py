@@ -10,6 +10,8 @@ al., "PyTorch distributed", VLDB 2020 (buckets and overlap).
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..chunks import split
@@ -17,16 +19,19 @@ from ..collectives.allreduce import start_allreduce
 from ..collectives.plan import plan_of
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import Waitable
+from ..native.norm import norm_squared
 from ..runtime.group import Group
 from .options import Options
 from .protocol import Strategy
+from .reduced import ReducedGradient, whole_gradients
 from .start import close_buckets, start, start_buckets
-from .verdict import Verdict, agree
+from .verdict import Verdict, agree, unused_on_all
+from .watch import Watch
 
 
 class AllReduce(Strategy):
-    """After the exchange ``p.grad`` is a view of its bucket (no copy), or the unpacked gradient where the wire has
-    another dtype or the parameter is not contiguous."""
+    """After backward ``p.grad`` is the reduced gradient: its range of the bucket (no copy), or unpacked where the wire
+    has another dtype or the parameter is not contiguous. Between backward and step the user may edit it."""
 
     name = "allreduce"
 
@@ -34,10 +39,7 @@ class AllReduce(Strategy):
         self.training = training = start(model, optimizer, group, options)
         self.buckets = start_buckets(training, self.launch, keep_gradients=True)
         training.masters.own_all()
-
-    def backward(self, loss: torch.Tensor | None) -> None:
-        if loss is not None:
-            loss.backward()
+        self.watch = Watch(group, training.parameters, instead=training.masters.instead)
 
     def launch(self, bucket: Bucket) -> Waitable:
         training = self.training
@@ -45,31 +47,66 @@ class AllReduce(Strategy):
         squares = bucket.squares if training.wants_norm else None
         return start_allreduce(training.group, bucket.flat, "mean", plan, squares=squares)
 
-    def agree(self) -> Verdict:
-        group, squares = self.training.group, 0.0
-        if self.training.wants_norm:
-            # Each rank adds up an equal range of every bucket; all of them have all numbers.
-            for bucket, _ in self.buckets.launched:
-                own = split(bucket.numel, group.size)[group.rank]
-                squares += bucket.squares.of(bucket.flat[own.start : own.stop])
-        buckets = self.buckets
-        return agree(group, squares, buckets.finite, buckets.used, len(self.training.parameters))
-
-    def update(self, factor: float, unused: set[int]) -> None:
+    def complete(self) -> None:
+        # Nothing could hide behind what comes between backward and step, and there p.grad may be edited.
+        self.buckets.wait()
         for bucket, _ in self.buckets.launched:
             copied: list[torch.Tensor | None] = []
             flat = bucket.result()
             for member, extent in zip(bucket.parameters, bucket.ranges, strict=True):
-                tensor = member.tensor
+                tensor, found = member.tensor, flat[extent.start : extent.stop]
                 copied.append(None)
-                if member.index in unused:
-                    tensor.grad = None
-                elif bucket.dtype == tensor.dtype and tensor.is_contiguous():
-                    tensor.grad = flat[extent.start : extent.stop].view(tensor.shape)
+                if bucket.dtype == tensor.dtype and tensor.is_contiguous():
+                    # .data: each counts its own writes, and not those of the whole bucket.
+                    tensor.grad = found.view(tensor.shape).data
                 else:
                     # Strides as the parameter's own: torch's fused optimizers walk both as plain memory.
                     copied[-1] = tensor.grad = torch.empty_like(tensor)
             bucket.packer.unpack(flat, copied)
+        self.watch.note_gradients()
+
+    def reduced(self, scale: float) -> tuple[list[ReducedGradient], set[int]]:
+        training = self.training
+        unused = unused_on_all(training.group, self.buckets.used, len(training.parameters))
+        self._pass_over(unused)
+        return whole_gradients(training, scale), unused
+
+    def _pass_over(self, unused: set[int]) -> None:
+        """Let the optimizer pass over parameters without a gradient on any rank, as it does where nobody has put zeros
+        there. What the user has added to these zeros counts."""
+        for index in unused:
+            tensor = self.training.parameters[index].tensor
+            if tensor.grad is not None and not tensor.grad.any():
+                tensor.grad = None
+                self.watch.note_gradient(index)
+
+    def forget(self) -> None:
+        self.watch.forget_gradients()
+
+    def agree(self) -> Verdict:
+        training, buckets, watch = self.training, self.buckets, self.watch
+        group, squares, finite = training.group, 0.0, buckets.finite
+        edited = watch.edited_gradients()
+        if edited:
+            # What the optimizer will see; each rank adds up an equal range of every gradient.
+            for item in training.parameters:
+                if item.tensor.grad is not None:
+                    flat = item.tensor.grad.reshape(-1)
+                    own = split(flat.numel(), group.size)[group.rank]
+                    squares += norm_squared([flat[own.start : own.stop]])
+            finite = math.isfinite(squares)
+        elif training.wants_norm:
+            # Each rank adds up an equal range of every bucket; all of them have all numbers.
+            for bucket, _ in buckets.launched:
+                own = split(bucket.numel, group.size)[group.rank]
+                squares += bucket.squares.of(bucket.flat[own.start : own.stop])
+        refusal = watch.refusal()
+        verdict = agree(group, squares, finite, buckets.used, len(training.parameters), watch.digest(refusal, edited))
+        watch.require_alike(verdict.edits, refusal)
+        self._pass_over(verdict.unused)
+        return verdict
+
+    def update(self, factor: float, unused: set[int]) -> None:
         # Multiplied in the parameters' precision: a 16-bit bucket must not be rounded a second time.
         self.training.masters.step(factor)
 

@@ -1,4 +1,8 @@
-"""``ddp``: torch's own DistributedDataParallel over gloo, behind the same engine call. The yardstick, not ours."""
+"""``ddp``: torch's own DistributedDataParallel over gloo, behind the same engine call. The yardstick, not ours.
+
+``engine.model`` is the user's own model here too, whose state, mode and hooks are its own: torch's wrapper stands
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -45,35 +49,39 @@ def _process_group(group: Group) -> dist.ProcessGroup:
     return _process_groups[group]
 
 
-class _Calls(torch.nn.Module):
-    """Lets DistributedDataParallel run any call on the model: in the forward of this module it gets ready for
-    backward."""
+class _Parameters(torch.nn.Module):
+    """What DistributedDataParallel wraps: the user's model, which it does not run. In its forward it sends rank 0's
+    buffers to all ranks, and gets ready for one backward; who has computed the loss does not matter to it."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model = model
-        self.called = False
 
     def forward(self, call: Callable[[torch.nn.Module], Any]) -> Any:
-        self.called = True
         return call(self.model)
 
 
-class _Front(torch.nn.Module):
-    """The module that the user calls in place of the model."""
+class _Begins:
+    """The hook by which torch gets ready when the user's model is called. A copy of the model, or a model that was
+    saved, has no engine: there the hook does nothing."""
 
-    def __init__(self, wrapped: torch.nn.Module):
-        super().__init__()
-        # Not a submodule: state_dict() and parameters() are to be asked of the user's own model.
-        self._wrapped: Callable[[Callable[[torch.nn.Module], Any]], Any]
-        object.__setattr__(self, "_wrapped", wrapped)
+    def __init__(self, ready: Callable[[], None] | None = None):
+        self._ready = ready
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapped(lambda model: model(*args, **kwargs))
+    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
+        if self._ready is not None:
+            self._ready()
+
+    def __deepcopy__(self, _: Any) -> _Begins:
+        return _Begins()
+
+    def __reduce__(self) -> Any:
+        return _Begins, ()
 
 
 class Ddp(External):
-    """Call ``engine.model`` in the loop, not the bare model: torch prepares its reducer in the wrapper's forward."""
+    """The user calls the model itself, or parts of it. torch's reducer watches the parameters, and wants to be made
+    ready before each backward that exchanges: at the model's forward, or else in ``engine.backward()``."""
 
     name = "ddp"
 
@@ -81,27 +89,37 @@ class Ddp(External):
         if not hasattr(dist.ProcessGroup, "_set_default_backend"):
             raise UsageError(f"strategy ddp needs torch 2.6 or later, and this is {torch.__version__}; use allreduce")
         super().__init__(model, optimizer, group, options)
-        self._calls = _Calls(model)
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
-        self._ddp = DistributedDataParallel(self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(group))
-        self._front = _Front(self._ddp)
+        wrapped = _Parameters(model)
+        self._ddp = DistributedDataParallel(wrapped, bucket_cap_mb=cap_mb, process_group=_process_group(group))
+        self._is_ready = False
+        """Whether torch's reducer waits for the step's gradients."""
+        self._hook = model.register_forward_pre_hook(_Begins(self._begins))
 
-    @property
-    def model(self) -> torch.nn.Module:
-        return self._front
+    def _begins(self) -> None:
+        # Not where the user evaluates, on one rank perhaps: with torch's own wrapper that rank would wait for the rest.
+        if torch.is_grad_enabled() and self.buckets.syncing and not self._is_ready:
+            self._get_ready()
+
+    def _get_ready(self) -> None:
+        self._is_ready = True
+        self._ddp(lambda model: None)
 
     def no_sync(self) -> AbstractContextManager[None]:
         no_sync: AbstractContextManager[None] = self._ddp.no_sync()
         return no_sync
 
-    def backward(self, loss: torch.Tensor | None) -> None:
+    def backward(self, loss: torch.Tensor | None, retain_graph: bool) -> None:
         if loss is None:
             # A rank without samples must still meet its peers in torch's reducer.
+            self._is_ready = self.buckets.syncing
             loss = self._ddp(lambda model: sum(parameter.sum() for parameter in model.parameters()) * 0.0)
-        if not self._calls.called:
-            raise UsageError(
-                "strategy ddp: the loss does not come from engine.model, without which torch exchanges nothing; call "
-                "engine.model instead of the model itself"
-            )
-        self._calls.called = False
-        super().backward(loss)
+        elif self.buckets.syncing and not self._is_ready:
+            self._get_ready()
+        super().backward(loss, retain_graph)
+
+    def forget(self) -> None:
+        self._is_ready = False
+
+    def close(self) -> None:
+        self._hook.remove()

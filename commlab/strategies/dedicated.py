@@ -22,6 +22,7 @@ import torch
 
 from ..checkpoint import pieces
 from ..errors import CommlabError, UsageError
+from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket, plan, usual_bytes
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..gradients.parameters import adjoining, named_parameters
@@ -38,8 +39,10 @@ from .flat import FlatParameters, own_memory, require_in_place
 from .late_pulls import Pulls
 from .options import Options
 from .protocol import Strategy
+from .reduced import ReducedGradient
 from .start import copy_from_rank_0, start, tensors_of
 from .verdict import Verdict
+from .watch import Watch
 
 BUCKET_BYTES = 4 * MESSAGE_BYTES
 """The most that is packed at once, whatever ``bucket_bytes`` says: servers can be busy before a bucket is full."""
@@ -84,6 +87,7 @@ class Dedicated(Strategy):
             self.buckets = GradientBuckets(
                 [], self.launch, lambda: 1.0, lambda: None, keep_gradients=False, overlap=options.overlap
             )
+            self.watch = Watch(group, ())
             return
         optimizer.state.clear()  # the servers have it
         self.training = start(model, optimizer, store.group, options, named=named)
@@ -94,6 +98,14 @@ class Dedicated(Strategy):
         self._flats = [_flattened(bucket) for bucket in self.buckets.buckets]
         self.pulls = Pulls(model, store, self._flats, self._forward_waited)
         self._accounted_bytes = 0
+        self._absent = AbsentGradients(
+            [(item.name, item.tensor) for item in self.training.parameters],
+            f"{name} with dedicated servers",
+            "To clip the norm, give commlab.strategy() max_grad_norm=",
+        )
+        self.watch = Watch(
+            self.training.group, self.training.parameters, instead="the next pull overwrites it from the servers"
+        )
 
     def _start_buckets(self) -> GradientBuckets:
         training, options = self.training, self.training.options
@@ -117,9 +129,17 @@ class Dedicated(Strategy):
 
     # A step.
 
-    def backward(self, loss: torch.Tensor | None) -> None:
-        if loss is not None:
-            loss.backward()
+    def complete(self) -> None:
+        self._absent.put()
+
+    def forget(self) -> None:
+        self._absent.remove()
+
+    def reduced(self, scale: float) -> tuple[list[ReducedGradient], set[int]]:
+        raise UsageError(
+            f"strategy {self.name} with dedicated servers: only the servers have the reduced gradient. Give "
+            "max_grad_norm= to clip its norm; leave servers= out to edit the reduced gradient of ranks' own shards"
+        )
 
     def launch(self, bucket: Bucket) -> Waitable:
         training, options = self.training, self.training.options
@@ -153,6 +173,12 @@ class Dedicated(Strategy):
 
     def agree(self) -> Verdict:
         """The servers' verdict, where they need one; each of them passes over parameters that nobody has pushed."""
+        rank = self.training.group.rank
+        refusal = self._absent.complaint(rank, self._absent.remove())
+        if refusal := refusal or self.watch.refusal():
+            # Before this worker's clock ends: nothing is updated, and step() can be called again.
+            self._absent.put()
+            raise UsageError(refusal)
         ended = self.store.step(finite=self.buckets.finite)
         if not self.store.agrees:
             return Verdict(0.0, True, set())
@@ -194,6 +220,7 @@ class Dedicated(Strategy):
         self.training.group.barrier()
         self.pulls.ask(exact=True)
         self.pulls.wait_for_all()
+        self.watch.exchanged()
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         training, group = self.training, self.training.group

@@ -1,6 +1,7 @@
 """The engine: what the user calls in the training loop, whatever the strategy.
 
 backward()   the strategy computes gradients; buckets leave as they become complete
+             then the reduced gradient is in p.grad, where this rank has it, and may be edited
 step()       wait for the exchange | verdict | clip | update | pull
 """
 
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 
 from .. import trace
-from ..errors import CommlabError, UsageError
+from ..errors import AgreedError, CommlabError, DisagreementError, UsageError
 from ..native.norm import clip_factor
 from .protocol import Strategy
+from .reduced import ReducedGradient, norms
 
 
 @dataclass
@@ -50,8 +52,8 @@ class Engine:
         """Whether the ranks' gradients of a step become one; under ssp and asp they do not."""
         self.shards_state = strategy.shards_state
         """Whether ranks hold different pieces of the optimizer's state; else every rank holds all of it."""
-        self.model = strategy.model
-        """What to call in the training loop: the user's own model, but for ``ddp``."""
+        self.model = training.model
+        """The user's own model."""
         self.optimizer = training.optimizer
         """The user's own optimizer, which keeps its groups, hyper-parameters and schedulers."""
         self.group = training.group
@@ -74,8 +76,15 @@ class Engine:
         """Seconds in which this rank's model stood still; the user may put in a new one, to begin anew."""
         self._training = training
         self._backward_done = False
+        self._failed = False
+        """Whether a backward pass has ended in an exception."""
+        self._accumulates = False
+        """Whether backward() calls of this step may have left gradients inside no_sync."""
         self._stale = False
-        """Whether gradients of the last step are still there."""
+        """Whether the last step has left its gradients."""
+        self._reduced: tuple[list[ReducedGradient], set[int]] | None = None
+        """What :meth:`reduced_gradients` has given out in this step, and the parameters without a gradient."""
+        self.buckets.listening = False
 
     @property
     def steps(self) -> int:
@@ -88,7 +97,14 @@ class Engine:
         """Context for the forward pass and the loss: the precision's compute dtype."""
         return self.precision.autocast()
 
-    def backward(self, loss: torch.Tensor | None, count: int | None = None, total: int | None = None) -> None:
+    def backward(
+        self,
+        loss: torch.Tensor | None,
+        count: int | None = None,
+        total: int | None = None,
+        *,
+        retain_graph: bool = False,
+    ) -> None:
         """Compute gradients and start them on their way. Collective, unless inside :meth:`no_sync`.
 
         ``loss``: a scalar. Without ``count`` the gradients of all ranks' losses are averaged. With ``count``, ``loss``
@@ -96,6 +112,12 @@ class Engine:
         divided once by the global count, so ragged batches weigh right. ``total``: the step's global count over all
         ranks and micro-batches, where the caller knows it; else the ranks' counts are summed by one more small
         exchange. A rank with nothing to do passes ``None, 0``. One call per step outside ``no_sync``.
+        ``retain_graph``: as torch's, where another loss of the same graph follows.
+
+        Where every rank has the whole gradient (all strategies but ``ps`` and ``dps``) it is in ``p.grad`` afterwards,
+        reduced, and multiplied by the loss scale where there is one; edits of it until :meth:`step` count, and must be
+        the same on all ranks. Under ``ps`` and ``dps`` ``p.grad`` raises UsageError when it is touched:
+        :meth:`reduced_gradients` is for every strategy.
         """
         if self._backward_done:
             raise UsageError(
@@ -106,50 +128,117 @@ class Engine:
         counts.require_alike(count)
         if loss is None and count != 0:
             raise UsageError("backward(None) is for a rank without samples: pass count=0 with it")
-        if self._stale:
-            raise UsageError("gradients of the last step are still there: call engine.zero_grad() after engine.step()")
+        self._require_no_gradients()
         counts.add(count, total)
         if buckets.syncing and self.averages:
             counts.sum_counts()
         if loss_scale is not None:
             counts.make_room()
             loss = None if loss is None else loss * (loss_scale.value / counts.divisor)
-        with trace.span("backward"):
-            self.strategy.backward(loss)
+        buckets.come_last()
+        buckets.listening = self._failed = True
+        try:
+            with trace.span("backward"):
+                self.strategy.backward(loss, retain_graph)
+        finally:
+            buckets.listening = False
         if buckets.syncing:
             buckets.flush()
-            self.times.exchange_s += buckets.launch_s
+            flushed_s = time.perf_counter()
+            self.strategy.complete()
+            self.times.exchange_s += buckets.launch_s + time.perf_counter() - flushed_s
         # Last: a backward pass that ended in an exception can be dropped, by zero_grad().
-        self._backward_done = buckets.syncing
+        self._failed, self._backward_done = False, buckets.syncing
+        buckets.held = buckets.syncing
+
+    def _require_no_gradients(self) -> None:
+        """UsageError where gradients are there that backward() calls of this step have not left."""
+        if self._failed:
+            raise UsageError(
+                "the last backward() ended in an exception, and what it has left must not be added to: call "
+                "engine.zero_grad() on all ranks"
+            )
+        if self._accumulates:
+            return
+        for item in self.parameters:
+            if item.tensor.grad is not None:
+                if self._stale:
+                    raise UsageError(
+                        "gradients of the last step are still there: call engine.zero_grad() after engine.step()"
+                    )
+                raise UsageError(
+                    f"parameter {item.name!r} has a gradient already, from another backward pass than this engine's "
+                    "(another engine's, which went through this model, or loss.backward()): call engine.zero_grad() "
+                    "before engine.backward(); run it inside engine.no_sync() where it is to count"
+                )
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Inside, backward() only accumulates on this rank; for all micro-batches of a step but the last. Put the
         forward pass inside too: there ``ddp`` decides whether to exchange."""
-        self.buckets.syncing = False
+        self.buckets.syncing, self._accumulates = False, True
         try:
             with self.strategy.no_sync():
                 yield
         finally:
             self.buckets.syncing = True
 
-    def step(self) -> bool:
+    def reduced_gradients(self) -> list[ReducedGradient]:
+        """The reduced gradient between backward() and step(), in the pieces of it that this rank can edit: whole
+        parameters, or under ``ps`` and ``dps`` the ranges that this rank updates. What is written into ``piece.tensor``
+        is what the optimizer gets, and what the norm of ``max_grad_norm`` is of. Parameters that had no gradient on any
+        rank are left out. Collective. Cost: one small exchange; with a loss scale a copy of the pieces.
+
+        UsageError with dedicated servers, which alone have the reduced gradient.
+        """
+        return self._reduced_gradients("reduced_gradients")[0]
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The 2-norm of every parameter's reduced gradient, by name, the same on all ranks; between backward() and
+        step(). As :meth:`reduced_gradients`, whose edits it sees. Collective. Cost: a pass over this rank's pieces, and
+        under ``ps`` and ``dps`` an exchange of 8 bytes a parameter."""
+        pieces, unused = self._reduced_gradients("gradient_norms")
+        return norms(self.group, self.parameters, pieces, unused, sharded=self.shards_state)
+
+    def _reduced_gradients(self, call: str) -> tuple[list[ReducedGradient], set[int]]:
+        if not self._backward_done:
+            raise UsageError(f"{call}() is for the time between backward(), outside no_sync(), and step()")
+        if self._reduced is None:
+            self._reduced = self.strategy.reduced(self.precision.scale)
+        return self._reduced
+
+    def step(self, closure: object = None) -> bool:
         """Finish the exchange, clip, update, and give every rank the new parameters. Collective. Returns whether there
         was an update: with precision fp16 a step whose gradient overflowed on any rank is skipped on all of them, and a
         scheduler should not advance then."""
+        if closure is not None:
+            raise UsageError(
+                "engine.step() takes no closure: gradients are computed by engine.backward(), once a step. An engine "
+                "can't run an optimizer that evaluates the model again and again (LBFGS)"
+            )
         if not self._backward_done:
             raise UsageError("step() without a backward() outside no_sync(): there is no gradient to agree on")
         strategy = self.strategy
         started_s = time.perf_counter()
         with trace.span("exchange"):
             self.buckets.wait()
-            verdict = strategy.agree()
+            if self._reduced is not None:
+                for piece in self._reduced[0]:
+                    piece.put_back()
+            try:
+                verdict = strategy.agree()
+            except (AgreedError, DisagreementError):
+                self._drop()  # as on every other rank
+                raise
         agreed_s = time.perf_counter()
         with trace.span("update"):
             loss_scale = self.precision.loss_scale
             scale = 1.0 if loss_scale is None else loss_scale.value
             updates = loss_scale is None or verdict.finite
             if loss_scale is None and not verdict.finite and self.options.wire is not None:
+                # On all ranks, which can go on with another step.
+                strategy.pull()
+                self._drop()
                 raise CommlabError(
                     f"rank {self.group.rank}: in step {self.steps} the gradient of some rank is not finite on wire "
                     f"{self.options.wire} (an overflow, inf or NaN); nothing was updated. Use precision fp16, which "
@@ -168,6 +257,11 @@ class Engine:
         updated_s = time.perf_counter()
         with trace.span("pull"):
             strategy.pull()
+            strategy.forget()
+            if updates:
+                strategy.watch.updated(verdict.unused)
+            else:
+                strategy.watch.note()
         waited_s, self._training.forward_wait_s = self._training.forward_wait_s, 0.0
         self.times.forward_wait_s += waited_s
         self.times.exchange_s += waited_s + agreed_s - started_s + time.perf_counter() - updated_s
@@ -186,14 +280,21 @@ class Engine:
                 "already; call it after step()"
             )
         self.buckets.drain()
+        self._drop()
+
+    def _drop(self) -> None:
+        """Drop the step that is under way, and all gradients."""
+        self.strategy.forget()
         for parameter in self.parameters:
             parameter.tensor.grad = None
         self._begin_step()
 
     def _begin_step(self) -> None:
         self.buckets.reset()
+        self.buckets.held = False
         self._training.counts.reset()
-        self._backward_done = self._stale = False
+        self._backward_done = self._stale = self._failed = self._accumulates = False
+        self._reduced = None
 
     # Between steps.
 
@@ -212,6 +313,7 @@ class Engine:
         """Run ``change(model)``, which writes parameters in place, so that it takes effect once on every copy: under
         ``dps`` and ``ps`` ranks of a node share one. Collective."""
         self.strategy.update_parameters(change)
+        self.strategy.watch.updated(set())
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer's state, by parameter name and range; call it between steps, without

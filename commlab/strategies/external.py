@@ -1,7 +1,7 @@
 """Strategies whose gradients commlab does not move: ``single``, where nothing is sent, and the base of ``ddp`` and
 ``horovod``, where a library reduces them. ``p.grad`` is complete when backward and that library are done.
 
-    backward | scale by the count | norm | clip | optimizer on all ranks
+    backward | scale by the count | the user may edit p.grad | norm | clip | optimizer on all ranks
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from collections.abc import Callable
 
 import torch
 
+from ..errors import UsageError
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..native.norm import norm_squared, scale_
 from ..runtime.group import Group
 from .options import Options
 from .protocol import Strategy
+from .reduced import ReducedGradient, whole_gradients
 from .start import start
 from .verdict import Verdict, of_all_ranks
+from .watch import Watch
 
 
 class External(Strategy):
@@ -36,21 +39,28 @@ class External(Strategy):
         self.buckets = GradientBuckets(
             [], self.launch, training.counts.scale_for_mean, group.progress.poll, keep_gradients=True
         )
-
-    def backward(self, loss: torch.Tensor | None) -> None:
-        if loss is not None:
-            loss.backward()
+        self.watch = Watch(group, training.parameters, instead=training.masters.instead)
 
     def launch(self, bucket: Bucket) -> Waitable:
         raise AssertionError(f"strategy {self.name} has no buckets, and was given {bucket.name}")
 
+    def complete(self) -> None:
+        scale_(self._gradients(), self.training.counts.scale_for_mean())
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [item.tensor.grad for item in self.training.parameters if item.tensor.grad is not None]
+
+    def reduced(self, scale: float) -> tuple[list[ReducedGradient], set[int]]:
+        parameters = self.training.parameters
+        unused = {item.index for item in parameters if item.tensor.grad is None}
+        return whole_gradients(self.training, scale), unused
+
     def agree(self) -> Verdict:
         """Every rank has the whole gradient, so nothing is exchanged: whoever reduced it has spread an inf or NaN to
         all ranks."""
-        training = self.training
-        gradients = [item.tensor.grad for item in training.parameters if item.tensor.grad is not None]
-        scale_(gradients, training.counts.scale_for_mean())
-        return of_all_ranks(norm_squared(gradients) if training.wants_norm else 0.0)
+        if refusal := self.watch.refusal():
+            raise UsageError(refusal)
+        return of_all_ranks(norm_squared(self._gradients()) if self.training.wants_norm else 0.0)
 
     def update(self, factor: float, unused: set[int]) -> None:
         self.training.masters.step(factor)

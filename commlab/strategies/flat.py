@@ -29,6 +29,12 @@ class FlatParameters:
                 view.copy_(member.tensor.data)
             member.tensor.data = view
 
+    @property
+    def text(self) -> str:
+        """Its parameters, for messages."""
+        first, last = self.bucket.parameters[0].name, self.bucket.parameters[-1].name
+        return f"parameter {first!r}" if first == last else f"parameters {first!r} .. {last!r}"
+
 
 def require_in_place(name: str, training: Training, flats: Iterable[FlatParameters]) -> None:
     """UsageError where a parameter of the model no longer lies in its flat buffer, or is another one by now: updates of

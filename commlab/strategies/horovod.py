@@ -15,7 +15,6 @@ from ..errors import UsageError
 from ..runtime.group import Group
 from .external import External
 from .options import Options
-from .verdict import Verdict
 
 
 def _import() -> Any:
@@ -67,14 +66,14 @@ class Horovod(External):
             compression=hvd.Compression.fp16 if options.wire == "fp16" else hvd.Compression.none,
         )
 
-    def backward(self, loss: torch.Tensor | None) -> None:
+    def backward(self, loss: torch.Tensor | None, retain_graph: bool) -> None:
         # How many backward passes there are until Horovod is to reduce: this one, or this one and more.
         self._distributed.set_backward_passes_per_step(1 if self.buckets.syncing else 2)
-        super().backward(loss)
+        super().backward(loss, retain_graph)
 
-    def agree(self) -> Verdict:
+    def complete(self) -> None:
         self._distributed.synchronize()
-        return super().agree()
+        super().complete()
 
     def close(self) -> None:
         self._hvd.shutdown()

@@ -2,6 +2,8 @@
 one, and calls it in this order:
 
     backward        backward(loss)   and during it launch(bucket), for each bucket that is complete
+                    complete()       outside no_sync: what p.grad is until step()
+    between         reduced()        where the user wants to edit the reduced gradient
     step            agree()          once all buckets are here
                     update(...)      unless the step is skipped
                     pull()
@@ -20,8 +22,10 @@ import torch
 from ..checkpoint import pieces
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
+from .reduced import ReducedGradient
 from .start import Training
 from .verdict import Verdict
+from .watch import Watch
 
 
 class Strategy(ABC):
@@ -45,25 +49,36 @@ class Strategy(ABC):
     """Whether ``p.grad`` holds the reduced gradient after a step."""
     shards_state: bool = False
     """Whether ranks hold different pieces of the optimizer's state; else every rank holds all of it."""
+    watch: Watch
+    """What the user does to parameters and gradients beside the engine."""
 
     # A step.
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """What the user calls in the training loop."""
-        return self.training.model
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Context for the forward and backward passes that only accumulate gradients on this rank."""
         return nullcontext()
 
-    @abstractmethod
-    def backward(self, loss: torch.Tensor | None) -> None:
+    def backward(self, loss: torch.Tensor | None, retain_graph: bool) -> None:
         """Compute this rank's gradients of ``loss``; None on a rank without samples."""
+        if loss is not None:
+            loss.backward(retain_graph=retain_graph)
 
     @abstractmethod
     def launch(self, bucket: Bucket) -> Waitable:
         """Start the exchange of a packed bucket. All ranks launch their buckets in index order."""
+
+    @abstractmethod
+    def complete(self) -> None:
+        """After the step's last backward, all buckets are under way: put the reduced gradient into ``p.grad``, or what
+        says that it is not there."""
+
+    @abstractmethod
+    def reduced(self, scale: float) -> tuple[list[ReducedGradient], set[int]]:
+        """After :meth:`complete`: the pieces of the reduced gradient, which is multiplied by ``scale`` here, that this
+        rank can edit, and the parameters (by index) that have a gradient on no rank. Collective."""
+
+    def forget(self) -> None:  # noqa: B027 - most strategies have put nothing there
+        """The step is over, or was dropped: take away what :meth:`complete` has put there."""
 
     @abstractmethod
     def agree(self) -> Verdict:

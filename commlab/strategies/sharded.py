@@ -14,6 +14,7 @@ sharded optimizer state).
 
 from __future__ import annotations
 
+import math
 import struct
 from abc import abstractmethod
 from collections.abc import Callable
@@ -23,8 +24,10 @@ import torch
 from ..checkpoint.pieces import Piece
 from ..chunks import Range
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
+from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import Waitable
+from ..native.norm import norm_squared
 from ..ps.elementwise import require_elementwise
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
@@ -33,12 +36,24 @@ from .flat import FlatParameters, own_memory, require_in_place
 from .options import Options
 from .owners import Owned, all_owners, one_owner, owned
 from .protocol import Strategy
+from .reduced import ReducedGradient
 from .start import close_buckets, copy_from_rank_0, pin_flats, start, start_buckets, tensors_of
-from .verdict import Verdict, agree
+from .verdict import Verdict, agree, unused_on_all
+from .watch import Watch
+
+INSTEAD = (
+    "To clip the norm, give commlab.strategy() max_grad_norm=; for everything else there is "
+    "engine.reduced_gradients(), and engine.gradient_norms() for logs"
+)
+ONE_COPY = (
+    "under strategy {} the ranks of a node share one copy of the parameters, which every rank's write reaches, while "
+    "others compute with it"
+)
 
 
 class Sharded(Strategy):
-    """Owners in lockstep. Parameters become views of flat buffers, one per bucket; ``p.grad`` is None after a step.
+    """Owners in lockstep. Parameters become views of flat buffers, one per bucket; ``p.grad`` is None after a step, and
+    between backward and step it only says that it is not there.
 
     In the window these buffers exist once for all ranks: an owner's update is seen by everyone, and a pull is a wait.
     Nobody updates while another still computes: owners begin only after the verdict, which follows the last bucket of
@@ -62,8 +77,25 @@ class Sharded(Strategy):
         if any(each.mirror is not None for each in self._flats):
             pin_flats(training, [each.host for each in self._flats])
         training.masters.own(self._pieces())
+        pieces = training.masters.pieces
+        self._absent = AbsentGradients(
+            [(item.name, item.tensor) for item in training.parameters]
+            + [(piece.parameter.name, piece.tensor) for piece in pieces],
+            self.name,
+            INSTEAD,
+        )
+        self._edited: list[torch.Tensor | None] | None = None
+        """The reduced gradient of each of the masters' pieces, where the user may have edited it."""
         if training.in_window:
             group.barrier()  # rank 0 has written the shared parameters
+        one_copy = training.in_window and all(each.mirror is None for each in self._flats)
+        self.watch = Watch(
+            group,
+            training.parameters,
+            instead=ONE_COPY.format(self.name) if one_copy else training.masters.instead,
+            pieces=[(f"the optimizer's part of parameter {piece.parameter.name!r}", piece.tensor) for piece in pieces],
+            shared=[(f"memory of {each.text}", each.flat) for each in self._flats if one_copy and each.flat.numel()],
+        )
 
     @staticmethod
     @abstractmethod
@@ -94,10 +126,6 @@ class Sharded(Strategy):
 
     # A step.
 
-    def backward(self, loss: torch.Tensor | None) -> None:
-        if loss is not None:
-            loss.backward()
-
     def launch(self, bucket: Bucket) -> Waitable:
         training, chunks = self.training, self._chunks[bucket.index]
         squares = bucket.squares if training.wants_norm else None
@@ -111,14 +139,31 @@ class Sharded(Strategy):
             squares=squares,
         )
 
-    def agree(self) -> Verdict:
-        squares, buckets = 0.0, self.buckets
-        if self.training.wants_norm:
-            squares = sum(bucket.squares.of(push.result) for bucket, push in buckets.launched)
-        return agree(self.training.group, squares, buckets.finite, buckets.used, len(self.training.parameters))
+    def complete(self) -> None:
+        self._absent.put()
 
-    def update(self, factor: float, unused: set[int]) -> None:
-        require_in_place(self.name, self.training, self._flats)
+    def forget(self) -> None:
+        self._absent.remove()
+        self._edited = None
+
+    def reduced(self, scale: float) -> tuple[list[ReducedGradient], set[int]]:
+        training = self.training
+        self.buckets.wait()
+        unused = unused_on_all(training.group, self.buckets.used, len(training.parameters))
+        # In fp32 at least: edits must not be rounded to the wire's 16 bits.
+        self._edited = [
+            gradient if gradient is None or gradient.element_size() > 2 else gradient.float()
+            for gradient in self._gradients(unused)
+        ]
+        found = [
+            ReducedGradient.of(piece.parameter, piece.start, piece.stop, gradient, scale, False, training.steps)
+            for piece, gradient in zip(training.masters.pieces, self._edited, strict=True)
+            if gradient is not None
+        ]
+        return found, unused
+
+    def _gradients(self, unused: set[int]) -> list[torch.Tensor | None]:
+        """The reduced gradient of each of the masters' pieces, flat; None for ``unused`` parameters."""
         gradients: list[torch.Tensor | None] = []
         for (_, push), mine in zip(self.buckets.launched, self._owned, strict=True):
             chunk = push.result
@@ -126,6 +171,24 @@ class Sharded(Strategy):
                 None if item.parameter.index in unused else chunk[item.in_chunk.start : item.in_chunk.stop]
                 for item in mine
             ]
+        return gradients
+
+    def agree(self) -> Verdict:
+        training, buckets, watch = self.training, self.buckets, self.watch
+        group, squares, finite = training.group, 0.0, buckets.finite
+        refusal = self._absent.complaint(group.rank, self._absent.remove()) or watch.refusal()
+        if self._edited is not None:
+            squares = norm_squared(gradient for gradient in self._edited if gradient is not None)
+            finite = math.isfinite(squares)
+        elif training.wants_norm:
+            squares = sum(bucket.squares.of(push.result) for bucket, push in buckets.launched)
+        verdict = agree(group, squares, finite, buckets.used, len(training.parameters), watch.digest(refusal))
+        watch.require_alike(verdict.edits, refusal)
+        return verdict
+
+    def update(self, factor: float, unused: set[int]) -> None:
+        require_in_place(self.name, self.training, self._flats)
+        gradients = self._gradients(unused) if self._edited is None else self._edited
         self.training.masters.step_pieces(gradients, factor)
 
     def pull(self) -> None:
@@ -158,6 +221,14 @@ class Sharded(Strategy):
             pull.wait()
 
     # Between steps.
+
+    def finish(self, last: bool) -> None:
+        """What optimizers have written outside of their step (an exchange with averages), all ranks get."""
+        training = self.training
+        moved = b"1" if not training.masters.instead and self.watch.written_pieces() else b"0"
+        if b"1" in exchange_records(training.group, moved, "parameters written by the optimizer"):
+            self.pull()
+            self.watch.exchanged()
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         training, group = self.training, self.training.group

@@ -52,13 +52,11 @@ class Crew:
         """``task(rank)`` on every rank; the results in rank order."""
         for tasks in self._tasks:
             tasks.put(task)
-        results: list[Any] = [None] * self.size
-        for _ in range(self.size):
-            rank, result, error = self._results.get(timeout=60)
+        found = sorted((self._results.get(timeout=60) for _ in range(self.size)), key=lambda each: each[0])
+        for _, _, error in found:
             if error is not None:
                 raise error
-            results[rank] = result
-        return results
+        return [result for _, result, _ in found]
 
     def close(self) -> None:
         for tasks in self._tasks:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...native.versions import count_write
 from ...runtime.handle import Handle
 from ..encoding import encode
 from ..link import Order
@@ -97,6 +98,7 @@ class Requests:
         key in the clock before, which this pull follows slice by slice, so that values come back while the rest is
         still being pushed."""
         target = out.detach()
+        count_write((target,))
         direct = target.is_contiguous() and target.is_cpu
         flat = target.view(-1) if direct else torch.empty(target.numel(), dtype=target.dtype)
 
