@@ -3,7 +3,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <unistd.h>
+
 #include <cstdint>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -46,6 +49,37 @@ void without_gil(std::size_t numel, DType dtype, Fn fn) {
   if (numel * dtype_bytes(dtype) < 64 * 1024) return fn();
   nb::gil_scoped_release released;
   fn();
+}
+
+// Who finalizes MPI when the interpreter has ended: the process that started it, and never one that it has forked, which
+// the launcher would take for that process.
+struct MpiAtExit {
+  int (*initialized)(int*) = nullptr;
+  int (*finalized)(int*) = nullptr;
+  int (*finalize)() = nullptr;
+  bool ours = false;  // nobody else finalizes MPI at exit
+  pid_t owner = 0;
+  int child_status = 0;
+} mpi_at_exit;
+
+void end_mpi() {
+  if (getpid() != mpi_at_exit.owner) {
+    if (mpi_at_exit.ours) return;
+    // mpi4py, whose turn is next, would finalize MPI.
+    std::fflush(nullptr);
+    _exit(mpi_at_exit.child_status);
+  }
+  int started = 0, ended = 1;
+  if (!mpi_at_exit.ours) return;
+  if (mpi_at_exit.initialized(&started) || !started || mpi_at_exit.finalized(&ended) || ended) return;
+  mpi_at_exit.finalize();
+}
+
+void finalize_mpi_at_exit(Address initialized, Address finalized, Address finalize, bool ours) {
+  if (mpi_at_exit.owner) return;
+  mpi_at_exit = {reinterpret_cast<int (*)(int*)>(initialized), reinterpret_cast<int (*)(int*)>(finalized),
+                 reinterpret_cast<int (*)()>(finalize), ours, getpid(), 0};
+  if (Py_AtExit(&end_mpi) < 0) throw std::runtime_error("no room for a function at the interpreter's end");
 }
 
 // The tensors of one bucket and their places on the wire. Only their addresses may change afterwards.
@@ -141,6 +175,8 @@ NB_MODULE(_native, m) {
       .def("set_addresses", &PackPlan::set_addresses)
       .def("pack", &PackPlan::pack)
       .def("unpack", &PackPlan::unpack);
+  m.def("finalize_mpi_at_exit", &finalize_mpi_at_exit);
+  m.def("set_child_exit_status", [](int status) { mpi_at_exit.child_status = status; });
   m.def("isa", [] { return std::string(isa_name(isa())); });
   m.def("set_isa", &set_isa_by_name);
   m.def("isa_names", &isa_names);

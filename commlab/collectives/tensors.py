@@ -69,7 +69,9 @@ def _plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
         raise UsageError(f"{where}: a {kind.__name__} has no numbers yet; run a forward pass first")
     if tensor.is_nested or tensor.layout is not torch.strided:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise UsageError(f"{where}: a {layout} tensor is not one dense block of numbers; give its parts, or .to_dense()")
+        raise UsageError(
+            f"{where}: a {layout} tensor is not one dense block of numbers; give its parts, or .to_dense()"
+        )
     if kind not in PLAIN:
         # A subclass that has only other functions is memory like any other; one that stands before other tensors isn't.
         if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -114,6 +115,7 @@ class ParameterServer:
         """Whether servers agree on a clock's norm before they update."""
         self._last_step: Handle | None = None
         self._closed = self.role == "server"
+        self._pid = os.getpid()
         own_group = None if alone else everyone.subgroup(workers)
         self.group: Group = own_group or everyone
         """The workers; on a server rank, everyone."""
@@ -126,10 +128,13 @@ class ParameterServer:
             self.server = Server(Shard(self.placement, index, optimizer, group_count), rules, index, names, log)
             serving = ServerLoop(self.server, far, workers, ranks, timeout_s, crowded)
         # Not the store itself: its values and optimizer are gone when nobody has it any more.
-        everyone.endings.append((partial(_close, weakref.ref(self)), partial(_free, near, own_group)))
+        ending = partial(_close, weakref.ref(self)), partial(_free, near, own_group)
+        everyone.endings.append(ending)
+        self._forget = partial(_forget, everyone.endings, ending, near)
         if self.role == "server":
             assert serving is not None
             serving.run()
+            self._forget()
             return
         self._client = Client(near, ranks, timeout_s, crowded, None if serving is None else serving.poll)
         self._requests = Requests(self._client, self._keys, WIRES[wire])
@@ -260,10 +265,11 @@ class ParameterServer:
     def close(self) -> None:
         """This worker needs the servers no more; they return when all workers have closed. ``commlab.shutdown()`` and
         the end of the program close the store, too."""
-        if not self._closed:
+        if not self._closed and os.getpid() == self._pid:
             self._closed = True
             atexit.unregister(self.close)
             self._requests.ask_all(Header(Kind.CLOSE, clock=self.clock), (_LAST, 0, 0), "close").wait()
+            self._forget()
 
     # Inside.
 
@@ -289,6 +295,13 @@ def _close(reference: weakref.ref[ParameterServer]) -> None:
         store.close()
 
 
+def _forget(endings: list[Any], ending: Any, transport: Any) -> None:
+    """A store that is through with all messages holds nothing of its group any more."""
+    if ending in endings:
+        endings.remove(ending)
+        transport.close()
+
+
 def _free(transport: Any, own_group: Group | None) -> None:
     transport.close()
     if own_group is not None:
@@ -301,7 +314,7 @@ def _transports(everyone: Group, alone: bool) -> tuple[Any, Any]:
     if alone:
         near, far = SimNetwork(2).transports()
         return near, far
-    transport = everyone.transport.split(range(everyone.size), any_order=True)
+    transport = everyone.split(range(everyone.size), any_order=True)
     return transport, transport
 
 

@@ -39,7 +39,9 @@ class Signature:
     """Why this rank can't do the operation, for the other ranks to know; empty where it can."""
 
     def __post_init__(self) -> None:
-        digest = blake2b(repr((self.kind, self.shape, self.dtype, self.name, self.detail, self.refusal)).encode(), digest_size=8)
+        digest = blake2b(
+            repr((self.kind, self.shape, self.dtype, self.name, self.detail, self.refusal)).encode(), digest_size=8
+        )
         object.__setattr__(self, "_hash", int.from_bytes(digest.digest(), "little"))
 
     def number(self, sequence: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -87,6 +88,7 @@ class Group:
         self.endings: list[tuple[Callable[[], None], Callable[[], None]]] = []
         """Of those who use this group: what ends their work with other ranks, and, once all have done that, what
         releases it."""
+        self._subgroups: weakref.WeakSet[Group] = weakref.WeakSet()
         self._sequence = 0
         self._closed = False
         self._inline = False
@@ -133,7 +135,9 @@ class Group:
         do it because of ``error``: so nobody waits for this rank. Collective with :meth:`submit`; the handle's
         ``wait()`` raises RefusedError on all ranks. ``error`` itself is raised at once where nobody listens: in a group
         of one rank, or without the agreement check."""
-        if self.progress.ended is not None or self.size == 1 or not self.agreement.checks:
+        if self.progress.ended is not None:
+            raise self.progress.ended.error(kind, self.rank)
+        if self.size == 1 or not self.agreement.checks:
             raise error
         name = name if isinstance(name, str) else None
         return self.submit(
@@ -208,26 +212,45 @@ class Group:
         except Exception as error:
             self.refuse("subgroup", None, error).wait()
             raise
-        self.submit(Signature("subgroup", detail=f"ranks {', '.join(map(str, ranks))}"), awaited=True).wait()
-        transport = self.transport.split(ranks)
-        return (
-            None
-            if transport is None
-            else Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.agreement.required, self.cores)
-        )
+        transport = self.split(ranks)
+        if transport is None:
+            return None
+        topology = self.topology.subgroup(ranks)
+        made = Group(transport, topology, self.timeout_s, self.agreement.required, self.cores)
+        self._subgroups.add(made)
+        return made
+
+    def split(self, ranks: Sequence[int], *, any_order: bool = False) -> Transport | None:
+        """A transport among ``ranks`` of this group, in that order (:meth:`Transport.split`). Collective over this
+        group; None on ranks that are not among them."""
+        contexts = [self.transport.contexts.offered]
+
+        def body() -> Pending:
+            if self.size > 1:
+                exchange = self.transport.exchange(contexts[0].to_bytes(8, "little"))
+                while not exchange.test():
+                    yield exchange
+                contexts.extend(int.from_bytes(record, "little") for record in exchange.records())
+
+        signature = Signature("subgroup", detail=f"ranks {', '.join(map(str, ranks))}")
+        self.submit(signature, body(), awaited=True).wait()
+        return self.transport.split(ranks, max(contexts), any_order=any_order)
 
     def leave(self) -> None:
         """End what others may be waiting for. Not collective."""
-        for end, _ in self.endings:
+        for end, _ in list(self.endings):
             end()
 
     def close(self) -> None:
         """Release the transport and the window; tensors that lie there stay as they are. Collective; later operations
-        are refused."""
+        are refused, those of its sub-groups too."""
         if not self._closed:
             self.leave()
+            for made in list(self._subgroups):
+                made.close()
             self._closed = True
-            for _, free in self.endings:
+            orderly = self.progress.ended is None
+            for _, free in list(self.endings):
                 free()
             for level in (self.node, self.across):
                 if level is not None:
@@ -237,7 +260,7 @@ class Group:
                 self.window.close()
                 self.window = self.agreement.window = None
                 self.window_reason = "the group was shut down"
-            self.transport.close()
+            self.transport.close(orderly)
 
 
 def _raise(error: Exception) -> Attachment:

@@ -51,3 +51,7 @@ def open_nodes(group: Group) -> None:
     group.window_reason = f"the ranks are on {len(group.nodes)} nodes, and each node has a window of its own"
     for local_rank in range(group.local_size):
         group.across = group.subgroup([node[local_rank] for node in group.nodes]) or group.across
+    assert group.across is not None
+    # An operation of the whole that breaks off leaves the levels in the middle of theirs, and the other way round.
+    for level in (group.node, group.across):
+        group.progress.tie(level.progress)

@@ -25,10 +25,24 @@ from .. import trace
 from ..errors import AgreedError, CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
 from ..transport.base import Pending
 from .handle import Handle
-from .waiting import SPIN_S, begin_moving, others_move, pause, silence_of, stop_moving, wait_until
+from .waiting import SPIN_S, begin_moving, others_move, pause, silence_of, stop_moving, under_way, wait_until
 
 _kept: list[object] = []
 """Operations that broke off, with their buffers: messages that peers still send may arrive there."""
+
+
+_all: weakref.WeakSet[Progress] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    """A forked child has the memory of its parent's queues, and no part in them."""
+    for progress in list(_all):
+        progress._queue, progress._lock = deque(), threading.Lock()
+        progress.ended = Ended(UsageError, "belongs to the process from which this one was forked")
+    under_way.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 class Ended(NamedTuple):
@@ -111,6 +125,7 @@ class Progress:
         self._work = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
+        _all.add(self)
         if threaded:
             # The thread must not keep alive what nobody has any more.
             serve = _serve, (weakref.ref(self), self._work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from contextlib import suppress
 
 from ..errors import UsageError
 from ..job import topology
@@ -17,6 +18,20 @@ TRANSPORTS = ("mpi", "torch")
 WINDOWS = ("auto", "on", "off")
 
 _world: Group | None = None
+_forked = False
+"""Whether this process was forked from a rank."""
+
+
+def _in_child() -> None:
+    """A child of a rank takes no part in the rank's groups, and must not end what the rank still needs."""
+    global _world, _forked
+    if _world is not None:
+        _forked = True
+        atexit.unregister(_world.progress.close)
+        _world = None
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def init(
@@ -38,6 +53,8 @@ def init(
         raise UsageError(f"unknown transport {transport!r}; there are {', '.join(TRANSPORTS)}")
     if window not in WINDOWS:
         raise UsageError(f"unknown window {window!r}; there are {', '.join(WINDOWS)}")
+    if _forked:
+        raise UsageError("this process was forked from a rank, and is none itself; start processes before init()")
     if detect().launcher is not None:
         # While connecting, others wait already for a rank that fails; every launcher ends them when one leaves with an
         # error.
@@ -107,12 +124,14 @@ def resolve(group: Group | None) -> Group:
 
 
 def shutdown() -> None:
-    """Release the group of all ranks; :func:`init` may be called again. Collective."""
+    """Release the group of all ranks; :func:`init` may be called again. Collective; a group that an error has ended is
+    released without waiting for anybody."""
     global _world
     if _world is not None:
         group, _world = _world, None
         atexit.unregister(group.progress.close)
         group.leave()
-        if group.size > 1:
-            group.barrier()
+        if group.size > 1 and group.progress.ended is None:
+            with suppress(UsageError):  # MPI was finalized: nobody can be waited for
+                group.barrier()
         group.close()

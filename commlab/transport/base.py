@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..errors import UsageError
+
 Bytes = npt.NDArray[np.uint8]
 """A contiguous 1-D uint8 view of somebody's memory; must stay alive and, for a send, unchanged until the request is
 done."""
@@ -80,6 +82,24 @@ Pending: TypeAlias = Generator[Request, None, None]
 """A computation that yields the request it waits for, and goes on when that request has been completed."""
 
 
+class Contexts:
+    """The numbers by which this rank tells the messages of its transports apart. A new transport has the largest number
+    that any of the ranks offers that it is split from, so no two transports that share two ranks ever have the same
+    one. Numbers are not used again."""
+
+    def __init__(self, limit: int):
+        self.offered, self._limit = 1, limit
+
+    def take(self, context: int, rank: int) -> None:
+        """The ranks have agreed on ``context``. UsageError, on all of them, where the transport has no more numbers."""
+        if context > self._limit:
+            raise UsageError(
+                f"rank {rank}: no more than {self._limit} sub-groups and parameter servers can be made over this "
+                "transport in one run; keep those that are used again"
+            )
+        self.offered = max(self.offered, context + 1)
+
+
 class Transport(Protocol):
     """Point-to-point between ``size`` ranks. Messages of one pair are matched in the order in which they were
     posted."""
@@ -93,6 +113,9 @@ class Transport(Protocol):
     piggyback_bytes: int
     """How many bytes may travel to each peer with a record of RECORD_BYTES; 0: none."""
 
+    contexts: Contexts
+    """Numbers for transports that are split from this one."""
+
     def isend(self, data: Bytes, to: int) -> Request: ...
 
     def irecv(self, data: Bytes, frm: int) -> Request: ...
@@ -101,16 +124,18 @@ class Transport(Protocol):
         """Give every rank a record of the same length, and what it carries, and get everyone's. Collective. Ranks that
         carry different things find it out from their records."""
 
-    def split(self, ranks: Sequence[int], *, any_order: bool = False) -> Transport | None:
-        """A transport among ``ranks`` of this one, messages of which never meet the others'. Collective over this
-        transport; None on the ranks that are not in the list. ``any_order``: messages of different peers may come in
-        another order than that in which they are waited for."""
+    def split(self, ranks: Sequence[int], context: int, *, any_order: bool = False) -> Transport | None:
+        """A transport among ``ranks`` of this one, messages of which never meet the others': they carry the number
+        ``context``, the largest that any rank's :attr:`contexts` offers. Every rank of this transport makes the call;
+        nobody waits, and nothing is taken that would have to be given back. None on the ranks that are not in the list.
+        ``any_order``: messages of different peers may come in another order than that in which they are waited for."""
 
     def abort(self, code: int) -> None:
         """End the whole job."""
 
-    def close(self) -> None:
-        """Release what the transport holds. Collective where the library underneath wants it so."""
+    def close(self, orderly: bool = True) -> None:
+        """Release what the transport holds. The first transport of a job is closed on all ranks together; not
+        ``orderly``: peers may be anywhere, and nobody waits for them."""
 
 
 class Exchange:

@@ -1,16 +1,20 @@
-"""Transport over MPI (MPICH, Open MPI) through mpi4py: buffers only, never pickles, one duplicated communicator per
-purpose."""
+"""Transport over MPI (MPICH, Open MPI) through mpi4py: buffers only, never pickles.
+
+One communicator serves all groups: MPI has room for about 2,000 only, and to give one back is collective. The messages
+of a group carry its context in their tags."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from ctypes import memmove
 from typing import Any
 
-from mpi4py import MPI
+import numpy as np
 
-from ..errors import PeerLostError
-from .base import PIGGYBACK_BYTES, PIGGYBACK_RANKS, RECORD_BYTES, Bytes, Exchange, Piggyback, Rows
+from ..errors import PeerLostError, UsageError
+from .base import PIGGYBACK_BYTES, PIGGYBACK_RANKS, RECORD_BYTES, Bytes, Contexts, Exchange, Piggyback, Rows
+from .finalize import MPI
 
 _LENGTHS = 64
 """Of different lengths, so many sets of sends are kept ready."""
@@ -28,6 +32,40 @@ def _failed(comm: MPI.Comm) -> Sequence[int]:
         return list(gone.Translate_ranks(None, comm.Get_group()))
     except (MPI.Exception, NotImplementedError, AttributeError):
         return ()
+
+
+class _Shared:
+    """What all transports of this process that are split from one another share."""
+
+    def __init__(self, comm: Any):
+        self.comm = comm
+        largest: int = comm.Get_attr(MPI.TAG_UB)
+        self.contexts = Contexts(largest // 2 - 1)
+        self.against = ""
+        """Why no more messages can be sent; empty as long as they can."""
+        self.left: list[tuple[list[MPI.Prequest], object]] = []
+        """Persistent requests of transports that nobody has any more, and their memory: to be freed where MPI may be
+        called."""
+        os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        self.against = "this process was forked from a rank, and is none itself"
+
+    def unusable(self) -> UsageError:
+        """The error for a message that can't be sent."""
+        return UsageError(self.against or "MPI was finalized (MPI_Finalize): nothing can be sent any more")
+
+    def free_left(self) -> None:
+        """Free the requests of transports that are gone. Local. Those that are under way keep their memory: a peer may
+        still send."""
+        if self.left and not self.against and not MPI.Is_finalized():
+            left, self.left[:] = self.left[:], []
+            for requests, memory in left:
+                if all(request.Test() for request in requests):
+                    for request in requests:
+                        request.Free()
+                else:
+                    self.left.append((requests, memory))
 
 
 class MpiRequest:
@@ -53,19 +91,33 @@ class MpiExchange(Exchange):
     disagree about what travels are found by their records, and no message is too long for its receiver.
     """
 
-    __slots__ = ("_comm", "_incoming", "_own", "_rank", "_ready", "_records", "_rows", "_staging", "_under_way")
+    __slots__ = (
+        "_comm",
+        "_incoming",
+        "_left",
+        "_own",
+        "_ranks",
+        "_rank",
+        "_ready",
+        "_records",
+        "_rows",
+        "_staging",
+        "_tag",
+        "_under_way",
+    )
 
-    def __init__(self, comm: MPI.Comm, rank: int, size: int, width: int, room_bytes: int = 0):
-        import numpy as np
-
-        self._comm, self._rank, self.size = comm, rank, size
+    def __init__(self, shared: _Shared, ranks: Sequence[int], rank: int, tag: int, width: int, room_bytes: int = 0):
+        """``ranks``: of the communicator, by rank of the group, in which this one is ``rank``."""
+        comm, size = shared.comm, len(ranks)
+        self._comm, self._ranks, self._rank, self.size, self._tag = comm, ranks, rank, size, tag
+        self._left = shared.left
         self._table = np.zeros((size, width + room_bytes), np.uint8)
         self._staging = np.zeros((size, width + room_bytes), np.uint8)
         self._records, self._rows = self._table[:, :width], Rows(self._table[:, width:])
         self._own = memoryview(self._records[rank])
         others = [(rank + shift) % size for shift in range(1, size)]
-        # Tag 1: a record may be sent while the peer still waits for data of the operation before.
-        self._incoming = [(peer, comm.Recv_init(self._table[peer], peer, 1)) for peer in others]
+        # A tag of its own: a record may be sent while the peer still waits for data of the operation before.
+        self._incoming = [(peer, comm.Recv_init(self._table[peer], ranks[peer], tag)) for peer in others]
         self._ready: dict[tuple[bool, int], list[MPI.Prequest]] = {}
         self._under_way: list[MPI.Prequest] = []
 
@@ -103,7 +155,8 @@ class MpiExchange(Exchange):
         source, stop = self._staging if to_each else self._table, len(self._own) + share_bytes
         requests = [request for _, request in self._incoming]
         for peer, _ in self._incoming:
-            requests.append(self._comm.Send_init(source[peer if to_each else self._rank, :stop], peer, 1))
+            part = source[peer if to_each else self._rank, :stop]
+            requests.append(self._comm.Send_init(part, self._ranks[peer], self._tag))
         self._ready[to_each, share_bytes] = requests
         return requests
 
@@ -128,10 +181,13 @@ class MpiExchange(Exchange):
                 request.Free()
         self._ready.clear()
 
-    def free(self) -> None:
-        self._forget()
-        for _, request in self._incoming:
-            request.Free()
+    def __del__(self) -> None:
+        # No MPI call here: any thread may be the one that drops this, also in a forked child.
+        if hasattr(self, "_under_way"):
+            requests = [request for _, request in self._incoming]
+            for ready in self._ready.values():
+                requests += ready[len(self._incoming) :]
+            self._left.append((requests, (self._table, self._staging)))
 
 
 class MpiTransport:
@@ -139,27 +195,38 @@ class MpiTransport:
 
     name = "mpi"
 
-    def __init__(self, comm: MPI.Comm | None = None, *, owned: bool = False):
-        """``comm``: default COMM_WORLD. Collective over it. ``owned``: it was made for this transport, don't duplicate
-        it."""
-        comm = MPI.COMM_WORLD if comm is None else comm
-        self._comm: Any = comm if owned else comm.Dup()
+    def __init__(self, comm: MPI.Comm | None = None):
+        """``comm``: default COMM_WORLD. Collective over it."""
+        if MPI.Is_finalized():
+            raise UsageError("MPI was finalized (MPI_Finalize), and can't be started again in this process")
+        mine = (MPI.COMM_WORLD if comm is None else comm).Dup()
         # Errors must come back as exceptions that can name the peer, instead of ending the process.
-        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        self.rank, self.size = self._comm.rank, self._comm.size
+        mine.Set_errhandler(MPI.ERRORS_RETURN)
+        self._begin(_Shared(mine), range(mine.size), mine.rank, 0)
+
+    def _begin(self, shared: _Shared, ranks: Sequence[int], rank: int, context: int) -> None:
+        self._shared, self._comm, self._ranks, self._context = shared, shared.comm, ranks, context
+        self.rank, self.size = rank, len(ranks)
+        # Of data; records have the next one.
+        self._tag = 2 * context
+        self.contexts = shared.contexts
         self.threads = MPI.Query_thread() >= MPI.THREAD_MULTIPLE
         self.piggyback_bytes = PIGGYBACK_BYTES if 1 < self.size <= PIGGYBACK_RANKS else 0
         self._exchanges: dict[int, MpiExchange] = {}
 
     def isend(self, data: Bytes, to: int) -> MpiRequest:
+        if self._shared.against or MPI.Is_finalized():
+            raise self._shared.unusable()
         try:
-            return MpiRequest(self._comm.Isend([data, MPI.BYTE], to, 0), to)
+            return MpiRequest(self._comm.Isend([data, MPI.BYTE], self._ranks[to], self._tag), to)
         except MPI.Exception as error:
             raise lost([to], error) from error
 
     def irecv(self, data: Bytes, frm: int) -> MpiRequest:
+        if self._shared.against or MPI.Is_finalized():
+            raise self._shared.unusable()
         try:
-            return MpiRequest(self._comm.Irecv([data, MPI.BYTE], frm, 0), frm)
+            return MpiRequest(self._comm.Irecv([data, MPI.BYTE], self._ranks[frm], self._tag), frm)
         except MPI.Exception as error:
             raise lost([frm], error) from error
 
@@ -167,25 +234,36 @@ class MpiTransport:
         width = len(record)
         if width > 64:
             return Exchange(self, record)
+        if self._shared.against or MPI.Is_finalized():
+            raise self._shared.unusable()
         if width not in self._exchanges:
             room_bytes = self.piggyback_bytes if width == RECORD_BYTES else 0
-            self._exchanges[width] = MpiExchange(self._comm, self.rank, self.size, width, room_bytes)
+            self._exchanges[width] = MpiExchange(
+                self._shared, self._ranks, self.rank, self._tag + 1, width, room_bytes
+            )
         return self._exchanges[width].start(record, piggyback)
 
-    def split(self, ranks: Sequence[int], *, any_order: bool = False) -> MpiTransport | None:
-        color = 0 if self.rank in ranks else MPI.UNDEFINED
-        comm = self._comm.Split(color, ranks.index(self.rank) if self.rank in ranks else 0)
-        return MpiTransport(comm, owned=True) if color == 0 else None
+    def split(self, ranks: Sequence[int], context: int, *, any_order: bool = False) -> MpiTransport | None:
+        self.contexts.take(context, self.rank)
+        self._shared.free_left()
+        if self.rank not in ranks:
+            return None
+        made = MpiTransport.__new__(MpiTransport)
+        made._begin(self._shared, [self._ranks[rank] for rank in ranks], list(ranks).index(self.rank), context)
+        return made
 
     def abort(self, code: int) -> None:
+        if self._shared.against or MPI.Is_finalized():
+            os._exit(code)
         MPI.COMM_WORLD.Abort(code)
 
-    def close(self) -> None:
-        for exchange in self._exchanges.values():
-            exchange.free()
+    def close(self, orderly: bool = True) -> None:
         self._exchanges.clear()
-        if not MPI.Is_finalized():
-            self._comm.Free()
+        self._shared.free_left()
+        if self._context == 0 and not self._shared.against:
+            self._shared.against = "the group of all ranks was shut down"
+            if orderly and not MPI.Is_finalized():
+                self._comm.Free()
 
 
 def library() -> str:

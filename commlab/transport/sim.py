@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
-from .base import Bytes, Exchange, Piggyback
+from .base import Bytes, Contexts, Exchange, Piggyback
 
 
 class SimRequest:
@@ -96,26 +96,45 @@ class SimTransport:
     threads = False
     piggyback_bytes = 0
 
-    def __init__(self, network: SimNetwork, rank: int):
-        self._network, self.rank, self.size = network, rank, network.size
+    def __init__(
+        self,
+        network: SimNetwork,
+        rank: int,
+        ranks: Sequence[int] | None = None,
+        context: int = 0,
+        contexts: Contexts | None = None,
+    ):
+        """``ranks``: of the network, by rank of the transport; all of them where that is None."""
+        self._network, self.rank = network, rank
+        self._ranks = range(network.size) if ranks is None else ranks
+        self.size = len(self._ranks)
+        self.contexts = Contexts(2**30) if contexts is None else contexts
+        # Mailboxes of a context have numbers of their own.
+        self._boxes = [context * network.size + at for at in self._ranks]
 
     def isend(self, data: Bytes, to: int) -> SimRequest:
-        return self._network.post(self.rank, to, data, sending=True)
+        request = self._network.post(self._boxes[self.rank], self._boxes[to], data, sending=True)
+        request.peer = to
+        return request
 
     def irecv(self, data: Bytes, frm: int) -> SimRequest:
-        return self._network.post(frm, self.rank, data, sending=False)
+        request = self._network.post(self._boxes[frm], self._boxes[self.rank], data, sending=False)
+        request.peer = frm
+        return request
 
     def exchange(self, record: bytes, piggyback: Piggyback | None = None) -> Exchange:
         assert piggyback is None
         return Exchange(self, record)
 
-    def split(self, ranks: Sequence[int], *, any_order: bool = False) -> SimTransport | None:
-        if self.size > 1:
-            raise NotImplementedError("make a SimNetwork of the size you need")
-        return SimNetwork(1).transports()[0] if self.rank in ranks else None
+    def split(self, ranks: Sequence[int], context: int, *, any_order: bool = False) -> SimTransport | None:
+        self.contexts.take(context, self.rank)
+        if self.rank not in ranks:
+            return None
+        mine = [self._ranks[rank] for rank in ranks]
+        return SimTransport(self._network, list(ranks).index(self.rank), mine, context, self.contexts)
 
     def abort(self, code: int) -> None:
         raise SystemExit(code)
 
-    def close(self) -> None:
+    def close(self, orderly: bool = True) -> None:
         pass

@@ -1,10 +1,12 @@
 """Transport over torch.distributed's gloo: works under mpirun and under torchrun, needs no MPI. Slower per message than
-MPI."""
+MPI. All groups share the connections of the first one; the messages of a group carry its context as their tag."""
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, cast
@@ -12,8 +14,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from ..errors import PeerLostError
-from .base import Bytes, Exchange, Piggyback
+from ..errors import PeerLostError, UsageError
+from .base import Bytes, Contexts, Exchange, Piggyback
+
+PATIENCE = timedelta(days=3650)
+"""How long gloo waits for a message. How long a silent peer is waited for is decided above, by whoever waits: a peer
+that computes for an hour is not lost. One that is gone is known by its connection."""
 
 
 def lost(peer: int, error: BaseException) -> PeerLostError:
@@ -62,25 +68,42 @@ class _Waiter:
 
     def __init__(self, name: str):
         self._posted: queue.SimpleQueue[tuple[Any, TorchRequest] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=_wait_for, args=(self._posted,), name=name, daemon=True)
         self._thread.start()
+        weakref.finalize(self, self._posted.put, None).atexit = False
 
     def post(self, work: Any, request: TorchRequest) -> TorchRequest:
         self._posted.put((work, request))
         return request
 
-    def _run(self) -> None:
-        while (posted := self._posted.get()) is not None:
-            work, request = posted
-            try:
-                work.wait()
-                request.finish(None)
-            except Exception as error:
-                request.finish(error)
-
     def close(self) -> None:
         self._posted.put(None)
         self._thread.join(timeout=1)
+
+
+def _wait_for(posted: queue.SimpleQueue[tuple[Any, TorchRequest] | None]) -> None:
+    """A waiter's thread; ends when nobody has the waiter any more."""
+    while (next_one := posted.get()) is not None:
+        work, request = next_one
+        try:
+            work.wait(PATIENCE)
+            request.finish(None)
+        except Exception as error:
+            request.finish(error)
+
+
+class _Connections:
+    """What all transports of this process that are split from one another share."""
+
+    def __init__(self, gloo: Any):
+        self.gloo = gloo
+        self.contexts = Contexts(2**30)
+        self.against = ""
+        """Why no more messages can be sent; empty as long as they can."""
+        os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        self.against = "this process was forked from a rank, and is none itself"
 
 
 class TorchTransport:
@@ -97,28 +120,34 @@ class TorchTransport:
         size: int,
         timeout_s: float,
         prefix: str = "commlab",
-        any_order: bool = False,
     ):
-        self._store, self._prefix, self._timeout_s = store, prefix, timeout_s
-        self.rank, self.size = rank, size
-        # Our own timeout comes first and can name the peer; gloo's is the net below it.
-        self._gloo: Any = dist.ProcessGroupGloo(
-            dist.PrefixStore(prefix, store), rank, size, timedelta(seconds=2 * timeout_s + 60)
-        )
+        """Collective: connects all ranks, each of which is waited for ``timeout_s``."""
+        gloo = dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), rank, size, timedelta(seconds=timeout_s))
+        # The store's server lives in a rank's process.
+        self._store: dist.Store | None = store
+        self._begin(_Connections(gloo), range(size), rank, 0, any_order=False)
+
+    def _begin(
+        self, connections: _Connections, ranks: Sequence[int], rank: int, context: int, *, any_order: bool
+    ) -> None:
+        self._connections, self._ranks, self._context = connections, ranks, context
+        self.rank, self.size = rank, len(ranks)
+        self.contexts = connections.contexts
         # A thread that waits for one peer sees nothing of another: where they may answer in any order each has its own.
         self._any_order = any_order
         self._waiters: dict[tuple[str, int], _Waiter] = {}
-        self._splits = 0
 
     def isend(self, data: Bytes, to: int) -> TorchRequest:
-        return self._post("sends", self._gloo.send, data, to)
+        return self._post("sends", self._connections.gloo.send, data, to)
 
     def irecv(self, data: Bytes, frm: int) -> TorchRequest:
-        return self._post("receives", self._gloo.recv, data, frm)
+        return self._post("receives", self._connections.gloo.recv, data, frm)
 
     def _post(self, kind: str, call: Callable[..., Any], data: Bytes, peer: int) -> TorchRequest:
+        if self._connections.against:
+            raise UsageError(self._connections.against)
         try:
-            work = call([torch.from_numpy(data)], peer, 0)
+            work = call([torch.from_numpy(data)], self._ranks[peer], self._context)
         except RuntimeError as error:  # the connection was closed before
             raise lost(peer, error) from error
         key = kind, peer if self._any_order else -1
@@ -130,21 +159,23 @@ class TorchTransport:
         assert piggyback is None
         return TorchExchange(self, record)
 
-    def split(self, ranks: Sequence[int], *, any_order: bool = False) -> TorchTransport | None:
-        self._splits += 1
+    def split(self, ranks: Sequence[int], context: int, *, any_order: bool = False) -> TorchTransport | None:
+        self.contexts.take(context, self.rank)
         if self.rank not in ranks:
             return None
-        prefix = f"{self._prefix}/{self._splits}:{','.join(map(str, ranks))}"
-        return TorchTransport(self._store, list(ranks).index(self.rank), len(ranks), self._timeout_s, prefix, any_order)
+        made = TorchTransport.__new__(TorchTransport)
+        mine = [self._ranks[rank] for rank in ranks]
+        made._begin(self._connections, mine, list(ranks).index(self.rank), context, any_order=any_order)
+        return made
 
     def abort(self, code: int) -> None:
         # torchrun and mpirun both end the other ranks when one leaves with an exit code other than 0; the interpreter's
         # own exit would wait for gloo's threads.
-        import os
-
         os._exit(code)
 
-    def close(self) -> None:
+    def close(self, orderly: bool = True) -> None:
         for waiter in self._waiters.values():
             waiter.close()
-        del self._gloo
+        if self._context == 0 and not self._connections.against:
+            self._connections.against = "the group of all ranks was shut down"
+            self._connections.gloo = self._store = None

@@ -12,7 +12,7 @@ import torch
 from ... import trace
 from ...errors import UsageError
 from ...runtime.handle import Handle
-from ...runtime.waiting import pause, silence_of, spin_s, wait_until
+from ...runtime.waiting import begin_moving, pause, silence_of, spin_s, stop_moving, wait_until
 from ...transport.base import Transport
 from ..encoding import decode
 from ..link import Link, Order
@@ -119,6 +119,7 @@ class Client:
         self._sequence += 1
         call.open += 1
         self._open[server][self._sequence] = call, target
+        begin_moving(self)
         length = 0 if data is None else data.numel()
         self.links[server].send(order, header._replace(sequence=self._sequence, length=length), data)
         if not self.links[server].listening:
@@ -145,6 +146,8 @@ class Client:
                 error = UsageError(f"rank {self.rank}: {call.what} by server {server}: {broken}")
         if self._open[server]:
             self.links[server].listen()
+        elif not any(self._open):
+            stop_moving(self)
         call.take(header, error)
 
     # The driver of its handles (:class:`commlab.runtime.handle.Driver`).
@@ -193,7 +196,8 @@ class _Awaited:
     """A handle that is waited for (:class:`commlab.runtime.waiting.Waiter`)."""
 
     def __init__(self, client: Client, handle: Handle):
-        self._client, self._handle = client, handle
+        self._client = self.driver = client
+        self._handle = handle
 
     def advance(self) -> object:
         return self._client.advance()

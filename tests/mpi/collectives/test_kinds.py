@@ -24,7 +24,9 @@ DTYPES = [getattr(torch, name) for name in NAMES if hasattr(torch, name)]
 def noise(seed: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
     """Bytes of every value, as numbers of ``dtype``."""
     size_bytes = numel * dtype.itemsize
-    drawn = torch.randint(0, 2 if dtype is torch.bool else 256, (size_bytes,), dtype=torch.uint8, generator=seeded(seed))
+    drawn = torch.randint(
+        0, 2 if dtype is torch.bool else 256, (size_bytes,), dtype=torch.uint8, generator=seeded(seed)
+    )
     return drawn.view(dtype)
 
 
