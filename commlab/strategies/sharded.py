@@ -28,7 +28,7 @@ from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import Waitable
 from ..native.norm import norm_squared
-from ..ps.elementwise import require_elementwise
+from ..ps.elementwise import require_elementwise, require_nothing_whole
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..window.memory import Place
@@ -65,6 +65,7 @@ class Sharded(Strategy):
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         require_elementwise(optimizer, options.elementwise)
+        require_nothing_whole(optimizer)
         self.training = training = start(model, optimizer, group, options)
         self.buckets = start_buckets(training, self.launch, keep_gradients=False)
         self._chunks = [self.owners(bucket.numel, group.size) for bucket in self.buckets.buckets]
