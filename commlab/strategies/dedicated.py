@@ -284,6 +284,7 @@ class Dedicated(Strategy):
         if self.role == "server":
             return
         self.pulls.close()
+        self.forget()
         own_memory(self.training)
         self.buckets.close()
         self.store.close()

@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 import struct
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..checkpoint.pieces import Piece
 from ..chunks import Range
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
+from ..errors import UsageError
 from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import Waitable
@@ -177,7 +178,7 @@ class Sharded(Strategy):
     def agree(self) -> Verdict:
         training, buckets, watch = self.training, self.buckets, self.watch
         group, squares, finite = training.group, 0.0, buckets.finite
-        refusal = self._absent.complaint(group.rank, self._absent.remove()) or watch.refusal()
+        refusal = self._complaint(self._absent.remove()) or watch.refusal()
         if self._edited is not None:
             squares = norm_squared(gradient for gradient in self._edited if gradient is not None)
             finite = math.isfinite(squares)
@@ -186,6 +187,16 @@ class Sharded(Strategy):
         verdict = agree(group, squares, finite, buckets.used, len(training.parameters), watch.digest(refusal))
         watch.require_alike(verdict.edits, refusal)
         return verdict
+
+    def _complaint(self, changed: Sequence[str]) -> str:
+        """What to say of parameters whose ``p.grad`` was ``changed``; empty where there are none."""
+        if changed:
+            try:
+                # model.to() changes both, and the parameter matters more.
+                require_in_place(self.name, self.training, self._flats)
+            except UsageError as error:
+                return str(error)
+        return self._absent.complaint(self.training.group.rank, changed)
 
     def update(self, factor: float, unused: set[int]) -> None:
         require_in_place(self.name, self.training, self._flats)
@@ -246,6 +257,7 @@ class Sharded(Strategy):
 
     def close(self) -> None:
         training = self.training
+        self.forget()
         own_memory(training)
         close_buckets(training, self.buckets)
         window = training.group.window
