@@ -285,4 +285,5 @@ def _of_local_rank_0(group: Group, numel: int, dtype: torch.dtype) -> torch.Tens
     if group.rank == 0:
         _, place = window.allocate(size_bytes)
     records = exchange_records(group, struct.pack("<qq", *place), "place of the parameters")
-    return window.view(0, Place(*struct.unpack("<qq", records[0])), size_bytes).view(dtype)
+    # .data: its own count of writes, and not that of all memory of the segment.
+    return window.view(0, Place(*struct.unpack("<qq", records[0])), size_bytes).view(dtype).data
