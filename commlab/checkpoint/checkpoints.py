@@ -18,7 +18,7 @@ import torch
 
 from .. import trace
 from ..errors import AgreedError, UsageError
-from ..gradients.parameters import NamedParameter
+from ..gradients.parameters import NamedParameter, plain_name
 from ..runtime.control import gather_bytes, raise_together
 from ..runtime.group import Group
 from . import files
@@ -161,8 +161,9 @@ class Checkpoints:
     def _fixed(self) -> list[tuple[str, torch.Tensor]]:
         """The tensors that are not trained, by name."""
         trained = {item.name for item in self._engine.parameters}
-        frozen = [(name, tensor) for name, tensor in self._model.named_parameters() if name not in trained]
-        return [*frozen, *self._model.named_buffers()]
+        parameters = ((plain_name(name), tensor) for name, tensor in self._model.named_parameters())
+        frozen = [(name, tensor) for name, tensor in parameters if name not in trained]
+        return [*frozen, *((plain_name(name), tensor) for name, tensor in self._model.named_buffers())]
 
     def _random(self) -> dict[str, torch.Tensor]:
         devices = {item.tensor.device for item in self._engine.parameters if item.tensor.is_cuda}

@@ -202,4 +202,5 @@ def empty(shape: Sequence[int] | int, dtype: torch.dtype = torch.float32, group:
         return torch.zeros(shape, dtype=dtype, device="cpu")
     shape = torch.Size((shape,) if isinstance(shape, int) else shape)
     memory, _ = group.window.allocate(shape.numel() * dtype.itemsize)
-    return memory.view(dtype).view(shape)
+    # .data: a write to one tensor is no write to the others of its segment.
+    return memory.view(dtype).view(shape).data

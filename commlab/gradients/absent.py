@@ -22,6 +22,9 @@ _HARMLESS = {
 }
 """What may be asked of a gradient that is not here."""
 
+_CONVERSIONS = {getattr(torch.Tensor, name) for name in ("to", "float", "double", "half", "bfloat16", "cpu", "cuda")}
+"""What leaves it absent: ``model.double()`` converts the gradients too, and is to be told of the parameters."""
+
 
 class AbsentGradient(torch.Tensor):
     """The gradient of a parameter, of the parameter's shape, strides, dtype and device, without memory. Every operation
@@ -30,14 +33,14 @@ class AbsentGradient(torch.Tensor):
     text: str
 
     @staticmethod
-    def __new__(cls, parameter: torch.Tensor, text: str) -> AbsentGradient:
+    def __new__(cls, parameter: torch.Tensor, text: str, device: torch.device | None = None) -> AbsentGradient:
         made: AbsentGradient = torch.Tensor._make_wrapper_subclass(
-            cls, parameter.shape, strides=parameter.stride(), dtype=parameter.dtype, device=parameter.device
+            cls, parameter.shape, strides=parameter.stride(), dtype=parameter.dtype, device=device or parameter.device
         )
         object.__setattr__(made, "text", text)
         return made
 
-    def __init__(self, parameter: torch.Tensor, text: str):
+    def __init__(self, parameter: torch.Tensor, text: str, device: torch.device | None = None):
         pass
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -51,7 +54,7 @@ class AbsentGradient(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # What never reaches the dispatcher too: data_ptr(), numpy(), p.grad.data = ...
-        if func in _HARMLESS:
+        if func in _HARMLESS or func in _CONVERSIONS:
             return super().__torch_function__(func, types, args, kwargs or {})
         raise UsageError(_text_of(args, kwargs))
 
@@ -59,6 +62,11 @@ class AbsentGradient(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            own, given = args[0], kwargs or {}
+            dtype, device = given.get("dtype") or own.dtype, given.get("device") or own.device
+            like = torch.empty_strided(own.size(), own.stride(), dtype=dtype, device="meta")
+            return AbsentGradient(like, own.text, device)
         raise UsageError(_text_of(args, kwargs))
 
 

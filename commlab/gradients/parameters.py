@@ -27,6 +27,12 @@ class NamedParameter:
         return self.tensor.numel() * self.tensor.element_size()
 
 
+def plain_name(name: str) -> str:
+    """A parameter's or buffer's name without what torch.compile() puts into it, so that state which was saved with it
+    loads without, and the reverse."""
+    return name.replace("_orig_mod.", "")
+
+
 def named_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[NamedParameter]:
     """The trainable parameters of ``model`` in registration order, a tied one once, with their groups in ``optimizer``.
 
@@ -35,7 +41,8 @@ def named_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     """
     group_of = {id(tensor): group for group, entry in enumerate(optimizer.param_groups) for tensor in entry["params"]}
     named: list[NamedParameter] = []
-    for name, tensor in model.named_parameters():
+    for full_name, tensor in model.named_parameters():
+        name = plain_name(full_name)
         if not tensor.requires_grad:
             continue
         if id(tensor) not in group_of:

@@ -14,6 +14,7 @@ import math
 
 import torch
 
+from .. import trace
 from ..chunks import split
 from ..collectives.allreduce import start_allreduce
 from ..collectives.plan import plan_of
@@ -49,7 +50,8 @@ class AllReduce(Strategy):
 
     def complete(self) -> None:
         # Nothing could hide behind what comes between backward and step, and there p.grad may be edited.
-        self.buckets.wait()
+        with trace.span("exchange"):
+            self.buckets.wait()
         for bucket, _ in self.buckets.launched:
             copied: list[torch.Tensor | None] = []
             flat = bucket.result()

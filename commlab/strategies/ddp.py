@@ -69,7 +69,8 @@ class _Begins:
         self._ready = ready
 
     def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
-        if self._ready is not None:
+        # In a model that torch compiles backward() itself gets torch ready.
+        if self._ready is not None and not torch.compiler.is_compiling():
             self._ready()
 
     def __deepcopy__(self, _: Any) -> _Begins:

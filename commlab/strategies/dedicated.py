@@ -28,6 +28,7 @@ from ..gradients.hooks import GradientBuckets, Waitable
 from ..gradients.parameters import adjoining, named_parameters
 from ..native.dtypes import WIRES
 from ..ps.consistency import parse
+from ..ps.elementwise import require_nothing_whole
 from ..ps.messages import MESSAGE_BYTES
 from ..ps.placement import Slice
 from ..ps.store import ParameterServer
@@ -64,6 +65,7 @@ class Dedicated(Strategy):
                 f"strategy {name} with dedicated servers works on the CPU, without Apex; leave servers out, or the "
                 "model on the CPU"
             )
+        require_nothing_whole(optimizer)
         averages = parse(options.consistency).averages
         named = named_parameters(model, optimizer)
         self.store = store = ParameterServer(
@@ -282,6 +284,7 @@ class Dedicated(Strategy):
         if self.role == "server":
             return
         self.pulls.close()
+        self.forget()
         own_memory(self.training)
         self.buckets.close()
         self.store.close()

@@ -339,6 +339,7 @@ class Engine:
                     "were not saved together. Load the parts of one checkpoint"
                 )
         self.strategy.load(parts)
+        self.strategy.watch.note_pieces()
         self._training.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
         if self.precision.loss_scale is not None and parts[0]["loss_scale"] is not None:
             self.precision.loss_scale.load_state_dict(parts[0]["loss_scale"])

@@ -45,6 +45,18 @@ class External(Strategy):
         raise AssertionError(f"strategy {self.name} has no buckets, and was given {bucket.name}")
 
     def complete(self) -> None:
+        training = self.training
+        for item in training.parameters:
+            gradient = item.tensor.grad
+            if (
+                gradient is not None
+                and gradient.layout is not torch.strided
+                and (training.counts.counted or training.wants_norm)
+            ):
+                raise UsageError(
+                    f"the gradient of {item.name!r} is sparse, and can't be divided by a count nor clipped; use "
+                    "sparse=False in its embedding"
+                )
         scale_(self._gradients(), self.training.counts.scale_for_mean())
 
     def _gradients(self) -> list[torch.Tensor]:

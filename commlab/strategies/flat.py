@@ -9,6 +9,7 @@ import torch
 from ..errors import UsageError
 from ..gradients.bucket import Bucket
 from ..gradients.mirror import Mirror, mirrors
+from ..gradients.parameters import plain_name
 from .start import Training
 
 
@@ -39,7 +40,7 @@ class FlatParameters:
 def require_in_place(name: str, training: Training, flats: Iterable[FlatParameters]) -> None:
     """UsageError where a parameter of the model no longer lies in its flat buffer, or is another one by now: updates of
     strategy ``name`` would not reach it any more."""
-    present = dict(training.model.named_parameters())
+    present = {plain_name(name): tensor for name, tensor in training.model.named_parameters()}
     for each in flats:
         start, itemsize = each.flat.data_ptr(), each.flat.element_size()
         for member, extent in zip(each.bucket.parameters, each.bucket.ranges, strict=True):
@@ -48,7 +49,7 @@ def require_in_place(name: str, training: Training, flats: Iterable[FlatParamete
                 raise UsageError(
                     f"rank {training.group.rank}: parameter {member.name!r} was given other memory after "
                     "commlab.strategy() (by model.to(), load_state_dict(assign=True) or p.data = ?), and strategy "
-                    f"{name} updates it where it was; do that before, and change values in place after"
+                    f"{name} updates it where it was; do that before, and write values by engine.update_parameters()"
                 )
 
 

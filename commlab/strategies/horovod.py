@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import trace
 from ..errors import UsageError
 from ..runtime.group import Group
 from .external import External
@@ -72,7 +73,8 @@ class Horovod(External):
         super().backward(loss, retain_graph)
 
     def complete(self) -> None:
-        self._distributed.synchronize()
+        with trace.span("exchange"):
+            self._distributed.synchronize()
         super().complete()
 
     def close(self) -> None:

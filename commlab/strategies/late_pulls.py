@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import trace
+from ..gradients.parameters import plain_name
 from ..ps.placement import UNIT_BYTES
 from ..ps.store import ParameterServer
 from ..runtime.handle import Handle
@@ -113,7 +114,7 @@ class Pulls:
 
     def _watch_ends(self) -> None:
         unit_of = {name: at for at, unit in enumerate(self.units) for name in unit.names}
-        first_name = {tensor: name for name, tensor in self._model.named_parameters()}
+        first_name = {tensor: plain_name(name) for name, tensor in self._model.named_parameters()}
         modules = dict(self._model.named_modules(remove_duplicate=False))
         needs: dict[torch.nn.Module, set[int]] = {}
         for name, tensor in self._model.named_parameters(remove_duplicate=False):

@@ -17,18 +17,19 @@ from __future__ import annotations
 import math
 import struct
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..checkpoint.pieces import Piece
 from ..chunks import Range
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
+from ..errors import UsageError
 from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import Waitable
 from ..native.norm import norm_squared
-from ..ps.elementwise import require_elementwise
+from ..ps.elementwise import require_elementwise, require_nothing_whole
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..window.memory import Place
@@ -65,6 +66,7 @@ class Sharded(Strategy):
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         require_elementwise(optimizer, options.elementwise)
+        require_nothing_whole(optimizer)
         self.training = training = start(model, optimizer, group, options)
         self.buckets = start_buckets(training, self.launch, keep_gradients=False)
         self._chunks = [self.owners(bucket.numel, group.size) for bucket in self.buckets.buckets]
@@ -176,7 +178,7 @@ class Sharded(Strategy):
     def agree(self) -> Verdict:
         training, buckets, watch = self.training, self.buckets, self.watch
         group, squares, finite = training.group, 0.0, buckets.finite
-        refusal = self._absent.complaint(group.rank, self._absent.remove()) or watch.refusal()
+        refusal = self._complaint(self._absent.remove()) or watch.refusal()
         if self._edited is not None:
             squares = norm_squared(gradient for gradient in self._edited if gradient is not None)
             finite = math.isfinite(squares)
@@ -185,6 +187,16 @@ class Sharded(Strategy):
         verdict = agree(group, squares, finite, buckets.used, len(training.parameters), watch.digest(refusal))
         watch.require_alike(verdict.edits, refusal)
         return verdict
+
+    def _complaint(self, changed: Sequence[str]) -> str:
+        """What to say of parameters whose ``p.grad`` was ``changed``; empty where there are none."""
+        if changed:
+            try:
+                # model.to() changes both, and the parameter matters more.
+                require_in_place(self.name, self.training, self._flats)
+            except UsageError as error:
+                return str(error)
+        return self._absent.complaint(self.training.group.rank, changed)
 
     def update(self, factor: float, unused: set[int]) -> None:
         require_in_place(self.name, self.training, self._flats)
@@ -245,6 +257,7 @@ class Sharded(Strategy):
 
     def close(self) -> None:
         training = self.training
+        self.forget()
         own_memory(training)
         close_buckets(training, self.buckets)
         window = training.group.window
@@ -272,4 +285,5 @@ def _of_local_rank_0(group: Group, numel: int, dtype: torch.dtype) -> torch.Tens
     if group.rank == 0:
         _, place = window.allocate(size_bytes)
     records = exchange_records(group, struct.pack("<qq", *place), "place of the parameters")
-    return window.view(0, Place(*struct.unpack("<qq", records[0])), size_bytes).view(dtype)
+    # .data: its own count of writes, and not that of all memory of the segment.
+    return window.view(0, Place(*struct.unpack("<qq", records[0])), size_bytes).view(dtype).data

@@ -3,6 +3,7 @@ made, and buckets are planned, in memory that the ranks share where there is a w
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -14,7 +15,7 @@ from ..errors import UsageError
 from ..gradients.bucket import Bucket, plan, usual_bytes
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..gradients.mirror import pin
-from ..gradients.parameters import NamedParameter, named_parameters
+from ..gradients.parameters import NamedParameter, named_parameters, plain_name
 from ..native.dtypes import DTYPES, WIRES
 from ..precision.masters import Masters
 from ..precision.modes import Precision
@@ -66,6 +67,7 @@ def start(
     """Begin to train ``model`` on the ranks of ``group``. Collective. ``named``: the parameters, where the optimizer
     does not have them any more. ``synchronize()`` makes all ranks start from rank 0's parameters and buffers; None: by
     commlab's own broadcast."""
+    _require_plain_step(optimizer)
     parameters = named_parameters(model, optimizer) if named is None else named
     device = next(iter(model.parameters())).device
     precision = Precision(options.precision, options.autocast, device, group, options.loss_scale)
@@ -86,6 +88,16 @@ def start(
         in_window=group.window is not None and options.algorithm in ("auto", "window"),
         wants_norm=options.max_grad_norm is not None or precision.loss_scale is not None,
     )
+
+
+def _require_plain_step(optimizer: torch.optim.Optimizer) -> None:
+    """UsageError for an optimizer whose step wants to compute the loss again."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UsageError(
+            f"optimizer {type(optimizer).__name__} wants a closure, by which its step() computes loss and gradient "
+            "again and again; an engine gives it one reduced gradient a step. Take an optimizer without a closure"
+        )
 
 
 def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, keep_gradients: bool) -> GradientBuckets:
@@ -131,8 +143,8 @@ def pin_flats(training: Training, flats: list[torch.Tensor]) -> None:
 
 def tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """All parameters, and the buffers of a dtype that travels, by name."""
-    tensors = [(name, tensor.data) for name, tensor in model.named_parameters()]
-    return tensors + [(name, tensor) for name, tensor in model.named_buffers() if tensor.dtype in DTYPES]
+    tensors = [(plain_name(name), tensor.detach()) for name, tensor in model.named_parameters()]
+    return tensors + [(plain_name(name), tensor) for name, tensor in model.named_buffers() if tensor.dtype in DTYPES]
 
 
 def copy_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]) -> None:

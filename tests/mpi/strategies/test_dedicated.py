@@ -13,7 +13,7 @@ from mpi_stores import closing_stores
 from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference
 
 import commlab
-from commlab.errors import CommlabError
+from commlab.errors import CommlabError, UsageError
 from commlab.native.dtypes import WIRES
 from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
@@ -248,3 +248,41 @@ def test_a_value_that_is_read_too_early_is_an_error(ranks: Ranks, monkeypatch: p
                     CommlabError, match=r"in step 1 columns.weight had a gradient while .*overlap_pulls"
                 ):
                     engine.backward(loss)
+
+
+@closing_stores
+def test_gradients_and_parameters_are_the_servers(ranks: Ranks) -> None:
+    """A1, A9, B5: whatever touches a gradient on its way or a parameter says so; after each error training goes on."""
+    group = ranks.group(0, 1, 2)
+    if group is None:
+        return
+    model = torch.nn.Linear(5, 3)
+    engine = commlab.strategy("ps", model, torch.optim.SGD(model.parameters(), lr=0.5), group, servers=1, wire="fp16")
+    if engine.role != "worker":
+        return
+    with torch.no_grad():
+        wanted = model.weight.clone()
+    engine.backward(model(torch.ones(2, 5)).sum() * 1e9)
+    with pytest.raises(CommlabError, match="not finite on wire fp16"):
+        engine.step()
+    engine.backward(model(torch.ones(2, 5)).sum())
+    with pytest.raises(UsageError, match="ps with dedicated servers: the gradient of parameter 'weight' is on its way"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(UsageError, match="only the servers have the reduced gradient"):
+        engine.reduced_gradients()
+    model.weight.grad = None
+    with pytest.raises(UsageError, match=r"p\.grad of 'weight' was set to something else"):
+        engine.step()
+    late = model(torch.ones(2, 5, requires_grad=True)).sum()
+    engine.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+    assert torch.allclose(model.weight, wanted - 0.5 * 2)
+    with torch.no_grad():
+        model.weight.mul_(2)
+    engine.backward(model(torch.ones(2, 5)).sum())
+    with pytest.raises(UsageError, match=r"'weight' was written between two steps.*the next pull overwrites it"):
+        engine.step()
+    engine.update_parameters(lambda model: None)
+    engine.step()
+    engine.close()

@@ -15,7 +15,6 @@ from mpi_strategies import EVERY_ALGORITHM, assert_same_bits_everywhere, groups_
 from mpi_windows import close_all, window_group
 from training import EVEN, RAGGED, Recipe, assert_same, build, go_on, reference, train
 
-from commlab.errors import UsageError
 from commlab.runtime.control import exchange_records, gather_bytes
 from commlab.runtime.group import Group
 from commlab.runtime.nodes import open_window
@@ -64,16 +63,21 @@ def test_ddp_equals_single(ranks: Ranks, recipe: str) -> None:
         assert_same(run, reference(used))
 
 
-def test_ddp_wants_engine_model(ranks: Ranks) -> None:
-    """torch would exchange nothing, and say nothing."""
+def test_ddp_exchanges_whatever_is_called(ranks: Ranks) -> None:
+    """A12: the model itself, which is the engine's, or a loss that no forward of the model has made."""
     for group in groups_of(ranks):
         run = build("ddp", group, Recipe(all_used=True))
-        inputs = torch.ones(2, training.WIDTH)
-        with pytest.raises(UsageError, match=r"call engine\.model instead of the model itself"):
-            run.engine.backward(run.model(inputs).sum(), 2, 2 * group.size)
-        run.engine.zero_grad()
-        run.engine.backward(run.engine.model(inputs).sum(), 2, 2 * group.size)
+        assert run.engine.model is run.model
+        inputs = torch.ones(2, training.WIDTH) * (1 + group.rank)
+        run.engine.backward(run.model(inputs).sum(), 2, 2 * group.size)
         run.engine.step()
+        run.engine.zero_grad()
+        run.digests.append(training.digest(run.model))
+        weights = sum(item.tensor.sum() * (1 + group.rank) for item in run.engine.parameters)
+        run.engine.backward(weights, 2, 2 * group.size)
+        run.engine.step()
+        run.digests.append(training.digest(run.model))
+        assert_same_bits_everywhere(run)
 
 
 @ours

@@ -16,7 +16,7 @@ import training
 from mpi_ranks import Ranks
 from mpi_strategies import assert_same_bits_everywhere
 from mpi_windows import close_all, window_group
-from training import RAGGED, Recipe, assert_same, build, go_on, reference, train
+from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference, train
 
 import commlab
 from commlab.errors import UsageError
@@ -230,6 +230,69 @@ def test_parameters_are_updated_once(ranks: Ranks, strategy: str) -> None:
                 assert torch.equal(tensor, before[name] * 2 + 1), name
         assert sum(map(int, everyones(group, str(len(calls))))) == (1 if strategy in SERVERS else group.size)
         group.barrier()
+        run.engine.close()
+
+
+@servers
+@pytest.mark.parametrize("way", ["mul_", "data.mul_", "max_norm"])
+def test_writes_to_the_one_copy_are_refused(ranks: Ranks, strategy: str, way: str) -> None:
+    """A9: mul_ on every rank would act P times; also through .data, which torch does not count, and in forward."""
+    for group in groups_of(ranks):
+        model = torch.nn.Embedding(40, 5, max_norm=0.1 if way == "max_norm" else None)
+        engine = commlab.strategy(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), group)
+        ids = torch.arange(group.rank, group.rank + 3)
+        if way != "max_norm":
+            engine.backward(model(ids).sum())
+            engine.step()
+        with torch.no_grad():
+            if way == "mul_":
+                model.weight.mul_(0.5)
+            elif way == "data.mul_":
+                model.weight.data.mul_(0.5)
+        engine.backward(model(ids).sum())
+        with pytest.raises(UsageError, match=r"'weight'.* was written .*update_parameters.*nothing was updated"):
+            engine.step()
+        engine.close()
+
+
+@servers
+def test_graphs_across_a_step_raise_on_every_rank(ranks: Ranks, strategy: str) -> None:
+    """A9: also where another rank has written the parameter, in the memory of all."""
+    for group in groups_of(ranks):
+        run = build(strategy, group, Recipe(samples=training.EVEN))
+        late = run.model(torch.ones(2, training.WIDTH)).sum()
+        training.backward(run.engine, run.recipe, 0)
+        run.engine.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            late.backward()
+        run.engine.zero_grad()
+        run.engine.close()
+
+
+@ours
+@pytest.mark.parametrize("wire", [None, "bf16"])
+def test_reduced_gradients_in_the_window(ranks: Ranks, strategy: str, wire: str | None) -> None:
+    """A1: pieces lie in the window, and their edits count: clipping, noise and norms per layer, as of one rank."""
+
+    def edited(each: Run) -> Run:
+        for step in range(3):
+            training.backward(each.engine, each.recipe, step)
+            norms = each.engine.gradient_norms()
+            for piece in each.engine.reduced_gradients():
+                piece.tensor.mul_(1e-2 / (norms[piece.name] + 1e-6)).clamp_(-4e-3, 4e-3)
+                piece.tensor.add_(piece.draw(lambda whole, generator: whole.normal_(0, 1e-3, generator=generator)))
+            each.engine.step()
+            each.engine.zero_grad()
+            each.digests.append(training.digest(each.model))
+            each.norms.append(each.engine.grad_norm)
+        return each
+
+    recipe = Recipe(samples=training.EVEN, max_grad_norm=0.02)
+    wanted = edited(build("single", training.alone(), recipe))
+    for group in groups_of(ranks):
+        run = edited(build(strategy, group, recipe, wire=wire))
+        assert_same_bits_everywhere(run)
+        assert_same(run, wanted, 1e-5 if wire is None else 2**-6)
         run.engine.close()
 
 
