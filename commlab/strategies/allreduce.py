@@ -53,7 +53,7 @@ class AllReduce(Strategy):
                 own = split(bucket.numel, group.size)[group.rank]
                 squares += bucket.squares.of(bucket.flat[own.start : own.stop])
         buckets = self.buckets
-        return agree(group, squares, buckets.finite, buckets.used, len(self.training.parameters))
+        return agree(self.training, squares, buckets.finite, buckets.used)
 
     def update(self, factor: float, unused: set[int]) -> None:
         for bucket, _ in self.buckets.launched:

@@ -83,7 +83,10 @@ class Ddp(External):
         super().__init__(model, optimizer, group, options)
         self._calls = _Calls(model)
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
-        self._ddp = DistributedDataParallel(self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(group))
+        # Buffers are made alike after each step, by the rule of the options, under every strategy.
+        self._ddp = DistributedDataParallel(
+            self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(group), broadcast_buffers=False
+        )
         self._front = _Front(self._ddp)
 
     @property

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from .. import trace
-from ..errors import CommlabError, UsageError
+from ..errors import UsageError
 from ..native.norm import clip_factor
+from .nonfinite import not_finite_error
 from .protocol import Strategy
+from .watch import Watch
 
 
 @dataclass
@@ -35,7 +37,8 @@ class Times:
 class Engine:
     """Trains a model on all ranks of a group. Built by :func:`commlab.strategy`; all ranks must make the same calls.
 
-    At construction rank 0's parameters and buffers have become all ranks'.
+    At construction all that rank 0 has (parameters, buffers, the optimizer's state and hyper-parameters) has become all
+    ranks'.
     """
 
     def __init__(self, strategy: Strategy):
@@ -67,12 +70,15 @@ class Engine:
         self.in_window = training.in_window
         """Whether buckets lie in memory that the ranks share."""
         self.skipped_steps = 0
-        """Steps without an update, because a gradient overflowed."""
+        """Steps without an update, because a gradient was not finite."""
         self.grad_norm: float | None = None
         """Global 2-norm of the last step's reduced gradient, before clipping; None where max_grad_norm is None."""
         self.times = Times()
         """Seconds in which this rank's model stood still; the user may put in a new one, to begin anew."""
         self._training = training
+        self._watch = Watch(strategy)
+        self._turn: int | None = None
+        """The step that :meth:`turns` has given out last."""
         self._backward_done = False
         self._stale = False
         """Whether gradients of the last step are still there."""
@@ -88,14 +94,16 @@ class Engine:
         """Context for the forward pass and the loss: the precision's compute dtype."""
         return self.precision.autocast()
 
-    def backward(self, loss: torch.Tensor | None, count: int | None = None, total: int | None = None) -> None:
+    def backward(self, loss: torch.Tensor | None, count: float | None = None, total: float | None = None) -> None:
         """Compute gradients and start them on their way. Collective, unless inside :meth:`no_sync`.
 
         ``loss``: a scalar. Without ``count`` the gradients of all ranks' losses are averaged. With ``count``, ``loss``
-        is a *sum* over that many items (tokens), and the step's gradient is the sum over all ranks and micro-batches
-        divided once by the global count, so ragged batches weigh right. ``total``: the step's global count over all
+        is a *sum* over that many items (tokens), or one weighted with weights of that sum (any number from 0 on), and
+        the step's gradient is the sum over all ranks and micro-batches divided once by the global count, so ragged
+        batches weigh right; where the global count is 0 the gradient is 0. ``total``: the step's global count over all
         ranks and micro-batches, where the caller knows it; else the ranks' counts are summed by one more small
-        exchange. A rank with nothing to do passes ``None, 0``. One call per step outside ``no_sync``.
+        exchange. A rank with nothing to do passes ``None, 0``. One call per step outside ``no_sync``. UsageError for a
+        count that is negative, infinite or NaN.
         """
         if self._backward_done:
             raise UsageError(
@@ -109,6 +117,7 @@ class Engine:
         if self._stale:
             raise UsageError("gradients of the last step are still there: call engine.zero_grad() after engine.step()")
         counts.add(count, total)
+        self._watch.backward_begins(loss)
         if buckets.syncing and self.averages:
             counts.sum_counts()
         if loss_scale is not None:
@@ -133,32 +142,37 @@ class Engine:
         finally:
             self.buckets.syncing = True
 
-    def step(self) -> bool:
+    def step(self, number: int | None = None) -> bool:
         """Finish the exchange, clip, update, and give every rank the new parameters. Collective. Returns whether there
-        was an update: with precision fp16 a step whose gradient overflowed on any rank is skipped on all of them, and a
-        scheduler should not advance then."""
+        was an update, and a scheduler should advance only then: a step whose gradient is not finite on any rank is
+        skipped on all of them with precision fp16, and with ``nonfinite="skip"``.
+
+        ``number``: the caller's own number of the step, or of the batch, for ranks to compare; None: they compare what
+        has happened on each since the last step. DisagreementError, on every rank and before anything is updated, where
+        ranks are not in the same step, or would update with different hyper-parameters, or have different copies of
+        the parameters. NotFiniteError, on every rank, as ``nonfinite`` says.
+        """
         if not self._backward_done:
             raise UsageError("step() without a backward() outside no_sync(): there is no gradient to agree on")
         strategy = self.strategy
         started_s = time.perf_counter()
         with trace.span("exchange"):
             self.buckets.wait()
+            self._watch.step_begins(self._turn if number is None else number)
             verdict = strategy.agree()
+            self._watch.compare_replicas(verdict)
         agreed_s = time.perf_counter()
         with trace.span("update"):
             loss_scale = self.precision.loss_scale
             scale = 1.0 if loss_scale is None else loss_scale.value
-            updates = loss_scale is None or verdict.finite
-            if loss_scale is None and not verdict.finite and self.options.wire is not None:
-                raise CommlabError(
-                    f"rank {self.group.rank}: in step {self.steps} the gradient of some rank is not finite on wire "
-                    f"{self.options.wire} (an overflow, inf or NaN); nothing was updated. Use precision fp16, which "
-                    "scales the loss and skips such steps, or wire bf16 or none"
-                )
+            rule = self.options.nonfinite if loss_scale is None else "skip"
+            updates = verdict.finite or rule == "torch"
             clip = 1.0
             if self.options.max_grad_norm is not None:
                 self.grad_norm = verdict.squares**0.5 / scale
                 clip = clip_factor(self.grad_norm, self.options.max_grad_norm)
+            if not verdict.finite and (rule == "error" or (rule == "torch" and self.options.wire is not None)):
+                self._refuse_not_finite(rule)
             if updates:
                 strategy.update(clip / scale, verdict.unused)
             else:
@@ -168,6 +182,7 @@ class Engine:
         updated_s = time.perf_counter()
         with trace.span("pull"):
             strategy.pull()
+            self._watch.step_ends(verdict)
         waited_s, self._training.forward_wait_s = self._training.forward_wait_s, 0.0
         self.times.forward_wait_s += waited_s
         self.times.exchange_s += waited_s + agreed_s - started_s + time.perf_counter() - updated_s
@@ -176,6 +191,21 @@ class Engine:
         self._stale = strategy.keeps_gradients
         self._training.steps += 1
         return updates
+
+    def _refuse_not_finite(self, rule: str) -> None:
+        """Raise NotFiniteError; the step is dropped. Collective."""
+        instead = 'Take a smaller learning rate, or clip; nonfinite="skip" leaves such steps out'
+        if rule == "torch":
+            instead = (
+                f"It could not travel on wire {self.options.wire}: use precision fp16, which scales the loss and skips "
+                'such steps, or wire bf16 or none, or nonfinite="skip"'
+            )
+        error = not_finite_error(self._training, self.buckets, instead)
+        for parameter in self.parameters:
+            parameter.tensor.grad = None
+        self._begin_step()
+        self._watch.step_dropped()
+        raise error
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward starts anew; what was accumulated inside :meth:`no_sync`, and
@@ -189,6 +219,7 @@ class Engine:
         for parameter in self.parameters:
             parameter.tensor.grad = None
         self._begin_step()
+        self._watch.gradients_dropped()
 
     def _begin_step(self) -> None:
         self.buckets.reset()
@@ -201,17 +232,24 @@ class Engine:
         """(step, whose share of it), in the order in which this rank is to train on them, until all shares of steps
         ``start .. stop - 1`` are given out. In lockstep each rank has its own share of every step; where ranks do not
         wait for each other, whoever is free gets the next one that nobody has."""
-        return self.strategy.assignments(start, stop)
+        for step, rank in self.strategy.assignments(start, stop):
+            self._turn = step
+            yield step, rank
+        self._turn = None
 
     def settle(self, last: bool = False) -> None:
         """Make every rank's parameters the newest, in full precision, before they are evaluated or saved. Collective.
-        ``last``: this rank will train no more. Where every step ends so by itself, nothing is done."""
+        ``last``: this rank will train no more. Buffers become alike by the rule of ``buffers``, and ranks compare a
+        digest of all that each has a copy of: DisagreementError, on all ranks, where copies differ."""
         self.strategy.finish(last)
+        self._watch.settle()
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
-        """Run ``change(model)``, which writes parameters in place, so that it takes effect once on every copy: under
-        ``dps`` and ``ps`` ranks of a node share one. Collective."""
+        """Run ``change(model)``, which writes parameters and buffers in place, so that it takes effect once on every
+        copy: under ``dps`` and ``ps`` ranks of a node share one. What rank 0's call has written is everybody's
+        afterwards, so ``change`` may draw random numbers. Collective."""
         self.strategy.update_parameters(change)
+        self._watch.took_note()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer's state, by parameter name and range; call it between steps, without
@@ -253,4 +291,5 @@ class Engine:
     def close(self) -> None:
         """Take the hooks off the model and give the window's memory back. The model stays as it is; the engine is of no
         more use. Collective."""
+        self._watch.close()
         self.strategy.close()

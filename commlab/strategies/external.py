@@ -1,12 +1,12 @@
 """Strategies whose gradients commlab does not move: ``single``, where nothing is sent, and the base of ``ddp`` and
 ``horovod``, where a library reduces them. ``p.grad`` is complete when backward and that library are done.
 
-    backward | scale by the count | norm | clip | optimizer on all ranks
+    backward | scale by the count | norm | the ranks' records | clip | optimizer on all ranks
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
 
@@ -17,21 +17,14 @@ from ..runtime.group import Group
 from .options import Options
 from .protocol import Strategy
 from .start import start
-from .verdict import Verdict, of_all_ranks
+from .verdict import Verdict, agree
 
 
 class External(Strategy):
-    """Norm, clip and step on whole gradients. ``synchronize``: see :func:`.start.start`."""
+    """Norm, clip and step on whole gradients."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        group: Group,
-        options: Options,
-        synchronize: Callable[[], None] | None = None,
-    ):
-        self.training = training = start(model, optimizer, group, options, synchronize=synchronize)
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
+        self.training = training = start(model, optimizer, group, options)
         training.masters.own_all()
         self.buckets = GradientBuckets(
             [], self.launch, training.counts.scale_for_mean, group.progress.poll, keep_gradients=True
@@ -45,12 +38,15 @@ class External(Strategy):
         raise AssertionError(f"strategy {self.name} has no buckets, and was given {bucket.name}")
 
     def agree(self) -> Verdict:
-        """Every rank has the whole gradient, so nothing is exchanged: whoever reduced it has spread an inf or NaN to
-        all ranks."""
+        """Every rank has the whole gradient, and whoever reduced it has spread an inf or NaN to all ranks. What a
+        library's exchange does not tell, whether ranks are in the same step and would update alike, takes a small
+        exchange here: the only one that commlab adds to the library's."""
         training = self.training
         gradients = [item.tensor.grad for item in training.parameters if item.tensor.grad is not None]
         scale_(gradients, training.counts.scale_for_mean())
-        return of_all_ranks(norm_squared(gradients) if training.wants_norm else 0.0)
+        squares = norm_squared(gradients) if training.wants_norm else 0.0
+        # Of all ranks' equal squares rank 0's count.
+        return agree(training, 0.0 if training.group.rank else squares, math.isfinite(squares), None)
 
     def update(self, factor: float, unused: set[int]) -> None:
         self.training.masters.step(factor)

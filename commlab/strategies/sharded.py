@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import struct
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -33,7 +34,8 @@ from .flat import FlatParameters, own_memory, require_in_place
 from .options import Options
 from .owners import Owned, all_owners, one_owner, owned
 from .protocol import Strategy
-from .start import close_buckets, copy_from_rank_0, pin_flats, start, start_buckets, tensors_of
+from .replicas import copy_from_rank_0, tensors_of
+from .start import close_buckets, pin_flats, start, start_buckets
 from .verdict import Verdict, agree
 
 
@@ -115,7 +117,7 @@ class Sharded(Strategy):
         squares, buckets = 0.0, self.buckets
         if self.training.wants_norm:
             squares = sum(bucket.squares.of(push.result) for bucket, push in buckets.launched)
-        return agree(self.training.group, squares, buckets.finite, buckets.used, len(self.training.parameters))
+        return agree(self.training, squares, buckets.finite, buckets.used)
 
     def update(self, factor: float, unused: set[int]) -> None:
         require_in_place(self.name, self.training, self._flats)
@@ -159,18 +161,29 @@ class Sharded(Strategy):
 
     # Between steps.
 
+    def replicas(self) -> Iterator[tuple[str, Any]]:
+        return iter(()) if self._has_one_copy else super().replicas()
+
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         training, group = self.training, self.training.group
-        one_copy = training.in_window and all(each.mirror is None for each in self._flats)
         group.barrier()
-        if not one_copy or group.rank == 0:
+        if not self._has_one_copy:
             super().update_parameters(change)
+            group.barrier()
+            return
+        if group.rank == 0:
+            with torch.no_grad():
+                change(training.model)
         group.barrier()
-        if one_copy:
-            training.masters.follow()
-            # What is not trained, and buffers, every rank has for itself.
-            shared = {item.name for item in training.parameters}
-            copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in shared])
+        training.masters.follow()
+        # What is not trained, and buffers, every rank has for itself.
+        shared = {item.name for item in training.parameters}
+        copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in shared])
+
+    @property
+    def _has_one_copy(self) -> bool:
+        """Whether the trained parameters exist once for all ranks."""
+        return self.training.in_window and all(each.mirror is None for each in self._flats)
 
     def close(self) -> None:
         training = self.training
