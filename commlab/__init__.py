@@ -28,6 +28,7 @@ _HOME = {
     "CommlabError": "errors",
     "UsageError": "errors",
     "DisagreementError": "errors",
+    "NotFiniteError": "errors",
     "PeerLostError": "errors",
     "PeerTimeoutError": "errors",
 }
@@ -37,6 +38,7 @@ __all__ = [
     "DisagreementError",
     "Group",
     "Handle",
+    "NotFiniteError",
     "ParameterServer",
     "PeerLostError",
     "PeerTimeoutError",
@@ -58,7 +60,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .collectives.allreduce import allreduce, allreduce_async
     from .collectives.operations import allgather, barrier, broadcast, empty, reduce, reduce_scatter
-    from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
+    from .errors import CommlabError, DisagreementError, NotFiniteError, PeerLostError, PeerTimeoutError, UsageError
     from .ps.store import ParameterServer
     from .runtime.group import Group
     from .runtime.handle import Handle

@@ -26,6 +26,11 @@ class RefusedError(AgreedError, DisagreementError):
     anything is reduced. The group can be used again."""
 
 
+class NotFiniteError(CommlabError, ArithmeticError):
+    """A step's gradient, its norm or a loss is inf or NaN, on any rank. Raised on every rank, before anything is
+    updated; the step is dropped, and the next one may begin."""
+
+
 class PeerLostError(CommlabError, ConnectionError):
     """A peer's process or its connection is gone."""
 

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from . import trace
-from .errors import AgreedError, UsageError
+from .errors import AgreedError, NotFiniteError, UsageError
 from .job.launch import detect, end_job
 from .trainer.build import device_of, make_optimizer
 from .trainer.config import Config
@@ -41,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return train(config, started_s)
-    except AgreedError as error:
-        if launch.rank == 0:
+    except (AgreedError, NotFiniteError) as error:
+        # All ranks in lockstep have it; without lockstep one worker may be the only one.
+        if launch.rank == 0 or not config.lockstep:
             print(f"commlab: {error}", file=sys.stderr)
             if config.servers is not None:
                 end_job(2)  # servers do not know of the error, and wait

@@ -7,7 +7,6 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any
 
 import torch
 

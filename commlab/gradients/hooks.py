@@ -65,6 +65,8 @@ class GradientBuckets:
         self.launch_s = 0.0
         """Time spent packing, launching and polling, inside backward and in :meth:`flush`, since the last
         :meth:`reset`."""
+        self.not_finite: str | None = None
+        """The first parameter whose gradient was not finite when a CPU packed it, since the last :meth:`reset`."""
         self._launch, self._scale, self._poll = launch, scale, poll
         self._keep_gradients = keep_gradients
         self._finite = True
@@ -150,7 +152,10 @@ class GradientBuckets:
                 raise UsageError(f"the gradient of {member.name!r} is sparse; use sparse=False in its embedding")
         with trace.span(f"pack {bucket.name}", "compute"):
             flat = bucket.flat if bucket.mirror is None else bucket.mirror.device
-            self._finite &= bucket.packer.pack(gradients, flat, self._step_scale)
+            finite = bucket.packer.pack(gradients, flat, self._step_scale)
+            if not finite and self.not_finite is None:
+                self.not_finite = _first_not_finite(bucket, flat)
+            self._finite &= finite
             if bucket.mirror is not None:
                 bucket.mirror.to_host()
         if not self._keep_gradients:
@@ -188,6 +193,7 @@ class GradientBuckets:
     def reset(self) -> None:
         """Get ready for the next step."""
         self._next, self._step_scale, self.launch_s, self._finite = 0, None, 0.0, True
+        self.not_finite = None
         self._packed.clear()
         self.launched.clear()
         self.used.clear()
@@ -200,3 +206,11 @@ class GradientBuckets:
         """Remove the hooks."""
         for _, _, handle in self._hooks:
             handle.remove()
+
+
+def _first_not_finite(bucket: Bucket, flat: torch.Tensor) -> str:
+    """The name of the first parameter, in registration order, whose packed gradient is not finite."""
+    for member, extent in sorted(zip(bucket.parameters, bucket.ranges, strict=True), key=lambda pair: pair[0].index):
+        if not flat[extent.start : extent.stop].isfinite().all():
+            return member.name
+    raise AssertionError(f"{bucket.name} was said to hold a number that is not finite")

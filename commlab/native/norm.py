@@ -37,8 +37,10 @@ class Squares:
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:
-    """What clipping multiplies the gradient by: torch.nn.utils.clip_grad_norm_'s rule, so that results compare."""
-    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+    """What clipping multiplies the gradient by: torch.nn.utils.clip_grad_norm_'s rule, so that results compare. A NaN
+    norm gives NaN, and an infinite one 0."""
+    factor = 1.0 if max_norm is None else max_norm / (norm + 1e-6)
+    return 1.0 if factor > 1.0 else factor  # in this order: a NaN is neither above 1 nor below
 
 
 def scale_(gradients: list[torch.Tensor], factor: float) -> None:

@@ -22,6 +22,9 @@ from ..checkpoint.pieces import Piece, parameter_of, rebind
 from ..gradients.parameters import NamedParameter
 from ..native.norm import scale_
 
+_LEAST = 1e-37
+"""Above this a number and its inverse are normal fp32 numbers."""
+
 
 class Masters(Protocol):
     """What an optimizer updates for the parameters of a model. Before the first step a rank says what it owns, by one
@@ -75,6 +78,8 @@ class InPlaceMasters:
         present = [gradient for gradient in gradients if gradient is not None]
         # A fused optimizer divides by a scale as it goes, which saves a pass over the gradient.
         divides = factor != 1.0 and getattr(self._optimizer, "_step_supports_amp_scaling", False)
+        # The scale is an fp32 number: the inverse of 0, which an infinite norm gives, is none.
+        divides = divides and _LEAST < abs(factor) < 1 / _LEAST
         divides = divides and all(gradient.dtype is torch.float32 for gradient in present)
         multiplies = factor != 1.0 and not divides
         if multiplies:
@@ -89,7 +94,7 @@ class InPlaceMasters:
             master.grad = gradient.to(master.device, master.dtype).view(master.shape)
         if divides:
             device = self._parameters[0].tensor.device
-            self._optimizer.grad_scale = torch.tensor(1.0 / factor, device=device)  # type: ignore[attr-defined]
+            self._optimizer.grad_scale = torch.tensor(1.0 / factor, dtype=torch.float32, device=device)  # type: ignore[attr-defined]
         try:
             self._optimizer.step()
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -81,3 +81,16 @@ def raise_together(group: Group, build: Callable[[], T]) -> T:
         where = "" if len(ranks) == group.size else f" (on ranks {', '.join(map(str, ranks))} of {group.size})"
         raise AgreedError("; ".join(texts) + where)
     return result  # type: ignore[return-value]
+
+
+def ranks_of(ranks: Sequence[int]) -> str:
+    """``[0, 2]`` as ``ranks 0, 2``."""
+    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+
+
+def sides_of(texts: Sequence[str]) -> str:
+    """``texts``, one for each rank, as the sides of a disagreement, each with its ranks."""
+    sides: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        sides.setdefault(text, []).append(rank)
+    return ", ".join(f"{ranks_of(ranks)}: {text}" for text, ranks in sides.items())

@@ -22,12 +22,12 @@ from ..gradients.bucket import Bucket
 from ..gradients.hooks import Waitable
 from ..native.norm import norm_squared
 from ..runtime.group import Group
+from .edits import Edits
 from .options import Options
 from .protocol import Strategy
 from .reduced import ReducedGradient, whole_gradients
 from .start import close_buckets, start, start_buckets
 from .verdict import Verdict, agree, unused_on_all
-from .watch import Watch
 
 
 class AllReduce(Strategy):
@@ -40,7 +40,7 @@ class AllReduce(Strategy):
         self.training = training = start(model, optimizer, group, options)
         self.buckets = start_buckets(training, self.launch, keep_gradients=True)
         training.masters.own_all()
-        self.watch = Watch(group, training.parameters, instead=training.masters.instead)
+        self.edits = Edits(group, training.parameters, instead=training.masters.instead)
 
     def launch(self, bucket: Bucket) -> Waitable:
         training = self.training
@@ -65,7 +65,7 @@ class AllReduce(Strategy):
                     # Strides as the parameter's own: torch's fused optimizers walk both as plain memory.
                     copied[-1] = tensor.grad = torch.empty_like(tensor)
             bucket.packer.unpack(flat, copied)
-        self.watch.note_gradients()
+        self.edits.note_gradients()
 
     def reduced(self, scale: float) -> tuple[list[ReducedGradient], set[int]]:
         training = self.training
@@ -80,15 +80,15 @@ class AllReduce(Strategy):
             tensor = self.training.parameters[index].tensor
             if tensor.grad is not None and not tensor.grad.any():
                 tensor.grad = None
-                self.watch.note_gradient(index)
+                self.edits.note_gradient(index)
 
     def forget(self) -> None:
-        self.watch.forget_gradients()
+        self.edits.forget_gradients()
 
     def agree(self) -> Verdict:
-        training, buckets, watch = self.training, self.buckets, self.watch
+        training, buckets, edits = self.training, self.buckets, self.edits
         group, squares, finite = training.group, 0.0, buckets.finite
-        edited = watch.edited_gradients()
+        edited = edits.edited_gradients()
         if edited:
             # What the optimizer will see; each rank adds up an equal range of every gradient.
             for item in training.parameters:
@@ -102,9 +102,9 @@ class AllReduce(Strategy):
             for bucket, _ in buckets.launched:
                 own = split(bucket.numel, group.size)[group.rank]
                 squares += bucket.squares.of(bucket.flat[own.start : own.stop])
-        refusal = watch.refusal()
-        verdict = agree(group, squares, finite, buckets.used, len(training.parameters), watch.digest(refusal, edited))
-        watch.require_alike(verdict.edits, refusal)
+        refusal = edits.refusal()
+        verdict = agree(training, squares, finite, buckets.used, edits.digest(refusal, edited))
+        edits.require_alike(verdict.edits, refusal)
         self._pass_over(verdict.unused)
         return verdict
 

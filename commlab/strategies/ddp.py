@@ -92,7 +92,10 @@ class Ddp(External):
         super().__init__(model, optimizer, group, options)
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
         wrapped = _Parameters(model)
-        self._ddp = DistributedDataParallel(wrapped, bucket_cap_mb=cap_mb, process_group=_process_group(group))
+        # Buffers are made alike after each step, by the rule of the options, under every strategy.
+        self._ddp = DistributedDataParallel(
+            wrapped, bucket_cap_mb=cap_mb, process_group=_process_group(group), broadcast_buffers=False
+        )
         self._is_ready = False
         """Whether torch's reducer waits for the step's gradients."""
         self._hook = model.register_forward_pre_hook(_Begins(self._begins))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import pieces
-from ..errors import CommlabError, UsageError
+from ..errors import CommlabError, NotFiniteError, UsageError
 from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket, plan, usual_bytes
 from ..gradients.hooks import GradientBuckets, Waitable
@@ -36,14 +36,15 @@ from ..runtime.control import raise_together
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from . import server_state
+from .edits import Edits
 from .flat import FlatParameters, own_memory, require_in_place
 from .late_pulls import Pulls
 from .options import Options
 from .protocol import Strategy
 from .reduced import ReducedGradient
-from .start import copy_from_rank_0, start, tensors_of
-from .verdict import Verdict
-from .watch import Watch
+from .replicas import start_from_rank_0
+from .start import start
+from .verdict import Verdict, agree
 
 BUCKET_BYTES = 4 * MESSAGE_BYTES
 """The most that is packed at once, whatever ``bucket_bytes`` says: servers can be busy before a bucket is full."""
@@ -55,6 +56,7 @@ class Dedicated(Strategy):
 
     keeps_gradients = False
     shards_state = True
+    drops_steps = False
 
     def __init__(
         self, name: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options
@@ -68,6 +70,8 @@ class Dedicated(Strategy):
         require_nothing_whole(optimizer)
         averages = parse(options.consistency).averages
         named = named_parameters(model, optimizer)
+        # Servers take the optimizer's state from their own optimizer, and rank 0 may be the only one that has it.
+        start_from_rank_0(group, model, optimizer, options, name)
         self.store = store = ParameterServer(
             [(item.name, item.tensor) for item in named],
             server_state.UsersOptimizer(optimizer, named),
@@ -77,7 +81,8 @@ class Dedicated(Strategy):
             wire=options.wire,
             max_grad_norm=options.max_grad_norm,
             # On a wire of 16 bits a number that does not fit becomes inf: nothing may be updated with it.
-            skips=averages and (options.precision == "fp16" or options.wire is not None),
+            skips=averages
+            and (options.precision == "fp16" or options.wire is not None or options.nonfinite != "torch"),
             groups={item.name: item.group for item in named},
             elementwise=options.elementwise,
         )
@@ -89,10 +94,10 @@ class Dedicated(Strategy):
             self.buckets = GradientBuckets(
                 [], self.launch, lambda: 1.0, lambda: None, keep_gradients=False, overlap=options.overlap
             )
-            self.watch = Watch(group, ())
+            self.edits = Edits(group, ())
             return
         optimizer.state.clear()  # the servers have it
-        self.training = start(model, optimizer, store.group, options, named=named)
+        self.training = start(model, optimizer, store.group, options, named=named, synchronize=lambda: None)
         self.training.in_window = False  # servers are sent messages
         self.buckets = self._start_buckets()
         if not averages:
@@ -105,7 +110,7 @@ class Dedicated(Strategy):
             f"{name} with dedicated servers",
             "To clip the norm, give commlab.strategy() max_grad_norm=",
         )
-        self.watch = Watch(
+        self.edits = Edits(
             self.training.group, self.training.parameters, instead="the next pull overwrites it from the servers"
         )
 
@@ -145,10 +150,12 @@ class Dedicated(Strategy):
 
     def launch(self, bucket: Bucket) -> Waitable:
         training, options = self.training, self.training.options
-        if not self.averages and not self.buckets.finite and options.wire is not None:
-            raise CommlabError(
-                f"rank {training.group.rank}: in step {training.steps} its gradient in {bucket.name} is not finite on "
-                f"wire {options.wire} (an overflow, inf or NaN), and was not pushed; use wire bf16 or none"
+        watched = options.wire is not None or options.nonfinite == "error"
+        if not self.averages and watched and not (self.buckets.finite and training.loss_is_finite()):
+            raise NotFiniteError(
+                f"rank {training.group.rank}: in step {training.steps} its loss, or its gradient of "
+                f"{self.buckets.not_finite!r}, is not finite on wire {options.wire or 'none'} (an overflow, inf or "
+                "NaN), and was not pushed; use wire bf16 or none, or a smaller learning rate"
             )
         used = [member.name for member in bucket.parameters if member.index in self.buckets.used]
         if late := self.pulls.on_their_way(used):
@@ -175,17 +182,32 @@ class Dedicated(Strategy):
 
     def agree(self) -> Verdict:
         """The servers' verdict, where they need one; each of them passes over parameters that nobody has pushed."""
-        rank = self.training.group.rank
-        refusal = self._absent.complaint(rank, self._absent.remove())
-        if refusal := refusal or self.watch.refusal():
-            # Before this worker's clock ends: nothing is updated, and step() can be called again.
-            self._absent.put()
-            raise UsageError(refusal)
-        ended = self.store.step(finite=self.buckets.finite)
-        if not self.store.agrees:
+        if not self.averages:
+            if refusal := self._refusal():
+                self._absent.put()
+                raise UsageError(refusal)
+            self.store.step(finite=self.buckets.finite)
             return Verdict(0.0, True, set())
+        # Among the workers: servers compare what was pushed with what, but could tell one worker alone.
+        refusal = self._refusal()
+        try:
+            told = agree(self.training, 0.0, self.buckets.finite, None, self.edits.digest(refusal))
+            self.edits.require_alike(told.edits, refusal)
+        except CommlabError:
+            self._absent.put()  # no worker's clock has ended: step() can be called again
+            raise
+        ended = self.store.step(finite=told.finite)
+        if not self.store.agrees:
+            return told._replace(squares=0.0, finite=True)
         answer = ended.wait()
-        return Verdict((answer.norm * self.training.precision.scale) ** 2, answer.finite, set())
+        return told._replace(
+            squares=(answer.norm * self.training.precision.scale) ** 2, finite=told.finite and answer.finite
+        )
+
+    def _refusal(self) -> str:
+        """What to say of edits that can't count; empty where there are none."""
+        changed = self._absent.remove()
+        return self._absent.complaint(self.training.group.rank, changed) or self.edits.refusal()
 
     def update(self, factor: float, unused: set[int]) -> None:
         # Of stand-ins without gradients, so that schedulers know that there was a step: servers clip and update.
@@ -208,6 +230,11 @@ class Dedicated(Strategy):
 
     # Between steps.
 
+    def replicas(self) -> Iterator[tuple[str, Any]]:
+        # Without lockstep copies are of different ages, and those that are on their way are nobody's yet.
+        late = not self.averages or self.training.options.overlap_pulls
+        return iter(()) if late else super().replicas()
+
     def assignments(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         if self.averages:
             yield from super().assignments(start, stop)
@@ -222,10 +249,10 @@ class Dedicated(Strategy):
         self.training.group.barrier()
         self.pulls.ask(exact=True)
         self.pulls.wait_for_all()
-        self.watch.exchanged()
+        self.edits.exchanged()
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
-        training, group = self.training, self.training.group
+        group = self.training.group
         self.finish(last=False)
         group.barrier()
         super().update_parameters(change)
@@ -233,8 +260,6 @@ class Dedicated(Strategy):
             for unit in self.pulls.units:
                 self.store.assign_flat(unit.names, unit.flat).wait()
         self.finish(last=False)
-        trained = {item.name for item in training.parameters}
-        copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in trained])
 
     def _own_slices(self) -> list[Slice]:
         """The slices that this worker saves and restores."""

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from .. import trace
-from ..errors import AgreedError, CommlabError, DisagreementError, UsageError
+from ..errors import AgreedError, DisagreementError, UsageError
 from ..native.norm import clip_factor
+from .lockstep import Lockstep
+from .nonfinite import not_finite_error
 from .protocol import Strategy
 from .reduced import ReducedGradient, norms
 
@@ -37,7 +39,8 @@ class Times:
 class Engine:
     """Trains a model on all ranks of a group. Built by :func:`commlab.strategy`; all ranks must make the same calls.
 
-    At construction rank 0's parameters and buffers have become all ranks'.
+    At construction all that rank 0 has (parameters, buffers, the optimizer's state and hyper-parameters) has become all
+    ranks'.
     """
 
     def __init__(self, strategy: Strategy):
@@ -69,12 +72,15 @@ class Engine:
         self.in_window = training.in_window
         """Whether buckets lie in memory that the ranks share."""
         self.skipped_steps = 0
-        """Steps without an update, because a gradient overflowed."""
+        """Steps without an update, because a gradient was not finite."""
         self.grad_norm: float | None = None
         """Global 2-norm of the last step's reduced gradient, before clipping; None where max_grad_norm is None."""
         self.times = Times()
         """Seconds in which this rank's model stood still; the user may put in a new one, to begin anew."""
         self._training = training
+        self._lockstep = Lockstep(strategy)
+        self._turn: int | None = None
+        """The step that :meth:`turns` has given out last."""
         self._backward_done = False
         self._failed = False
         """Whether a backward pass has ended in an exception."""
@@ -100,19 +106,21 @@ class Engine:
     def backward(
         self,
         loss: torch.Tensor | None,
-        count: int | None = None,
-        total: int | None = None,
+        count: float | None = None,
+        total: float | None = None,
         *,
         retain_graph: bool = False,
     ) -> None:
         """Compute gradients and start them on their way. Collective, unless inside :meth:`no_sync`.
 
         ``loss``: a scalar. Without ``count`` the gradients of all ranks' losses are averaged. With ``count``, ``loss``
-        is a *sum* over that many items (tokens), and the step's gradient is the sum over all ranks and micro-batches
-        divided once by the global count, so ragged batches weigh right. ``total``: the step's global count over all
+        is a *sum* over that many items (tokens), or one weighted with weights of that sum (any number from 0 on), and
+        the step's gradient is the sum over all ranks and micro-batches divided once by the global count, so ragged
+        batches weigh right; where the global count is 0 the gradient is 0. ``total``: the step's global count over all
         ranks and micro-batches, where the caller knows it; else the ranks' counts are summed by one more small
-        exchange. A rank with nothing to do passes ``None, 0``. One call per step outside ``no_sync``.
-        ``retain_graph``: as torch's, where another loss of the same graph follows.
+        exchange. A rank with nothing to do passes ``None, 0``. One call per step outside ``no_sync``. UsageError for a
+        count that is negative, infinite or NaN. ``retain_graph``: as torch's, where another loss of the same graph
+        follows.
 
         Where every rank has the whole gradient (all strategies but ``ps`` and ``dps``) it is in ``p.grad`` afterwards,
         reduced, and multiplied by the loss scale where there is one; edits of it until :meth:`step` count, and must be
@@ -130,6 +138,7 @@ class Engine:
             raise UsageError("backward(None) is for a rank without samples: pass count=0 with it")
         self._require_no_gradients()
         counts.add(count, total)
+        self._lockstep.backward_begins(loss)
         if buckets.syncing and self.averages:
             counts.sum_counts()
         if loss_scale is not None:
@@ -207,11 +216,17 @@ class Engine:
             self._reduced = self.strategy.reduced(self.precision.scale)
         return self._reduced
 
-    def step(self, closure: object = None) -> bool:
+    def step(self, number: int | None = None) -> bool:
         """Finish the exchange, clip, update, and give every rank the new parameters. Collective. Returns whether there
-        was an update: with precision fp16 a step whose gradient overflowed on any rank is skipped on all of them, and a
-        scheduler should not advance then."""
-        if closure is not None:
+        was an update, and a scheduler should advance only then: a step whose gradient is not finite on any rank is
+        skipped on all of them with precision fp16, and with ``nonfinite="skip"``.
+
+        ``number``: the caller's own number of the step, or of the batch, for ranks to compare; None: they compare what
+        has happened on each since the last step. DisagreementError, on every rank and before anything is updated, where
+        ranks are not in the same step, or would update with different hyper-parameters, or have different copies of
+        the parameters. NotFiniteError, on every rank, as ``nonfinite`` says.
+        """
+        if callable(number):
             raise UsageError(
                 "engine.step() takes no closure: gradients are computed by engine.backward(), once a step. An engine "
                 "can't run an optimizer that evaluates the model again and again (LBFGS)"
@@ -225,29 +240,27 @@ class Engine:
             if self._reduced is not None:
                 for piece in self._reduced[0]:
                     piece.put_back()
+            self._lockstep.step_begins(self._turn if number is None else number)
             try:
                 verdict = strategy.agree()
+                self._lockstep.compare_replicas(verdict)
             except (AgreedError, DisagreementError):
-                self._drop()  # as on every other rank
+                if strategy.drops_steps:
+                    self._drop()  # as on every other rank
+                    self._lockstep.step_dropped()
                 raise
         agreed_s = time.perf_counter()
         with trace.span("update"):
             loss_scale = self.precision.loss_scale
             scale = 1.0 if loss_scale is None else loss_scale.value
-            updates = loss_scale is None or verdict.finite
-            if loss_scale is None and not verdict.finite and self.options.wire is not None:
-                # On all ranks, which can go on with another step.
-                strategy.pull()
-                self._drop()
-                raise CommlabError(
-                    f"rank {self.group.rank}: in step {self.steps} the gradient of some rank is not finite on wire "
-                    f"{self.options.wire} (an overflow, inf or NaN); nothing was updated. Use precision fp16, which "
-                    "scales the loss and skips such steps, or wire bf16 or none"
-                )
+            rule = self.options.nonfinite if loss_scale is None else "skip"
+            updates = verdict.finite or rule == "torch"
             clip = 1.0
             if self.options.max_grad_norm is not None:
                 self.grad_norm = verdict.squares**0.5 / scale
                 clip = clip_factor(self.grad_norm, self.options.max_grad_norm)
+            if not verdict.finite and (rule == "error" or (rule == "torch" and self.options.wire is not None)):
+                self._refuse_not_finite(rule)
             if updates:
                 strategy.update(clip / scale, verdict.unused)
             else:
@@ -259,9 +272,10 @@ class Engine:
             strategy.pull()
             strategy.forget()
             if updates:
-                strategy.watch.updated(verdict.unused)
+                strategy.edits.updated(verdict.unused)
             else:
-                strategy.watch.note()
+                strategy.edits.note()
+            self._lockstep.step_ends(verdict)
         waited_s, self._training.forward_wait_s = self._training.forward_wait_s, 0.0
         self.times.forward_wait_s += waited_s
         self.times.exchange_s += waited_s + agreed_s - started_s + time.perf_counter() - updated_s
@@ -270,6 +284,20 @@ class Engine:
         self._stale = strategy.keeps_gradients
         self._training.steps += 1
         return updates
+
+    def _refuse_not_finite(self, rule: str) -> None:
+        """Raise NotFiniteError; the step is dropped. Collective."""
+        instead = 'Take a smaller learning rate, or clip; nonfinite="skip" leaves such steps out'
+        if rule == "torch":
+            instead = (
+                f"It could not travel on wire {self.options.wire}: use precision fp16, which scales the loss and skips "
+                'such steps, or wire bf16 or none, or nonfinite="skip"'
+            )
+        error = not_finite_error(self._training, self.buckets, instead)
+        self.strategy.pull()
+        self._drop()
+        self._lockstep.step_dropped()
+        raise error
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward starts anew; what was accumulated inside :meth:`no_sync`, and
@@ -288,6 +316,7 @@ class Engine:
         for parameter in self.parameters:
             parameter.tensor.grad = None
         self._begin_step()
+        self._lockstep.gradients_dropped()
 
     def _begin_step(self) -> None:
         self.buckets.reset()
@@ -302,18 +331,25 @@ class Engine:
         """(step, whose share of it), in the order in which this rank is to train on them, until all shares of steps
         ``start .. stop - 1`` are given out. In lockstep each rank has its own share of every step; where ranks do not
         wait for each other, whoever is free gets the next one that nobody has."""
-        return self.strategy.assignments(start, stop)
+        for step, rank in self.strategy.assignments(start, stop):
+            self._turn = step
+            yield step, rank
+        self._turn = None
 
     def settle(self, last: bool = False) -> None:
         """Make every rank's parameters the newest, in full precision, before they are evaluated or saved. Collective.
-        ``last``: this rank will train no more. Where every step ends so by itself, nothing is done."""
+        ``last``: this rank will train no more. Buffers become alike by the rule of ``buffers``, and ranks compare a
+        digest of all that each has a copy of: DisagreementError, on all ranks, where copies differ."""
         self.strategy.finish(last)
+        self._lockstep.settle()
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
-        """Run ``change(model)``, which writes parameters in place, so that it takes effect once on every copy: under
-        ``dps`` and ``ps`` ranks of a node share one. Collective."""
+        """Run ``change(model)``, which writes parameters and buffers in place, so that it takes effect once on every
+        copy: under ``dps`` and ``ps`` ranks of a node share one. What rank 0's call has written is everybody's
+        afterwards, so ``change`` may draw random numbers. Collective."""
         self.strategy.update_parameters(change)
-        self.strategy.watch.updated(set())
+        self.strategy.edits.updated(set())
+        self._lockstep.took_note()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer's state, by parameter name and range; call it between steps, without
@@ -339,7 +375,7 @@ class Engine:
                     "were not saved together. Load the parts of one checkpoint"
                 )
         self.strategy.load(parts)
-        self.strategy.watch.note_pieces()
+        self.strategy.edits.note_pieces()
         self._training.steps, self.skipped_steps = parts[0]["steps"], parts[0]["skipped_steps"]
         if self.precision.loss_scale is not None and parts[0]["loss_scale"] is not None:
             self.precision.loss_scale.load_state_dict(parts[0]["loss_scale"])
@@ -356,4 +392,5 @@ class Engine:
     def close(self) -> None:
         """Take the hooks off the model and give the window's memory back. The model stays as it is; the engine is of no
         more use. Collective."""
+        self._lockstep.close()
         self.strategy.close()

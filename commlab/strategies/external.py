@@ -1,12 +1,12 @@
 """Strategies whose gradients commlab does not move: ``single``, where nothing is sent, and the base of ``ddp`` and
 ``horovod``, where a library reduces them. ``p.grad`` is complete when backward and that library are done.
 
-    backward | scale by the count | the user may edit p.grad | norm | clip | optimizer on all ranks
+    backward | scale by the count | the user may edit p.grad | norm | the ranks' records | clip | optimizer on all ranks
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
 
@@ -15,31 +15,24 @@ from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..native.norm import norm_squared, scale_
 from ..runtime.group import Group
+from .edits import Edits
 from .options import Options
 from .protocol import Strategy
 from .reduced import ReducedGradient, whole_gradients
 from .start import start
-from .verdict import Verdict, of_all_ranks
-from .watch import Watch
+from .verdict import Verdict, agree
 
 
 class External(Strategy):
-    """Norm, clip and step on whole gradients. ``synchronize``: see :func:`.start.start`."""
+    """Norm, clip and step on whole gradients."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        group: Group,
-        options: Options,
-        synchronize: Callable[[], None] | None = None,
-    ):
-        self.training = training = start(model, optimizer, group, options, synchronize=synchronize)
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
+        self.training = training = start(model, optimizer, group, options)
         training.masters.own_all()
         self.buckets = GradientBuckets(
             [], self.launch, training.counts.scale_for_mean, group.progress.poll, keep_gradients=True
         )
-        self.watch = Watch(group, training.parameters, instead=training.masters.instead)
+        self.edits = Edits(group, training.parameters, instead=training.masters.instead)
 
     def launch(self, bucket: Bucket) -> Waitable:
         raise AssertionError(f"strategy {self.name} has no buckets, and was given {bucket.name}")
@@ -58,6 +51,10 @@ class External(Strategy):
                     "sparse=False in its embedding"
                 )
         scale_(self._gradients(), self.training.counts.scale_for_mean())
+        self.edits.note_gradients()
+
+    def forget(self) -> None:
+        self.edits.forget_gradients()
 
     def _gradients(self) -> list[torch.Tensor]:
         return [item.tensor.grad for item in self.training.parameters if item.tensor.grad is not None]
@@ -68,11 +65,17 @@ class External(Strategy):
         return whole_gradients(self.training, scale), unused
 
     def agree(self) -> Verdict:
-        """Every rank has the whole gradient, so nothing is exchanged: whoever reduced it has spread an inf or NaN to
-        all ranks."""
-        if refusal := self.watch.refusal():
-            raise UsageError(refusal)
-        return of_all_ranks(norm_squared(self._gradients()) if self.training.wants_norm else 0.0)
+        """Every rank has the whole gradient, and whoever reduced it has spread an inf or NaN to all ranks. What a
+        library's exchange does not tell, whether ranks are in the same step and would update alike, takes a small
+        exchange here: the only one that commlab adds to the library's."""
+        training, edits = self.training, self.edits
+        squares = norm_squared(self._gradients()) if training.wants_norm else 0.0
+        refusal = edits.refusal()
+        digest = edits.digest(refusal, edits.edited_gradients())
+        # Of all ranks' equal squares rank 0's count.
+        verdict = agree(training, 0.0 if training.group.rank else squares, math.isfinite(squares), None, digest)
+        edits.require_alike(verdict.edits, refusal)
+        return verdict
 
     def update(self, factor: float, unused: set[int]) -> None:
         self.training.masters.step(factor)

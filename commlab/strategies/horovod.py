@@ -50,14 +50,7 @@ class Horovod(External):
                 "works on all ranks of an MPI job, with transport mpi"
             )
 
-        def synchronize() -> None:
-            hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-            # For an optimizer without state it would make one, by a step on zero gradients: weight decay would act once
-            # too often.
-            if optimizer.state:
-                hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-
-        super().__init__(model, optimizer, group, options, synchronize)
+        super().__init__(model, optimizer, group, options)
         parameters = self.training.parameters
         # Horovod hooks the parameters that an optimizer has. The user's own may have masters, which see no backward, so
         # Horovod gets another one, which never steps.

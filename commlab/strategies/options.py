@@ -28,6 +28,8 @@ KNOWN: Final[Mapping[str, tuple[str | None, ...]]] = {
     "autocast": ("auto", "on", "off"),
     "apex_level": (None, "O1", "O2"),
     "wire": (None, "fp16", "bf16"),
+    "nonfinite": ("torch", "error", "skip"),
+    "buffers": ("broadcast", "mean", "local"),
 }
 """The values of every option that is one of a few names."""
 
@@ -53,6 +55,18 @@ class Options:
     """The 16-bit format in which numbers travel, fp16 or bf16; None: they travel as they are."""
     max_grad_norm: float | None = None
     """Clip the reduced gradient to this global 2-norm; None: the norm is not computed."""
+    nonfinite: str = "torch"
+    """What a step does whose gradient, norm or loss is inf or NaN on any rank, where there is no loss scale (with one
+    such a step is always skipped). torch: what torch.nn.utils.clip_grad_norm_ makes of it: a NaN norm makes every
+    gradient NaN, an infinite one makes it 0 where it was finite; error: NotFiniteError on every rank, which names rank
+    and parameter; skip: no update on any rank."""
+    buffers: str = "broadcast"
+    """What becomes of buffers that forward writes (batch norm's statistics). broadcast: after each step every rank has
+    rank 0's; mean: floating-point ones are averaged; local: every rank keeps its own. Under ssp and asp: in settle()
+    only."""
+    check_replicas: int = 100
+    """Every so many steps ranks compare a digest of what each has a copy of (parameters, buffers, and the optimizer's
+    state where it is not sharded); 0: only in settle(), and when a rank has written parameters between the steps."""
     bucket_bytes: int | None = None
     """The most that is sent together; None: :func:`commlab.gradients.bucket.usual_bytes`; ddp: torch's own."""
     overlap: bool = True
@@ -265,6 +279,18 @@ RULES: Final[tuple[Rule, ...]] = (
         lambda choice: choice.options.precision == "fp16" and not choice.lockstep,
         "{precision} can't be had under {consistency}: workers can't agree to skip a step that overflows",
         "give {precision:'bf16'} or {consistency:'bsp'}",
+    ),
+    Rule(
+        ("nonfinite", "consistency"),
+        lambda choice: choice.options.nonfinite == "skip" and not choice.lockstep,
+        "{nonfinite} can't be had under {consistency}: workers can't agree to skip a step",
+        "give {nonfinite:'error'} or {consistency:'bsp'}",
+    ),
+    Rule(
+        ("check_replicas",),
+        lambda choice: choice.options.check_replicas < 0,
+        "{check_replicas.name} must be 0 or more steps, not {check_replicas.value}",
+        "{check_replicas:0} compares replicas in settle() alone",
     ),
     Rule(
         ("strategy",),

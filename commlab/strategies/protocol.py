@@ -22,10 +22,11 @@ import torch
 from ..checkpoint import pieces
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
+from .edits import Edits
 from .reduced import ReducedGradient
+from .replicas import copy_from_rank_0, tensors_of
 from .start import Training
 from .verdict import Verdict
-from .watch import Watch
 
 
 class Strategy(ABC):
@@ -49,8 +50,10 @@ class Strategy(ABC):
     """Whether ``p.grad`` holds the reduced gradient after a step."""
     shards_state: bool = False
     """Whether ranks hold different pieces of the optimizer's state; else every rank holds all of it."""
-    watch: Watch
+    edits: Edits
     """What the user does to parameters and gradients beside the engine."""
+    drops_steps: bool = True
+    """Whether a step whose gradients have left can still be dropped, when all ranks refuse to make it."""
 
     # A step.
 
@@ -106,11 +109,24 @@ class Strategy(ABC):
         Collective."""
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
-        """Run ``change(model)``, which writes parameters in place, so that the change takes effect once on every copy
-        of them. Collective."""
+        """Run ``change(model)``, which writes parameters and buffers in place, so that the change takes effect once on
+        every copy of them: rank 0's is everybody's. Collective."""
         with torch.no_grad():
             change(self.training.model)
+            copy_from_rank_0(self.training.group, tensors_of(self.training.model))
             self.training.masters.follow()
+
+    def replicas(self) -> Iterator[tuple[str, Any]]:
+        """The trained parameters, and what the optimizer remembers, of which every rank has a copy, by name, for an
+        error."""
+        yield from ((repr(item.name), item.tensor) for item in self.training.parameters)
+        if self.shards_state:
+            return
+        for piece in self.training.masters.pieces:
+            if piece.tensor is not piece.parameter.tensor:
+                yield f"the fp32 master of {piece.parameter.name!r}", piece.tensor
+            for key, value in self.training.optimizer.state.get(piece.tensor, {}).items():
+                yield f"the optimizer's {key!r} of {piece.parameter.name!r}", value
 
     def owned(self) -> list[pieces.Piece]:
         """The pieces of parameters that this rank's optimizer updates."""

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 import struct
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -33,14 +34,15 @@ from ..ps.elementwise import require_elementwise, require_nothing_whole
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..window.memory import Place
+from .edits import Edits
 from .flat import FlatParameters, own_memory, require_in_place
 from .options import Options
 from .owners import Owned, all_owners, one_owner, owned
 from .protocol import Strategy
 from .reduced import ReducedGradient
-from .start import close_buckets, copy_from_rank_0, pin_flats, start, start_buckets, tensors_of
+from .replicas import copy_from_rank_0, tensors_of
+from .start import close_buckets, pin_flats, start, start_buckets
 from .verdict import Verdict, agree, unused_on_all
-from .watch import Watch
 
 INSTEAD = (
     "To clip the norm, give commlab.strategy() max_grad_norm=; for everything else there is "
@@ -91,7 +93,7 @@ class Sharded(Strategy):
         if training.in_window:
             group.barrier()  # rank 0 has written the shared parameters
         one_copy = training.in_window and all(each.mirror is None for each in self._flats)
-        self.watch = Watch(
+        self.edits = Edits(
             group,
             training.parameters,
             instead=ONE_COPY.format(self.name) if one_copy else training.masters.instead,
@@ -176,16 +178,16 @@ class Sharded(Strategy):
         return gradients
 
     def agree(self) -> Verdict:
-        training, buckets, watch = self.training, self.buckets, self.watch
-        group, squares, finite = training.group, 0.0, buckets.finite
-        refusal = self._complaint(self._absent.remove()) or watch.refusal()
+        training, buckets, edits = self.training, self.buckets, self.edits
+        squares, finite = 0.0, buckets.finite
+        refusal = self._complaint(self._absent.remove()) or edits.refusal()
         if self._edited is not None:
             squares = norm_squared(gradient for gradient in self._edited if gradient is not None)
             finite = math.isfinite(squares)
         elif training.wants_norm:
             squares = sum(bucket.squares.of(push.result) for bucket, push in buckets.launched)
-        verdict = agree(group, squares, finite, buckets.used, len(training.parameters), watch.digest(refusal))
-        watch.require_alike(verdict.edits, refusal)
+        verdict = agree(training, squares, finite, buckets.used, edits.digest(refusal))
+        edits.require_alike(verdict.edits, refusal)
         return verdict
 
     def _complaint(self, changed: Sequence[str]) -> str:
@@ -237,23 +239,34 @@ class Sharded(Strategy):
     def finish(self, last: bool) -> None:
         """What optimizers have written outside of their step (an exchange with averages), all ranks get."""
         training = self.training
-        moved = b"1" if not training.masters.instead and self.watch.written_pieces() else b"0"
+        moved = b"1" if not training.masters.instead and self.edits.written_pieces() else b"0"
         if b"1" in exchange_records(training.group, moved, "parameters written by the optimizer"):
             self.pull()
-            self.watch.exchanged()
+            self.edits.exchanged()
+
+    def replicas(self) -> Iterator[tuple[str, Any]]:
+        return iter(()) if self._has_one_copy else super().replicas()
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         training, group = self.training, self.training.group
-        one_copy = training.in_window and all(each.mirror is None for each in self._flats)
         group.barrier()
-        if not one_copy or group.rank == 0:
+        if not self._has_one_copy:
             super().update_parameters(change)
+            group.barrier()
+            return
+        if group.rank == 0:
+            with torch.no_grad():
+                change(training.model)
         group.barrier()
-        if one_copy:
-            training.masters.follow()
-            # What is not trained, and buffers, every rank has for itself.
-            shared = {item.name for item in training.parameters}
-            copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in shared])
+        training.masters.follow()
+        # What is not trained, and buffers, every rank has for itself.
+        shared = {item.name for item in training.parameters}
+        copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in shared])
+
+    @property
+    def _has_one_copy(self) -> bool:
+        """Whether the trained parameters exist once for all ranks."""
+        return self.training.in_window and all(each.mirror is None for each in self._flats)
 
     def close(self) -> None:
         training = self.training

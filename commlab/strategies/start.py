@@ -1,29 +1,29 @@
-"""The start of every strategy: parameters are named, all ranks get rank 0's tensors, the precision and the masters are
+"""The start of every strategy: parameters are named, all ranks get what rank 0 has, the precision and the masters are
 made, and buckets are planned, in memory that the ranks share where there is a window."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import dataclass, field
 
 import torch
 
-from ..collectives.operations import broadcast, empty
+from ..collectives.operations import empty
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, plan, usual_bytes
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..gradients.mirror import pin
-from ..gradients.parameters import NamedParameter, named_parameters, plain_name
-from ..native.dtypes import DTYPES, WIRES
+from ..gradients.parameters import NamedParameter, named_parameters
+from ..native.dtypes import WIRES
 from ..precision.masters import Masters
 from ..precision.modes import Precision
-from ..runtime.control import exchange_records
 from ..runtime.group import Group
-from ..runtime.operand import byte_view
+from .buffers import Buffers
 from .counts import StepCounts
 from .options import Options
+from .record import StepRecord
+from .replicas import start_from_rank_0
 
 
 @dataclass(eq=False)
@@ -44,8 +44,14 @@ class Training:
     """What the optimizer updates for the parameters."""
     counts: StepCounts
     """The token counts of the step that is under way."""
+    record: StepRecord
+    """What this rank says of the step that is under way, for the ranks to compare."""
+    buffers: Buffers
+    """The model's buffers, which are made alike after each step."""
     in_window: bool
     """Whether buckets lie in memory that the ranks share."""
+    watched: Sequence[torch.Tensor]
+    """All parameters of the model, frozen ones included, the writing of which is seen."""
     wants_norm: bool
     """Whether the verdict needs the squares: for clipping, and with a loss scale to see what overflowed only when the
     ranks' numbers were added up, where no rank packed an inf."""
@@ -53,6 +59,26 @@ class Training:
     """Steps that the engine has made, those included that the checkpoint that was loaded had made."""
     forward_wait_s: float = 0.0
     """Seconds in which forward has waited for parameters, since the engine last took them into its times."""
+    losses_finite: list[torch.Tensor] = field(default_factory=list)
+    """bool[] of each loss of the step that is under way, where anybody looks at them."""
+    _marks: list[int] = field(default_factory=list)
+
+    def loss_is_finite(self) -> bool:
+        """Whether all losses of the step that were looked at are finite. Waits for a GPU."""
+        return all(bool(finite) for finite in self.losses_finite)
+
+    def took_note(self) -> None:
+        """What parameters and the optimizer are now is what all ranks have."""
+        self._marks = self._current_marks()
+
+    def was_written(self) -> bool:
+        """Whether anybody has written parameters, or put in another optimizer state, since :meth:`took_note`."""
+        return self._current_marks() != self._marks
+
+    def _current_marks(self) -> list[int]:
+        marks = [tensor._version for tensor in self.watched]
+        marks += id(self.optimizer.state), id(self.optimizer.param_groups)
+        return marks
 
 
 def start(
@@ -65,17 +91,18 @@ def start(
     synchronize: Callable[[], None] | None = None,
 ) -> Training:
     """Begin to train ``model`` on the ranks of ``group``. Collective. ``named``: the parameters, where the optimizer
-    does not have them any more. ``synchronize()`` makes all ranks start from rank 0's parameters and buffers; None: by
-    commlab's own broadcast."""
+    does not have them any more. ``synchronize()`` makes all ranks start from all that rank 0 has; None:
+    :func:`.replicas.start_from_rank_0` does."""
     _require_plain_step(optimizer)
     parameters = named_parameters(model, optimizer) if named is None else named
     device = next(iter(model.parameters())).device
-    precision = Precision(options.precision, options.autocast, device, group, options.loss_scale)
     if synchronize is not None:
         synchronize()
-    elif group.size > 1:
-        copy_from_rank_0(group, tensors_of(model))
+    else:
+        start_from_rank_0(group, model, optimizer, options)
+    precision = Precision(options.precision, options.autocast, device, group, options.loss_scale)
     masters = precision.masters(model, parameters, optimizer, options.apex_level)
+    counts = StepCounts(group)
     return Training(
         model,
         optimizer,
@@ -84,9 +111,14 @@ def start(
         parameters,
         precision,
         masters,
-        StepCounts(group),
+        counts,
+        StepRecord(group, model, optimizer, precision.loss_scale, counts),
+        Buffers(model, options.buffers, group),
         in_window=group.window is not None and options.algorithm in ("auto", "window"),
-        wants_norm=options.max_grad_norm is not None or precision.loss_scale is not None,
+        watched=list(model.parameters()),
+        wants_norm=options.max_grad_norm is not None
+        or precision.loss_scale is not None
+        or options.nonfinite != "torch",
     )
 
 
@@ -139,23 +171,3 @@ def pin_flats(training: Training, flats: list[torch.Tensor]) -> None:
     """Let GPUs copy from and to ``flats`` at full speed, for as long as ``training`` lives."""
     window = training.group.window
     pin(training, flats if window is None or not training.in_window else window.mappings(flats))
-
-
-def tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """All parameters, and the buffers of a dtype that travels, by name."""
-    tensors = [(plain_name(name), tensor.detach()) for name, tensor in model.named_parameters()]
-    return tensors + [(plain_name(name), tensor) for name, tensor in model.named_buffers() if tensor.dtype in DTYPES]
-
-
-def copy_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]) -> None:
-    """Overwrite ``tensors`` with rank 0's. Ranks that built the model from one seed have them already: a digest tells,
-    and then nothing is sent. Collective."""
-    digest = sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(byte_view(tensor.cpu().contiguous()).data)
-    if len(set(exchange_records(group, digest.digest(), "model digest"))) == 1:
-        return
-    for name, tensor in tensors:
-        # The shape in the name: a broadcast itself compares numbers of numbers only.
-        broadcast(tensor, 0, name=f"{name} {list(tensor.shape)}", group=group)

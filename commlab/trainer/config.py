@@ -142,12 +142,20 @@ class Config(Knobs):
             apex_level=self.apex_level,
             wire=self.wire,
             max_grad_norm=self.max_grad_norm or None,
+            nonfinite=self.nonfinite,
+            buffers=self.buffers,
+            check_replicas=self.check_replicas,
             bucket_bytes=self.bucket_bytes,
             overlap=self.overlap == "on",
             servers=self.servers,
             consistency=self.consistency,
             overlap_pulls=self.overlap_pulls == "on",
         )
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all ranks that train make each step together."""
+        return parse_consistency(self.consistency).averages
 
     @property
     def bucket_bytes(self) -> int | None:

@@ -68,11 +68,31 @@ class Knobs:
         "for ps, dps and allreduce, send buckets while backward goes on; off: once it has ended",
         choices=("on", "off"),
     )
+    buffers: str = knob(
+        "broadcast",
+        _HOW,
+        "what becomes of buffers that forward writes: broadcast = all ranks get rank 0's after each step; mean; local",
+        choices=KNOWN["buffers"],
+    )
+    check_replicas: int = knob(
+        100,
+        _HOW,
+        "steps between two comparisons of the copies that ranks have; 0 = before evaluations and saves alone",
+        int,
+        least=0,
+    )
     wire: str | None = knob(
         None,
         _HOW,
         "how numbers travel (default: the 16-bit format of --precision fp16 or bf16, otherwise none = as they are)",
         choices=tuple(name or "none" for name in KNOWN["wire"]),
+    )
+    nonfinite: str = knob(
+        "error",
+        _NUMBERS,
+        "what a step does whose gradient, norm or loss is inf or NaN, but for --precision fp16 and apex, which skip it:"
+        " error = the run ends; skip = no update; torch = as torch's clip_grad_norm_",
+        choices=KNOWN["nonfinite"],
     )
     precision: str = knob("fp32", _NUMBERS, "what is computed in", choices=KNOWN["precision"])
     loss_scale: float = knob(

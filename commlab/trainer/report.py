@@ -3,6 +3,7 @@ prints."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from .. import native, trace
 from ..collectives.allreduce import allreduce_async
 from ..collectives.plan import pick
+from ..errors import NotFiniteError
 from ..job.machine import interface_bytes_sent, memory_bytes
 from ..job.version import __version__
 from ..runtime.group import Group
@@ -236,6 +238,7 @@ class Report:
                 row["waited_s"] = min(row["exchange_s"], max(compute_s) - compute_s[self.group.rank])
                 self._totals.waited_s += row["waited_s"] if counts else 0.0
         loss = row["loss"]
+        self._require_finite(f"the loss of step {batch.step}", loss)
         if self._first_loss is None:
             self._first_loss = loss
         self._last_loss = loss
@@ -248,6 +251,14 @@ class Report:
                 refresh=False,
             )
 
+    def _require_finite(self, what: str, value: float) -> None:
+        """NotFiniteError for a value that is not, where the run is to end then; equal on all ranks in lockstep."""
+        if self.config.nonfinite == "error" and not math.isfinite(value):
+            raise NotFiniteError(
+                f"{what} is {value}; nothing of use follows. Take a smaller --lr, or resume from a checkpoint; "
+                "--nonfinite skip leaves out the steps whose gradient is not finite"
+            )
+
     def saved(self, step: int, path: Path, took_s: float) -> None:
         """Show that the checkpoint after ``step`` steps is on disk."""
         self._finish_step()
@@ -257,6 +268,7 @@ class Report:
     def evaluated(self, step: int, bits: float) -> None:
         """Show ``bits``, the held-out bits per byte after ``step`` steps."""
         self._finish_step()
+        self._require_finite(f"the held-out loss after step {step}", bits)
         self._held_out = bits
         self._metrics.write({"step": step, "held_out_bits_per_byte": bits})
         self._print(f"after step {step}: held-out {bits:.3f} bits per byte")

@@ -116,6 +116,17 @@ CASES = (
         ("--precision fp16 can't be had under --consistency ssp:0", "give --precision bf16 or --consistency bsp"),
     ),
     Case(
+        ("nonfinite", "consistency"), "ps", {"servers": 1, "consistency": "asp", "nonfinite": "skip"}, 4,
+        "--strategy ps --servers 1 --consistency asp --nonfinite skip",
+        ("nonfinite='skip' can't be had under consistency='asp'", "give nonfinite='error' or consistency='bsp'"),
+        ("--nonfinite skip can't be had under --consistency asp", "give --nonfinite error or --consistency bsp"),
+    ),
+    Case(
+        ("check_replicas",), "dps", {"check_replicas": -1}, 1, "--check-replicas -1",
+        ("check_replicas must be 0 or more steps, not -1", "check_replicas=0 compares"),
+        ("--check-replicas must be at least 0",),
+    ),
+    Case(
         ("strategy",), "single", {}, 3, "--strategy single",
         ("strategy single trains on one rank, and this job has 3 ranks", "take another strategy"),
         ("--strategy single trains on one rank, and this job has 3 ranks", "take another strategy"),
@@ -230,12 +241,13 @@ def test_flags_choose_every_option() -> None:
     """But for ``elementwise``: the trainer's optimizer is known."""
     flags = (
         "--precision fp16 --autocast off --loss-scale 4 --wire bf16 --max-grad-norm 2 --bucket-mb 1 --overlap off"
-        " --strategy ps --servers 1 --overlap-pulls on"
+        " --strategy ps --servers 1 --overlap-pulls on --nonfinite skip --buffers mean --check-replicas 7"
     )
     chosen = Config.from_argv(flags.split()).options
     assert chosen == Options(
         precision="fp16", autocast="off", loss_scale=chosen.loss_scale, wire="bf16", max_grad_norm=2.0,
-        bucket_bytes=2**20, overlap=False, servers=1, overlap_pulls=True,
+        bucket_bytes=2**20, overlap=False, servers=1, overlap_pulls=True, nonfinite="skip", buffers="mean",
+        check_replicas=7,
     )  # fmt: skip
     assert chosen.loss_scale is not None and chosen.loss_scale.value == 4.0
     assert Config(algorithm="tree").options.algorithm == "tree"

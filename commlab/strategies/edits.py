@@ -40,7 +40,7 @@ class Gradient(NamedTuple):
     version: int
 
 
-class Watch:
+class Edits:
     """The parameters of one engine, and their gradients while they wait for ``step()``.
 
     ``instead``: why a write between two steps can't count, where it can't: what every rank has is not its own.

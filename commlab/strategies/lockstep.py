@@ -1,0 +1,114 @@
+"""What an engine watches in every step, so that ranks that have drifted apart are named instead of averaged: the step's
+record, the copies that every rank has, and the buffers that forward has written.
+
+    backward    a pass begins; is its loss finite?
+    step        the record travels with the verdict | copies are compared, now and then | buffers are made alike
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+
+from ..runtime.control import gather_bytes
+from .protocol import Strategy
+from .replicas import require_alike
+from .verdict import Verdict
+
+
+class Lockstep:
+    """The watch over the training of ``strategy``. What begins and ends a step is told to it by the engine."""
+
+    def __init__(self, strategy: Strategy):
+        self._strategy, self._training = strategy, strategy.training
+        self._looks_at_losses = (
+            self._training.options.nonfinite != "torch" and self._training.precision.loss_scale is None
+        )
+        self._written_steps = 0
+        """Steps in a row before which a rank had written parameters."""
+        self._apart = 0
+        """Buffers that ranks have written, where every rank keeps its own, a bit for each."""
+        self.took_note()
+
+    def took_note(self) -> None:
+        """What this rank has now, all ranks have."""
+        self._training.took_note()
+        self._training.buffers.seen()
+
+    # A step.
+
+    def backward_begins(self, loss: torch.Tensor | None) -> None:
+        """A call of ``backward(loss)`` has passed the checks."""
+        training = self._training
+        training.record.begun += self._strategy.buckets.syncing
+        training.record.losses += loss is not None
+        if self._looks_at_losses and loss is not None:
+            training.losses_finite.append(loss.detach().isfinite().all())
+
+    def step_begins(self, number: int | None) -> None:
+        """A call of ``step(number)`` has passed the checks; the verdict follows."""
+        self._training.record.number = number
+
+    def compare_replicas(self, verdict: Verdict) -> None:
+        """Compare what all ranks have copies of, where it is time. Collective, before anything is updated."""
+        training, every = self._training, self._training.options.check_replicas
+        if training.group.size == 1 or not self._strategy.averages:
+            return
+        # A loop that writes parameters after each of its steps has them compared ever less often.
+        self._written_steps = self._written_steps + 1 if verdict.written else 0
+        written = self._written_steps and not self._written_steps & (self._written_steps - 1)
+        if written or (every and (training.steps + 1) % every == 0):
+            require_alike(training.group, training.steps, self._copies(verdict.buffers))
+
+    def _copies(self, written: int) -> Iterator[tuple[str, Any]]:
+        """What must be equal on all ranks, by name. ``written``: the buffers that ranks have written."""
+        training = self._training
+        yield from self._strategy.replicas()
+        trained = {item.name for item in training.parameters}
+        frozen = (entry for entry in training.model.named_parameters() if entry[0] not in trained)
+        for name, tensor in (*frozen, *training.buffers.of(~(written | self._apart))):
+            yield repr(name), tensor
+
+    def step_ends(self, verdict: Verdict) -> None:
+        """The step was made, or skipped, on all ranks. Collective, where buffers were written."""
+        if self._strategy.averages:
+            self._make_alike(verdict.buffers)
+        self.step_dropped()
+        self._training.took_note()
+
+    def step_dropped(self) -> None:
+        """The step was dropped on all ranks."""
+        self._training.record.reset()
+        self._training.losses_finite.clear()
+
+    def gradients_dropped(self) -> None:
+        """A call of ``zero_grad()``."""
+        self._training.record.zero_grads += 1
+        self._training.losses_finite.clear()
+
+    def _make_alike(self, written: int) -> None:
+        buffers = self._training.buffers
+        if buffers.rule == "local":
+            self._apart |= written
+        buffers.make_alike(written)
+
+    # Between steps.
+
+    def settle(self) -> None:
+        """Make buffers alike, and compare what all ranks have copies of. Collective."""
+        training = self._training
+        if training.group.size == 1:
+            return
+        if len(training.buffers):
+            own = training.buffers.written().to_bytes(8, "little")
+            everyones = gather_bytes(training.group, own, "buffers that were written")
+            self._make_alike(reduce(or_, (int.from_bytes(each, "little") for each in everyones)))
+        require_alike(training.group, training.steps, self._copies(0))
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._training.record.close()

@@ -1,0 +1,60 @@
+"""Counts the forward passes of a model, so that a rank that has dropped a step can be told from one that has not.
+
+A rank that catches an exception in forward, or that skips a batch, and goes on, calls the same operations as its peers,
+one step late. What it has done more than they did is a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Passes:
+    """Forward passes of ``model`` that will be differentiated: in training mode, with gradients on."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.begun = 0
+        """Since :meth:`reset`."""
+        self.ended = 0
+        """Since :meth:`reset`; a pass that is begun and not ended has raised an exception."""
+        self._hooks: list[Any] = [
+            model.register_forward_pre_hook(_Hook(self._begins)),
+            model.register_forward_hook(_Hook(self._ends)),
+        ]
+
+    def reset(self) -> None:
+        """Begin a new step."""
+        self.begun = self.ended = 0
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begins(self, module: torch.nn.Module) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.begun += 1
+
+    def _ends(self, module: torch.nn.Module) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.ended += 1
+
+
+class _Hook:
+    """A hook that a copy of the model, and a model that is pickled, leave behind."""
+
+    def __init__(self, call: Callable[[torch.nn.Module], None] | None = None):
+        self._call = call
+
+    def __call__(self, module: torch.nn.Module, *_: Any) -> None:
+        if self._call is not None:
+            self._call(module)
+
+    def __deepcopy__(self, _: Any) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
