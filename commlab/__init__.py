@@ -30,6 +30,7 @@ _HOME = {
     "DisagreementError": "errors",
     "PeerLostError": "errors",
     "PeerTimeoutError": "errors",
+    "RefusedError": "errors",
 }
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ParameterServer",
     "PeerLostError",
     "PeerTimeoutError",
+    "RefusedError",
     "UsageError",
     "__version__",
     "allgather",
@@ -58,7 +60,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .collectives.allreduce import allreduce, allreduce_async
     from .collectives.operations import allgather, barrier, broadcast, empty, reduce, reduce_scatter
-    from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
+    from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, RefusedError, UsageError
     from .ps.store import ParameterServer
     from .runtime.group import Group
     from .runtime.handle import Handle

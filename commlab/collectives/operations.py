@@ -1,8 +1,8 @@
 """The collectives on tensors; allreduce itself is in :mod:`.allreduce`. All of them must be called by every rank of the
 group, in the same order.
 
-Tensors: CPU or CUDA; float32, float64, float16, bfloat16, int32, int64, and for allgather and broadcast every dtype that
-torch has; contiguous or not; empty allowed. What is written in place is written as under ``torch.no_grad()``, and
+Tensors: CPU or CUDA; float32, float64, float16, bfloat16, int32, int64, and for allgather and broadcast every dtype
+that torch has; contiguous or not; empty allowed. What is written in place is written as under ``torch.no_grad()``, and
 autograd is told. Results are bitwise the same on all ranks, and from run to run for the same algorithm and group; not
 across algorithms, which add in different orders.
 

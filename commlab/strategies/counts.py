@@ -48,7 +48,7 @@ class StepCounts:
     def sum_counts(self) -> None:
         """Start to add the ranks' counts up, where no caller has given the total. Collective."""
         if self.counted and self._total is None:
-            counted = torch.tensor([self.count], dtype=torch.int64)
+            counted = torch.tensor([self.count], dtype=torch.int64, device="cpu")
             self._summing = allreduce_async(counted, "sum", "token count", group=self._group)
 
     def make_room(self) -> None:

@@ -96,8 +96,8 @@ class MpiExchange(Exchange):
         "_incoming",
         "_left",
         "_own",
-        "_ranks",
         "_rank",
+        "_ranks",
         "_ready",
         "_records",
         "_rows",
@@ -238,9 +238,7 @@ class MpiTransport:
             raise self._shared.unusable()
         if width not in self._exchanges:
             room_bytes = self.piggyback_bytes if width == RECORD_BYTES else 0
-            self._exchanges[width] = MpiExchange(
-                self._shared, self._ranks, self.rank, self._tag + 1, width, room_bytes
-            )
+            self._exchanges[width] = MpiExchange(self._shared, self._ranks, self.rank, self._tag + 1, width, room_bytes)
         return self._exchanges[width].start(record, piggyback)
 
     def split(self, ranks: Sequence[int], context: int, *, any_order: bool = False) -> MpiTransport | None:
