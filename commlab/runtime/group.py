@@ -21,6 +21,7 @@ from ..transport.base import Pending, Piggyback, Request, Transport
 from ..window.exchange import NOTHING, Attachment, Inline
 from ..window.memory import Window
 from .agreement import Agreement, Signature, refusal_of
+from .ending import ended_by
 from .execute import Execution
 from .handle import Handle
 from .progress import Operation, Progress
@@ -137,7 +138,7 @@ class Group:
         of one rank, or without the agreement check."""
         if self.progress.ended is not None:
             raise self.progress.ended.error(kind, self.rank)
-        if self.size == 1 or not self.agreement.checks:
+        if self.size == 1 or not (self.agreement.checks or kind == "subgroup"):
             raise error
         name = name if isinstance(name, str) else None
         return self.submit(
@@ -173,6 +174,9 @@ class Group:
             number = signature.number(self._sequence)
             patience_us = _INLINE_WAIT_FOR_OTHERS_US if others_under_way else _INLINE_WAIT_US
             ended = self.window.sync.allreduce_inline(number, result.data_ptr(), *data.arguments, patience_us)
+        except BaseException as error:
+            progress.end(ended_by(error, signature.text(self._sequence)))
+            raise
         finally:
             self._inline = False
             progress.leave()

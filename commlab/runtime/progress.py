@@ -91,8 +91,6 @@ class Progress:
         self.rank, self.timeout_s = rank, timeout_s
         self.ended: Ending | None = None
         """Why no more operations are taken; None as long as they are."""
-        self._given_up: Handle | None = None
-        """The handle whose wait gave up, where that has ended the queue."""
         self._tied: list[weakref.ref[Progress]] = []
         self._queue: deque[Operation] = deque()
         self._lock = threading.Lock()
@@ -227,7 +225,7 @@ class Progress:
         ``timeout_s``; a warning that names the silent peer after 10 s. A wait that gives up ends the queue; the
         operation stays under way, and once it has been waited for to its end after all, the queue goes on."""
         ended = self.ended
-        if ended is not None and handle is not self._given_up:
+        if ended is not None and not handle.given_up:
             raise ended.error(handle.describe(), self.rank)
         self._waiting = True
         try:
@@ -236,13 +234,13 @@ class Progress:
         except BaseException as error:
             if not handle.finished and self.ended is None:
                 kept.append(self._queue)
-                self._given_up = handle
+                handle.given_up = True
                 self.end(ended_by(error, handle.describe()))
             raise
         finally:
             self._waiting = False
         if ended is not None:
-            self._given_up = None
+            handle.given_up = False
             if handle.error is None or isinstance(handle.error, HARMLESS):
                 self._resume(ended)
 
