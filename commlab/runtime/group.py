@@ -119,8 +119,9 @@ class Group:
         with self._calls:
             if self._inline and not signature.refusal:
                 return self.refuse(signature.kind, signature.name, _two_threads(self.rank, "an allreduce"))
-            if self._awaited is not None:
-                handle, thread = self._awaited
+            awaited_now = self._awaited
+            if awaited_now is not None:
+                handle, thread = awaited_now
                 if handle.finished or thread == threading.get_ident():
                     self._awaited = None
                 elif not signature.refusal:
@@ -129,7 +130,13 @@ class Group:
             handle = self._queue(signature, body, result, attached or (lambda: NOTHING), awaited)
             if awaited and not handle.finished:
                 self._awaited = handle, threading.get_ident()
+                handle.when_finished(self._no_longer_awaited)
             return handle
+
+    def _no_longer_awaited(self, handle: Handle) -> None:
+        # Not kept until the next operation: its result may be large.
+        if self._awaited is not None and self._awaited[0] is handle:
+            self._awaited = None
 
     def refuse(self, kind: str, name: str | None, error: Exception) -> Handle:
         """Tell the other ranks, in the place of an operation that they have started or will start, that this rank can't
