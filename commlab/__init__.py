@@ -31,6 +31,7 @@ _HOME = {
     "NotFiniteError": "errors",
     "PeerLostError": "errors",
     "PeerTimeoutError": "errors",
+    "RefusedError": "errors",
 }
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ParameterServer",
     "PeerLostError",
     "PeerTimeoutError",
+    "RefusedError",
     "UsageError",
     "__version__",
     "allgather",
@@ -60,7 +62,15 @@ __all__ = [
 if TYPE_CHECKING:
     from .collectives.allreduce import allreduce, allreduce_async
     from .collectives.operations import allgather, barrier, broadcast, empty, reduce, reduce_scatter
-    from .errors import CommlabError, DisagreementError, NotFiniteError, PeerLostError, PeerTimeoutError, UsageError
+    from .errors import (
+        CommlabError,
+        DisagreementError,
+        NotFiniteError,
+        PeerLostError,
+        PeerTimeoutError,
+        RefusedError,
+        UsageError,
+    )
     from .ps.store import ParameterServer
     from .runtime.group import Group
     from .runtime.handle import Handle

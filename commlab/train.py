@@ -226,7 +226,9 @@ def held_out_bits(config: Config, group: Group, model: torch.nn.Module, held_out
     with trace.span("evaluate"):
         batches = held_out_batches(held_out, config.batch_size, rank=group.rank, size=group.size, limit=limit)
         loss, _, byte_count = evaluate(model, batches)
-        sums = allreduce(torch.tensor([loss, byte_count], dtype=torch.float64), "sum", "held-out loss", group=group)
+        sums = allreduce(
+            torch.tensor([loss, byte_count], dtype=torch.float64, device="cpu"), "sum", "held-out loss", group=group
+        )
     return bits_per_byte(float(sums[0]), int(sums[1]))
 
 

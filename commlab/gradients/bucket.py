@@ -72,7 +72,9 @@ def plan(
     parameters: Iterable[NamedParameter],
     bucket_bytes: int,
     wire: torch.dtype | None,
-    allocate: Callable[[int, torch.dtype], torch.Tensor] = lambda numel, dtype: torch.empty(numel, dtype=dtype),
+    allocate: Callable[[int, torch.dtype], torch.Tensor] = lambda numel, dtype: torch.empty(
+        numel, dtype=dtype, device="cpu"
+    ),
 ) -> list[Bucket]:
     """Fill buckets of at most ``bucket_bytes`` (more where one parameter is larger) in reverse registration order.
 

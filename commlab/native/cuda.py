@@ -55,7 +55,7 @@ class CudaPackPlan:
         self._native = library.built if hasattr(library.built, "CUDA") else None
         if self._native is not None:
             codes = [DTYPES[dtype][0] for dtype, _ in self._signature]
-            self._layout = torch.tensor([numels, self.starts, codes], dtype=torch.int64).t().contiguous()
+            self._layout = torch.tensor([numels, self.starts, codes], dtype=torch.int64, device="cpu").t().contiguous()
             self._layout = self._layout.to(self.device)
             self._chunks = chunk_table(numels, self._native.CUDA_CHUNK_NUMEL).to(self.device)
             self._on_device = torch.zeros(len(tensors), dtype=torch.int64, device=self.device)
@@ -93,7 +93,7 @@ class CudaPackPlan:
                 "to use before, and keep them"
             )
         # Pinned, so that nobody waits for the copy; torch gives that memory to no one else before the copy is done.
-        here = torch.tensor(addresses, dtype=torch.int64).pin_memory()
+        here = torch.tensor(addresses, dtype=torch.int64, device="cpu").pin_memory()
         self._on_device.copy_(here, non_blocking=True)
         self._tensors, self._addresses = list(tensors), addresses
 
@@ -178,7 +178,7 @@ class CudaPackPlan:
 
 def chunk_table(numels: Sequence[int], chunk_numel: int) -> Tensor:
     """int32 [chunks, 2]: for each block of threads, which tensor, and which chunk of it (kernels/cuda/pack.h)."""
-    counts = torch.tensor([-(-numel // chunk_numel) for numel in numels], dtype=torch.int64)
-    tensors = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    chunks = torch.arange(len(tensors)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    counts = torch.tensor([-(-numel // chunk_numel) for numel in numels], dtype=torch.int64, device="cpu")
+    tensors = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
+    chunks = torch.arange(len(tensors), device="cpu") - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return torch.stack([tensors, chunks], 1).to(torch.int32).contiguous()

@@ -58,7 +58,9 @@ class PackPlan:
         self._tensors = list(tensors)
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         self._staged = [
-            (tensor, torch.empty(tensor.shape, dtype=tensor.dtype)) for tensor in tensors if not tensor.is_contiguous()
+            (tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+            for tensor in tensors
+            if not tensor.is_contiguous()
         ]
         if self._native is not None:
             staged = iter(self._staged)

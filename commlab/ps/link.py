@@ -21,7 +21,7 @@ from .messages import HEADER_BYTES, IN_FLIGHT, Header, unpack
 Order: TypeAlias = tuple[int, int, int]
 """(clock, 0 for numbers or 1 for a message that must come after them, slice): the smaller goes sooner."""
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class Link:

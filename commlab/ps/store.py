@@ -323,7 +323,7 @@ def _example(factory: Factory | None, groups: int, elementwise: bool | None) -> 
     so that all ranks refuse an optimizer that servers can't run."""
     if factory is None:
         return None
-    stand_ins = [torch.zeros(1) for _ in range(groups)]
+    stand_ins = [torch.zeros(1, device="cpu") for _ in range(groups)]
     made = factory(stand_ins if groups == 1 else [{"params": [stand_in]} for stand_in in stand_ins])
     require_elementwise(made, elementwise)
     return made

@@ -64,7 +64,7 @@ class Signature:
             what += f" ({self.detail})"
         return f"{what}, refused: {self.refusal}" if self.refusal else what
 
-    def told(self, sequence: int) -> bytes:
+    def reply(self, sequence: int) -> bytes:
         """What this rank tells the others where they disagree: whether it refuses, and its side as text."""
         text = self.text(sequence).encode(errors="backslashreplace")
         if len(text) > TEXT_BYTES:
@@ -112,12 +112,12 @@ class Agreement:
                 yield exchange
             rank = self._transport.rank
             if not exchange.agreed(record):
-                told = signature.told(sequence)
-                lengths = self._transport.exchange(len(told).to_bytes(8, "little"))
+                reply = signature.reply(sequence)
+                lengths = self._transport.exchange(len(reply).to_bytes(8, "little"))
                 while not lengths.test():
                     yield lengths
                 longest = max(int.from_bytes(length, "little") for length in lengths.records())
-                texts = self._transport.exchange(told.ljust(longest, b"\0"))
+                texts = self._transport.exchange(reply.ljust(longest, b"\0"))
                 while not texts.test():
                     yield texts
                 raise disagreement(texts.records(), rank) from cause
@@ -137,16 +137,16 @@ def refusal_of(error: Exception, rank: int) -> str:
     return text if isinstance(error, UsageError) and text else f"{type(error).__name__}: {text}"
 
 
-def disagreement(told: Sequence[bytes], rank: int) -> DisagreementError:
+def disagreement(replies: Sequence[bytes], rank: int) -> DisagreementError:
     """The error for a disagreement: all the sides, each with its ranks."""
     sides: dict[str, list[int]] = {}
-    for peer, side in enumerate(told):
+    for peer, side in enumerate(replies):
         sides.setdefault(side[1:].rstrip(b"\0").decode(errors="replace"), []).append(peer)
     listed = "; ".join(
         f"rank{'s' if len(ranks) > 1 else ''} {_ranges(ranks)}: {text}"
         for text, ranks in zip(_shown(list(sides)), sides.values(), strict=True)
     )
-    if any(side[:1] == b"!" for side in told):
+    if any(side[:1] == b"!" for side in replies):
         return RefusedError(f"not every rank can do this (seen on rank {rank}): {listed}. Nothing was reduced")
     return DisagreementError(
         f"ranks disagree (seen on rank {rank}): {listed}. Nothing was reduced. Every rank of the "

@@ -100,7 +100,7 @@ class Execution:
             if not self._scratch and self._slots < IN_FLIGHT:
                 self._slots += 1
                 numel = min(self.segment_numel, self.operand.buffer.numel())
-                self._scratch.append(torch.empty(numel, dtype=self.operand.buffer.dtype))
+                self._scratch.append(torch.empty(numel, dtype=self.operand.buffer.dtype, device="cpu"))
             scratch = self._scratch.pop()
             target = byte_view(scratch)[: segment.numel * self.operand.itemsize]
             self._receives.append(_Receive(segment, self.transport.irecv(target, frm), scratch))

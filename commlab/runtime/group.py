@@ -21,6 +21,7 @@ from ..transport.base import Pending, Piggyback, Request, Transport
 from ..window.exchange import NOTHING, Attachment, Inline
 from ..window.memory import Window
 from .agreement import Agreement, Signature, refusal_of
+from .ending import ended_by
 from .execute import Execution
 from .handle import Handle
 from .progress import Operation, Progress
@@ -118,8 +119,9 @@ class Group:
         with self._calls:
             if self._inline and not signature.refusal:
                 return self.refuse(signature.kind, signature.name, _two_threads(self.rank, "an allreduce"))
-            if self._awaited is not None:
-                handle, thread = self._awaited
+            awaited_now = self._awaited
+            if awaited_now is not None:
+                handle, thread = awaited_now
                 if handle.finished or thread == threading.get_ident():
                     self._awaited = None
                 elif not signature.refusal:
@@ -128,7 +130,13 @@ class Group:
             handle = self._queue(signature, body, result, attached or (lambda: NOTHING), awaited)
             if awaited and not handle.finished:
                 self._awaited = handle, threading.get_ident()
+                handle.when_finished(self._no_longer_awaited)
             return handle
+
+    def _no_longer_awaited(self, handle: Handle) -> None:
+        # Not kept until the next operation: its result may be large.
+        if self._awaited is not None and self._awaited[0] is handle:
+            self._awaited = None
 
     def refuse(self, kind: str, name: str | None, error: Exception) -> Handle:
         """Tell the other ranks, in the place of an operation that they have started or will start, that this rank can't
@@ -137,7 +145,7 @@ class Group:
         of one rank, or without the agreement check."""
         if self.progress.ended is not None:
             raise self.progress.ended.error(kind, self.rank)
-        if self.size == 1 or not self.agreement.checks:
+        if self.size == 1 or not (self.agreement.checks or kind == "subgroup"):
             raise error
         name = name if isinstance(name, str) else None
         return self.submit(
@@ -173,6 +181,9 @@ class Group:
             number = signature.number(self._sequence)
             patience_us = _INLINE_WAIT_FOR_OTHERS_US if others_under_way else _INLINE_WAIT_US
             ended = self.window.sync.allreduce_inline(number, result.data_ptr(), *data.arguments, patience_us)
+        except BaseException as error:
+            progress.end(ended_by(error, signature.text(self._sequence)))
+            raise
         finally:
             self._inline = False
             progress.leave()

@@ -22,14 +22,15 @@ class Driver(Protocol):
 
 class Handle:
     """An operation under way, moved on by ``driver``. ``describe()`` names the operation in messages; ``result`` is
-    what :meth:`wait` returns."""
+    what :meth:`wait` returns. ``given_up``: a wait ended before the operation did, and the driver wants to
+    know of the next one."""
 
-    __slots__ = ("_callbacks", "_driver", "_started_ns", "describe", "error", "finished", "result")
+    __slots__ = ("_callbacks", "_driver", "_started_ns", "describe", "error", "finished", "given_up", "result")
 
     def __init__(self, driver: Driver, describe: Callable[[], str], result: Any = None):
         self._driver, self.describe, self.result = driver, describe, result
         self.error: BaseException | None = None
-        self.finished = False
+        self.finished = self.given_up = False
         self._callbacks: list[Callable[[Handle], object]] = []
         self._started_ns = 0
 
@@ -73,7 +74,7 @@ class Handle:
     def wait(self, timeout_s: float | None = None) -> Any:
         """Block until the operation has ended; returns :attr:`result`, for a collective the reduced tensor. Raises what
         went wrong; PeerTimeoutError when a peer has been silent for ``timeout_s`` (default: the group's timeout)."""
-        if not self.finished:
+        if not self.finished or self.given_up:
             self._driver.drive(self, timeout_s)
         if self.error is not None:
             raise self.error

@@ -38,7 +38,7 @@ class Operand:
         self.accumulator: torch.Tensor | None = None
         self.rounds = wide is None
         if own is not None:
-            self.accumulator = torch.empty(own.numel, dtype=torch.float32) if wide is None else wide
+            self.accumulator = torch.empty(own.numel, dtype=torch.float32, device="cpu") if wide is None else wide
             native.widen(self.accumulator, 0, buffer, own.start, own.numel)
 
     def view(self, segment: Range) -> Bytes:

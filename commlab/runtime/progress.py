@@ -19,17 +19,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import trace
-from ..errors import AgreedError, CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
+from ..errors import PeerLostError, UsageError
 from ..transport.base import Pending
+from .ending import HARMLESS, Ending, ended_by, kept
 from .handle import Handle
 from .waiting import SPIN_S, begin_moving, others_move, pause, silence_of, stop_moving, under_way, wait_until
-
-_kept: list[object] = []
-"""Operations that broke off, with their buffers: messages that peers still send may arrive there."""
-
 
 _all: weakref.WeakSet[Progress] = weakref.WeakSet()
 
@@ -38,33 +35,11 @@ def _in_child() -> None:
     """A forked child has the memory of its parent's queues, and no part in them."""
     for progress in list(_all):
         progress._queue, progress._lock = deque(), threading.Lock()
-        progress.ended = Ended(UsageError, "belongs to the process from which this one was forked")
+        progress.ended = Ending(UsageError, "belongs to the process from which this one was forked")
     under_way.clear()
 
 
 os.register_at_fork(after_in_child=_in_child)
-
-
-class Ended(NamedTuple):
-    """Why a queue takes no more operations: the class and the text of what a caller is told."""
-
-    kind: type[CommlabError]
-    text: str
-
-    def error(self, what: str, rank: int) -> CommlabError:
-        """The error for a caller who asks for ``what``."""
-        return self.kind(f"rank {rank}: {what} on a group that {self.text}")
-
-
-def _ended_by(error: BaseException, what: str) -> Ended:
-    classes = (PeerLostError, PeerTimeoutError)
-    kind = next((each for each in classes if isinstance(error, each)), CommlabError)
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return Ended(
-        kind,
-        f"was ended by an error in {what} ({said}). Ranks may be at different operations since then; "
-        "end the job, or call commlab.shutdown() and commlab.init() on every rank",
-    )
 
 
 class Operation:
@@ -114,10 +89,8 @@ class Progress:
 
     def __init__(self, rank: int, timeout_s: float, threaded: bool):
         self.rank, self.timeout_s = rank, timeout_s
-        self.ended: Ended | None = None
+        self.ended: Ending | None = None
         """Why no more operations are taken; None as long as they are."""
-        self._given_up: Handle | None = None
-        """The handle whose wait gave up, where that has ended the queue."""
         self._tied: list[weakref.ref[Progress]] = []
         self._queue: deque[Operation] = deque()
         self._lock = threading.Lock()
@@ -215,10 +188,10 @@ class Progress:
 
     def _break_off(self, operation: Operation) -> None:
         error = operation.handle.error
-        if error is None or isinstance(error, DisagreementError | AgreedError):
+        if error is None or isinstance(error, HARMLESS):
             return
-        _kept.append((operation, error))
-        self.end(_ended_by(error, operation.handle.describe()))
+        kept.append((operation, error))
+        self.end(ended_by(error, operation.handle.describe()))
         while self._queue:
             dropped = self._queue.popleft()
             if dropped is not operation and not dropped.handle.finished:
@@ -230,7 +203,7 @@ class Progress:
         self._tied.append(weakref.ref(other))
         other._tied.append(weakref.ref(self))
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: Ending) -> None:
         """Take no more operations from now on; the first reason counts."""
         if self.ended is None:
             self.ended = ended
@@ -239,7 +212,7 @@ class Progress:
                 if tied is not None:
                     tied.end(ended)
 
-    def _resume(self, ended: Ended) -> None:
+    def _resume(self, ended: Ending) -> None:
         if self.ended is ended:
             self.ended = None
             for reference in self._tied:
@@ -252,7 +225,7 @@ class Progress:
         ``timeout_s``; a warning that names the silent peer after 10 s. A wait that gives up ends the queue; the
         operation stays under way, and once it has been waited for to its end after all, the queue goes on."""
         ended = self.ended
-        if ended is not None and handle is not self._given_up:
+        if ended is not None and not handle.given_up:
             raise ended.error(handle.describe(), self.rank)
         self._waiting = True
         try:
@@ -260,15 +233,15 @@ class Progress:
             wait_until(lambda: handle.finished, _Caller(self, handle), limit_s)
         except BaseException as error:
             if not handle.finished and self.ended is None:
-                _kept.append(self._queue)
-                self._given_up = handle
-                self.end(_ended_by(error, handle.describe()))
+                kept.append(self._queue)
+                handle.given_up = True
+                self.end(ended_by(error, handle.describe()))
             raise
         finally:
             self._waiting = False
         if ended is not None:
-            self._given_up = None
-            if handle.error is None or isinstance(handle.error, DisagreementError | AgreedError):
+            handle.given_up = False
+            if handle.error is None or isinstance(handle.error, HARMLESS):
                 self._resume(ended)
 
     def serve(self) -> None:
@@ -297,7 +270,7 @@ class Progress:
         self._closed = True
         stop_moving(self)
         if self.ended is None:
-            self.ended = Ended(UsageError, "was shut down")
+            self.ended = Ending(UsageError, "was shut down")
         self._work.set()
         if self._thread is not None:
             self._thread.join(timeout=5)

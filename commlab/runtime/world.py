@@ -117,6 +117,8 @@ def _connect(transport: str, timeout_s: float) -> Transport:
 def resolve(group: Group | None) -> Group:
     """``group``, or the world. UsageError before :func:`init`."""
     if group is not None:
+        if not isinstance(group, Group):
+            raise UsageError(f"group must be a commlab.Group, or None for all ranks, and not a {type(group).__name__}")
         return group
     if _world is None:
         raise UsageError("no group yet: call commlab.init() first")

@@ -329,4 +329,4 @@ class _Pushes:
 
 
 def _flattened(bucket: Bucket) -> FlatParameters:
-    return FlatParameters(bucket, torch.empty(bucket.numel, dtype=bucket.parameters[0].tensor.dtype))
+    return FlatParameters(bucket, torch.empty(bucket.numel, dtype=bucket.parameters[0].tensor.dtype, device="cpu"))

@@ -67,7 +67,7 @@ def collect(
     wanted = []
     for each in slices:
         entry = store.placement.entries[each.entry]
-        stand_in = torch.empty((each.numel,) if entry.shape else (), dtype=entry.dtype)
+        stand_in = torch.empty((each.numel,) if entry.shape else (), dtype=entry.dtype, device="cpu")
         wanted.append(pieces.Piece(named[entry.name], each.start, each.stop, stand_in))
     found = [state for _, state in pieces.collect(wanted, optimizer, saved)]
     for state in found:

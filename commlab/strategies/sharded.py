@@ -110,7 +110,7 @@ class Sharded(Strategy):
         """Move a bucket's parameters into a flat buffer; in the window, into the one buffer of all ranks."""
         dtype, training = bucket.parameters[0].tensor.dtype, self.training
         if not training.in_window:
-            return FlatParameters(bucket, torch.empty(bucket.numel, dtype=dtype))
+            return FlatParameters(bucket, torch.empty(bucket.numel, dtype=dtype, device="cpu"))
         host = _of_local_rank_0(training.group, bucket.numel, dtype)
         return FlatParameters(bucket, host, fill=training.group.rank == 0)
 

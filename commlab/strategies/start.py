@@ -139,7 +139,7 @@ def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, k
         raise UsageError(f"algorithm window is not to be had: {group.window_reason}; use auto")
 
     def allocate(numel: int, dtype: torch.dtype) -> torch.Tensor:
-        return empty(numel, dtype, group) if training.in_window else torch.empty(numel, dtype=dtype)
+        return empty(numel, dtype, group) if training.in_window else torch.empty(numel, dtype=dtype, device="cpu")
 
     bucket_bytes = options.bucket_bytes or usual_bytes(training.parameters, len(group.nodes))
     buckets = plan(training.parameters, bucket_bytes, WIRES[options.wire], allocate)

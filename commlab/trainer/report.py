@@ -214,7 +214,7 @@ class Report:
         if len(self.group.nodes) > 1:
             row["interface_bytes_sent"] = interface_bytes_sent() - self._interface_bytes_before
         self._finish_step()
-        values = torch.zeros(1 + self.group.size, dtype=torch.float64)
+        values = torch.zeros(1 + self.group.size, dtype=torch.float64, device="cpu")
         values[0], values[1 + self.group.rank] = losses / total, forward_s + backward_s
         # Ranks that are not in lockstep wait for no other rank's values: rank 0 shows its own loss.
         handle = allreduce_async(values, "sum", "loss", group=self.group) if self.engine.averages else None

@@ -30,13 +30,13 @@ def _keep_exit_status() -> None:
 
 
 _guarded = getattr(library.built, "finalize_mpi_at_exit", None)
-_ours = (
+_at_exit = (
     _guarded is not None
     and "mpi4py.MPI" not in sys.modules
     and getattr(mpi4py.rc, "finalize", None) is None
     and "MPI4PY_RC_FINALIZE" not in os.environ
 )
-if _ours:
+if _at_exit:
     mpi4py.rc.finalize = False
 
 from mpi4py import MPI  # noqa: E402
@@ -48,7 +48,7 @@ if _guarded is not None:
             ctypes.cast(getattr(_functions, name), ctypes.c_void_p).value
             for name in ("MPI_Initialized", "MPI_Finalized", "MPI_Finalize")
         ),
-        _ours,
+        _at_exit,
     )
-    if not _ours:
+    if not _at_exit:
         os.register_at_fork(after_in_child=_keep_exit_status)

@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -138,16 +138,16 @@ class TorchTransport:
         self._waiters: dict[tuple[str, int], _Waiter] = {}
 
     def isend(self, data: Bytes, to: int) -> TorchRequest:
-        return self._post("sends", self._connections.gloo.send, data, to)
+        return self._post("send", data, to)
 
     def irecv(self, data: Bytes, frm: int) -> TorchRequest:
-        return self._post("receives", self._connections.gloo.recv, data, frm)
+        return self._post("recv", data, frm)
 
-    def _post(self, kind: str, call: Callable[..., Any], data: Bytes, peer: int) -> TorchRequest:
+    def _post(self, kind: str, data: Bytes, peer: int) -> TorchRequest:
         if self._connections.against:
             raise UsageError(self._connections.against)
         try:
-            work = call([torch.from_numpy(data)], self._ranks[peer], self._context)
+            work = getattr(self._connections.gloo, kind)([torch.from_numpy(data)], self._ranks[peer], self._context)
         except RuntimeError as error:  # the connection was closed before
             raise lost(peer, error) from error
         key = kind, peer if self._any_order else -1

@@ -100,9 +100,9 @@ class Ledger:
 
     def scratch(self, peer: int, length: int) -> torch.Tensor:
         """Memory (bytes) for a message of ``peer`` whose bytes are used before the peer's next message comes."""
-        if length > self._scratch.get(peer, torch.empty(0)).numel():
-            self._scratch[peer] = torch.empty(length, dtype=torch.uint8)
-        return self._scratch[peer][:length] if length else torch.empty(0, dtype=torch.uint8)
+        if length > self._scratch.get(peer, torch.empty(0, device="cpu")).numel():
+            self._scratch[peer] = torch.empty(length, dtype=torch.uint8, device="cpu")
+        return self._scratch[peer][:length] if length else torch.empty(0, dtype=torch.uint8, device="cpu")
 
     # Answers.
 

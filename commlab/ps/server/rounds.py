@@ -37,7 +37,7 @@ class Rounds:
         """By slice: the pushes of the open round, by worker."""
         self._slots: dict[tuple[int, torch.dtype, torch.dtype], torch.Tensor] = {}
         self._sums = {
-            dtype: torch.zeros(numel, dtype=torch.float32 if dtype.itemsize == 2 else dtype)
+            dtype: torch.zeros(numel, dtype=torch.float32 if dtype.itemsize == 2 else dtype, device="cpu")
             for dtype, numel in shard.numel.items()
         }
 
@@ -67,7 +67,7 @@ class Rounds:
         """Memory in which a worker's numbers of ``wire`` wait to be added to those of ``dtype`` at ``where``."""
         key = worker, wire, dtype
         if key not in self._slots:
-            self._slots[key] = torch.empty(self._shard.numel[dtype], dtype=wire)
+            self._slots[key] = torch.empty(self._shard.numel[dtype], dtype=wire, device="cpu")
         return self._slots[key][where.start : where.stop]
 
     def take(self, worker: int, header: Header, hypers: Hypers) -> None:

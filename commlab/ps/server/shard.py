@@ -43,7 +43,7 @@ class Shard:
         for owned, dtype in zip(self.slices, self.dtypes, strict=True):
             numel[dtype] = owned.offset + owned.numel
         self.numel = numel
-        self.values = {dtype: torch.zeros(count, dtype=dtype) for dtype, count in numel.items()}
+        self.values = {dtype: torch.zeros(count, dtype=dtype, device="cpu") for dtype, count in numel.items()}
         self.pieces: list[torch.Tensor] = []
         """Each slice's numbers, as the optimizer updates them: a view of ``values``."""
         self._members: list[list[int]] = [[] for _ in range(groups)]

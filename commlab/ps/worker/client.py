@@ -129,7 +129,7 @@ class Client:
         _, target = self._open[server][header.sequence]
         if header.kind == Kind.VALUES and target is not None and target.numel() == header.length:
             return target
-        return torch.empty(header.length, dtype=torch.uint8)
+        return torch.empty(header.length, dtype=torch.uint8, device="cpu")
 
     def _arrived(self, server: int, header: Header, data: torch.Tensor) -> None:
         call, _ = self._open[server].pop(header.sequence)

@@ -100,7 +100,7 @@ class Requests:
         target = out.detach()
         count_write((target,))
         direct = target.is_contiguous() and target.is_cpu
-        flat = target.view(-1) if direct else torch.empty(target.numel(), dtype=target.dtype)
+        flat = target.view(-1) if direct else torch.empty(target.numel(), dtype=target.dtype, device="cpu")
 
         def copy() -> None:
             if not direct:
@@ -123,7 +123,7 @@ class Requests:
         follows: Handle | None,
     ) -> Handle:
         """``use()`` is called when the values lie in ``flat``."""
-        landing = flat if wire in (None, flat.dtype) else torch.empty(flat.numel(), dtype=wire)
+        landing = flat if wire in (None, flat.dtype) else torch.empty(flat.numel(), dtype=wire, device="cpu")
         data, itemsize, code = landing.view(torch.uint8), landing.element_size(), WIRE_CODES[landing.dtype]
 
         def complete(call: PendingRequests) -> None:

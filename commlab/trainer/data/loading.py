@@ -77,7 +77,7 @@ def _gathered(group: Group, row: np.ndarray, name: str) -> np.ndarray:
         return row
     ends = np.cumsum([0, *gather_int(group, len(row), name)]).tolist()
     chunks = [Range(begin, end) for begin, end in pairwise(ends)]
-    flat = torch.empty(ends[-1], dtype=torch.int32)
+    flat = torch.empty(ends[-1], dtype=torch.int32, device="cpu")
     own = chunks[group.rank]
     flat[own.start : own.stop] = torch.from_numpy(row.astype(np.int32))
     gather_chunks_async(flat, chunks, name, group=group).wait()

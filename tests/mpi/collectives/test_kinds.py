@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from closed_form import numbers
+from closed_form import expected, numbers
 from mpi_groups import all_groups
 from mpi_ranks import Ranks
 
@@ -15,9 +15,31 @@ from commlab.chunks import split
 from commlab.collectives.tensors import as_bytes
 
 NAMES = (
-    "bool uint8 int8 int16 uint16 int32 uint32 int64 uint64 float16 bfloat16 float32 float64 complex32 complex64 "
-    "complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2 bits8 bits16"
-).split()
+    "bool",
+    "uint8",
+    "int8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex32",
+    "complex64",
+    "complex128",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    "float4_e2m1fn_x2",
+    "bits8",
+    "bits16",
+)
 DTYPES = [getattr(torch, name) for name in NAMES if hasattr(torch, name)]
 
 
@@ -81,7 +103,7 @@ def test_quantized_tensors(ranks: Ranks) -> None:
 def test_equal_sizes_of_other_dtypes_disagree(ranks: Ranks) -> None:
     """B22: float8 is not int8, though both are bytes."""
     dtype = torch.int8 if ranks.world.rank else torch.bool
-    with pytest.raises(commlab.DisagreementError, match="rank 0: .*bytes of bool"):
+    with pytest.raises(commlab.DisagreementError, match=r"rank 0: .*bytes of bool"):
         commlab.broadcast(torch.zeros(8, dtype=dtype), group=ranks.world)
 
 
@@ -132,3 +154,44 @@ def test_subclasses_inference_and_gradients(ranks: Ranks) -> None:
         commlab.allreduce(activation, group=group)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("context", [torch.device("meta"), torch.float64], ids=str)
+def test_defaults_of_the_program_are_not_ours(ranks: Ranks, context: torch.device | torch.dtype) -> None:
+    """B24: a default device or dtype around collectives changes nothing: our buffers name theirs."""
+    group_of = (ranks.world, ranks.halves(ranks.size // 2))
+    made = {
+        (group.size, numel, dtype): numbers(group.rank, numel, dtype)
+        for group in group_of
+        for numel in (5, 40_000)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    want = {key: expected("sum", *key) for key in made}
+    default = torch.get_default_dtype()
+    if isinstance(context, torch.device):
+        torch.set_default_device(context)
+    else:
+        torch.set_default_dtype(context)
+    try:
+        for group in group_of:
+            for numel, dtype, algorithm in itertools.product(
+                (5, 40_000), (torch.float32, torch.bfloat16), ("auto", "ring", "direct")
+            ):
+                given = made[group.size, numel, dtype].clone()
+                commlab.allreduce(given, "sum", algorithm=algorithm, group=group)
+                if dtype is torch.float32 or group.size <= 4:
+                    assert torch.equal(given, want[group.size, numel, dtype]), (group.size, numel, dtype, algorithm)
+                part = given.clone()[: split(numel, group.size)[group.rank].numel]
+                commlab.reduce_scatter(part, given, "sum", group=group)
+                commlab.allgather(given, part, group=group)
+                commlab.reduce(given, 0, "max", group=group)
+                commlab.broadcast(given.t(), group.size - 1, group=group)
+                commlab.allreduce(given.float(), wire="bf16", group=group)
+            made_in_window = commlab.empty(8, group=group)
+            assert made_in_window.device.type == "cpu"
+            made_group = group.subgroup(range(group.size))
+            assert made_group is not None
+            made_group.barrier()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(default)
