@@ -12,6 +12,7 @@ import torch
 from .. import trace
 from ..errors import UsageError
 from ..job.topology import Topology, usable_cores
+from ..job.watch import Watch
 from ..native import library
 from ..schedules.step import NodeStep
 from ..transport.base import Pending, Piggyback, Request, Transport
@@ -82,6 +83,10 @@ class Group:
         self.endings: list[tuple[Callable[[], None], Callable[[], None]]] = []
         """Of those who use this group: what ends their work with other ranks, and, once all have done that, what
         releases it."""
+        self.watch: Watch | None = None
+        """Who has left the job; None where nobody watches."""
+        self.members: tuple[int, ...] = tuple(range(self.size))
+        """The ranks of this group, as the job counts them."""
         self._sequence = 0
         self._closed = False
 
@@ -114,7 +119,7 @@ class Group:
     ) -> Handle:
         checked = self.agreement.before(signature, self._sequence, body, attached)
         handle = Handle(self.progress, partial(signature.text, self._sequence), result)
-        return self.progress.submit(Operation(checked, handle, self.rank), awaited)
+        return self.progress.submit(Operation(checked, handle, self.rank, self.departed), awaited)
 
     def allreduce_inline(
         self, signature: Signature, data: Inline, result: torch.Tensor, otherwise: Callable[[], Pending]
@@ -155,6 +160,16 @@ class Group:
         """From now on the group's operations go through ``window``, which all its ranks have opened."""
         self.window = self.agreement.window = window
 
+    def observe(self, watch: Watch | None, members: Sequence[int]) -> None:
+        """From now on whoever waits in this group hears of its ranks that have left. ``members``: the group's ranks, as
+        the job counts them."""
+        self.watch, self.members = watch, tuple(members)
+
+    def departed(self, rank: int) -> str:
+        """How ``rank`` has left the job (``left (exit code 3)``); empty while it is there, as far as is known. Not
+        collective; costs no message."""
+        return "" if self.watch is None else self.watch.departed(self.members[rank])
+
     def barrier(self) -> None:
         """Return once every rank has called it. Cost: one round trip."""
         self.submit(Signature("barrier"), awaited=True).wait()
@@ -166,11 +181,11 @@ class Group:
             raise UsageError(f"rank {self.rank}: {list(ranks)} is not a set of ranks of a group of {self.size}")
         self.submit(Signature("subgroup", detail=f"ranks {', '.join(map(str, ranks))}")).wait()
         transport = self.transport.split(ranks)
-        return (
-            None
-            if transport is None
-            else Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.agreement.required, self.cores)
-        )
+        if transport is None:
+            return None
+        group = Group(transport, self.topology.subgroup(ranks), self.timeout_s, self.agreement.required, self.cores)
+        group.observe(self.watch, [self.members[rank] for rank in ranks])
+        return group
 
     def leave(self) -> None:
         """End what others may be waiting for. Not collective."""

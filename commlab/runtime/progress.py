@@ -13,22 +13,26 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from .. import trace
 from ..errors import PeerLostError
 from ..transport.base import Pending
 from .handle import Handle
-from .waiting import SPIN_S, pause, silence_of, wait_until
+from .waiting import GONE_AFTER_S, SPIN_S, gone_words, pause, silence_of, wait_until
 
 
 class Operation:
-    """A computation under way, and the handle that its caller holds. ``rank`` is for messages."""
+    """A computation under way, and the handle that its caller holds. ``rank`` is for messages; ``departed(rank)``: how
+    a peer has left, empty while it is there."""
 
-    __slots__ = ("_begun", "_pending", "_rank", "handle", "waits_for")
+    __slots__ = ("_begun", "_departed", "_pending", "_rank", "handle", "waits_for")
 
-    def __init__(self, pending: Pending, handle: Handle, rank: int):
-        self._pending, self.handle, self._rank = pending, handle, rank
+    def __init__(
+        self, pending: Pending, handle: Handle, rank: int, departed: Callable[[int], str] = lambda rank: ""
+    ):
+        self._pending, self.handle, self._rank, self._departed = pending, handle, rank, departed
         self.waits_for: Any = None
         """The request that the computation waits for."""
         self._begun = False
@@ -54,10 +58,19 @@ class Operation:
         return True
 
     def lost(self, error: PeerLostError) -> PeerLostError:
-        """The transport knows the peer; the operation knows what was to be done with it."""
-        named = PeerLostError(f"rank {self._rank}: {error}, in {self.handle.describe()}")
+        """The transport knows the peer; the operation knows what was to be done with it, and perhaps how the peer has
+        ended."""
+        gone = self.gone(wait_s=GONE_AFTER_S)
+        named = PeerLostError(
+            f"{gone}: {error}" if gone else f"rank {self._rank}: {error}, in {self.handle.describe()}"
+        )
         named.__cause__ = error
         return named
+
+    def gone(self, wait_s: float = 0.0) -> str:
+        """The sentence that says which of the awaited ranks have left, and how; empty while all are there.
+        ``wait_s``: how long the news may take, where it is known that there are some."""
+        return gone_words(self._rank, self.peers(), self._departed, self.handle.describe, wait_s)
 
     def peers(self) -> tuple[int, ...]:
         """The ranks that the operation waits for."""
@@ -206,6 +219,9 @@ class _Caller:
                 block(0.1)
             except PeerLostError as error:
                 raise head.lost(error) from error
+
+    def gone(self) -> str:
+        return "" if self._head is None else self._head.gone()
 
     def silence(self, idle_s: float) -> str:
         head = self._head

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UsageError
 from ..runtime.control import gather_bytes
+from ..runtime.elsewhere import waiting_elsewhere
 from ..runtime.group import Group
 from ..transport.rendezvous import join_store, open_store
 from .external import External
@@ -62,7 +64,7 @@ class _Calls(torch.nn.Module):
 class _Front(torch.nn.Module):
     """The module that the user calls in place of the model."""
 
-    def __init__(self, wrapped: torch.nn.Module):
+    def __init__(self, wrapped: Callable[[Callable[[torch.nn.Module], Any]], Any]):
         super().__init__()
         # Not a submodule: state_dict() and parameters() are to be asked of the user's own model.
         self._wrapped: Callable[[Callable[[torch.nn.Module], Any]], Any]
@@ -83,8 +85,19 @@ class Ddp(External):
         super().__init__(model, optimizer, group, options)
         self._calls = _Calls(model)
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
-        self._ddp = DistributedDataParallel(self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(group))
-        self._front = _Front(self._ddp)
+        gloo = _process_group(group)
+        # torch waits for all ranks in the kernel, and would wait for one that has left until gloo's timeout.
+        self._guarded = partial(waiting_elsewhere, group, abort=getattr(gloo, "abort", None))
+        with self._guarded("the construction of DistributedDataParallel"):
+            self._ddp = DistributedDataParallel(self._calls, bucket_cap_mb=cap_mb, process_group=gloo)
+        self._front = _Front(self._forward)
+
+    def _forward(self, call: Callable[[torch.nn.Module], Any]) -> Any:
+        # Buffers are exchanged in any forward, and buckets are planned together in the first ones that have a backward.
+        if not (torch.is_grad_enabled() or self._ddp.will_sync_module_buffers()):
+            return self._ddp(call)
+        with self._guarded(f"the forward of ddp in step {self.training.steps + 1}"):
+            return self._ddp(call)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -104,4 +117,8 @@ class Ddp(External):
                 "engine.model instead of the model itself"
             )
         self._calls.called = False
-        super().backward(loss)
+        if not self._ddp.require_backward_grad_sync:
+            super().backward(loss)
+            return
+        with self._guarded(f"the backward of ddp in step {self.training.steps + 1}"):
+            super().backward(loss)

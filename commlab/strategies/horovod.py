@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..runtime.elsewhere import waiting_elsewhere
 from ..runtime.group import Group
 from .external import External
 from .options import Options
@@ -73,7 +74,8 @@ class Horovod(External):
         super().backward(loss)
 
     def agree(self) -> Verdict:
-        self._distributed.synchronize()
+        with waiting_elsewhere(self.training.group, f"Horovod's exchange of step {self.training.steps + 1}"):
+            self._distributed.synchronize()
         return super().agree()
 
     def close(self) -> None:

@@ -3,13 +3,15 @@ purpose."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from ctypes import memmove
 from typing import Any
 
 from mpi4py import MPI
 
-from ..errors import PeerLostError
+from ..errors import PeerLostError, PeerTimeoutError
 from .base import PIGGYBACK_BYTES, PIGGYBACK_RANKS, RECORD_BYTES, Bytes, Exchange, Piggyback, Rows
 
 _LENGTHS = 64
@@ -28,6 +30,22 @@ def _failed(comm: MPI.Comm) -> Sequence[int]:
         return list(gone.Translate_ranks(None, comm.Get_group()))
     except (MPI.Exception, NotImplementedError, AttributeError):
         return ()
+
+
+def finish(request: MPI.Request, timeout_s: float) -> None:
+    """Return once ``request`` is done; PeerTimeoutError after ``timeout_s``. Patient: for set-up, not for data."""
+    since_s = time.perf_counter()
+    while not request.Test():
+        waited_s = time.perf_counter() - since_s
+        if waited_s > timeout_s:
+            raise PeerTimeoutError(f"MPI has waited {waited_s:.1f} s for all ranks")
+        time.sleep(min(1e-3, waited_s / 10))
+
+
+def _duplicate(comm: MPI.Comm, timeout_s: float) -> MPI.Comm:
+    made, request = comm.Idup()
+    finish(request, timeout_s)
+    return made
 
 
 class MpiRequest:
@@ -139,11 +157,11 @@ class MpiTransport:
 
     name = "mpi"
 
-    def __init__(self, comm: MPI.Comm | None = None, *, owned: bool = False):
+    def __init__(self, comm: MPI.Comm | None = None, *, owned: bool = False, timeout_s: float = math.inf):
         """``comm``: default COMM_WORLD. Collective over it. ``owned``: it was made for this transport, don't duplicate
-        it."""
+        it. PeerTimeoutError where not all ranks have come within ``timeout_s``."""
         comm = MPI.COMM_WORLD if comm is None else comm
-        self._comm: Any = comm if owned else comm.Dup()
+        self._comm: Any = comm if owned else _duplicate(comm, timeout_s)
         # Errors must come back as exceptions that can name the peer, instead of ending the process.
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank, self.size = self._comm.rank, self._comm.size

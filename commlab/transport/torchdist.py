@@ -62,6 +62,7 @@ class _Waiter:
 
     def __init__(self, name: str):
         self._posted: queue.SimpleQueue[tuple[Any, TorchRequest] | None] = queue.SimpleQueue()
+        self._waits = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -72,11 +73,17 @@ class _Waiter:
     def _run(self) -> None:
         while (posted := self._posted.get()) is not None:
             work, request = posted
+            self._waits = True
             try:
                 work.wait()
                 request.finish(None)
             except Exception as error:
                 request.finish(error)
+            self._waits = False
+
+    @property
+    def busy(self) -> bool:
+        return self._waits
 
     def close(self) -> None:
         self._posted.put(None)
@@ -143,6 +150,15 @@ class TorchTransport:
         import os
 
         os._exit(code)
+
+    def let_go(self) -> None:
+        """The interpreter ends: a thread that still waits in gloo for a peer that does not come would end it with
+        SIGABRT."""
+        abort = getattr(self._gloo, "abort", None)
+        if abort is not None and any(waiter.busy for waiter in self._waiters.values()):
+            abort()
+            for waiter in self._waiters.values():
+                waiter.close()
 
     def close(self) -> None:
         for waiter in self._waiters.values():
