@@ -30,6 +30,7 @@ _HOME = {
     "DisagreementError": "errors",
     "PeerLostError": "errors",
     "PeerTimeoutError": "errors",
+    "SharedMemoryError": "errors",
 }
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ParameterServer",
     "PeerLostError",
     "PeerTimeoutError",
+    "SharedMemoryError",
     "UsageError",
     "__version__",
     "allgather",
@@ -58,7 +60,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .collectives.allreduce import allreduce, allreduce_async
     from .collectives.operations import allgather, barrier, broadcast, empty, reduce, reduce_scatter
-    from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, UsageError
+    from .errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, SharedMemoryError, UsageError
     from .ps.store import ParameterServer
     from .runtime.group import Group
     from .runtime.handle import Handle

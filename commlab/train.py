@@ -76,7 +76,7 @@ def train(config: Config, started_s: float) -> int:
     from .trainer.report import Report
     from .trainer.sample import generate
 
-    threads, why = config.thread_count(group.local_size)
+    threads, why = config.thread_count(group.local_size, group.cores)
     torch.set_num_threads(threads)
     device = raise_together(group, lambda: device_of(config, group))
 

@@ -131,7 +131,9 @@ class ParameterServer:
             assert serving is not None
             serving.run()
             return
-        self._client = Client(near, ranks, timeout_s, crowded, None if serving is None else serving.poll, everyone.departed)
+        self._client = Client(
+            near, ranks, timeout_s, crowded, None if serving is None else serving.poll, everyone.departed
+        )
         self._requests = Requests(self._client, self._keys, WIRES[wire])
         # A worker that ended without close() would keep the servers waiting.
         atexit.register(self.close)

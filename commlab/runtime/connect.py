@@ -26,8 +26,8 @@ def connect(transport: str, launch: Launch, timeout_s: float) -> Transport:
         return SimNetwork(1).transports()[0]
     if transport == "mpi" and launch.launcher == "torchrun":
         raise UsageError(
-            f"rank {launch.rank}: torchrun launched this job, which MPI knows nothing of; use transport 'torch' (or, if "
-            "RANK and WORLD_SIZE were set by hand, unset them)"
+            f"rank {launch.rank}: torchrun launched this job, which MPI knows nothing of; use transport 'torch' "
+            "(or, if RANK and WORLD_SIZE were set by hand, unset them)"
         )
     _connected += 1
     if transport == "torch":

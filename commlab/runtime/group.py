@@ -173,6 +173,8 @@ class Group:
     def barrier(self) -> None:
         """Return once every rank has called it. Cost: one round trip."""
         self.submit(Signature("barrier"), awaited=True).wait()
+        if self.window is not None:
+            self.window.let_go()
 
     def subgroup(self, ranks: Sequence[int]) -> Group | None:
         """A group of ``ranks`` of this one, in that order. Collective over this group; None on ranks that are not in

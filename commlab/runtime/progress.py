@@ -29,9 +29,7 @@ class Operation:
 
     __slots__ = ("_begun", "_departed", "_pending", "_rank", "handle", "waits_for")
 
-    def __init__(
-        self, pending: Pending, handle: Handle, rank: int, departed: Callable[[int], str] = lambda rank: ""
-    ):
+    def __init__(self, pending: Pending, handle: Handle, rank: int, departed: Callable[[int], str] = lambda rank: ""):
         self._pending, self.handle, self._rank, self._departed = pending, handle, rank, departed
         self.waits_for: Any = None
         """The request that the computation waits for."""

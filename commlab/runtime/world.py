@@ -57,8 +57,8 @@ def init(
             raise UsageError(
                 f"rank {_world.rank}: commlab.init() was called before with "
                 f"{', '.join(f'{name}={_arguments[name]!r}' for name in other)}, and now with "
-                f"{', '.join(f'{name}={given[name]!r}' for name in other)}; call commlab.shutdown() on all ranks first, "
-                "or leave the arguments out to get the group that there is"
+                f"{', '.join(f'{name}={given[name]!r}' for name in other)}; call commlab.shutdown() on all ranks "
+                "first, or leave the arguments out to get the group that there is"
             )
         return _world
     arguments = _DEFAULTS | given

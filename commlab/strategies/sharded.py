@@ -28,7 +28,7 @@ from ..gradients.hooks import Waitable
 from ..ps.elementwise import require_elementwise
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
-from ..window.memory import Place
+from ..window.area import Place
 from .flat import FlatParameters, own_memory, require_in_place
 from .options import Options
 from .owners import Owned, all_owners, one_owner, owned

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from ..errors import PeerLostError, PeerTimeoutError, UsageError
 from ..job.launch import Launch
 
-
 _stores: dict[tuple[str, int], dist.Store] = {}
 """The environment's stores, kept: rank 0's own serves all jobs of this process, one after the other."""
 
@@ -58,9 +57,9 @@ def _environment_store(launch: Launch, timeout_s: float) -> dist.Store:
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal():
         raise UsageError(
-            f"rank {launch.rank}: RANK={launch.rank} and WORLD_SIZE={launch.size} are set, but MASTER_ADDR={host!r} and "
-            f"MASTER_PORT={port!r} are not where ranks could meet; launch with torchrun, which sets all four, or unset "
-            "RANK and WORLD_SIZE for one process alone"
+            f"rank {launch.rank}: RANK={launch.rank} and WORLD_SIZE={launch.size} are set, but MASTER_ADDR={host!r} "
+            f"and MASTER_PORT={port!r} are not where ranks could meet; launch with torchrun, which sets all four, or "
+            "unset RANK and WORLD_SIZE for one process alone"
         )
     where = host, int(port)
     if where not in _stores:
@@ -78,7 +77,8 @@ def _environment_store(launch: Launch, timeout_s: float) -> dist.Store:
         except RuntimeError as error:
             if opens:
                 raise UsageError(
-                    f"rank 0 can't open its store at MASTER_ADDR:MASTER_PORT {host}:{port}: {error}; choose another port"
+                    f"rank 0 can't open its store at MASTER_ADDR:MASTER_PORT {host}:{port}: {error}; choose another "
+                    "port"
                 ) from error
             raise PeerTimeoutError(
                 f"rank {launch.rank} has waited {timeout_s:g} s in commlab.init() for rank 0, which opens the store at "

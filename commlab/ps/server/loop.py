@@ -24,8 +24,8 @@ _LOOK_AGAIN_S = 1.0
 
 
 class ServerLoop:
-    """``workers`` and ``servers``: their ranks in ``transport``. ``crowded``: ranks share cores. ``departed(rank)``: how
-    a rank has left, empty while it is there."""
+    """``workers`` and ``servers``: their ranks in ``transport``. ``crowded``: ranks share cores. ``departed(rank)``:
+    how a rank has left, empty while it is there."""
 
     def __init__(
         self,
