@@ -54,14 +54,14 @@ def observe() -> None:
             _asked = status or (None,)
         really(*status)
 
-    sys.exit = leave
+    setattr(sys, "exit", leave)  # noqa: B010
 
 
 def forget() -> None:
     """End what :func:`observe` began."""
     global _asked, _outermost, _replaced
     if _replaced is not None and getattr(sys.exit, "__wrapped__", None) is _replaced:
-        sys.exit = _replaced
+        setattr(sys, "exit", _replaced)  # noqa: B010
     _asked, _outermost, _replaced = (), None, None
 
 

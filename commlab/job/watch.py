@@ -147,6 +147,7 @@ class Watch:
         try:
             connection, _ = listener.accept()
         except OSError:
+            time.sleep(0.1)  # no descriptor is left, at the moment; the peer waits in the listener's queue
             return
         connection.settimeout(CONNECT_S)
         try:

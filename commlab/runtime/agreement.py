@@ -56,7 +56,7 @@ class Signature:
         return f"{what} ({self.detail})" if self.detail else what
 
     def padded_text(self, sequence: int) -> bytes:
-        return self.text(sequence).encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
+        return self.text(sequence).encode(errors="backslashreplace")[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
 
 
 class Agreement:

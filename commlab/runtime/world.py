@@ -100,7 +100,10 @@ def _group(connected: Transport, arguments: dict[str, Any]) -> Group:
     keys = gather_bytes(group, topology.node_key().encode(errors="surrogateescape"), words)
     hosts = topology.from_keys([key.decode(errors="surrogateescape") for key in keys])
     found = hosts if nodes is None else topology.declared(nodes, connected.size)
-    bound = [cores.decode() for cores in gather_bytes(group, topology.bound_cores().encode(), "cores")]
+    bound = [
+        cores.decode(errors="surrogateescape")
+        for cores in gather_bytes(group, topology.bound_cores().encode(errors="surrogateescape"), "cores")
+    ]
     watched = _watch(group, hosts)
     group.progress.close()
     cores = topology.cores_of_node(bound, found.nodes, connected.rank)

@@ -101,7 +101,7 @@ def open_together(
         try:
             move()
         except SharedMemoryError as error:
-            reason = str(error).encode(errors="replace")
+            reason = str(error).encode(errors="backslashreplace")
         reasons = [text.decode() for text in gather(reason, "reasons against a window") if text]
         if reasons:
             for window in made:

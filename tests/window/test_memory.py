@@ -210,7 +210,7 @@ def test_a_strangers_memory_of_the_right_size_is_not_written() -> None:
     content = bytes(range(256)) * (size_bytes // 256)
     os.write(stranger, content.ljust(size_bytes, b"."))
     card = _CARD.unpack(second.card())
-    with pytest.raises(SharedMemoryError, match="shows not a commlab window"):
+    with pytest.raises(SharedMemoryError, match="no memory of commlab"):
         first.open([first.card(), _CARD.pack(card[0], stranger, *card[2:])])
     assert os.pread(stranger, size_bytes, 0) == content.ljust(size_bytes, b".")
     os.close(stranger)
@@ -310,3 +310,128 @@ def test_a_peer_that_has_ended_is_named() -> None:
 def _from_parent(window: Window) -> bytes:
     """The parent's card as the child must see it: with the parent's process."""
     return _CARD.pack(os.getppid(), *_CARD.unpack(window.card())[1:])
+
+
+def test_what_is_dropped_is_given_back() -> None:
+    """B9: 12 tensors, dropped one after the other, leave no segment, descriptor or mapping; so do small ones, and a
+    view keeps the memory."""
+    first, second = pair()
+    before = descriptors(), mappings()
+    for turn in range(12):
+        for size_bytes in (9 * 2**20, 7 * 2**20, 1000):
+            tensor, place = first.allocate(size_bytes, kept=False)
+            assert not tensor.any(), "zeroed, whatever lay there before"
+            tensor.fill_(turn + 1)
+            assert int(second.view(0, place, size_bytes)[-1]) == turn + 1
+            del tensor
+        second.let_go()
+        gc.collect()
+        assert descriptors() <= before[0] + 1, "but for the arena of small tensors"
+        assert mappings() <= before[1] + 2
+    tensor, place = first.allocate(9 * 2**20, kept=False)
+    part = tensor[5:10].view(5, 1)
+    del tensor
+    assert first.locate(part) == Place(place.segment, place.offset + 5)
+    del part
+    assert place.segment not in first.area.segments
+    closed(first, second)
+
+
+def test_a_number_never_names_other_memory() -> None:
+    """B9: a peer that has the old memory mapped does not take it for the new one in the same place of the table."""
+    first, second = pair()
+    seen = set()
+    for turn in range(5):
+        tensor, place = first.allocate(9 * 2**20, kept=False)
+        tensor.fill_(turn + 1)
+        seen.add(place.segment)
+        assert int(second.view(0, place, 10)[3]) == turn + 1
+        del tensor
+        second.let_go()
+        with pytest.raises(SharedMemoryError, match=r"segment \d+ of local rank 0 was given back"):
+            second.view(0, place, 10)
+    assert len(seen) == 5
+    assert len({number % first._native.MAX_SEGMENTS for number in seen}) == 1
+    closed(first, second)
+
+
+def test_dropped_and_freed_once_only() -> None:
+    """B9: memory that was freed by hand is not given back again when its tensor goes."""
+    first, second = pair()
+    tensor, place = first.allocate(5000, kept=False)
+    first.free(tensor)
+    again, same = first.allocate(5000, kept=False)
+    assert same == place
+    del tensor
+    another, elsewhere = first.allocate(5000, kept=False)
+    assert elsewhere != place
+    again.fill_(1)
+    assert not another.any()
+    closed(first, second)
+
+
+def test_a_child_of_fork_gives_nothing_back() -> None:
+    """B9: the memory is the parent's, and the parent goes on with it."""
+    first, second = pair()
+    tensor, place = first.allocate(9 * 2**20, kept=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if not pid:
+        del tensor
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert first.sync.segment(0, place.segment)[1] == 9 * 2**20
+    closed(first, second)
+
+
+def test_tensors_that_are_saved_own_their_memory() -> None:
+    """B8: two tensors of one segment, each with a storage of its own size."""
+    first, second = pair()
+    for size_bytes in (296, 12 * 2**20):
+        tensor, place = first.allocate(size_bytes)
+        assert tensor.untyped_storage().nbytes() == size_bytes
+        assert second.view(0, place, size_bytes).untyped_storage().nbytes() == size_bytes
+    closed(first, second)
+
+
+def test_nobody_can_cut_memory_off() -> None:
+    """B11: not through the descriptor, nor through /proc."""
+    first, second = pair()
+    _, place = first.allocate(9 * 2**20)
+    for fd in (first._control_fd, first.sync.segment(0, place.segment)[0]):
+        size_bytes = os.fstat(fd).st_size
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 0)
+        with contextlib.suppress(PermissionError), open(f"/proc/{os.getpid()}/fd/{fd}", "r+b") as again:
+            os.ftruncate(again.fileno(), 2 * size_bytes)
+        assert os.fstat(fd).st_size == size_bytes
+    closed(first, second)
+
+
+def test_a_strangers_descriptor_is_not_opened(tmp_path: Path) -> None:
+    """B11: a pipe, which would wait for its other end, a file, and memory that is not sealed or another window's."""
+    first, second = pair()
+    size_bytes = first._native.CONTROL_BYTES
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    unsealed = os.memfd_create("commlab x control page", os.MFD_CLOEXEC)
+    os.ftruncate(unsealed, size_bytes)
+    strangers = {
+        os.open(pipe, os.O_RDWR): "no memory of commlab",
+        os.open("/dev/zero", os.O_RDWR): "no memory of commlab",
+        unsealed: "can still change its size",
+    }
+    for fd, message in strangers.items():
+        with pytest.raises(SharedMemoryError, match=message):
+            memfd.opened(os.getpid(), fd, size_bytes, "it")
+        os.close(fd)
+    with pytest.raises(SharedMemoryError, match="another window's memory"):
+        memfd.opened(os.getpid(), second._control_fd, size_bytes, "it", "0123456789abcdef ")
+    closed(first, second)
+
+
+def test_more_ranks_than_a_window_has_room_for() -> None:
+    """B10: refused before anything is made, with the way out."""
+    with pytest.raises(SharedMemoryError, match="a window has room for 512 ranks, and this node has 513; launch fewer"):
+        Window(0, 513, 0.0)
