@@ -8,6 +8,7 @@ and then ends the job.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -114,13 +115,19 @@ _abort: Callable[[int], None] | None = None
 
 def end_job(code: int = 1) -> None:
     """End every rank of the job at once with exit code ``code``; returns only when this process is the whole job."""
-    for stream in (sys.stdout, sys.stderr):
-        # A reader that has gone away must not keep this rank, and with it the job, alive.
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    if _abort is not None:
-        time.sleep(0.1)  # MPICH's launcher drops what was written in the moment before
-        _abort(code)
+    try:
+        # torch's DataLoader raises an exception wherever the main thread is when one of its workers dies.
+        with suppress(ValueError, AttributeError):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for stream in (sys.stdout, sys.stderr):
+            # A reader that has gone away must not keep this rank, and with it the job, alive.
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        if _abort is not None:
+            time.sleep(0.1)  # MPICH's launcher drops what was written in the moment before
+    finally:
+        if _abort is not None:
+            _abort(code)
 
 
 def report(error: BaseException, trace: TracebackType | None) -> None:

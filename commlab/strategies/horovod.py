@@ -19,6 +19,10 @@ from .options import Options
 from .verdict import Verdict
 
 
+_engines: set[Horovod] = set()
+"""Those that are not closed: Horovod, of which a process has one, ends with the last of them."""
+
+
 def _import() -> Any:
     try:
         import horovod.torch as hvd
@@ -59,6 +63,7 @@ class Horovod(External):
                 hvd.broadcast_optimizer_state(optimizer, root_rank=0)
 
         super().__init__(model, optimizer, group, options, synchronize)
+        _engines.add(self)
         parameters = self.training.parameters
         # Horovod hooks the parameters that an optimizer has. The user's own may have masters, which see no backward, so
         # Horovod gets another one, which never steps.
@@ -79,4 +84,6 @@ class Horovod(External):
         return super().agree()
 
     def close(self) -> None:
-        self._hvd.shutdown()
+        _engines.discard(self)
+        if not _engines:
+            self._hvd.shutdown()

@@ -146,6 +146,18 @@ def test_hooks_that_were_there_are_called_too() -> None:
     assert done.returncode == 41, "a hook that fails does not keep the job alive"
 
 
+def test_a_worker_that_dies_meanwhile_does_not_keep_the_job_alive() -> None:
+    """B10: torch's DataLoader raises an exception out of a signal handler, in the middle of a report or of the end."""
+    handler = "import signal\ndef died(*details): raise RuntimeError('worker')\nsignal.signal(signal.SIGCHLD, died)\n"
+    for where in (
+        "launch.traceback.format_exception = lambda *all: os.kill(os.getpid(), signal.SIGCHLD)",
+        "launch.time.sleep = lambda s: os.kill(os.getpid(), signal.SIGCHLD)",
+        "sys.excepthook = lambda *all: os.kill(os.getpid(), signal.SIGCHLD)",
+    ):
+        done = python(handler + where + "\n" + HOOK + "raise ValueError('seven')")
+        assert done.returncode == 41, where
+
+
 def test_an_interactive_session_goes_on() -> None:
     """B25: what is typed wrongly at a prompt ends nothing."""
     typed = HOOK + "1 / 0\nnot_there\nprint('went', 'on')\n"
