@@ -183,7 +183,8 @@ class Watch:
             self._drop(link)
             if not link.told:
                 how = _kernel_words(link.pid) if link.pid else ""
-                self._learn(link.rank, f"is gone ({how})" if how else "is gone: its process ended", link)
+                verb = "left" if how.startswith("exit code") else "is gone"
+                self._learn(link.rank, f"{verb} ({how})" if how else "is gone: its process ended", link)
             return
         self._take(link, data)
 

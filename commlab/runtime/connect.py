@@ -12,13 +12,16 @@ from ..job.presence import Presence
 from ..native import library
 from ..transport.base import Transport
 
+MEET_S = 5.0
+"""So long ranks are waited for at least: a launcher starts them, and each imports torch, seconds apart."""
+
 _connected = 0
 """How often this process has begun to connect: the same number on all ranks."""
 
 
 def connect(transport: str, launch: Launch, timeout_s: float) -> Transport:
     """The transport between all ranks of the job. Collective. PeerTimeoutError where ranks have not come within
-    ``timeout_s``."""
+    ``timeout_s``, or MEET_S where that is longer."""
     global _connected
     if launch.launcher is None:
         from ..transport.sim import SimNetwork
@@ -30,23 +33,22 @@ def connect(transport: str, launch: Launch, timeout_s: float) -> Transport:
             "(or, if RANK and WORLD_SIZE were set by hand, unset them)"
         )
     _connected += 1
-    if transport == "torch":
-        return _over_gloo(launch, timeout_s)
-    return _over_mpi(launch, timeout_s)
+    meet_s = max(timeout_s, MEET_S)
+    return _over_gloo(launch, timeout_s, meet_s) if transport == "torch" else _over_mpi(launch, meet_s)
 
 
-def _over_gloo(launch: Launch, timeout_s: float) -> Transport:
+def _over_gloo(launch: Launch, timeout_s: float, meet_s: float) -> Transport:
     from ..transport.rendezvous import everyone_at, store_for
     from ..transport.torchdist import TorchTransport
 
     if launch.launcher != "torchrun":
-        import_mpi(launch, timeout_s)
-    store = store_for(launch, timeout_s)
+        import_mpi(launch, meet_s)
+    store = store_for(launch, meet_s)
     # A store may outlive a rank: torchrun's keeps what the ranks before a restart have written, and what this process
     # has written in the job before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     prefix = f"commlab/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}/{_connected}"
-    everyone_at(store, prefix, launch.rank, launch.size, timeout_s)
+    everyone_at(store, prefix, launch.rank, launch.size, meet_s)
     return TorchTransport(store, launch.rank, launch.size, timeout_s, prefix)
 
 

@@ -59,9 +59,13 @@ class Operation:
         """The transport knows the peer; the operation knows what was to be done with it, and perhaps how the peer has
         ended."""
         gone = self.gone(wait_s=GONE_AFTER_S)
-        named = PeerLostError(
-            f"{gone}: {error}" if gone else f"rank {self._rank}: {error}, in {self.handle.describe()}"
-        )
+        who, _, what = gone.partition(f" while rank {self._rank} is in ")
+        if not gone:
+            named = PeerLostError(f"rank {self._rank}: {error}, in {self.handle.describe()}")
+        elif " left " in who:
+            named = PeerLostError(f"{gone}: {error}")
+        else:
+            named = PeerLostError(f"rank {self._rank}: {who}, in {what}: {error}")
         named.__cause__ = error
         return named
 

@@ -43,10 +43,10 @@ def init(
     ``transport``: ``"mpi"`` (under mpirun; the default) or ``"torch"`` (gloo; under mpirun or torchrun). Without a
     launcher: a group of one rank, which needs neither. ``nodes``: which ranks share a node, declared by hand
     (:func:`commlab.job.topology.declared`); default: ranks with one host name. ``timeout_s``: how long a silent peer is
-    waited for (default: 300), here too: PeerTimeoutError says which ranks have not come. ``check``: compare operations
-    between ranks first (default: True; in a window always). ``window``: share memory between ranks of a node:
-    ``"auto"`` (where it can be had; the default), ``"on"`` (an error where not) or ``"off"``. From here on an unhandled
-    exception in one rank ends all of them, and a rank that leaves is missed by those that wait for it.
+    waited for (default: 300), here too (5 s at least): PeerTimeoutError says which ranks have not come. ``check``:
+    compare operations between ranks first (default: True; in a window always). ``window``: share memory between ranks
+    of a node: ``"auto"`` (where it can be had; the default), ``"on"`` (an error where not) or ``"off"``. From here on
+    an unhandled exception in one rank ends all of them, and a rank that leaves is missed by those that wait for it.
     """
     global _world, _arguments
     given = {"transport": transport, "nodes": nodes, "timeout_s": timeout_s, "check": check, "window": window}

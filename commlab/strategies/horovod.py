@@ -18,7 +18,6 @@ from .external import External
 from .options import Options
 from .verdict import Verdict
 
-
 _engines: set[Horovod] = set()
 """Those that are not closed: Horovod, of which a process has one, ends with the last of them."""
 
