@@ -61,8 +61,8 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
     own: dict[str, str] = {}
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
-            _, controllers, path = line.split(":", 2)
-            own.update(dict.fromkeys(controllers.split(","), path))
+            _, named, path = line.split(":", 2)
+            own.update(dict.fromkeys(named.split(","), path))
     for version, controllers, top, point in _mounts(root):
         key = "" if version == 2 else controller
         if key not in own or (version == 1 and controller not in controllers):

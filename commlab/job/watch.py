@@ -38,12 +38,12 @@ _watches: WeakSet[Watch] = WeakSet()
 class _Link:
     """A connection to ``rank``; ``pid``: its process, where it is one of this host, else 0."""
 
-    __slots__ = ("pid", "rank", "received", "socket", "told")
+    __slots__ = ("announced", "pid", "rank", "received", "socket")
 
     def __init__(self, connection: socket.socket, rank: int, pid: int):
         self.socket, self.rank, self.pid = connection, rank, pid
         self.received = b""
-        self.told = False
+        self.announced = False
         """Whether the rank has said that it leaves."""
 
 
@@ -133,8 +133,6 @@ class Watch:
             for descriptor in (*self._links, *self._listeners):
                 poll.register(descriptor, select.POLLIN)
             for descriptor, _ in poll.poll():
-                if self._closed:
-                    break
                 if descriptor in self._listeners:
                     self._accept(descriptor)
                 elif descriptor in self._links:
@@ -181,7 +179,7 @@ class Watch:
             data = b""
         if not data:
             self._drop(link)
-            if not link.told:
+            if not link.announced:
                 how = _kernel_words(link.pid) if link.pid else ""
                 verb = "left" if how.startswith("exit code") else "is gone"
                 self._learn(link.rank, f"{verb} ({how})" if how else "is gone: its process ended", link)
@@ -196,7 +194,7 @@ class Watch:
                 rank, how = int(said["rank"]), str(said["how"])
             except (ValueError, KeyError, TypeError):
                 continue
-            link.told = link.told or rank == link.rank
+            link.announced = link.announced or rank == link.rank
             if how:
                 self._learn(rank, how, link)
 
@@ -235,7 +233,7 @@ class Watch:
             self._send(link, _line(rank=self.rank, how=how))
 
     def close(self) -> None:
-        """End the watch in good order: nobody is told that this rank is gone. Call this once all ranks are through with
+        """End the watch in good order: nobody hears that this rank is gone. Call this once all ranks are through with
         each other."""
         if self._closed:
             return
