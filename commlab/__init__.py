@@ -32,6 +32,7 @@ _HOME = {
     "PeerLostError": "errors",
     "PeerTimeoutError": "errors",
     "RefusedError": "errors",
+    "SharedMemoryError": "errors",
 }
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "PeerLostError",
     "PeerTimeoutError",
     "RefusedError",
+    "SharedMemoryError",
     "UsageError",
     "__version__",
     "allgather",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
         PeerLostError,
         PeerTimeoutError,
         RefusedError,
+        SharedMemoryError,
         UsageError,
     )
     from .ps.store import ParameterServer

@@ -37,3 +37,8 @@ class PeerLostError(CommlabError, ConnectionError):
 
 class PeerTimeoutError(CommlabError, TimeoutError):
     """A peer lives, as far as is known, but has not answered within the timeout."""
+
+
+class SharedMemoryError(CommlabError, MemoryError):
+    """Memory that the ranks of a node share can't be had: none is left, or a peer's can't be opened. Found before
+    anything of it is touched."""

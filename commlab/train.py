@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from . import trace
@@ -31,7 +31,15 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one training job; returns the exit code. Called on every rank by the launcher."""
     started_s = time.perf_counter()
-    launch = detect()
+    for stream in (sys.stdout, sys.stderr):
+        # Samples of text are not all of them text of this locale.
+        with suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        launch = detect()
+    except UsageError as error:
+        print(f"commlab: {error}", file=sys.stderr)
+        return 2
     try:
         config = Config.from_argv(argv, speak=launch.rank == 0)
     except UsageError as error:
@@ -77,7 +85,7 @@ def train(config: Config, started_s: float) -> int:
     from .trainer.report import Report
     from .trainer.sample import generate
 
-    threads, why = config.thread_count(group.local_size)
+    threads, why = config.thread_count(group.local_size, group.cores)
     torch.set_num_threads(threads)
     device = raise_together(group, lambda: device_of(config, group))
 

@@ -137,7 +137,8 @@ void set_isa_by_name(const std::string& name) {
 }  // namespace
 
 #ifdef COMMLAB_WINDOW
-void register_window(nb::module_& m);  // bind_window.cpp
+void register_window(nb::module_& m);    // bind_window.cpp
+void register_watchdog(nb::module_& m);  // bind_watchdog.cpp
 #endif
 #ifdef COMMLAB_CUDA
 void register_cuda(nb::module_& m);  // bind_cuda.cpp
@@ -182,6 +183,7 @@ NB_MODULE(_native, m) {
   m.def("isa_names", &isa_names);
 #ifdef COMMLAB_WINDOW
   register_window(m);
+  register_watchdog(m);
 #endif
 #ifdef COMMLAB_CUDA
   register_cuda(m);

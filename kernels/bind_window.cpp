@@ -4,6 +4,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <sys/mman.h>
+
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -47,6 +50,7 @@ void format_page(Address page, std::uint32_t local_rank, nb::bytes token) {
   auto* control = new (reinterpret_cast<void*>(page)) Control{};
   if (token.size() != sizeof(control->token)) throw std::invalid_argument("a token has 16 bytes");
   std::memcpy(control->token, token.c_str(), token.size());
+  for (SegmentEntry& entry : control->segments) entry.number.store(~0ull, std::memory_order_relaxed);
   control->local_rank = local_rank;
   control->abi = kAbi;
   control->magic = kMagic;
@@ -95,11 +99,26 @@ void register_window(nb::module_& m) {
   m.attr("INLINE_BYTES") = kInlineBytes;
   m.attr("INLINE_DONE") = kDone;
   m.attr("MAX_SEGMENTS") = kMaxSegments;
+  m.attr("MAX_RANKS") = kMaxRanks;
+  m.attr("HEADER_BYTES") = offsetof(Control, arrived);
   m.def("format_page", &format_page);
   m.def("wrong_page", [](Address page, std::uint32_t local_rank, nb::bytes token) {
     const std::string why = wrong_page(page, local_rank, token);
     return nb::str(why.c_str());
   });
+
+  // Python's mmap keeps a descriptor for each mapping, and there are ranks times segments of them.
+  m.def(
+      "map_shared",
+      [](int fd, std::size_t bytes) {
+        void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+        if (address == MAP_FAILED) {
+          PyErr_SetFromErrno(PyExc_OSError);
+          throw nb::python_error();
+        }
+        return reinterpret_cast<Address>(address);
+      });
+  m.def("unmap", [](Address address, std::size_t bytes) { munmap(reinterpret_cast<void*>(address), bytes); });
 
   nb::class_<NodeSync>(m, "NodeSync")
       .def("__init__", [](NodeSync* self, std::size_t rank, const std::vector<Address>& pages,
@@ -132,13 +151,22 @@ void register_window(nb::module_& m) {
              return found;
            })
       .def("add_segment",
-           [](NodeSync& self, std::size_t segment, std::uint64_t fd, std::uint64_t bytes) {
-             if (segment >= kMaxSegments) throw std::invalid_argument("the window's segment table is full");
-             self.page(self.rank()).segments[segment] = SegmentEntry{fd, bytes};
+           [](NodeSync& self, std::uint64_t number, std::uint64_t fd, std::uint64_t bytes) {
+             SegmentEntry& entry = self.page(self.rank()).segments[number % kMaxSegments];
+             entry.fd = fd;
+             entry.bytes = bytes;
+             entry.number.store(number, std::memory_order_release);
            })
+      .def("drop_segment",
+           [](NodeSync& self, std::uint64_t number) {
+             self.page(self.rank()).segments[number % kMaxSegments].number.store(~0ull, std::memory_order_release);
+           })
+      // (descriptor, bytes) of a rank's segment; (0, 0) once the rank has given it back.
       .def("segment",
-           [](const NodeSync& self, std::size_t rank, std::size_t segment) {
-             const SegmentEntry& entry = self.page(rank).segments[segment];
+           [](const NodeSync& self, std::size_t rank, std::uint64_t number) {
+             const SegmentEntry& entry = self.page(rank).segments[number % kMaxSegments];
+             if (entry.number.load(std::memory_order_acquire) != number)
+               return std::make_tuple(std::uint64_t{0}, std::uint64_t{0});
              return std::make_tuple(entry.fd, entry.bytes);
            })
       .def("reduce_inline", &reduce_inline)

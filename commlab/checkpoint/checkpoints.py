@@ -10,6 +10,7 @@ every number once, whatever the number of ranks.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,7 +103,7 @@ class Checkpoints:
             path = raise_together(
                 group, lambda: files.commit(self.folder, step, written, about) if group.rank == 0 else Path()
             )
-            path = Path(gather_bytes(group, str(path).encode(), "name of the checkpoint")[0].decode())
+            path = Path(os.fsdecode(gather_bytes(group, os.fsencode(path), "name of the checkpoint")[0]))
             self._good.append(path)
             raise_together(group, lambda: self._prune() if group.rank == 0 else None)
         return path
@@ -135,7 +136,7 @@ class Checkpoints:
         """UsageError where the folder holds checkpoints: those of another run would be mixed with those of this one.
         Collective."""
         found = raise_together(self._group, lambda: files.newest_first(self.folder) if self._group.rank == 0 else [])
-        newest = gather_bytes(self._group, str(found[0]).encode() if found else b"", "newest checkpoint")[0].decode()
+        newest = os.fsdecode(gather_bytes(self._group, os.fsencode(found[0]) if found else b"", "newest checkpoint")[0])
         if newest:
             raise AgreedError(
                 f"there are checkpoints already, the newest {newest}; --resume goes on from it, another "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
+from . import limits
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,24 @@ def node_key() -> str:
 
 
 def cores_of_node(keys: Sequence[str], nodes: Sequence[Sequence[int]], rank: int) -> int:
-    """Cores that the ranks of ``rank``'s node may use together: a launcher may have bound each of them to some only.
-    ``keys``: every rank's :func:`bound_cores`."""
+    """Cores that the ranks of ``rank``'s node can keep busy together: a launcher may have bound each of them to some
+    only, and a container may have a quota. ``keys``: every rank's :func:`bound_cores`."""
     node = next(node for node in nodes if rank in node)
-    return len({core for peer in node for core in keys[peer].split(",")})
+    cores: set[str] = set()
+    quotas: dict[str, float] = {}
+    for peer in node:
+        bound, quota, group = keys[peer].split(" ", 2)
+        cores.update(bound.split(","))
+        quotas[group] = float(quota)
+    return limits.whole_cores(len(cores), sum(quotas.values()))
 
 
 def bound_cores() -> str:
-    """The cores this process may run on, as text."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return ",".join(map(str, sorted(cores)))
+    """The cores this process may run on, and its quota of CPU time with the control group that shares it, as text."""
+    quota = limits.cpu_quota()
+    return f"{','.join(map(str, sorted(limits.own_cores())))} {quota.cores} {quota.group}"
 
 
 def usable_cores() -> int:
-    """Cores this process may run on: the affinity mask where there is one."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process can keep busy: its affinity mask, or fewer where a quota limits its time."""
+    return limits.usable_cores()

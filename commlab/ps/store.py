@@ -126,7 +126,7 @@ class ParameterServer:
             index = 0 if alone else ranks.index(everyone.rank)
             names = [f"worker rank {rank}" for rank in workers]
             self.server = Server(Shard(self.placement, index, optimizer, group_count), rules, index, names, log)
-            serving = ServerLoop(self.server, far, workers, ranks, timeout_s, crowded)
+            serving = ServerLoop(self.server, far, workers, ranks, timeout_s, crowded, everyone.departed)
         # Not the store itself: its values and optimizer are gone when nobody has it any more.
         ending = partial(_close, weakref.ref(self)), partial(_free, near, own_group)
         everyone.endings.append(ending)
@@ -136,7 +136,9 @@ class ParameterServer:
             serving.run()
             self._forget()
             return
-        self._client = Client(near, ranks, timeout_s, crowded, None if serving is None else serving.poll)
+        self._client = Client(
+            near, ranks, timeout_s, crowded, None if serving is None else serving.poll, everyone.departed
+        )
         self._requests = Requests(self._client, self._keys, WIRES[wire])
         # A worker that ended without close() would keep the servers waiting.
         atexit.register(self.close)

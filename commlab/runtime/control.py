@@ -73,7 +73,7 @@ def raise_together(group: Group, build: Callable[[], T]) -> T:
     try:
         result = build()
     except UsageError as error:
-        message = str(error).encode()
+        message = str(error).encode(errors="backslashreplace")
     messages = gather_bytes(group, message, "set-up errors")
     if any(messages):
         texts = sorted({text.decode() for text in messages if text})

@@ -15,6 +15,7 @@ import torch
 from .. import trace
 from ..errors import UsageError
 from ..job.topology import Topology, usable_cores
+from ..job.watch import Watch
 from ..native import library
 from ..schedules.step import NodeStep
 from ..transport.base import Pending, Piggyback, Request, Transport
@@ -90,6 +91,10 @@ class Group:
         """Of those who use this group: what ends their work with other ranks, and, once all have done that, what
         releases it."""
         self._subgroups: weakref.WeakSet[Group] = weakref.WeakSet()
+        self.watch: Watch | None = None
+        """Who has left the job; None where nobody watches."""
+        self.members: tuple[int, ...] = tuple(range(self.size))
+        """The ranks of this group, as the job counts them."""
         self._sequence = 0
         self._closed = False
         self._inline = False
@@ -162,7 +167,7 @@ class Group:
     ) -> Handle:
         checked = self.agreement.before(signature, self._sequence, body, attached)
         handle = Handle(self.progress, partial(signature.text, self._sequence), result)
-        return self.progress.submit(Operation(checked, handle, self.rank), awaited)
+        return self.progress.submit(Operation(checked, handle, self.rank, self.departed), awaited)
 
     def allreduce_inline(
         self, signature: Signature, data: Inline, result: torch.Tensor, otherwise: Callable[[], Pending]
@@ -209,9 +214,21 @@ class Group:
         """From now on the group's operations go through ``window``, which all its ranks have opened."""
         self.window = self.agreement.window = window
 
+    def observe(self, watch: Watch | None, members: Sequence[int]) -> None:
+        """From now on whoever waits in this group hears of its ranks that have left. ``members``: the group's ranks, as
+        the job counts them."""
+        self.watch, self.members = watch, tuple(members)
+
+    def departed(self, rank: int) -> str:
+        """How ``rank`` has left the job (``left (exit code 3)``); empty while it is there, as far as is known. Not
+        collective; costs no message."""
+        return "" if self.watch is None else self.watch.departed(self.members[rank])
+
     def barrier(self) -> None:
         """Return once every rank has called it. Cost: one round trip."""
         self.submit(Signature("barrier"), awaited=True).wait()
+        if self.window is not None:
+            self.window.let_go()
 
     def subgroup(self, ranks: Sequence[int]) -> Group | None:
         """A group of ``ranks`` of this one, in that order. Collective over this group; None on ranks that are not in
@@ -228,6 +245,7 @@ class Group:
             return None
         topology = self.topology.subgroup(ranks)
         made = Group(transport, topology, self.timeout_s, self.agreement.required, self.cores)
+        made.observe(self.watch, [self.members[rank] for rank in ranks])
         self._subgroups.add(made)
         return made
 

@@ -43,7 +43,8 @@ def open_nodes(group: Group) -> None:
             open_window(node)
             group.node = node
     assert group.node is not None
-    reasons = gather_bytes(group, group.node.window_reason.encode(), "reasons against a window")
+    reason = group.node.window_reason.encode(errors="backslashreplace")
+    reasons = gather_bytes(group, reason, "reasons against a window")
     if any(reasons):
         group.node.close()
         group.node, group.window_reason = None, next(reason.decode() for reason in reasons if reason)

@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from .. import trace
@@ -26,7 +27,18 @@ from ..errors import PeerLostError, UsageError
 from ..transport.base import Pending
 from .ending import HARMLESS, Ending, ended_by, kept
 from .handle import Handle
-from .waiting import SPIN_S, begin_moving, others_move, pause, silence_of, stop_moving, under_way, wait_until
+from .waiting import (
+    GONE_AFTER_S,
+    SPIN_S,
+    begin_moving,
+    gone_words,
+    others_move,
+    pause,
+    silence_of,
+    stop_moving,
+    under_way,
+    wait_until,
+)
 
 _all: weakref.WeakSet[Progress] = weakref.WeakSet()
 
@@ -43,12 +55,13 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 class Operation:
-    """A computation under way, and the handle that its caller holds. ``rank`` is for messages."""
+    """A computation under way, and the handle that its caller holds. ``rank`` is for messages; ``departed(rank)``: how
+    a peer has left, empty while it is there."""
 
-    __slots__ = ("_begun", "_pending", "_rank", "handle", "waits_for")
+    __slots__ = ("_begun", "_departed", "_pending", "_rank", "handle", "waits_for")
 
-    def __init__(self, pending: Pending, handle: Handle, rank: int):
-        self._pending, self.handle, self._rank = pending, handle, rank
+    def __init__(self, pending: Pending, handle: Handle, rank: int, departed: Callable[[int], str] = lambda rank: ""):
+        self._pending, self.handle, self._rank, self._departed = pending, handle, rank, departed
         self.waits_for: Any = None
         """The request that the computation waits for."""
         self._begun = False
@@ -74,10 +87,23 @@ class Operation:
         return True
 
     def lost(self, error: PeerLostError) -> PeerLostError:
-        """The transport knows the peer; the operation knows what was to be done with it."""
-        named = PeerLostError(f"rank {self._rank}: {error}, in {self.handle.describe()}")
+        """The transport knows the peer; the operation knows what was to be done with it, and perhaps how the peer has
+        ended."""
+        gone = self.gone(wait_s=GONE_AFTER_S)
+        who, _, what = gone.partition(f" while rank {self._rank} is in ")
+        if not gone:
+            named = PeerLostError(f"rank {self._rank}: {error}, in {self.handle.describe()}")
+        elif " left " in who:
+            named = PeerLostError(f"{gone}: {error}")
+        else:
+            named = PeerLostError(f"rank {self._rank}: {who}, in {what}: {error}")
         named.__cause__ = error
         return named
+
+    def gone(self, wait_s: float = 0.0) -> str:
+        """The sentence that says which of the awaited ranks have left, and how; empty while all are there.
+        ``wait_s``: how long the news may take, where it is known that there are some."""
+        return gone_words(self._rank, self.peers(), self._departed, self.handle.describe, wait_s)
 
     def peers(self) -> tuple[int, ...]:
         """The ranks that the operation waits for."""
@@ -316,6 +342,9 @@ class _Caller:
                 block(1e-3 if others_move(self._progress) else 0.1)
             except PeerLostError as error:
                 raise head.lost(error) from error
+
+    def gone(self) -> str:
+        return "" if self._head is None else self._head.gone()
 
     def silence(self, idle_s: float) -> str:
         head = self._head

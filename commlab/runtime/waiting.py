@@ -3,6 +3,7 @@ servers, or as a server for requests.
 
     nothing has moved for   2 ms    look again at once, offering the core to others between two looks
                             more    sleep a tenth of what was waited already: late by 10 % at most
+                            0.3 s   PeerLostError if a rank that is waited for has left
                             10 s    a warning that names who is silent, and another one every 10 s
                             limit   PeerTimeoutError
 """
@@ -14,7 +15,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ from ..errors import PeerLostError, PeerTimeoutError
 log = logging.getLogger("commlab")
 
 WARN_AFTER_S = 10.0
+
+GONE_AFTER_S = 0.3
+"""So long a rank that has left may still be waited for: what it has sent before may be on its way."""
 
 SPIN_S = 2e-3
 """So long it is asked again at once: the fastest way to wait. (Asleep after 20 us, 64 KB took 4 ranks on 2 cores twice
@@ -76,13 +80,17 @@ class Waiter(Protocol):
     def rest(self, idle_s: float) -> None:
         """Wait a little, after nothing has moved for ``idle_s``."""
 
+    def gone(self) -> str:
+        """The sentence that says which of the ranks that are waited for have left; empty while all are there."""
+
     def silence(self, idle_s: float) -> str:
         """The sentence that says for whom this rank has waited ``idle_s``, and in what; empty while nobody owes it
         anything."""
 
 
 def wait_until(finished: Callable[[], bool], waiter: Waiter, limit_s: float = math.inf) -> None:
-    """Move ``waiter`` on until ``finished()``. PeerTimeoutError when nothing has moved for ``limit_s``."""
+    """Move ``waiter`` on until ``finished()``. PeerTimeoutError when nothing has moved for ``limit_s``, PeerLostError
+    when a rank that is waited for has left."""
     mark: object = None
     driver = getattr(waiter, "driver", waiter)
     since_s = warned_s = time.perf_counter()
@@ -92,6 +100,8 @@ def wait_until(finished: Callable[[], bool], waiter: Waiter, limit_s: float = ma
         if found != mark:
             mark, since_s, warned_s = found, now_s, now_s
         idle_s = now_s - since_s
+        if idle_s > GONE_AFTER_S and (gone := waiter.gone()):
+            raise PeerLostError(gone)
         if idle_s > limit_s and (silence := waiter.silence(idle_s)):
             raise PeerTimeoutError(f"{silence}; it may be stuck or slow: see its own output, or raise the timeout")
         if now_s - warned_s > WARN_AFTER_S and (silence := waiter.silence(idle_s)):
@@ -124,3 +134,20 @@ def silence_of(rank: int, peers: list[int] | tuple[int, ...], who: str, idle_s: 
     rank``)."""
     names = f"{who}{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers))}"
     return f"rank {rank} has waited {idle_s:.1f} s for {names} in {what}"
+
+
+def gone_words(
+    rank: int,
+    peers: Sequence[int],
+    departed: Callable[[int], str],
+    describe: Callable[[], str],
+    wait_s: float = 0.0,
+) -> str:
+    """``rank 2 left (exit code 3) while rank 0 is in allreduce #7``; empty while all ``peers`` are there.
+    ``departed(peer)``: how one has left; ``wait_s``: how long the news may take."""
+    stop_s = time.perf_counter() + wait_s
+    while not (gone := [f"rank {peer} {how}" for peer in peers if (how := departed(peer))]):
+        if time.perf_counter() >= stop_s:
+            return ""
+        time.sleep(5e-3)
+    return f"{' and '.join(gone)} while rank {rank} is in {describe()}"

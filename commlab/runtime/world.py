@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 from ..errors import UsageError
-from ..job import topology
+from ..job import leaving, topology, watch
 from ..job.launch import detect, install_exception_hook
 from ..transport.base import Transport
+from .connect import connect
 from .control import gather_bytes
 from .group import Group
 from .nodes import open_nodes, open_window
 
+log = logging.getLogger("commlab")
+
 TRANSPORTS = ("mpi", "torch")
 WINDOWS = ("auto", "on", "off")
 
+_DEFAULTS: dict[str, Any] = {"transport": "mpi", "nodes": None, "timeout_s": 300.0, "check": True, "window": "auto"}
+
 _world: Group | None = None
+_arguments: dict[str, Any] = {}
+"""What the world was made with."""
 _forked = False
 """Whether this process was forked from a rank."""
 
@@ -28,6 +38,7 @@ def _in_child() -> None:
     if _world is not None:
         _forked = True
         atexit.unregister(_world.progress.close)
+        atexit.unregister(_leave)
         _world = None
 
 
@@ -35,83 +46,92 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 def init(
-    transport: str = "mpi", nodes: str | None = None, timeout_s: float = 300.0, check: bool = True, window: str = "auto"
+    transport: str | None = None,
+    nodes: str | None = None,
+    timeout_s: float | None = None,
+    check: bool | None = None,
+    window: str | None = None,
 ) -> Group:
-    """Connect all ranks of the job and return their group. Collective; later calls return the same group.
+    """Connect all ranks of the job and return their group. Collective. Where there is a group already it is returned;
+    arguments that differ from those that it was made with are a UsageError then, and those that are left out (None)
+    are no difference. After :func:`shutdown` it may be called again, as often as one likes.
 
-    ``transport``: ``"mpi"`` (under mpirun) or ``"torch"`` (gloo; under mpirun or torchrun). Without a launcher: a group
-    of one rank, which needs neither. ``nodes``: which ranks share a node, declared by hand
+    ``transport``: ``"mpi"`` (under mpirun; the default) or ``"torch"`` (gloo; under mpirun or torchrun). Without a
+    launcher: a group of one rank, which needs neither. ``nodes``: which ranks share a node, declared by hand
     (:func:`commlab.job.topology.declared`); default: ranks with one host name. ``timeout_s``: how long a silent peer is
-    waited for. ``check``: compare operations between ranks first (in a window always). ``window``: share memory between
-    ranks of a node: ``"auto"`` (where it can be had), ``"on"`` (an error where not) or ``"off"``. From here on an
-    unhandled exception in one rank ends all of them.
+    waited for (default: 300), here too (5 s at least): PeerTimeoutError says which ranks have not come. ``check``:
+    compare operations between ranks first (default: True; in a window always). ``window``: share memory between ranks
+    of a node: ``"auto"`` (where it can be had; the default), ``"on"`` (an error where not) or ``"off"``. From here on
+    an unhandled exception in one rank ends all of them, and a rank that leaves is missed by those that wait for it.
     """
-    global _world
+    global _world, _arguments
+    given = {"transport": transport, "nodes": nodes, "timeout_s": timeout_s, "check": check, "window": window}
+    given = {name: value for name, value in given.items() if value is not None}
     if _world is not None:
+        other = [name for name, value in given.items() if value != _arguments[name]]
+        if other:
+            raise UsageError(
+                f"rank {_world.rank}: commlab.init() was called before with "
+                f"{', '.join(f'{name}={_arguments[name]!r}' for name in other)}, and now with "
+                f"{', '.join(f'{name}={given[name]!r}' for name in other)}; call commlab.shutdown() on all ranks "
+                "first, or leave the arguments out to get the group that there is"
+            )
         return _world
-    if transport not in TRANSPORTS:
-        raise UsageError(f"unknown transport {transport!r}; there are {', '.join(TRANSPORTS)}")
-    if window not in WINDOWS:
-        raise UsageError(f"unknown window {window!r}; there are {', '.join(WINDOWS)}")
+    arguments = _DEFAULTS | given
+    _require(arguments)
     if _forked:
         raise UsageError("this process was forked from a rank, and is none itself; start processes before init()")
-    if detect().launcher is not None:
+    launch = detect()
+    if launch.launcher is not None:
         # While connecting, others wait already for a rank that fails; every launcher ends them when one leaves with an
         # error.
         install_exception_hook(os._exit)
-    connected = _connect(transport, timeout_s)
+    connected = connect(arguments["transport"], launch, arguments["timeout_s"])
     install_exception_hook(connected.abort)
-    alone = topology.Topology((tuple(range(connected.size)),))
-    group = Group(connected, alone, timeout_s)
-    if connected.size > 1:
-        # Gathered even when the nodes are declared, and always checked: arguments that differ between ranks are seen
-        # here.
-        arguments = f"node keys, for init(nodes={nodes!r}, check={check}, window={window!r})"
-        keys = [key.decode() for key in gather_bytes(group, topology.node_key().encode(), arguments)]
-        found = topology.from_keys(keys) if nodes is None else topology.declared(nodes, connected.size)
-        bound = [cores.decode() for cores in gather_bytes(group, topology.bound_cores().encode(), "cores")]
-        group.progress.close()
-        cores = topology.cores_of_node(bound, found.nodes, connected.rank)
-        group = Group(connected, found, timeout_s, check, cores)
-        if window != "off":
-            open_window(group) if len(found.nodes) == 1 else open_nodes(group)
-        if window == "on" and group.window is None and group.node is None:
-            raise UsageError(f"rank {group.rank}: a window was asked for and can't be had: {group.window_reason}")
-    _world = group
+    group = _group(connected, arguments)
+    _world, _arguments = group, arguments
     atexit.register(group.progress.close)
     return group
 
 
-def _connect(transport: str, timeout_s: float) -> Transport:
-    launch = detect()
-    if launch.launcher is None:
-        from ..transport.sim import SimNetwork
+def _require(arguments: dict[str, Any]) -> None:
+    """UsageError for arguments of :func:`init` that mean nothing."""
+    if arguments["transport"] not in TRANSPORTS:
+        raise UsageError(f"unknown transport {arguments['transport']!r}; there are {', '.join(TRANSPORTS)}")
+    if arguments["window"] not in WINDOWS:
+        raise UsageError(f"unknown window {arguments['window']!r}; there are {', '.join(WINDOWS)}")
+    timeout_s = arguments["timeout_s"]
+    if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < float("inf")):
+        raise UsageError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
 
-        return SimNetwork(1).transports()[0]
-    if transport == "torch":
-        from ..transport.rendezvous import store_for
-        from ..transport.torchdist import TorchTransport
 
-        return TorchTransport(store_for(launch, timeout_s), launch.rank, launch.size, timeout_s)
-    if launch.launcher == "torchrun":
-        raise UsageError(
-            f"rank {launch.rank}: torchrun launched this job, which MPI knows nothing of; use transport 'torch'"
-        )
-    try:
-        from ..transport.mpi import MpiTransport, library
-    except ImportError as error:
-        raise UsageError(
-            f"rank {launch.rank}: transport mpi needs mpi4py and an MPI library ({error}); give commlab's "
-            "checkout a pip install '.[mpich]', or use transport 'torch'"
-        ) from error
-    connected = MpiTransport()
-    if connected.size != launch.size:
-        raise UsageError(
-            f"rank {launch.rank}: {launch.launcher} launched {launch.size} ranks, but MPI sees "
-            f"{connected.size}: mpirun and mpi4py's "
-            f"library ({library()}) belong to different MPIs; use the mpirun that was installed with it"
-        )
-    return connected
+def _group(connected: Transport, arguments: dict[str, Any]) -> Group:
+    """The group of all ranks: nodes found, cores counted, the watch begun, windows opened. Collective."""
+    timeout_s, check, window, nodes = (arguments[name] for name in ("timeout_s", "check", "window", "nodes"))
+    alone = topology.Topology((tuple(range(connected.size)),))
+    group = Group(connected, alone, timeout_s)
+    if connected.size == 1:
+        return group
+    # Gathered even when the nodes are declared, and always checked: arguments that differ between ranks are seen here.
+    words = f"node keys, for init(nodes={nodes!r}, check={check}, window={window!r})"
+    # A host's name is bytes, and may be text of no encoding.
+    keys = gather_bytes(group, topology.node_key().encode(errors="surrogateescape"), words)
+    hosts = topology.from_keys([key.decode(errors="surrogateescape") for key in keys])
+    found = hosts if nodes is None else topology.declared(nodes, connected.size)
+    bound = [
+        cores.decode(errors="surrogateescape")
+        for cores in gather_bytes(group, topology.bound_cores().encode(errors="surrogateescape"), "cores")
+    ]
+    watched = _watch(group, hosts)
+    group.progress.close()
+    cores = topology.cores_of_node(bound, found.nodes, connected.rank)
+    group = Group(connected, found, timeout_s, check, cores)
+    group.observe(watched, range(connected.size))
+    if window != "off":
+        open_window(group) if len(found.nodes) == 1 else open_nodes(group)
+    if window == "on" and group.window is None and group.node is None:
+        raise UsageError(f"rank {group.rank}: a window was asked for and can't be had: {group.window_reason}")
+    return group
 
 
 def resolve(group: Group | None) -> Group:
@@ -137,3 +157,31 @@ def shutdown() -> None:
             with suppress(UsageError):  # MPI was finalized: nobody can be waited for
                 group.barrier()
         group.close()
+        _forget(group)
+
+
+def _watch(group: Group, hosts: topology.Topology) -> watch.Watch:
+    """Begin to watch who leaves, and to tell the others when this rank does. Collective."""
+    from ..transport.rendezvous import own_address
+
+    made, reasons = watch.meet(group.rank, hosts.nodes, own_address, partial(gather_bytes, group))
+    if reasons and group.rank == 0:
+        log.info("a rank that leaves is seen only by a part of the others, and missed by the rest: %s", reasons[0])
+    leaving.observe()
+    atexit.register(_leave, made, group.transport)
+    return made
+
+
+def _leave(made: watch.Watch, connected: Transport) -> None:
+    made.leave(leaving.exit_words())
+    let_go = getattr(connected, "let_go", None)
+    if let_go is not None:
+        let_go()
+
+
+def _forget(group: Group) -> None:
+    """End the watch: all ranks are through with each other."""
+    if group.watch is not None:
+        atexit.unregister(_leave)
+        group.watch.close()
+        leaving.forget()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UsageError
 from ..runtime.control import gather_bytes
+from ..runtime.elsewhere import waiting_elsewhere
 from ..runtime.group import Group
 from ..transport.rendezvous import join_store, open_store
 from .external import External
@@ -91,14 +93,22 @@ class Ddp(External):
             raise UsageError(f"strategy ddp needs torch 2.6 or later, and this is {torch.__version__}; use allreduce")
         super().__init__(model, optimizer, group, options)
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
-        wrapped = _Parameters(model)
         # Buffers are made alike after each step, by the rule of the options, under every strategy.
-        self._ddp = DistributedDataParallel(
-            wrapped, bucket_cap_mb=cap_mb, process_group=_process_group(group), broadcast_buffers=False
-        )
+        gloo, wrapped = _process_group(group), _Parameters(model)
+        # torch waits for all ranks in the kernel, and would wait for one that has left until gloo's timeout.
+        self._guarded = partial(waiting_elsewhere, group, abort=getattr(gloo, "abort", None))
+        with self._guarded("the construction of DistributedDataParallel"):
+            self._ddp = DistributedDataParallel(
+                wrapped, bucket_cap_mb=cap_mb, process_group=gloo, broadcast_buffers=False
+            )
         self._is_ready = False
         """Whether torch's reducer waits for the step's gradients."""
         self._hook = model.register_forward_pre_hook(_Begins(self._begins))
+
+    def _forward(self, call: Callable[[torch.nn.Module], Any]) -> Any:
+        # Buckets are planned together in the first ones that have a backward.
+        with self._guarded(f"the forward of ddp in step {self.training.steps + 1}"):
+            return self._ddp(call)
 
     def _begins(self) -> None:
         # Not where the user evaluates, on one rank perhaps: with torch's own wrapper that rank would wait for the rest.
@@ -107,7 +117,7 @@ class Ddp(External):
 
     def _get_ready(self) -> None:
         self._is_ready = True
-        self._ddp(lambda model: None)
+        self._forward(lambda model: None)
 
     def no_sync(self) -> AbstractContextManager[None]:
         no_sync: AbstractContextManager[None] = self._ddp.no_sync()
@@ -117,10 +127,14 @@ class Ddp(External):
         if loss is None:
             # A rank without samples must still meet its peers in torch's reducer.
             self._is_ready = self.buckets.syncing
-            loss = self._ddp(lambda model: sum(parameter.sum() for parameter in model.parameters()) * 0.0)
+            loss = self._forward(lambda model: sum(parameter.sum() for parameter in model.parameters()) * 0.0)
         elif self.buckets.syncing and not self._is_ready:
             self._get_ready()
-        super().backward(loss, retain_graph)
+        if not self._ddp.require_backward_grad_sync:
+            super().backward(loss, retain_graph)
+            return
+        with self._guarded(f"the backward of ddp in step {self.training.steps + 1}"):
+            super().backward(loss, retain_graph)
 
     def forget(self) -> None:
         self._is_ready = False

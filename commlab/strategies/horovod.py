@@ -13,9 +13,13 @@ import torch
 
 from .. import trace
 from ..errors import UsageError
+from ..runtime.elsewhere import waiting_elsewhere
 from ..runtime.group import Group
 from .external import External
 from .options import Options
+
+_engines: set[Horovod] = set()
+"""Those that are not closed: Horovod, of which a process has one, ends with the last of them."""
 
 
 def _import() -> Any:
@@ -51,6 +55,7 @@ class Horovod(External):
             )
 
         super().__init__(model, optimizer, group, options)
+        _engines.add(self)
         parameters = self.training.parameters
         # Horovod hooks the parameters that an optimizer has. The user's own may have masters, which see no backward, so
         # Horovod gets another one, which never steps.
@@ -66,9 +71,14 @@ class Horovod(External):
         super().backward(loss, retain_graph)
 
     def complete(self) -> None:
-        with trace.span("exchange"):
+        with (
+            trace.span("exchange"),
+            waiting_elsewhere(self.training.group, f"Horovod's exchange of step {self.training.steps + 1}"),
+        ):
             self._distributed.synchronize()
         super().complete()
 
     def close(self) -> None:
-        self._hvd.shutdown()
+        _engines.discard(self)
+        if not _engines:
+            self._hvd.shutdown()

@@ -33,7 +33,7 @@ from ..native.norm import norm_squared
 from ..ps.elementwise import require_elementwise, require_nothing_whole
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
-from ..window.memory import Place
+from ..window.area import Place
 from .edits import Edits
 from .flat import FlatParameters, own_memory, require_in_place
 from .options import Options

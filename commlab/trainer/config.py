@@ -7,6 +7,7 @@ Importing this loads neither torch nor numpy, so that a mistyped flag is reporte
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -161,12 +162,20 @@ class Config(Knobs):
     def bucket_bytes(self) -> int | None:
         return None if self.bucket_mb is None else max(1, int(self.bucket_mb * 2**20))
 
-    def thread_count(self, local_size: int) -> tuple[int, str]:
-        """(torch threads for this rank, why so many)."""
+    def thread_count(self, local_size: int, cores: int | None = None) -> tuple[int, str]:
+        """(torch threads for this rank, why so many). ``cores``: what the ranks of the node can keep busy together;
+        default: what this process alone can. A rank never has more threads than cores of its own."""
         if self.threads is not None:
             return self.threads, "--threads"
-        cores = usable_cores()
-        return max(1, cores // local_size), f"{cores} cores / {local_size} local ranks"
+        wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        if wanted.isdecimal() and int(wanted):
+            return int(wanted), "OMP_NUM_THREADS"
+        own = usable_cores()
+        cores = own if cores is None else cores
+        share = max(1, cores // local_size)
+        if own < share:
+            return own, f"{own} cores of this rank's own"
+        return share, f"{cores} cores / {local_size} local ranks"
 
     @property
     def sample_s(self) -> float:

@@ -5,14 +5,16 @@ of a group carry its context in their tags."""
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Sequence
 from ctypes import memmove
 from typing import Any
 
 import numpy as np
 
-from ..errors import PeerLostError, UsageError
+from ..errors import PeerLostError, PeerTimeoutError, UsageError
 from .base import PIGGYBACK_BYTES, PIGGYBACK_RANKS, RECORD_BYTES, Bytes, Contexts, Exchange, Piggyback, Rows
 from .finalize import MPI
 
@@ -66,6 +68,22 @@ class _Shared:
                         request.Free()
                 else:
                     self.left.append((requests, memory))
+
+
+def finish(request: MPI.Request, timeout_s: float) -> None:
+    """Return once ``request`` is done; PeerTimeoutError after ``timeout_s``. Patient: for set-up, not for data."""
+    since_s = time.perf_counter()
+    while not request.Test():
+        waited_s = time.perf_counter() - since_s
+        if waited_s > timeout_s:
+            raise PeerTimeoutError(f"MPI has waited {waited_s:.1f} s for all ranks")
+        time.sleep(min(1e-3, waited_s / 10))
+
+
+def _duplicate(comm: MPI.Comm, timeout_s: float) -> MPI.Comm:
+    made, request = comm.Idup()
+    finish(request, timeout_s)
+    return made
 
 
 class MpiRequest:
@@ -195,11 +213,13 @@ class MpiTransport:
 
     name = "mpi"
 
-    def __init__(self, comm: MPI.Comm | None = None):
-        """``comm``: default COMM_WORLD. Collective over it."""
+    def __init__(self, comm: MPI.Comm | None = None, *, owned: bool = False, timeout_s: float = math.inf):
+        """``comm``: default COMM_WORLD. Collective over it. ``owned``: it was made for this transport, don't duplicate
+        it. PeerTimeoutError where not all ranks have come within ``timeout_s``."""
         if MPI.Is_finalized():
             raise UsageError("MPI was finalized (MPI_Finalize), and can't be started again in this process")
-        mine = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        comm = MPI.COMM_WORLD if comm is None else comm
+        mine: Any = comm if owned else _duplicate(comm, timeout_s)
         # Errors must come back as exceptions that can name the peer, instead of ending the process.
         mine.Set_errhandler(MPI.ERRORS_RETURN)
         self._begin(_Shared(mine), range(mine.size), mine.rank, 0)

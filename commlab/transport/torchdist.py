@@ -68,7 +68,9 @@ class _Waiter:
 
     def __init__(self, name: str):
         self._posted: queue.SimpleQueue[tuple[Any, TorchRequest] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_wait_for, args=(self._posted,), name=name, daemon=True)
+        self._waits = threading.Event()
+        arguments = self._posted, self._waits
+        self._thread = threading.Thread(target=_wait_for, args=arguments, name=name, daemon=True)
         self._thread.start()
         weakref.finalize(self, self._posted.put, None).atexit = False
 
@@ -76,20 +78,27 @@ class _Waiter:
         self._posted.put((work, request))
         return request
 
+    @property
+    def busy(self) -> bool:
+        """Whether the thread is in gloo."""
+        return self._waits.is_set()
+
     def close(self) -> None:
         self._posted.put(None)
         self._thread.join(timeout=1)
 
 
-def _wait_for(posted: queue.SimpleQueue[tuple[Any, TorchRequest] | None]) -> None:
-    """A waiter's thread; ends when nobody has the waiter any more."""
+def _wait_for(posted: queue.SimpleQueue[tuple[Any, TorchRequest] | None], waits: threading.Event) -> None:
+    """A waiter's thread; ends when nobody has the waiter any more. ``waits``: set while the thread is in gloo."""
     while (next_one := posted.get()) is not None:
         work, request = next_one
+        waits.set()
         try:
             work.wait(PATIENCE)
             request.finish(None)
         except Exception as error:
             request.finish(error)
+        waits.clear()
 
 
 class _Connections:
@@ -172,6 +181,15 @@ class TorchTransport:
         # torchrun and mpirun both end the other ranks when one leaves with an exit code other than 0; the interpreter's
         # own exit would wait for gloo's threads.
         os._exit(code)
+
+    def let_go(self) -> None:
+        """The interpreter ends: a thread that still waits in gloo for a peer that does not come would end it with
+        SIGABRT."""
+        abort = getattr(self._connections.gloo, "abort", None)
+        if abort is not None and any(waiter.busy for waiter in self._waiters.values()):
+            abort()
+            for waiter in self._waiters.values():
+                waiter.close()
 
     def close(self, orderly: bool = True) -> None:
         for waiter in self._waiters.values():

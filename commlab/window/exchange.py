@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ..errors import PeerLostError
-from .memfd import Unavailable
-from .memory import NOWHERE, Window
+from ..errors import PeerLostError, SharedMemoryError
+from .area import NOWHERE
+from .memory import Window
 
 
 class Attachment(NamedTuple):
@@ -99,8 +99,8 @@ def open_together(
         reason = b""
         try:
             move()
-        except Unavailable as error:
-            reason = str(error).encode()
+        except SharedMemoryError as error:
+            reason = str(error).encode(errors="backslashreplace")
         reasons = [text.decode() for text in gather(reason, "reasons against a window") if text]
         if reasons:
             for window in made:

@@ -23,8 +23,9 @@ from ..native.library import built
 from ..native.norm import Squares
 from ..schedules.step import NodeStep
 from ..transport.base import Pending, Request
+from .area import NOWHERE, Place
 from .exchange import WindowWait
-from .memory import NOWHERE, STAGING_BYTES, Place, Window
+from .memory import STAGING_BYTES, Window
 
 INLINE_BYTES: int = 0 if built is None else getattr(built, "INLINE_BYTES", 0)
 """What fits in a control page."""

@@ -12,7 +12,7 @@
 namespace commlab {
 
 constexpr std::uint64_t kMagic = 0x31776c6d6d6f63ull;  // "commlw1"
-constexpr std::uint32_t kAbi = 2;
+constexpr std::uint32_t kAbi = 3;
 constexpr std::size_t kInlineBytes = 64 * 1024;
 constexpr std::size_t kMaxSegments = 1024;
 
@@ -23,8 +23,11 @@ struct Slot {
   std::uint64_t offset;
 };
 
+// A segment's number names it for ever: number % kMaxSegments is its place in the table, which a later segment, of
+// another number, gets once this one is given back.
 struct SegmentEntry {
-  std::uint64_t fd;  // the owner's descriptor; peers open it through /proc
+  std::atomic<std::uint64_t> number;  // all ones: none
+  std::uint64_t fd;                   // the owner's descriptor; peers open it through /proc
   std::uint64_t bytes;
 };
 

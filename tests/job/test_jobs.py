@@ -11,7 +11,7 @@ import signal
 import time
 from pathlib import Path
 
-from jobs import finish, gone_soon, mpirun, start
+from jobs import BUSY, finish, gone_soon, mpirun, start
 
 
 def test_an_exception_in_one_rank_ends_all(tmp_path: Path) -> None:
@@ -113,3 +113,82 @@ commlab.allreduce(torch.ones(5))
     assert job.code != 0
     assert "Traceback" not in job.output
     gone_soon(job, pressed_s)
+
+
+def test_a_rank_that_leaves_is_missed_at_once(tmp_path: Path) -> None:
+    """B1: under MPI, where its process stays until all have finished; with and without a window; what its peers wait
+    in is named, and how it left."""
+    program = """
+group = commlab.init(timeout_s=300, window=os.environ["WINDOW"])
+commlab.allreduce(torch.ones(5))
+if group.rank == 2:
+    say("leaving", time.time())
+    exec(os.environ["END"])
+else:
+    try:
+        commlab.allreduce(torch.ones(5), name="wte")
+    finally:
+        say("missed", time.time())
+"""
+    ends = {
+        "sys.exit(3)": "exit code 3",
+        "sys.exit('text')": "exit code 1: text",
+        "pass": "exit code 0",
+        "sys.excepthook = lambda *all: None; raise ValueError('seven')": "exit code 1: ValueError: seven",
+    }
+    for number, (end, words) in enumerate(ends.items()):
+        job = finish(start(mpirun(3), program, tmp_path, WINDOW=("auto", "off")[number % 2], END=end))
+        assert job.code != 0
+        sentence = rf"PeerLostError: rank 2 left \({words}\) while rank [01] is in allreduce #\d+ 'wte' of float32\[5\]"
+        assert re.search(sentence, job.output), job.output
+        left_s, missed_s = float(job.said("leaving")[0]), min(map(float, job.said("missed")))
+        assert missed_s - left_s < BUSY
+        gone_soon(job, missed_s)
+
+
+def test_a_rank_that_does_not_come_to_init(tmp_path: Path) -> None:
+    """B14: before MPI_Init, which can't be left again, and after it; the ranks are named, within the limit."""
+    program = """
+if os.environ["PHASE"] == "after MPI_Init":
+    from mpi4py import MPI
+rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")))
+if rank == 1:
+    time.sleep(300)
+say("calling", time.time())
+from commlab.runtime import connect
+connect.MEET_S = 0.0
+commlab.init(timeout_s=1.5)
+"""
+    for phase, words in {
+        "before MPI_Init": r"MPI_Init has waited 1\.5 s; not there: rank 1$",
+        "after MPI_Init": r"PeerTimeoutError: rank [02] has waited 1\.5 s in commlab\.init\(\) for: rank 1; every",
+    }.items():
+        job = finish(start(mpirun(3), program, tmp_path, PHASE=phase))
+        assert job.code != 0
+        assert re.search(words, job.output, re.MULTILINE), job.output
+        gone_soon(job, max(map(float, job.said("calling"))) + 1.5)
+
+
+def test_several_jobs_in_one_process(tmp_path: Path) -> None:
+    """B14, B26: init and shutdown again and again, over both transports; other arguments without a shutdown are
+    refused."""
+    program = """
+for turn in range(3):
+    for transport in ("mpi", "torch"):
+        group = commlab.init(transport, timeout_s=60)
+        assert commlab.init() is group
+        try:
+            commlab.init(transport, window="off", timeout_s=5)
+        except commlab.UsageError as error:
+            assert "before with timeout_s=60, window='auto', and now with timeout_s=5, window='off'" in str(error)
+        else:
+            raise AssertionError("not refused")
+        mine = commlab.empty(1000).fill_(group.rank + turn)
+        assert (commlab.allreduce(mine, "sum") == 2 * turn + 1).all()
+        commlab.shutdown()
+        assert (mine == 2 * turn + 1).all()
+say("right", group.rank)
+"""
+    job = finish(start(mpirun(2), program, tmp_path))
+    assert sorted(job.said("right")) == ["0", "1"], job.output
+    assert job.code == 0

@@ -89,3 +89,43 @@ commlab.allreduce(torch.ones(5))
     assert job.code != 0
     assert "[rank 1 of 2] ValueError: seven" in job.output
     gone_soon(job, float(job.said("raising")[0]))
+
+
+def test_over_gloo_who_left_and_who_has_not_come(tmp_path: Path) -> None:
+    """B1, B14, B26: ranks without a launcher. The second job of the process meets in the same store; then one leaves
+    without a word, and the kernel tells its exit code."""
+    program = """
+for turn in range(2):
+    group = commlab.init("torch", timeout_s=60)
+    assert torch.equal(commlab.allreduce(torch.ones(5), "sum"), torch.full((5,), 2.0))
+    if turn == 0:
+        commlab.shutdown()
+if group.rank == 1:
+    os._exit(3)
+try:
+    commlab.allreduce(torch.ones(5))
+except commlab.PeerLostError as error:
+    say("lost", error)
+sys.modules["commlab.runtime.world"]._world = None
+sys.modules["commlab.runtime.connect"].MEET_S = 0.0
+os.environ["RANK"], os.environ["MASTER_PORT"] = "0", os.environ["SECOND_PORT"]
+try:
+    commlab.init("torch", timeout_s=0.5)
+except commlab.PeerTimeoutError as error:
+    say("late", error)
+os._exit(0)
+"""
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meet["SECOND_PORT"] = str(free_port())
+    processes = [start([sys.executable], program, tmp_path, RANK=str(rank), **meet) for rank in range(2)]
+    survivor, gone = map(finish, processes)
+    assert gone.code == 3, gone.output
+    assert survivor.code == 0, survivor.output
+    assert re.search(
+        "^lost rank 1 left [(]exit code 3[)] while rank 0 is in allreduce #", survivor.output, re.MULTILINE
+    )
+    assert re.search(
+        r"^late rank 0 has waited 0\.\d s in commlab\.init\(\) for rank 1; every rank must call it",
+        survivor.output,
+        re.MULTILINE,
+    ), survivor.output

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import commlab
+from commlab.errors import UsageError
 from commlab.job.launch import Launch, detect
 
 OPENMPI = {
@@ -35,11 +36,44 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_
         (SLURM | {"SLURM_NTASKS_PER_NODE": "2(x2)"}, Launch("slurm", 3, 4, 1, 4)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Launch("mpich", 1, 2, 1, 2)),
         ({"RANK": "1"}, Launch(None, 0, 1, 0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": ""}, Launch(None, 0, 1, 0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Launch(None, 0, 1, 0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}, Launch("torchrun", 0, 1, 0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"} | MPICH, Launch("mpich", 2, 3, 0, 1)),
+        (TORCHRUN | MPICH, Launch("mpich", 2, 3, 0, 1)),
+        (TORCHRUN | MPICH | {"TORCHELASTIC_RUN_ID": "x"}, Launch("torchrun", 1, 2, 1, 2)),
+        (TORCHRUN | {"LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "0"}, Launch("torchrun", 1, 2, 1, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Launch(None, 0, 1, 0, 1)),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},
+            Launch(None, 0, 1, 0, 1),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, Launch("slurm", 0, 4, 0, 4)),
     ],
-    ids=["none", "openmpi", "mpich", "torchrun", "slurm", "mpirun-in-slurm", "odd-slurm", "no-local", "half"],
+    ids=[
+        *("none", "openmpi", "mpich", "torchrun", "slurm", "mpirun-in-slurm", "odd-slurm", "no-local", "half"),
+        *("empty", "one-by-hand", "torchrun-of-one", "set-in-a-shell", "mpirun-knows-better", "torchrun-in-mpirun"),
+        *("empty-local", "allocation", "interactive-step", "srun"),
+    ],
 )
 def test_detect(environ: dict[str, str], launch: Launch) -> None:
+    """B10, B16: variables that are empty, set in a shell, or an allocation's around one process, make no ranks."""
     assert detect(environ) == launch
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "one", "WORLD_SIZE": "2"}, r"RANK='one' is set, which is no number; unset it"),
+        ({"RANK": "0", "WORLD_SIZE": "²"}, r"WORLD_SIZE='²' is set, which is no number; unset it"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, r"RANK=3 and WORLD_SIZE=2 are set, and ranks go from 0 to 1; unset them"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, r"RANK=-1 and WORLD_SIZE=2 are set"),
+    ],
+)
+def test_variables_that_make_no_sense(environ: dict[str, str], message: str) -> None:
+    """B16: one sentence, never a traceback out of int()."""
+    with pytest.raises(UsageError, match=message):
+        detect(environ)
 
 
 def python(code: str, environ: dict[str, str] | None = None, **options: object) -> subprocess.CompletedProcess[str]:
@@ -91,6 +125,55 @@ def test_a_thread_that_leaves_is_no_failure() -> None:
 def test_ctrl_c_ends_the_job_without_a_traceback() -> None:
     done = python(HOOK + "raise KeyboardInterrupt")
     assert (done.returncode, done.stderr) == (170, "")
+
+
+def test_hooks_that_were_there_are_called_too() -> None:
+    """B25: after our traceback and before the end; in threads as well; one that is replaced later is the user's."""
+    theirs = "sys.excepthook = lambda *details: print('theirs', details[1])\n"
+    done = python(theirs + HOOK + "raise ValueError('seven')", MPICH)
+    assert (done.returncode, done.stdout) == (41, "theirs seven\n")
+    assert done.stderr.count("ValueError: seven") == 1
+    done = python(theirs + HOOK + "raise KeyboardInterrupt")
+    assert (done.returncode, done.stdout, done.stderr) == (170, "theirs \n", "")
+    in_threads = theirs.replace("sys.", "threading.").replace("details[1]", "details[0].exc_value")
+    done = python(in_threads + HOOK + "thread = threading.Thread(target=lambda: 1 / 0)\nthread.start()\nthread.join()")
+    assert (done.returncode, done.stdout) == (41, "theirs division by zero\n")
+    done = python(HOOK + theirs + "raise ValueError('seven')")
+    assert (done.returncode, done.stdout) == (1, "theirs seven\n")
+    done = python(
+        "def broken(*details): raise OSError('theirs')\nsys.excepthook = broken\n" + HOOK + "raise ValueError"
+    )
+    assert done.returncode == 41, "a hook that fails does not keep the job alive"
+
+
+def test_a_worker_that_dies_meanwhile_does_not_keep_the_job_alive() -> None:
+    """B10: torch's DataLoader raises an exception out of a signal handler, in the middle of a report or of the end."""
+    handler = "import signal\ndef died(*details): raise RuntimeError('worker')\nsignal.signal(signal.SIGCHLD, died)\n"
+    for where in (
+        "launch.traceback.format_exception = lambda *all: os.kill(os.getpid(), signal.SIGCHLD)",
+        "launch.time.sleep = lambda s: os.kill(os.getpid(), signal.SIGCHLD)",
+        "sys.excepthook = lambda *all: os.kill(os.getpid(), signal.SIGCHLD)",
+    ):
+        done = python(handler + where + "\n" + HOOK + "raise ValueError('seven')")
+        assert done.returncode == 41, where
+
+
+def test_an_interactive_session_goes_on() -> None:
+    """B25: what is typed wrongly at a prompt ends nothing."""
+    typed = HOOK + "1 / 0\nnot_there\nprint('went', 'on')\n"
+    head = "import os, sys, threading\nfrom commlab.job import launch\n"
+    done = subprocess.run(
+        [sys.executable, "-i"],
+        input=head + typed,
+        env={**os.environ, "PYTHONPATH": str(Path(commlab.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "went on" in done.stdout
+    assert "ZeroDivisionError" in done.stderr
+    assert "NameError" in done.stderr
+    assert done.returncode == 0
 
 
 def test_the_last_abort_counts() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commlab.errors import UsageError
-from commlab.job.topology import Topology, declared, from_keys, node_key, usable_cores
+from commlab.job.topology import Topology, bound_cores, cores_of_node, declared, from_keys, node_key, usable_cores
 
 
 def test_ranks_with_one_key_share_a_node() -> None:
@@ -76,3 +76,18 @@ def test_node_key_and_cores() -> None:
     assert node_key() == node_key()
     assert os.uname().nodename.split(".")[0] in node_key()
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+def test_cores_of_a_node() -> None:
+    """B13: the union of what its ranks are bound to. B23: less where a quota limits their time together, counted once
+    for the ranks of one control group."""
+    nodes = ((0, 1), (2, 3))
+    assert cores_of_node(["0,1 inf ", "2,3 inf ", "0 inf ", "0 inf "], nodes, 0) == 4
+    assert cores_of_node(["0,1 inf ", "2,3 inf ", "0 inf ", "0 inf "], nodes, 3) == 1
+    together = "0,1,2,3 1.5 /sys/fs/cgroup/box"
+    assert cores_of_node([together, together, "0 inf ", "0 inf "], nodes, 0) == 1
+    apart = ["0,1,2,3 1.5 /one group", "0,1,2,3 1.5 /another", "0 inf ", "0 inf "]
+    assert cores_of_node(apart, nodes, 1) == 3
+    bound, quota, _ = bound_cores().split(" ", 2)
+    assert len(bound.split(",")) >= usable_cores()
+    assert float(quota) > 0

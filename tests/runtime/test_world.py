@@ -38,7 +38,10 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_a_launcher_there_is_a_group_of_one() -> None:
     group = commlab.init()
     assert (group.rank, group.size, group.local_rank, group.local_size, group.nodes) == (0, 1, 0, 1, ((0,),))
-    assert commlab.init("torch") is group, "the first call counts"
+    assert commlab.init() is group
+    assert commlab.init("mpi", timeout_s=300) is group
+    with pytest.raises(UsageError, match="called before with transport='mpi', and now with transport='torch'; call"):
+        commlab.init("torch")
     values = torch.tensor([1.0, 2.0])
     assert commlab.allreduce(values) is values
     commlab.barrier()

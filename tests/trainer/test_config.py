@@ -185,11 +185,21 @@ def test_when_to_stop() -> None:
     assert flags("--epochs 3").total_steps(100) == 300
 
 
-def test_threads() -> None:
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B13: a rank gets its share of the cores that the node's ranks have together, and never more than its own. B23:
+    OMP_NUM_THREADS is honoured."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert flags("--threads 5").thread_count(8) == (5, "--threads")
     cores = usable_cores()
     assert flags("").thread_count(1) == (cores, f"{cores} cores / 1 local ranks")
     assert flags("").thread_count(10 * cores)[0] == 1
+    monkeypatch.setattr("commlab.trainer.config.usable_cores", lambda: 8)
+    assert flags("").thread_count(8, 64) == (8, "64 cores / 8 local ranks"), "8 ranks, each bound to 8 cores"
+    assert flags("").thread_count(4, 64) == (8, "8 cores of this rank's own")
+    assert flags("").thread_count(8, 8) == (1, "8 cores / 8 local ranks"), "8 ranks that share 8 cores"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert flags("").thread_count(1, 64) == (1, "OMP_NUM_THREADS")
+    assert flags("--threads 5").thread_count(1, 64) == (5, "--threads")
 
 
 def test_output_paths(tmp_path: Path) -> None:

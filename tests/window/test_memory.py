@@ -16,12 +16,11 @@ import pytest
 import torch
 from bits import needs_native
 
-from commlab.errors import PeerLostError
-from commlab.window import memfd
-from commlab.window import memory as window_module
+from commlab.errors import PeerLostError, SharedMemoryError
+from commlab.window import area, memfd
+from commlab.window.area import Place
 from commlab.window.exchange import WindowWait
-from commlab.window.memfd import Unavailable
-from commlab.window.memory import _CARD, Place, Window, size_class
+from commlab.window.memory import _CARD, Window, size_class
 
 pytestmark = [
     pytest.mark.usefixtures("small_heap"),
@@ -134,8 +133,7 @@ def test_many_small_tensors_share_segments() -> None:
     given = [first.allocate(100)[1] for _ in range(5000)]
     assert len(set(given)) == 5000
     assert len({place.segment for place in given}) == 1
-    # One descriptor for the peers, one that Python's mapping holds.
-    assert descriptors() == before + 2
+    assert descriptors() == before + 1, "for the peers to open; a mapping holds none"
     closed(first, second)
 
 
@@ -168,7 +166,7 @@ def test_a_part_cannot_be_opened_once_it_is_closed() -> None:
     _, place = first.allocate(100)
     closed(first)
     with pytest.raises(
-        Unavailable, match=f"cannot open segment {place.segment} of local rank 0 of process {os.getpid()}"
+        SharedMemoryError, match=f"cannot open segment {place.segment} of local rank 0 of process {os.getpid()}"
     ):
         second.view(0, place, 100)
     closed(second)
@@ -184,7 +182,7 @@ WRONG: dict[str, tuple[Callable[[Card, Window], Card], str]] = {
     ),
     "no descriptor": (lambda card, _: (card[0], 999_999, *card[2:]), "cannot open .*: No such file"),
     "another rank's": (lambda card, third: _CARD.unpack(third.card()), "shows the window of local rank 2"),
-    "a file of another size": (lambda card, _: (card[0], 0, *card[2:]), "cannot open|has .* bytes, not"),
+    "a file of another size": (lambda card, _: (card[0], 0, *card[2:]), "cannot open|is .*, and no memory of commlab"),
 }
 
 
@@ -198,7 +196,7 @@ def test_a_page_that_is_not_the_peers_is_refused(case: str, tmp_path: Path) -> N
     if case == "a file of another size":
         card = (card[0], stranger, *card[2:])
     before = (tmp_path / "file").read_bytes()
-    with pytest.raises(Unavailable, match=message):
+    with pytest.raises(SharedMemoryError, match=message):
         first.open([first.card(), _CARD.pack(*card), third.card()])
     assert (tmp_path / "file").read_bytes() == before
     os.close(stranger)
@@ -212,7 +210,7 @@ def test_a_strangers_memory_of_the_right_size_is_not_written() -> None:
     content = bytes(range(256)) * (size_bytes // 256)
     os.write(stranger, content.ljust(size_bytes, b"."))
     card = _CARD.unpack(second.card())
-    with pytest.raises(Unavailable, match="shows not a commlab window"):
+    with pytest.raises(SharedMemoryError, match="no memory of commlab"):
         first.open([first.card(), _CARD.pack(card[0], stranger, *card[2:])])
     assert os.pread(stranger, size_bytes, 0) == content.ljust(size_bytes, b".")
     os.close(stranger)
@@ -228,9 +226,9 @@ def test_missing_memory_is_an_error_and_no_sigbus(monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patched:
         patched.setattr(os, "posix_fallocate", full)
         before = descriptors()
-        with pytest.raises(Unavailable, match="no 9 MiB of shared memory for segment 1: No space left on device"):
+        with pytest.raises(SharedMemoryError, match="no 9 MiB of shared memory for segment 1: No space left on device"):
             first.allocate(9 * 2**20)
-        with pytest.raises(Unavailable, match="for control page"):
+        with pytest.raises(SharedMemoryError, match="for control page"):
             Window(0, 2, 0.0)
         assert descriptors() == before
 
@@ -239,11 +237,11 @@ def test_missing_memory_is_an_error_and_no_sigbus(monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "memfd_create", none_left)
-        with pytest.raises(Unavailable, match="no 0 MiB of shared memory for control page: Too many open files"):
+        with pytest.raises(SharedMemoryError, match="no 0 MiB of shared memory for control page: Too many open files"):
             Window(0, 2, 0.0)
     with monkeypatch.context() as patched:
-        patched.setattr(memfd, "_available_bytes", lambda: 8 * 2**20)
-        with pytest.raises(Unavailable, match="no 9 MiB of shared memory for segment 1: 8 MiB are left"):
+        patched.setattr(memfd, "available_memory", lambda: (8 * 2**20, ""))
+        with pytest.raises(SharedMemoryError, match="no 9 MiB of shared memory for segment 1: 8 MiB are left"):
             first.allocate(9 * 2**20)
     assert first.allocate(9 * 2**20)[0].numel() == 9 * 2**20, "and it can be had later"
     closed(first, second)
@@ -251,12 +249,11 @@ def test_missing_memory_is_an_error_and_no_sigbus(monkeypatch: pytest.MonkeyPatc
 
 def test_there_is_an_end_to_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = pair()
-    monkeypatch.setattr(window_module, "_ARENA_BYTES", 4096)
-    # Descriptors run out before: two for each.
-    monkeypatch.setattr(first, "_native", type("Few", (), {"MAX_SEGMENTS": 8}))
+    monkeypatch.setattr(area, "_ARENA_BYTES", 4096)
+    monkeypatch.setattr(first.area, "_most", 8)
     for _ in range(7):
         first.allocate(4096)
-    with pytest.raises(Unavailable, match="8 segments, the most there can be; ask for fewer, larger tensors"):
+    with pytest.raises(SharedMemoryError, match="8 segments, the most there can be; ask for fewer, larger tensors"):
         first.allocate(4096)
     closed(first, second)
 
@@ -313,3 +310,128 @@ def test_a_peer_that_has_ended_is_named() -> None:
 def _from_parent(window: Window) -> bytes:
     """The parent's card as the child must see it: with the parent's process."""
     return _CARD.pack(os.getppid(), *_CARD.unpack(window.card())[1:])
+
+
+def test_what_is_dropped_is_given_back() -> None:
+    """B9: 12 tensors, dropped one after the other, leave no segment, descriptor or mapping; so do small ones, and a
+    view keeps the memory."""
+    first, second = pair()
+    before = descriptors(), mappings()
+    for turn in range(12):
+        for size_bytes in (9 * 2**20, 7 * 2**20, 1000):
+            tensor, place = first.allocate(size_bytes, kept=False)
+            assert not tensor.any(), "zeroed, whatever lay there before"
+            tensor.fill_(turn + 1)
+            assert int(second.view(0, place, size_bytes)[-1]) == turn + 1
+            del tensor
+        second.let_go()
+        gc.collect()
+        assert descriptors() <= before[0] + 1, "but for the arena of small tensors"
+        assert mappings() <= before[1] + 2
+    tensor, place = first.allocate(9 * 2**20, kept=False)
+    part = tensor[5:10].view(5, 1)
+    del tensor
+    assert first.locate(part) == Place(place.segment, place.offset + 5)
+    del part
+    assert place.segment not in first.area.segments
+    closed(first, second)
+
+
+def test_a_number_never_names_other_memory() -> None:
+    """B9: a peer that has the old memory mapped does not take it for the new one in the same place of the table."""
+    first, second = pair()
+    seen = set()
+    for turn in range(5):
+        tensor, place = first.allocate(9 * 2**20, kept=False)
+        tensor.fill_(turn + 1)
+        seen.add(place.segment)
+        assert int(second.view(0, place, 10)[3]) == turn + 1
+        del tensor
+        second.let_go()
+        with pytest.raises(SharedMemoryError, match=r"segment \d+ of local rank 0 was given back"):
+            second.view(0, place, 10)
+    assert len(seen) == 5
+    assert len({number % first._native.MAX_SEGMENTS for number in seen}) == 1
+    closed(first, second)
+
+
+def test_dropped_and_freed_once_only() -> None:
+    """B9: memory that was freed by hand is not given back again when its tensor goes."""
+    first, second = pair()
+    tensor, place = first.allocate(5000, kept=False)
+    first.free(tensor)
+    again, same = first.allocate(5000, kept=False)
+    assert same == place
+    del tensor
+    another, elsewhere = first.allocate(5000, kept=False)
+    assert elsewhere != place
+    again.fill_(1)
+    assert not another.any()
+    closed(first, second)
+
+
+def test_a_child_of_fork_gives_nothing_back() -> None:
+    """B9: the memory is the parent's, and the parent goes on with it."""
+    first, second = pair()
+    tensor, place = first.allocate(9 * 2**20, kept=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if not pid:
+        del tensor
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert first.sync.segment(0, place.segment)[1] == 9 * 2**20
+    closed(first, second)
+
+
+def test_tensors_that_are_saved_own_their_memory() -> None:
+    """B8: two tensors of one segment, each with a storage of its own size."""
+    first, second = pair()
+    for size_bytes in (296, 12 * 2**20):
+        tensor, place = first.allocate(size_bytes)
+        assert tensor.untyped_storage().nbytes() == size_bytes
+        assert second.view(0, place, size_bytes).untyped_storage().nbytes() == size_bytes
+    closed(first, second)
+
+
+def test_nobody_can_cut_memory_off() -> None:
+    """B11: not through the descriptor, nor through /proc."""
+    first, second = pair()
+    _, place = first.allocate(9 * 2**20)
+    for fd in (first._control_fd, first.sync.segment(0, place.segment)[0]):
+        size_bytes = os.fstat(fd).st_size
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 0)
+        with contextlib.suppress(PermissionError), open(f"/proc/{os.getpid()}/fd/{fd}", "r+b") as again:
+            os.ftruncate(again.fileno(), 2 * size_bytes)
+        assert os.fstat(fd).st_size == size_bytes
+    closed(first, second)
+
+
+def test_a_strangers_descriptor_is_not_opened(tmp_path: Path) -> None:
+    """B11: a pipe, which would wait for its other end, a file, and memory that is not sealed or another window's."""
+    first, second = pair()
+    size_bytes = first._native.CONTROL_BYTES
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    unsealed = os.memfd_create("commlab x control page", os.MFD_CLOEXEC)
+    os.ftruncate(unsealed, size_bytes)
+    strangers = {
+        os.open(pipe, os.O_RDWR): "no memory of commlab",
+        os.open("/dev/zero", os.O_RDWR): "no memory of commlab",
+        unsealed: "can still change its size",
+    }
+    for fd, message in strangers.items():
+        with pytest.raises(SharedMemoryError, match=message):
+            memfd.opened(os.getpid(), fd, size_bytes, "it")
+        os.close(fd)
+    with pytest.raises(SharedMemoryError, match="another window's memory"):
+        memfd.opened(os.getpid(), second._control_fd, size_bytes, "it", "0123456789abcdef ")
+    closed(first, second)
+
+
+def test_more_ranks_than_a_window_has_room_for() -> None:
+    """B10: refused before anything is made, with the way out."""
+    with pytest.raises(SharedMemoryError, match="a window has room for 512 ranks, and this node has 513; launch fewer"):
+        Window(0, 513, 0.0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from ... import trace
 from ...errors import PeerLostError
-from ...runtime.waiting import WARN_AFTER_S, pause, spin_s, wait_until
+from ...runtime.waiting import WARN_AFTER_S, gone_words, pause, spin_s, wait_until
 from ...transport.base import Transport
 from ..link import Link
 from ..messages import Header, Kind
@@ -24,7 +24,8 @@ _LOOK_AGAIN_S = 1.0
 
 
 class ServerLoop:
-    """``workers`` and ``servers``: their ranks in ``transport``. ``crowded``: ranks share cores."""
+    """``workers`` and ``servers``: their ranks in ``transport``. ``crowded``: ranks share cores. ``departed(rank)``:
+    how a rank has left, empty while it is there."""
 
     def __init__(
         self,
@@ -34,7 +35,9 @@ class ServerLoop:
         servers: Sequence[int],
         timeout_s: float,
         crowded: bool,
+        departed: Callable[[int], str] = lambda rank: "",
     ):
+        self._rank, self._workers, self._departed = transport.rank, tuple(workers), departed
         self.server, self._timeout_s, self._crowded = server, timeout_s, crowded
         self._ledger = server.ledger
         # Servers send each other messages only where they have to agree.
@@ -79,6 +82,12 @@ class ServerLoop:
         """Wait a little for messages, and not at all right after something moved."""
         if idle_s:
             pause(idle_s, spin_s(self._crowded, any(link.moving for link in self._links.values())))
+
+    def gone(self) -> str:
+        """The sentence that says which workers have left without close()."""
+        workers = zip(self._workers, self._ledger.workers, strict=True)
+        awaited = [rank for rank, worker in workers if not worker.left]
+        return gone_words(self._rank, awaited, self._departed, lambda: "its loop, waiting for requests or close()")
 
     def silence(self, idle_s: float) -> str:
         """Nobody owes a server anything: it waits for requests as long as there are workers."""

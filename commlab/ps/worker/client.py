@@ -12,7 +12,7 @@ import torch
 from ... import trace
 from ...errors import UsageError
 from ...runtime.handle import Handle
-from ...runtime.waiting import begin_moving, pause, silence_of, spin_s, stop_moving, wait_until
+from ...runtime.waiting import begin_moving, gone_words, pause, silence_of, spin_s, stop_moving, wait_until
 from ...transport.base import Transport
 from ..encoding import decode
 from ..link import Link, Order
@@ -70,7 +70,8 @@ class PendingRequests:
 
 class Client:
     """This worker's links to the servers at ``ranks`` of ``transport``. ``poll_local``: moves a server in this same
-    process on, and returns whether anything moved."""
+    process on, and returns whether anything moved. ``departed(rank)``: how a server has left, empty while it is there.
+    """
 
     def __init__(
         self,
@@ -79,7 +80,9 @@ class Client:
         timeout_s: float,
         crowded: bool,
         poll_local: Callable[[], bool] | None = None,
+        departed: Callable[[int], str] = lambda rank: "",
     ):
+        self._departed = departed
         self.rank, self._timeout_s, self._crowded, self._poll_local = transport.rank, timeout_s, crowded, poll_local
         self.links = [
             Link(transport, rank, partial(self._memory_for, server), partial(self._arrived, server))
@@ -179,13 +182,22 @@ class Client:
         if idle_s:
             pause(idle_s, spin_s(self._crowded, any(link.moving for link in self.links)))
 
-    def silence(self, handle: Handle, idle_s: float) -> str:
-        """The sentence that names the servers that have not answered; empty once all have."""
+    def _silent(self, handle: Handle) -> dict[int, PendingRequests]:
+        """The call of ``handle``, by the ranks of the servers that have not answered it."""
         silent: dict[int, PendingRequests] = {}
         for link, requests in zip(self.links, self._open, strict=True):
             for call, _ in list(requests.values()):
                 if call.handle is handle:
                     silent[link.peer] = call
+        return silent
+
+    def gone(self, handle: Handle) -> str:
+        """The sentence that says which of the awaited servers have left; empty while all are there."""
+        return gone_words(self.rank, list(self._silent(handle)), self._departed, handle.describe)
+
+    def silence(self, handle: Handle, idle_s: float) -> str:
+        """The sentence that names the servers that have not answered; empty once all have."""
+        silent = self._silent(handle)
         for call in silent.values():
             if call.follows is not None and not call.follows.finished:
                 return self.silence(call.follows, idle_s)
@@ -204,6 +216,9 @@ class _Awaited:
 
     def rest(self, idle_s: float) -> None:
         self._client.rest(idle_s)
+
+    def gone(self) -> str:
+        return self._client.gone(self._handle)
 
     def silence(self, idle_s: float) -> str:
         return self._client.silence(self._handle, idle_s)

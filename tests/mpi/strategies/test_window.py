@@ -327,7 +327,7 @@ def test_engines_give_their_memory_back(ranks: Ranks, strategy: str) -> None:
             else:
                 go_on(run, range(2))
             run.engine.close()
-            used.append((len(window._segments), window._arena_used))
+            used.append((len(window.area.segments), window.area.arena_used))
         assert len(set(used[1:])) == 1, used
 
 
