@@ -2,7 +2,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-
 #include <unistd.h>
 
 #include <cstdint>
@@ -51,8 +50,8 @@ void without_gil(std::size_t numel, DType dtype, Fn fn) {
   fn();
 }
 
-// Who finalizes MPI when the interpreter has ended: the process that started it, and never one that it has forked, which
-// the launcher would take for that process.
+// Who finalizes MPI when the interpreter has ended: the process that started it, and never one that it has forked,
+// which the launcher would take for that process.
 struct MpiAtExit {
   int (*initialized)(int*) = nullptr;
   int (*finalized)(int*) = nullptr;
@@ -77,8 +76,12 @@ void end_mpi() {
 
 void finalize_mpi_at_exit(Address initialized, Address finalized, Address finalize, bool ours) {
   if (mpi_at_exit.owner) return;
-  mpi_at_exit = {reinterpret_cast<int (*)(int*)>(initialized), reinterpret_cast<int (*)(int*)>(finalized),
-                 reinterpret_cast<int (*)()>(finalize), ours, getpid(), 0};
+  mpi_at_exit = {reinterpret_cast<int (*)(int*)>(initialized),
+                 reinterpret_cast<int (*)(int*)>(finalized),
+                 reinterpret_cast<int (*)()>(finalize),
+                 ours,
+                 getpid(),
+                 0};
   if (Py_AtExit(&end_mpi) < 0) throw std::runtime_error("no room for a function at the interpreter's end");
 }
 
