@@ -3,7 +3,6 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
-
 #include <sys/mman.h>
 
 #include <cstddef>
@@ -108,16 +107,14 @@ void register_window(nb::module_& m) {
   });
 
   // Python's mmap keeps a descriptor for each mapping, and there are ranks times segments of them.
-  m.def(
-      "map_shared",
-      [](int fd, std::size_t bytes) {
-        void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
-        if (address == MAP_FAILED) {
-          PyErr_SetFromErrno(PyExc_OSError);
-          throw nb::python_error();
-        }
-        return reinterpret_cast<Address>(address);
-      });
+  m.def("map_shared", [](int fd, std::size_t bytes) {
+    void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (address == MAP_FAILED) {
+      PyErr_SetFromErrno(PyExc_OSError);
+      throw nb::python_error();
+    }
+    return reinterpret_cast<Address>(address);
+  });
   m.def("unmap", [](Address address, std::size_t bytes) { munmap(reinterpret_cast<void*>(address), bytes); });
 
   nb::class_<NodeSync>(m, "NodeSync")

@@ -179,7 +179,7 @@ class Watch:
             data = b""
         if not data:
             self._drop(link)
-            if not link.announced:
+            if not (link.announced or self._closed):
                 how = _kernel_words(link.pid) if link.pid else ""
                 verb = "left" if how.startswith("exit code") else "is gone"
                 self._learn(link.rank, f"{verb} ({how})" if how else "is gone: its process ended", link)
