@@ -58,7 +58,7 @@ class AbsentGradient(torch.Tensor):
         # What never reaches the dispatcher too: data_ptr(), numpy(), p.grad.data = ...
         if func in _HARMLESS or func in _CONVERSIONS:
             return super().__torch_function__(func, types, args, kwargs or {})
-        if func is torch.Tensor.data.__set__ and isinstance(args[1], AbsentGradient):  # type: ignore[attr-defined]
+        if func == torch.Tensor.data.__set__ and isinstance(args[1], AbsentGradient):  # type: ignore[attr-defined]
             return None  # by model.double(), which has converted this one
         raise UsageError(_text_of(args, kwargs))
 
