@@ -147,6 +147,15 @@ def tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return tensors + [(plain_name(name), tensor) for name, tensor in model.named_buffers() if tensor.dtype in DTYPES]
 
 
+def _own_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers that an expanded tensor has in memory, of which it shows each several times; they can be written."""
+    if tensor.layout is torch.strided:
+        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
 def copy_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]) -> None:
     """Overwrite ``tensors`` with rank 0's. Ranks that built the model from one seed have them already: a digest tells,
     and then nothing is sent. Collective."""
@@ -157,5 +166,6 @@ def copy_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]) -> N
     if len(set(exchange_records(group, digest.digest(), "model digest"))) == 1:
         return
     for name, tensor in tensors:
+        tensor = _own_numbers(tensor)
         # The shape in the name: a broadcast itself compares numbers of numbers only.
         broadcast(tensor, 0, name=f"{name} {list(tensor.shape)}", group=group)
