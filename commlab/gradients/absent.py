@@ -22,7 +22,9 @@ _HARMLESS = {
 }
 """What may be asked of a gradient that is not here."""
 
-_CONVERSIONS = {getattr(torch.Tensor, name) for name in ("to", "float", "double", "half", "bfloat16", "cpu", "cuda")}
+_CONVERSIONS = {
+    getattr(torch.Tensor, name) for name in ("to", "float", "double", "half", "bfloat16", "cpu", "cuda")
+} | {torch._has_compatible_shallow_copy_type}
 """What leaves it absent: ``model.double()`` converts the gradients too, and is to be told of the parameters."""
 
 
@@ -56,6 +58,8 @@ class AbsentGradient(torch.Tensor):
         # What never reaches the dispatcher too: data_ptr(), numpy(), p.grad.data = ...
         if func in _HARMLESS or func in _CONVERSIONS:
             return super().__torch_function__(func, types, args, kwargs or {})
+        if func == torch.Tensor.data.__set__ and isinstance(args[1], AbsentGradient):  # type: ignore[attr-defined]
+            return None  # by model.double(), which has converted this one
         raise UsageError(_text_of(args, kwargs))
 
     @classmethod

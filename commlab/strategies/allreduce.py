@@ -11,6 +11,7 @@ al., "PyTorch distributed", VLDB 2020 (buckets and overlap).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -20,9 +21,10 @@ from ..collectives.allreduce import start_allreduce
 from ..collectives.plan import plan_of
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import Waitable
+from ..gradients.parameters import NamedParameter
 from ..native.norm import norm_squared
 from ..runtime.group import Group
-from .edits import Edits
+from .edits import Edits, Probe
 from .options import Options
 from .protocol import Strategy
 from .reduced import ReducedGradient, whole_gradients
@@ -41,6 +43,8 @@ class AllReduce(Strategy):
         self.buckets = start_buckets(training, self.launch, keep_gradients=True)
         training.masters.own_all()
         self.edits = Edits(group, training.parameters, instead=training.masters.instead)
+        self._probes = [Probe(bucket.flat) for bucket in self.buckets.buckets if bucket.mirror is None and bucket.numel]
+        """Of the gradients that lie in their buckets: writes through ``p.grad.data``."""
 
     def launch(self, bucket: Bucket) -> Waitable:
         training = self.training
@@ -66,6 +70,8 @@ class AllReduce(Strategy):
                     copied[-1] = tensor.grad = torch.empty_like(tensor)
             bucket.packer.unpack(flat, copied)
         self.edits.note_gradients()
+        for probe in self._probes:
+            probe.note()
 
     def reduced(self, scale: float) -> tuple[list[ReducedGradient], set[int]]:
         training = self.training
@@ -88,7 +94,9 @@ class AllReduce(Strategy):
     def agree(self) -> Verdict:
         training, buckets, edits = self.training, self.buckets, self.edits
         group, squares, finite = training.group, 0.0, buckets.finite
-        edited = edits.edited_gradients()
+        edited: Sequence[NamedParameter] = edits.edited_gradients()
+        if not edited and any(probe.changed() for probe in self._probes):
+            edited = [item for item in training.parameters if item.tensor.grad is not None]
         if edited:
             # What the optimizer will see; each rank adds up an equal range of every gradient.
             for item in training.parameters:
@@ -104,7 +112,7 @@ class AllReduce(Strategy):
                 squares += bucket.squares.of(bucket.flat[own.start : own.stop])
         refusal = edits.refusal()
         verdict = agree(training, squares, finite, buckets.used, edits.digest(refusal, edited))
-        edits.require_alike(verdict.edits, refusal)
+        edits.require_alike(verdict.edits, refusal, edited)
         self._pass_over(verdict.unused)
         return verdict
 

@@ -71,10 +71,11 @@ class External(Strategy):
         training, edits = self.training, self.edits
         squares = norm_squared(self._gradients()) if training.wants_norm else 0.0
         refusal = edits.refusal()
-        digest = edits.digest(refusal, edits.edited_gradients())
+        edited = edits.edited_gradients()
+        digest = edits.digest(refusal, edited)
         # Of all ranks' equal squares rank 0's count.
         verdict = agree(training, 0.0 if training.group.rank else squares, math.isfinite(squares), None, digest)
-        edits.require_alike(verdict.edits, refusal)
+        edits.require_alike(verdict.edits, refusal, edited)
         return verdict
 
     def update(self, factor: float, unused: set[int]) -> None:

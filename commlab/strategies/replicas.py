@@ -46,7 +46,15 @@ def copy_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]) -> N
     if group.size == 1 or _alike(group, _digest(tensors), "model digest"):
         return
     for name, tensor in tensors:
-        _give(group, name, tensor)
+        _give(group, name, _own_numbers(tensor))
+
+
+def _own_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers that an expanded tensor has in memory, of which it shows each several times; they can be written."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def copy_bytes_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]], name: str) -> None:

@@ -269,6 +269,27 @@ def test_sparse_gradients_where_nothing_is_reduced() -> None:
 
 
 @pytest.mark.parametrize("strategy", OURS)
+def test_expanded_buffers_and_gradients(crew: Crew, strategy: str) -> None:
+    """B7: an expanded buffer is rank 0's everywhere; a gradient of one's own that is expanded travels as any other."""
+    ranks = groups(2)
+
+    def train(rank: int) -> list[float]:
+        model = Net(3, 2)
+        model.register_buffer("mask", torch.full((1, 2), float(rank + 1)).expand(4, 2))
+        engine = couple(strategy, model, ranks[rank])
+        before = model.layers[0].bias.detach().clone()  # type: ignore[union-attr]
+        with engine.no_sync():
+            model.layers[0].bias.grad = torch.tensor([float(rank)]).expand(2)
+        engine.backward(model.layers[0].weight.sum())  # type: ignore[union-attr,operator]
+        engine.step()
+        moved = before - model.layers[0].bias.detach()  # type: ignore[union-attr]
+        return [float(model.mask.sum()), *moved.tolist()]  # type: ignore[operator,union-attr]
+
+    for found in crew.all(train):
+        assert found == pytest.approx([8.0, 0.05, 0.05], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", OURS)
 def test_an_engine_goes_on_after_a_gradient_that_was_not_finite(crew: Crew, strategy: str) -> None:
     """B5: whether or not zero_grad() is called after the error."""
     ranks = groups(2)

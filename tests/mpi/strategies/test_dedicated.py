@@ -277,7 +277,8 @@ def test_gradients_and_parameters_are_the_servers(ranks: Ranks) -> None:
     engine.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         late.backward()
-    assert torch.allclose(model.weight, wanted - 0.5 * 2)
+    # Values below 2 come back in fp16: half a step is 2^-11.
+    assert torch.allclose(model.weight, wanted - 0.5 * 2, rtol=0, atol=2**-11)
     with torch.no_grad():
         model.weight.mul_(2)
     engine.backward(model(torch.ones(2, 5)).sum())
