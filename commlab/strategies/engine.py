@@ -88,6 +88,11 @@ class Engine:
         """Steps that were made, skipped ones included."""
         return self._training.steps
 
+    @property
+    def own_buffers(self) -> bool:
+        """Whether every rank has buffers of its own."""
+        return self.options.buffers == "local"
+
     # A step.
 
     def autocast(self) -> AbstractContextManager[None]:
