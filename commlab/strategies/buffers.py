@@ -19,7 +19,7 @@ import torch
 
 from ..collectives.allreduce import allreduce
 from ..runtime.group import Group
-from .replicas import copy_bytes_from_rank_0
+from .copies import copy_bytes_from_rank_0
 
 _BITS = 64
 

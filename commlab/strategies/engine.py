@@ -77,7 +77,7 @@ class Engine:
         """Seconds in which this rank's model stood still; the user may put in a new one, to begin anew."""
         self._training = training
         self._watch = Watch(strategy)
-        self._turn: int | None = None
+        self._assigned_step: int | None = None
         """The step that :meth:`turns` has given out last."""
         self._backward_done = False
         self._stale = False
@@ -163,7 +163,7 @@ class Engine:
         started_s = time.perf_counter()
         with trace.span("exchange"):
             self.buckets.wait()
-            self._watch.step_begins(self._turn if number is None else number)
+            self._watch.step_begins(self._assigned_step if number is None else number)
             verdict = strategy.agree()
             self._watch.compare_replicas(verdict)
         agreed_s = time.perf_counter()
@@ -238,9 +238,9 @@ class Engine:
         ``start .. stop - 1`` are given out. In lockstep each rank has its own share of every step; where ranks do not
         wait for each other, whoever is free gets the next one that nobody has."""
         for step, rank in self.strategy.assignments(start, stop):
-            self._turn = step
+            self._assigned_step = step
             yield step, rank
-        self._turn = None
+        self._assigned_step = None
 
     def settle(self, last: bool = False) -> None:
         """Make every rank's parameters the newest, in full precision, before they are evaluated or saved. Collective.

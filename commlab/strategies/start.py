@@ -19,10 +19,10 @@ from ..precision.masters import Masters
 from ..precision.modes import Precision
 from ..runtime.group import Group
 from .buffers import Buffers
+from .copies import start_from_rank_0
 from .counts import StepCounts
 from .options import Options
 from .record import StepRecord
-from .replicas import start_from_rank_0
 
 
 @dataclass(eq=False)
@@ -91,7 +91,7 @@ def start(
 ) -> Training:
     """Begin to train ``model`` on the ranks of ``group``. Collective. ``named``: the parameters, where the optimizer
     does not have them any more. ``synchronize()`` makes all ranks start from all that rank 0 has; None:
-    :func:`.replicas.start_from_rank_0` does."""
+    :func:`.copies.start_from_rank_0` does."""
     parameters = named_parameters(model, optimizer) if named is None else named
     device = next(iter(model.parameters())).device
     if synchronize is not None:

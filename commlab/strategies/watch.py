@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..runtime.control import gather_bytes
+from .copies import require_alike
 from .protocol import Strategy
-from .replicas import require_alike
 from .verdict import Verdict
 
 
