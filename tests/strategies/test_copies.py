@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from coupled import SIZE, batch, build, couple, errors_of, every_strategy, make_step, model_of, two_groups, values
 from crew import Crew, by_turns, groups
-from test_record import SIZE, batch, build, couple, errors_of, every_strategy, make_step, model_of, two_groups, values
 
 from commlab.errors import DisagreementError, UsageError
 from commlab.runtime.raw import bytes_of, fingerprint, from_bytes, layout_of, meaning_of, write_bytes

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from coupled import SIZE, build, couple, every_strategy, model_of, values
 from crew import Crew, groups
-from test_record import SIZE, build, couple, every_strategy, model_of, values
 
 from commlab.errors import NotFiniteError
 from commlab.native.norm import clip_factor
