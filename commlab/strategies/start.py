@@ -68,7 +68,8 @@ class Training:
 
     def took_note(self) -> None:
         """What parameters and the optimizer are now is what all ranks have."""
-        self._marks = self._current_marks()
+        if self.group.size > 1:
+            self._marks = self._current_marks()
 
     def was_written(self) -> bool:
         """Whether anybody has written parameters, or put in another optimizer state, since :meth:`took_note`."""
