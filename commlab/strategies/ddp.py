@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -83,9 +84,13 @@ class Ddp(External):
         super().__init__(model, optimizer, group, options)
         self._calls = _Calls(model)
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
-        # Buffers are made alike after each step, by the rule of the options, under every strategy.
+        # Buffers are made alike after each step, by the rule of the options, under every strategy. torch 2.13 has another
+        # name for the switch.
+        names = signature(DistributedDataParallel.__init__).parameters
+        switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        no_buffers: dict[str, Any] = {switch: False}
         self._ddp = DistributedDataParallel(
-            self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(group), broadcast_buffers=False
+            self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(group), **no_buffers
         )
         self._front = _Front(self._ddp)
 
