@@ -84,8 +84,8 @@ class Ddp(External):
         super().__init__(model, optimizer, group, options)
         self._calls = _Calls(model)
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
-        # Buffers are made alike after each step, by the rule of the options, under every strategy. torch 2.13 has another
-        # name for the switch.
+        # Buffers are made alike after each step, by the rule of the options, under every strategy. torch 2.13 has
+        # another name for the switch.
         names = signature(DistributedDataParallel.__init__).parameters
         switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         no_buffers: dict[str, Any] = {switch: False}
