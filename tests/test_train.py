@@ -131,6 +131,15 @@ def test_tensorboard_shows_what_the_metrics_say() -> None:
     assert "step/exchange, s" in shown.Tags()["scalars"]
 
 
+@pytest.mark.parametrize("more", ["", "--max-grad-norm 0", "--strategy dps", "--strategy allreduce --precision bf16"])
+def test_a_run_that_diverges_ends_with_an_error(more: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A14: ``--lr 1e15``: an exit code that is not 0, a sentence, and no model that looks like one."""
+    assert run("--lr", "1e15", "--warmup-steps", "0", "--output", "nothing", *more.split()) == 2
+    told = capsys.readouterr().err
+    assert "commlab: " in told and ("is not finite" in told or "is nan" in told or "is inf" in told)
+    assert "Traceback" not in told and not Path("nothing", "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("strategy", ["ps", "dps", "allreduce", "ddp"])
 def test_every_strategy_gets_through_the_trainer(strategy: str) -> None:
     """One rank of each: what the trainer and its report ask of an engine, all of them have."""

@@ -22,6 +22,7 @@ from ..errors import AgreedError, UsageError
 from ..gradients.parameters import NamedParameter, plain_name
 from ..runtime.control import gather_bytes, raise_together
 from ..runtime.group import Group
+from ..runtime.raw import bytes_of, write_bytes
 from . import files
 
 
@@ -43,6 +44,10 @@ class Saved(Protocol):
     @property
     def shards_state(self) -> bool:
         """Whether ranks hold different pieces of the optimizer's state; else rank 0 writes all of it."""
+
+    @property
+    def own_buffers(self) -> bool:
+        """Whether every rank has buffers of its own; else all have rank 0's."""
 
     def settle(self) -> None:
         """Make every rank's parameters the newest. Collective."""
@@ -147,6 +152,8 @@ class Checkpoints:
         """The state that this rank writes."""
         engine, rank = self._engine, self._group.rank
         state: dict[str, Any] = {"step": step, "random": self._random()}
+        if engine.own_buffers and rank:
+            state["buffers"] = dict(self._model.named_buffers())
         if rank == 0 or engine.shards_state:
             state["engine"] = engine.state_dict()
             values = {item.name: item.tensor.detach().reshape(-1) for item in engine.parameters}
@@ -217,6 +224,9 @@ class Checkpoints:
 
         raise_together(self._group, load)
         self._engine.update_parameters(lambda _: self._write_values(owned, fixed))
+        if len(states) == self._group.size and "buffers" in (own := states[self._group.rank]):
+            for name, tensor in self._model.named_buffers():
+                _overwrite(tensor, own["buffers"][name])
         if self._scheduler is not None and states[0]["scheduler"] is not None:
             self._scheduler.load_state_dict(states[0]["scheduler"])
         if len(states) == self._group.size:
@@ -254,7 +264,7 @@ class Checkpoints:
                     flat[piece["start"] : piece["stop"]] = piece["value"]
                     whole.copy_(flat.view(whole.shape))
         for name, tensor in self._fixed():
-            tensor.data.copy_(fixed[name])
+            _overwrite(tensor, fixed[name])
 
     def _prune(self) -> None:
         """All but the newest good ones go: also those that were refused, once there is a newer one."""
@@ -262,3 +272,11 @@ class Checkpoints:
         for path in files.newest_first(self.folder):
             if path not in self._good:
                 files.remove(path)
+
+
+def _overwrite(tensor: torch.Tensor, saved: torch.Tensor) -> None:
+    """Bit for bit where the dtypes are equal; else cast, as torch's ``load_state_dict`` does."""
+    if tensor.dtype == saved.dtype:
+        write_bytes(tensor, bytes_of(saved))
+    else:
+        tensor.data.copy_(saved)

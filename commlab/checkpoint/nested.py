@@ -2,7 +2,8 @@
 pickle.
 
 JSON knows neither tensors, nor tuples, nor keys that are no strings; each becomes an object with one tag, so that no
-name that a user gives a parameter can be mistaken for one.
+name that a user gives a parameter can be mistaken for one. A tensor of a dtype that safetensors does not have is kept
+as its bytes, with what they mean in the text.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..runtime.raw import bytes_of, from_bytes, meaning_of, require_dense
 
 _PLAIN = (bool, int, float, str, type(None))
+_PLAIN_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+"""What every safetensors can hold."""
 
 
 def pack(state: Any) -> tuple[str, dict[str, torch.Tensor]]:
@@ -24,9 +31,13 @@ def pack(state: Any) -> tuple[str, dict[str, torch.Tensor]]:
 
     def walk(value: Any, where: str) -> Any:
         if torch.is_tensor(value):
+            require_dense(where, value)
             name = str(len(tensors))
-            tensors[name] = value.detach().cpu().contiguous()
-            return {"tensor": name}
+            if value.dtype in _PLAIN_DTYPES and not value.is_quantized:
+                tensors[name] = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+                return {"tensor": name}
+            tensors[name] = bytes_of(value).cpu()
+            return {"bytes": [name, meaning_of(value)]}
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, list):
@@ -44,7 +55,8 @@ def pack(state: Any) -> tuple[str, dict[str, torch.Tensor]]:
 
 
 def unpack(text: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The reverse of :func:`pack`; the result holds ``tensors`` themselves, not copies."""
+    """The reverse of :func:`pack`; the result holds ``tensors`` themselves, not copies, but for those that were kept
+    as bytes."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, list):
@@ -54,6 +66,8 @@ def unpack(text: str, tensors: dict[str, torch.Tensor]) -> Any:
         ((tag, content),) = value.items()
         if tag == "tensor":
             return tensors[content]
+        if tag == "bytes":
+            return from_bytes(tensors[content[0]], content[1])
         if tag == "tuple":
             return tuple(walk(item) for item in content)
         assert tag == "dict", tag

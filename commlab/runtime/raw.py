@@ -6,6 +6,8 @@ bool, whole numbers of every width, complex, float8 and quantized tensors have n
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -20,13 +22,44 @@ _ODD = 0x9E3779B97F4A7C15 - 2**64
 def layout_of(tensor: torch.Tensor) -> str:
     """What must be equal for the bytes of two tensors to mean the same, as text: dtype, shape, and how a quantized one
     is scaled."""
-    text = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-    if not tensor.is_quantized:
-        return text
-    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return f"{text} scale {tensor.q_scale()!r} zero point {tensor.q_zero_point()}"
-    scales, zero_points = tensor.q_per_channel_scales().tolist(), tensor.q_per_channel_zero_points().tolist()
-    return f"{text} axis {tensor.q_per_channel_axis()} scales {scales} zero points {zero_points}"
+    dtype, shape, *scaling = meaning_of(tensor).items()
+    return f"{dtype[1]}{shape[1]}" + "".join(f" {key} {value}" for key, value in scaling)
+
+
+def meaning_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """What :func:`from_bytes` needs to know of a dense tensor beside its bytes, as JSON has it."""
+    meaning: dict[str, Any] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    if tensor.is_quantized and _is_per_tensor(tensor):
+        meaning.update(scale=tensor.q_scale(), zero_point=tensor.q_zero_point())
+    elif tensor.is_quantized:
+        scales, zero_points = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+        meaning.update(axis=tensor.q_per_channel_axis(), scale=scales.tolist(), zero_point=zero_points.tolist())
+    return meaning
+
+
+def from_bytes(data: torch.Tensor, meaning: Mapping[str, Any]) -> torch.Tensor:
+    """A new tensor on the CPU from its bytes (uint8[:]) and :func:`meaning_of` it."""
+    dtype = getattr(torch, meaning["dtype"])
+    if "scale" not in meaning:
+        found = torch.empty(meaning["shape"], dtype=dtype, device="cpu")
+    elif "axis" not in meaning:
+        found = torch._empty_affine_quantized(
+            meaning["shape"], scale=meaning["scale"], zero_point=meaning["zero_point"], dtype=dtype
+        )
+    else:
+        found = torch._empty_per_channel_affine_quantized(
+            meaning["shape"],
+            scales=torch.tensor(meaning["scale"], dtype=torch.float64),
+            zero_points=torch.tensor(meaning["zero_point"]),
+            axis=meaning["axis"],
+            dtype=dtype,
+        )
+    write_bytes(found, data)
+    return found
+
+
+def _is_per_tensor(tensor: torch.Tensor) -> bool:
+    return tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
 
 
 def require_dense(name: str, tensor: torch.Tensor) -> None:

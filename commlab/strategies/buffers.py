@@ -19,7 +19,7 @@ import torch
 
 from ..collectives.allreduce import allreduce
 from ..runtime.group import Group
-from .replicas import copy_bytes_from_rank_0
+from .copies import copy_bytes_from_rank_0, copy_from_rank_0
 
 _BITS = 64
 
@@ -64,9 +64,13 @@ class Buffers:
         marks = self._marks()
         if marks == self._seen:
             return 0
+        pairs = zip(self._all, marks, self._seen, strict=True)
+        # torch's batch norm writes its statistics without counting a version, and counts its batches beside them: where
+        # a module has written one buffer, all of its buffers count as written.
+        modules = {id(buffer.module) for buffer, now, before in pairs if now != before}
         found = 0
-        for at, (now, before) in enumerate(zip(marks, self._seen, strict=True)):
-            if now != before:
+        for at, buffer in enumerate(self._all):
+            if id(buffer.module) in modules:
                 found |= 1 << (at // self._share)
         return found
 
@@ -86,6 +90,13 @@ class Buffers:
                 _average(self._group, numbers)
             copy_bytes_from_rank_0(self._group, chosen, "buffers")
         if bits:
+            self.seen()
+
+    def make_all_alike(self) -> None:
+        """Give rank 0's buffers to all ranks, unless every rank keeps its own: also those that were written in a way
+        that no version tells. Collective. Cost: a digest of all buffers, where they are alike."""
+        if self._all and self.rule != "local":
+            copy_from_rank_0(self._group, self.of(-1))
             self.seen()
 
 

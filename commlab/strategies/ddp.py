@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -93,14 +94,16 @@ class Ddp(External):
             raise UsageError(f"strategy ddp needs torch 2.6 or later, and this is {torch.__version__}; use allreduce")
         super().__init__(model, optimizer, group, options)
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
-        # Buffers are made alike after each step, by the rule of the options, under every strategy.
+        # Buffers are made alike after each step, by the rule of the options, under every strategy. torch 2.13 has
+        # another name for the switch.
+        names = signature(DistributedDataParallel.__init__).parameters
+        switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        no_buffers: dict[str, Any] = {switch: False}
         gloo, wrapped = _process_group(group), _Parameters(model)
         # torch waits for all ranks in the kernel, and would wait for one that has left until gloo's timeout.
         self._guarded = partial(waiting_elsewhere, group, abort=getattr(gloo, "abort", None))
         with self._guarded("the construction of DistributedDataParallel"):
-            self._ddp = DistributedDataParallel(
-                wrapped, bucket_cap_mb=cap_mb, process_group=gloo, broadcast_buffers=False
-            )
+            self._ddp = DistributedDataParallel(wrapped, bucket_cap_mb=cap_mb, process_group=gloo, **no_buffers)
         self._is_ready = False
         """Whether torch's reducer waits for the step's gradients."""
         self._hook = model.register_forward_pre_hook(_Begins(self._begins))

@@ -36,13 +36,13 @@ from ..runtime.control import raise_together
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from . import server_state
+from .copies import start_from_rank_0
 from .edits import Edits
 from .flat import FlatParameters, own_memory, require_in_place
 from .late_pulls import Pulls
 from .options import Options
 from .protocol import Strategy
 from .reduced import ReducedGradient
-from .replicas import start_from_rank_0
 from .start import start
 from .verdict import Verdict, agree
 

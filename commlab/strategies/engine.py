@@ -79,7 +79,7 @@ class Engine:
         """Seconds in which this rank's model stood still; the user may put in a new one, to begin anew."""
         self._training = training
         self._lockstep = Lockstep(strategy)
-        self._turn: int | None = None
+        self._assigned_step: int | None = None
         """The step that :meth:`turns` has given out last."""
         self._backward_done = False
         self._failed = False
@@ -96,6 +96,11 @@ class Engine:
     def steps(self) -> int:
         """Steps that were made, skipped ones included."""
         return self._training.steps
+
+    @property
+    def own_buffers(self) -> bool:
+        """Whether every rank has buffers of its own."""
+        return self.options.buffers == "local"
 
     # A step.
 
@@ -240,7 +245,7 @@ class Engine:
             if self._reduced is not None:
                 for piece in self._reduced[0]:
                     piece.put_back()
-            self._lockstep.step_begins(self._turn if number is None else number)
+            self._lockstep.step_begins(self._assigned_step if number is None else number)
             try:
                 verdict = strategy.agree()
                 self._lockstep.compare_replicas(verdict)
@@ -332,9 +337,9 @@ class Engine:
         ``start .. stop - 1`` are given out. In lockstep each rank has its own share of every step; where ranks do not
         wait for each other, whoever is free gets the next one that nobody has."""
         for step, rank in self.strategy.assignments(start, stop):
-            self._turn = step
+            self._assigned_step = step
             yield step, rank
-        self._turn = None
+        self._assigned_step = None
 
     def settle(self, last: bool = False) -> None:
         """Make every rank's parameters the newest, in full precision, before they are evaluated or saved. Collective.

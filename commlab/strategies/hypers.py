@@ -129,9 +129,9 @@ class _Group:
             self.packed = self._words + repr(values).encode()
 
 
-def _picker(places: Iterable[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """What takes the values of these places out of a row."""
-    found = tuple(places)
+def _picker(columns: Iterable[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """What takes the values of these columns out of a row."""
+    found = tuple(columns)
     return itemgetter(*found) if len(found) > 1 else lambda row: tuple(row[at] for at in found)
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..runtime.control import gather_bytes
+from .copies import require_alike
 from .protocol import Strategy
-from .replicas import require_alike
 from .verdict import Verdict
 
 
@@ -30,8 +30,6 @@ class Lockstep:
         )
         self._written_steps = 0
         """Steps in a row before which a rank had written parameters."""
-        self._apart = 0
-        """Buffers that ranks have written, where every rank keeps its own, a bit for each."""
         self.took_note()
 
     def took_note(self) -> None:
@@ -62,21 +60,25 @@ class Lockstep:
         self._written_steps = self._written_steps + 1 if verdict.written else 0
         written = self._written_steps and not self._written_steps & (self._written_steps - 1)
         if written or (every and (training.steps + 1) % every == 0):
-            require_alike(training.group, training.steps, self._copies(verdict.buffers))
+            require_alike(training.group, training.steps, self._copies())
 
-    def _copies(self, written: int) -> Iterator[tuple[str, Any]]:
-        """What must be equal on all ranks, by name. ``written``: the buffers that ranks have written."""
+    def _copies(self) -> Iterator[tuple[str, Any]]:
+        """What must be equal on all ranks, by name. Buffers become alike by their rule instead."""
         training = self._training
         yield from self._strategy.replicas()
         trained = {item.name for item in training.parameters}
-        frozen = (entry for entry in training.model.named_parameters() if entry[0] not in trained)
-        for name, tensor in (*frozen, *training.buffers.of(~(written | self._apart))):
-            yield repr(name), tensor
+        for name, tensor in training.model.named_parameters():
+            if name not in trained:
+                yield repr(name), tensor.detach()
 
     def step_ends(self, verdict: Verdict) -> None:
         """The step was made, or skipped, on all ranks. Collective, where buffers were written."""
+        training = self._training
+        every = training.options.check_replicas
         if self._strategy.averages:
-            self._make_alike(verdict.buffers)
+            training.buffers.make_alike(verdict.buffers)
+            if every and (training.steps + 1) % every == 0:
+                training.buffers.make_all_alike()
         self.step_dropped()
         self._training.took_note()
 
@@ -90,12 +92,6 @@ class Lockstep:
         self._training.record.zero_grads += 1
         self._training.losses_finite.clear()
 
-    def _make_alike(self, written: int) -> None:
-        buffers = self._training.buffers
-        if buffers.rule == "local":
-            self._apart |= written
-        buffers.make_alike(written)
-
     # Between steps.
 
     def settle(self) -> None:
@@ -106,8 +102,9 @@ class Lockstep:
         if len(training.buffers):
             own = training.buffers.written().to_bytes(8, "little")
             everyones = gather_bytes(training.group, own, "buffers that were written")
-            self._make_alike(reduce(or_, (int.from_bytes(each, "little") for each in everyones)))
-        require_alike(training.group, training.steps, self._copies(0))
+            training.buffers.make_alike(reduce(or_, (int.from_bytes(each, "little") for each in everyones)))
+            training.buffers.make_all_alike()
+        require_alike(training.group, training.steps, self._copies())
 
     def close(self) -> None:
         """Take the hooks off the model."""

@@ -22,9 +22,9 @@ import torch
 from ..checkpoint import pieces
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
+from .copies import copy_from_rank_0, tensors_of
 from .edits import Edits
 from .reduced import ReducedGradient
-from .replicas import copy_from_rank_0, tensors_of
 from .start import Training
 from .verdict import Verdict
 

@@ -44,7 +44,7 @@ class Common(NamedTuple):
     """Calls of ``backward()`` outside ``no_sync()`` since the last step, those included that raised."""
     failed: int
     """Forward passes since the last step that raised."""
-    given: bool
+    numbered: bool
     """Whether the caller has given the number."""
     total: float
     """The step's global count, where the caller knows it."""
@@ -124,7 +124,7 @@ class StepRecord:
         (:meth:`odd_ranks`) say that ranks are not in the same step, or would not update alike. Collective where they
         differ in hyper-parameters."""
         rows = [Common._make(_COMMON.unpack(record)) for record in records]
-        problem = _numbers(rows) or ("" if all(row.given for row in rows) else _dropped(rows, odd))
+        problem = _numbers(rows) or ("" if all(row.numbered for row in rows) else _dropped(rows, odd))
         if not problem and len({row.total for row in rows}) > 1:
             sides = sides_of([_total_text(row.total) for row in rows])
             problem = f"backward() was given different totals of the step: {sides}"
@@ -174,9 +174,9 @@ _WAY_OUT = (
 
 def _numbers(rows: Sequence[Common]) -> str:
     """What is wrong with the steps' numbers; empty where nothing is."""
-    if len({row.given for row in rows}) > 1:
+    if len({row.numbered for row in rows}) > 1:
         return "some ranks have given engine.step() a number and others have not: " + sides_of(
-            [str(row.number) if row.given else "none" for row in rows]
+            [str(row.number) if row.numbered else "none" for row in rows]
         )
     return "" if len({row.number for row in rows}) == 1 else _in_steps([row.number for row in rows], [""] * len(rows))
 

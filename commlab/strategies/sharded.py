@@ -34,13 +34,13 @@ from ..ps.elementwise import require_elementwise, require_nothing_whole
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..window.area import Place
+from .copies import copy_from_rank_0, tensors_of
 from .edits import Edits
 from .flat import FlatParameters, own_memory, require_in_place
 from .options import Options
 from .owners import Owned, all_owners, one_owner, owned
 from .protocol import Strategy
 from .reduced import ReducedGradient
-from .replicas import copy_from_rank_0, tensors_of
 from .start import close_buckets, pin_flats, start, start_buckets
 from .verdict import Verdict, agree, unused_on_all
 

@@ -20,10 +20,10 @@ from ..precision.masters import Masters
 from ..precision.modes import Precision
 from ..runtime.group import Group
 from .buffers import Buffers
+from .copies import start_from_rank_0
 from .counts import StepCounts
 from .options import Options
 from .record import StepRecord
-from .replicas import start_from_rank_0
 
 
 @dataclass(eq=False)
@@ -69,7 +69,8 @@ class Training:
 
     def took_note(self) -> None:
         """What parameters and the optimizer are now is what all ranks have."""
-        self._marks = self._current_marks()
+        if self.group.size > 1:
+            self._marks = self._current_marks()
 
     def was_written(self) -> bool:
         """Whether anybody has written parameters, or put in another optimizer state, since :meth:`took_note`."""
@@ -92,7 +93,7 @@ def start(
 ) -> Training:
     """Begin to train ``model`` on the ranks of ``group``. Collective. ``named``: the parameters, where the optimizer
     does not have them any more. ``synchronize()`` makes all ranks start from all that rank 0 has; None:
-    :func:`.replicas.start_from_rank_0` does."""
+    :func:`.copies.start_from_rank_0` does."""
     _require_plain_step(optimizer)
     parameters = named_parameters(model, optimizer) if named is None else named
     device = next(iter(model.parameters())).device

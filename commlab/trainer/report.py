@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +127,7 @@ class Report:
         if self._on_rank_0:
             # A resumed run goes on in the metrics file of the run before.
             self._metrics = Metrics(config.metrics, config.tensorboard, append=config.resume)
+            weakref.finalize(self, self._metrics.close)  # a run may end with an error
         for reason in refused:
             self._print(f"checkpoint REFUSED: {reason}; the one before it is used")
         if config.resume:

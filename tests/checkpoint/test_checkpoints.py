@@ -25,6 +25,7 @@ from commlab.checkpoint import files as store
 from commlab.checkpoint.nested import pack, unpack
 from commlab.errors import UsageError
 from commlab.precision.loss_scale import LossScale
+from commlab.runtime.raw import bytes_of
 
 RECIPE = Recipe(max_grad_norm=0.5, optimizer="AdamW")
 
@@ -110,6 +111,34 @@ def test_buffers_and_frozen_parameters_come_back(tmp_path: Path) -> None:
     others.restore()
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_buffers_of_every_dtype_come_back(tmp_path: Path) -> None:
+    """A6: bool, whole numbers of every width, complex, float8, quantized: bit for bit."""
+    names = "bool uint8 int8 int16 uint16 uint32 uint64 complex32 complex64 complex128 float8_e4m3fn float8_e8m0fnu"
+    dtypes = [getattr(torch, name) for name in names.split() if hasattr(torch, name)]
+
+    def make(seed: int) -> tuple[torch.nn.Module, Checkpoints]:
+        model = torch.nn.Linear(2, 2)
+        for at, dtype in enumerate(dtypes):
+            raw = torch.arange(16 * 4).add(seed).remainder(2 if dtype is torch.bool else 251).to(torch.uint8)
+            model.register_buffer(f"b{at}", raw.view(dtype)[:3])
+        model.register_buffer("q", torch.quantize_per_tensor(torch.arange(4.0) + seed, 0.5, 3, torch.qint8))
+        scales, zero_points = torch.tensor([0.5, 0.25]), torch.tensor([0, 1])
+        numbers = torch.arange(4.0).add(seed).view(2, 2)
+        model.register_buffer("c", torch.quantize_per_channel(numbers, scales, zero_points, 1, torch.quint8))
+        engine = commlab.strategy("single", model, torch.optim.SGD(model.parameters(), lr=0.1), training.alone())
+        return model, Checkpoints(tmp_path, model, engine)
+
+    model, checkpoints = make(0)
+    checkpoints.save(1)
+    again, others = make(1)
+    wanted = {name: bytes_of(tensor).clone() for name, tensor in model.named_buffers()}
+    assert not any(torch.equal(bytes_of(tensor), wanted[name]) for name, tensor in again.named_buffers())
+    others.restore()
+    assert len(wanted) > 12
+    assert all(torch.equal(bytes_of(tensor), wanted[name]) for name, tensor in again.named_buffers())
 
 
 def test_the_newest_stay(tmp_path: Path) -> None:

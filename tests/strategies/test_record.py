@@ -11,33 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+from coupled import (
+    SIZE,
+    batch,
+    build,
+    couple,
+    errors_of,
+    every_strategy,
+    loss_of,
+    make_step,
+    model_of,
+    two_groups,
+    values,
+)
 from crew import Crew, groups
 
 import commlab
-from commlab.errors import DisagreementError, UsageError
+from commlab.errors import UsageError
 from commlab.precision.loss_scale import LossScale
-from commlab.runtime.group import Group
 from commlab.strategies.engine import Engine
-from commlab.strategies.external import External
 from commlab.strategies.hypers import HyperParameters, text_of
-from commlab.strategies.options import Options
-
-SIZE = 3
-STRATEGIES = ("allreduce", "ps", "dps", "external")
-every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-
-
-class Everybody(External):
-    """A library whose exchange commlab knows nothing of."""
-
-    name = "external"
-
-    def backward(self, loss: torch.Tensor | None) -> None:
-        super().backward(loss)
-        for item in () if not self.buckets.syncing else self.training.parameters:
-            if item.tensor.grad is None:
-                item.tensor.grad = torch.zeros_like(item.tensor)
-            commlab.allreduce(item.tensor.grad, "mean", item.name, group=self.training.group)
 
 
 @pytest.fixture
@@ -45,72 +38,6 @@ def crew() -> Iterator[Crew]:
     made = Crew(SIZE)
     yield made
     made.close()
-
-
-def model_of(seed: int = 0) -> torch.nn.Sequential:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
-    with torch.no_grad():
-        for at, parameter in enumerate(model.parameters()):
-            parameter.copy_(torch.arange(parameter.numel()).add(at + 10 * seed).sin().view(parameter.shape))
-    return model
-
-
-def couple(
-    strategy: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, **more: Any
-) -> Engine:
-    if strategy == "external":
-        return Engine(Everybody(model, optimizer, group, Options(**more)))
-    return commlab.strategy(strategy, model, optimizer, group, **more)
-
-
-def two_groups(model: torch.nn.Module, kind: Callable[..., Any] = torch.optim.AdamW) -> torch.optim.Optimizer:
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    made: torch.optim.Optimizer = kind([{"params": matrices}, {"params": others, "lr": 0.02}], lr=0.01)
-    return made
-
-
-def build(crew: Crew, strategy: str, **options: Any) -> list[Engine]:
-    ranks = groups(SIZE)
-
-    def one(rank: int) -> Engine:
-        model = model_of()
-        return couple(strategy, model, two_groups(model), ranks[rank], **options)
-
-    return crew.all(one)
-
-
-def batch(rank: int, step: int) -> torch.Tensor:
-    return torch.arange(6.0).add(7 * rank + 31 * step).cos().view(2, 3)
-
-
-def loss_of(engine: Engine, rank: int, step: int) -> torch.Tensor:
-    found: torch.Tensor = engine.model(batch(rank, step)).square().sum()
-    return found
-
-
-def make_step(engine: Engine, rank: int, step: int, **more: Any) -> bool:
-    engine.backward(loss_of(engine, rank, step))
-    updated = engine.step(**more)
-    engine.zero_grad()
-    return updated
-
-
-def values(engine: Engine) -> list[torch.Tensor]:
-    return [item.tensor.detach().clone() for item in engine.parameters]
-
-
-def errors_of(crew: Crew, task: Callable[[int], object]) -> list[str]:
-    """The message of DisagreementError on every rank; "" where there is none."""
-
-    def attempt(rank: int) -> str:
-        try:
-            task(rank)
-        except DisagreementError as error:
-            return str(error)
-        return ""
-
-    return crew.all(attempt)
 
 
 def all_told(crew: Crew, engines: list[Engine], task: Callable[[int], object], *words: str) -> None:
@@ -423,7 +350,7 @@ def test_the_digest_sees_every_change() -> None:
     entry["big"] += 1
     changed()
     del entry["big"], entry["mode"]
-    changed()
+    assert hypers.digest() in seen
     entry["nan"] = math.nan
     changed()
     entry["eps"] = torch.tensor([1.0, 2.0])

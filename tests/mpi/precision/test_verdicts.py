@@ -94,7 +94,9 @@ def test_ranks_of_different_precisions_are_told(ranks: Ranks) -> None:
     for group in [ranks.world.subgroup([0, 1, 2])]:  # of its own: its ranks part ways in the middle of an operation
         if group is not None:
             model = torch.nn.Linear(3, 3)
-            with pytest.raises(DisagreementError, match="fast 16-bit products"):
+            with pytest.raises(
+                DisagreementError, match="different options: precision, rank 0: 'fp32', ranks 1, 2: 'bf16'"
+            ):
                 commlab.strategy(
                     "dps",
                     model,

@@ -253,8 +253,8 @@ def _take(optimizer: torch.optim.Optimizer, names: dict[int, str], text: str, te
     optimizer.state.update(state)
 
 
-def _same_value(own: Any, given: Any) -> bool:
-    return type(own) is type(given) and not torch.is_tensor(own) and bool(own == given)
+def _same_value(own: Any, other: Any) -> bool:
+    return type(own) is type(other) and not torch.is_tensor(own) and bool(own == other)
 
 
 def _placed(value: Any, key: Any, parameter: torch.Tensor, on_device: bool) -> Any:
