@@ -26,7 +26,8 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 class Link:
     """The messages between this rank and ``peer``. ``memory_for(header)``: memory for the bytes that follow a header,
-    or None to be asked again; ``arrived(header, data)``: called with every message once all its bytes are there."""
+    or None to be asked again; ``arrived(header, data)``: called with every message once all its bytes are there, and
+    ``ready(header, data)`` says that it can be taken in, or is asked again."""
 
     def __init__(
         self,
@@ -34,9 +35,10 @@ class Link:
         peer: int,
         memory_for: Callable[[Header], torch.Tensor | None],
         arrived: Callable[[Header, torch.Tensor], None],
+        ready: Callable[[Header, torch.Tensor], bool] | None = None,
     ):
         self._transport, self.peer = transport, peer
-        self._memory_for, self._arrived = memory_for, arrived
+        self._memory_for, self._arrived, self._ready = memory_for, arrived, ready
         self._queue: list[tuple[Order, int, Bytes, Bytes | None]] = []
         self._queued = 0
         self._flying: deque[list[Request]] = deque()
@@ -113,7 +115,11 @@ class Link:
             if self._header.length:
                 self._incoming = self._transport.irecv(self._data.numpy(), self.peer)
             moved = True
-        if self._incoming is not None and not self._incoming.test():
+        if self._incoming is not None:
+            if not self._incoming.test():
+                return moved
+            self._incoming = None
+        if self._ready is not None and not self._ready(self._header, self._data):
             return moved
         header, data = self._header, self._data
         self._header = self._data = self._incoming = None

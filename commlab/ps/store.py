@@ -21,6 +21,7 @@ from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..runtime.world import resolve
 from ..transport.sim import SimNetwork
+from . import hypers
 from .consistency import parse
 from .elementwise import require_elementwise
 from .messages import Header, Kind
@@ -99,6 +100,7 @@ class ParameterServer:
         workers = [rank for rank in range(max(2, everyone.size)) if rank not in ranks]
         agrees = max_grad_norm is not None or skips
         rules = Rules(self.consistency, len(workers), len(ranks), agrees, skips, max_grad_norm)
+        self._optimizer_groups = 0 if self.optimizer is None else len(self.optimizer.param_groups)
         self._keys.require_agreement(everyone, f"{consistency}, {len(ranks)} servers, wire {wire}, {rules[3:]}")
         self.role = "server" if everyone.rank in ranks else "worker"
         self.clock = 0
@@ -132,7 +134,8 @@ class ParameterServer:
             serving.run()
             return
         self._client = Client(near, ranks, timeout_s, crowded, None if serving is None else serving.poll)
-        self._requests = Requests(self._client, self._keys, WIRES[wire])
+        self._client.clock = 0
+        self._requests = Requests(self._client, self._keys, WIRES[wire], self.consistency, agrees)
         # A worker that ended without close() would keep the servers waiting.
         atexit.register(self.close)
         if self.group.rank == 0:
@@ -165,12 +168,12 @@ class ParameterServer:
         self._keys.require(key, tensor, "push_pull")
         self._keys.require(key, out, "push_pull")
         pushed = self.push_flat((key,), tensor.detach().reshape(-1))
-        return self._requests.pull_into(key, out, self.clock + 1, follows=pushed)
+        return self._requests.pull_into(key, out, self.clock, follows=pushed)
 
     def push_flat(self, keys: Sequence[str], flat: torch.Tensor) -> Handle:
         """:meth:`push` of several tensors of one dtype that lie side by side in ``flat`` (1-D), possibly already in the
         wire's dtype; adjoining slices travel in one message."""
-        self._requests.send_hypers(self.clock, self.optimizer, self.lr_factor, self.grad_scale)
+        self._requests.send_hypers(self.clock, self._hypers)
         return self._requests.push(tuple(keys), flat, self.clock)
 
     def pull_flat(self, keys: Sequence[str], flat: torch.Tensor, *, exact: bool = False) -> Handle:
@@ -206,12 +209,9 @@ class ParameterServer:
         self._require_worker("step")
         if self._last_step is not None and self._last_step.finished:
             self._last_step.wait()  # an error that nobody has asked for
-        header = Header(Kind.CLOCK, clock=self.clock, flag=finite)
-        what = f"end of clock {self.clock}"
-        handle = self._requests.ask_all(header, (self.clock, 1, 0), what, complete=self._take_verdict)
+        handle = self._requests.end_clock(self.clock, finite, self._take_verdict)
         self.clock += 1
         self._last_step = handle
-        self._client.poll()
         return handle
 
     def poll(self) -> None:
@@ -273,14 +273,22 @@ class ParameterServer:
         if self._closed:
             raise UsageError(f"rank {self._keys.rank}: {what}() on a parameter server that was closed")
 
+    def _hypers(self) -> bytes:
+        try:
+            return hypers.encode(self.optimizer, self._optimizer_groups, self.lr_factor, self.grad_scale)
+        except UsageError as error:
+            raise UsageError(f"rank {self._keys.rank}: push at clock {self.clock}: {error}") from None
+
     def _take_verdict(self, call: PendingRequests) -> None:
         if self.agrees:
-            answer = call.answers[0]
-            call.handle.result = ClockVerdict(answer.value**0.5 / self.grad_scale, answer.flag)
+            answer = call.answer
+            assert answer is not None
+            call.result = ClockVerdict(answer.value**0.5 / self.grad_scale, answer.flag)
 
 
 def _take_ticket(call: PendingRequests) -> None:
-    call.handle.result = call.answers[0].clock
+    assert call.answer is not None
+    call.result = call.answer.clock
 
 
 def _close(reference: weakref.ref[ParameterServer]) -> None:

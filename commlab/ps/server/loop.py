@@ -41,7 +41,13 @@ class ServerLoop:
         others = [rank for rank in servers if rank != transport.rank] if self._ledger.rules.agrees else []
         peers = {rank: peer for peer, rank in enumerate((*workers, *servers))}
         self._links = {
-            peer: Link(transport, rank, partial(server.memory_for, peer), partial(self._arrived, peer))
+            peer: Link(
+                transport,
+                rank,
+                partial(server.memory_for, peer),
+                partial(self._arrived, peer),
+                partial(server.ready, peer),
+            )
             for rank, peer in peers.items()
             if rank in workers or rank in others
         }

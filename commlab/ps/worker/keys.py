@@ -82,7 +82,7 @@ class Keys:
     def require(self, key: str, tensor: torch.Tensor, what: str) -> None:
         """UsageError unless ``tensor`` has the shape and dtype of ``key``; ``what`` is to be done with it."""
         entry = self.entry(key)
-        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+        if tensor.shape != entry.shape or tensor.dtype is not entry.dtype:
             mine, theirs = (
                 f"{str(dtype).removeprefix('torch.')}{list(shape)}"
                 for dtype, shape in ((tensor.dtype, tensor.shape), (entry.dtype, entry.shape))
