@@ -64,7 +64,7 @@ def lacking(clock: int, contained: int) -> int:
 
 def parse(text: str) -> Consistency:
     """The consistency named ``"bsp"``, ``"ssp:S"`` (S >= 0) or ``"asp"``. UsageError for any other name."""
-    name, colon, bound = text.partition(":")
+    name, colon, bound = text.partition(":") if isinstance(text, str) else ("", "", "")
     if name in ("bsp", "asp") and not colon:
         return BSP if name == "bsp" else Consistency(name, None, False)
     if name == "ssp" and bound.isdecimal():

@@ -50,7 +50,7 @@ def unpack(header: Header, data: torch.Tensor, frm: str, versions: bool = False)
     if stop > data.numel():
         raise CommlabError(f"{frm} sent a frame of {count} entries in {data.numel()} B")
     table = data[:start].numpy().view(np.uint32).reshape(-1, 2)
-    entries: list[Entry] = list(map(tuple, table.tolist()))
+    entries: list[Entry] = [(first, slices) for first, slices in table.tolist()]
     return Frame(entries, data[start:stop].numpy().view(np.int64).tolist(), data[stop:])
 
 

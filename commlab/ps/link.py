@@ -21,7 +21,7 @@ from .messages import HEADER_BYTES, IN_FLIGHT, Header, unpack
 Order: TypeAlias = tuple[int, int, int]
 """(clock, 0 for numbers or 1 for a message that must come after them, slice): the smaller goes sooner."""
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class Link:
@@ -79,10 +79,11 @@ class Link:
 
     def poll(self) -> bool:
         """Go on as far as possible; returns whether anything moved."""
-        moved = self._poll_sends()
+        moved = self.poll_sends()
         return self._poll_receive() or moved
 
-    def _poll_sends(self) -> bool:
+    def poll_sends(self) -> bool:
+        """Send as far as possible; returns whether anything moved."""
         moved = False
         while self._flying and all(request.test() for request in self._flying[0]):
             self._flying.popleft()

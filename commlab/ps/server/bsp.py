@@ -259,12 +259,13 @@ class BSP:
             peer
             for peer, state in enumerate(ledger.workers)
             if state.left
-            and clock > (state.clock if index is None or ledger.rules.agrees else rounds.reach(index, peer, state.clock))
+            and clock
+            > (state.clock if index is None or ledger.rules.agrees else rounds.reach(index, peer, state.clock))
         ]
         if not lost:
             return ""
         who = ", ".join(f"{ledger.names[peer]} (at clock {ledger.workers[peer].clock})" for peer in lost)
         return (
-            f"{ledger.names[worker]} waits at clock {ledger.workers[worker].clock} for {who}, which has left; under bsp "
-            "all workers make the same number of steps: use ssp or asp where they do not"
+            f"{ledger.names[worker]} waits at clock {ledger.workers[worker].clock} for {who}, which has left; under "
+            "bsp all workers make the same number of steps: use ssp or asp where they do not"
         )

@@ -13,7 +13,7 @@ import torch
 from ...errors import CommlabError
 from ..frames import Entry
 from ..messages import NO_WIRE, Header
-from .ledger import Ledger, Waiting
+from .ledger import Ledger
 from .reads import Reads
 from .shard import Run
 

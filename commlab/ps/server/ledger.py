@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -106,9 +106,9 @@ class Ledger:
 
     def scratch(self, peer: int, length: int) -> torch.Tensor:
         """Memory (bytes) for a message of ``peer`` whose bytes are used before the peer's next message comes."""
-        if length > self._scratch.get(peer, torch.empty(0)).numel():
-            self._scratch[peer] = torch.empty(length, dtype=torch.uint8)
-        return self._scratch[peer][:length] if length else torch.empty(0, dtype=torch.uint8)
+        if peer not in self._scratch or length > self._scratch[peer].numel():
+            self._scratch[peer] = torch.empty(length, dtype=torch.uint8, device="cpu")
+        return self._scratch[peer][:length]
 
     # Answers.
 

@@ -36,9 +36,7 @@ class Reads:
         self._encoded: dict[tuple[int, int, int], tuple[int, torch.Tensor]] = {}
         """The last values that were sent of each span and wire, with the sum of their versions."""
 
-    def read(
-        self, worker: int, header: Header, entry: Entry, since_s: float, contained: int, event: int
-    ) -> None:
+    def read(self, worker: int, header: Header, entry: Entry, since_s: float, contained: int, event: int) -> None:
         """Let the next :meth:`answer` answer this part of the read ``header``, whose values contain ``contained``
         clocks of every worker; where the consistency does not allow that yet, keep the part until ``event``.
         ``since_s``: when the read came."""

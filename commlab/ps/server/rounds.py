@@ -38,7 +38,7 @@ class Rounds:
         """By slice: who has pushed in the open round, and the dtype of the numbers; None: there was no gradient."""
         self._slots: dict[tuple[int, torch.dtype, torch.dtype], torch.Tensor] = {}
         self._sums = {
-            dtype: torch.zeros(numel, dtype=torch.float32 if dtype.itemsize == 2 else dtype)
+            dtype: torch.zeros(numel, dtype=torch.float32 if dtype.itemsize == 2 else dtype, device="cpu")
             for dtype, numel in shard.numel.items()
         }
 
@@ -73,12 +73,10 @@ class Rounds:
         """Memory in which a worker's numbers of ``wire`` wait to be added to those of ``dtype`` at ``where``."""
         key = worker, wire, dtype
         if key not in self._slots:
-            self._slots[key] = torch.empty(self._shard.numel[dtype], dtype=wire)
+            self._slots[key] = torch.empty(self._shard.numel[dtype], dtype=wire, device="cpu")
         return self._slots[key][where.start : where.stop]
 
-    def take(
-        self, worker: int, clock: int, slices: Iterable[int], wire: torch.dtype | None, hypers: Hypers
-    ) -> None:
+    def take(self, worker: int, clock: int, slices: Iterable[int], wire: torch.dtype | None, hypers: Hypers) -> None:
         """Note that the numbers of ``wire`` that ``worker`` has pushed of ``slices`` are in their slot; None: the
         worker has no gradient of them."""
         if wire is not None:

@@ -56,7 +56,7 @@ class Shard:
         for owned, dtype in zip(self.slices, self.dtypes, strict=True):
             numel[dtype] = owned.offset + owned.numel
         self.numel = numel
-        self.values = {dtype: torch.zeros(count, dtype=dtype) for dtype, count in numel.items()}
+        self.values = {dtype: torch.zeros(count, dtype=dtype, device="cpu") for dtype, count in numel.items()}
         self.pieces: list[torch.Tensor] = []
         """Each slice's numbers, as the optimizer updates them: a view of ``values``."""
         self._members: list[list[int]] = [[] for _ in range(groups)]
@@ -118,7 +118,8 @@ class Shard:
         """``numbers`` of a run, 1-D, slice by slice."""
         if run.slices == 1:
             return (numbers,)
-        return numbers.split([self.slices[index].numel for index in run.indices])
+        found: Sequence[torch.Tensor] = numbers.split([self.slices[index].numel for index in run.indices])
+        return found
 
     def has_values(self, first: int, count: int) -> bool:
         """Whether slices ``first .. first + count - 1`` have had their first values."""

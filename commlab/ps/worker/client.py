@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ... import trace
-from ...errors import CommlabError, PeerTimeoutError, UsageError
+from ...errors import CommlabError, UsageError
 from ...runtime.handle import Handle
 from ...runtime.waiting import pause, silence_of, spin_s, wait_until
 from ...transport.base import Transport
-from .. import frames
-from ..encoding import decode
 from ..link import Link, Order
 from ..messages import Header, Kind
+from .calls import NEVER, Alone, Framed, Item, PendingRequests
 
-_NEVER = 2**62
+CLOSE = "close"
+"""The one call that can still be made when a server has failed."""
 _NUMBERS = frozenset((Kind.PUSH, Kind.PULL, Kind.PUSH_FRAME, Kind.PULL_FRAME))
 
 
@@ -36,148 +36,6 @@ class Message(NamedTuple):
     header: Header
     data: torch.Tensor | None = None
     target: torch.Tensor | None = None
-
-
-class PendingRequests(Handle):
-    """A push, a pull or the end of a clock under way: some requests, and the handle that the caller holds. ``what``
-    names the call in messages, where there are ``keys`` followed by these and ``clock``. ``complete(call)`` runs when
-    all answers are there and none is an error, before anybody sees the handle finished. ``follows``: the handle of an
-    earlier call, which ends no later than this one; where the earlier call fails, so does this one. ``needs_clocks``:
-    how many clocks this worker must have ended before the servers can answer."""
-
-    __slots__ = ("_complete", "_refusal", "answer", "clock", "follows", "keys", "needs_clocks", "open", "version", "what")
-
-    def __init__(
-        self,
-        client: Client,
-        what: str,
-        keys: tuple[str, ...] = (),
-        clock: int = 0,
-        result: Any = None,
-        complete: Callable[[PendingRequests], None] | None = None,
-        follows: Handle | None = None,
-        needs_clocks: int = 0,
-    ):
-        Handle.__init__(self, client, None, result)
-        self.what, self.keys, self.clock = what, keys, clock
-        self.follows, self._complete, self.needs_clocks = follows, complete, needs_clocks
-        self.answer: Header | None = None
-        """The last answer to a request that travelled alone."""
-        self.version = _NEVER
-        """The least version of the values that were answered."""
-        self.open = 0
-        """How many requests are not answered."""
-        self._refusal: CommlabError | None = None
-
-    def describe(self) -> str:
-        if not self.keys:
-            return self.what
-        named = repr(self.keys[0]) if len(self.keys) == 1 else f"{self.keys[0]!r} .. {self.keys[-1]!r}"
-        return f"{self.what} of {named}" + (f" at clock {self.clock}" if self.clock >= 0 else "")
-
-    def take(self, version: int, refusal: CommlabError | None) -> None:
-        """Take in one answer."""
-        if version < self.version:
-            self.version = version
-        if refusal is not None and self._refusal is None:
-            self._refusal = refusal
-        self.open -= 1
-        if self.open or self.finished:
-            return
-        if self._refusal is None and self._complete is not None:
-            self._complete(self)
-        self.finish(self._refusal)
-
-    def fail(self, error: BaseException) -> None:
-        """End the call with ``error``, whatever is still to come."""
-        if not self.finished:
-            self.finish(error)
-
-    def fail_with(self, earlier: Handle) -> None:
-        """End this call too where the call that it follows has failed."""
-        if earlier.error is not None:
-            self.fail(earlier.error)
-
-
-class Item(NamedTuple):
-    """What a frame carries for one call: an entry, and its numbers, 1-D: those to push, or where pulled ones go. A
-    push without a gradient has none."""
-
-    first: int
-    slices: int
-    call: PendingRequests
-    numbers: torch.Tensor | None
-
-
-class _Alone:
-    """A request that travels alone, and is not answered yet."""
-
-    def __init__(self, client: Client, kind: Kind, call: PendingRequests, target: torch.Tensor | None):
-        self._client, self.kind, self.call, self._target = client, kind, call, target
-
-    def calls(self) -> Iterable[PendingRequests]:
-        return (self.call,)
-
-    def memory_for(self, header: Header) -> torch.Tensor | None:
-        if header.kind == Kind.VALUES and self._target is not None and self._target.numel() == header.length:
-            return self._target
-        return None
-
-    def take(self, server: int, header: Header, data: torch.Tensor) -> bool:
-        """Take in the answer; returns whether the request is answered with this."""
-        call, client = self.call, self._client
-        error: CommlabError | None = None
-        if header.kind == Kind.ERROR:
-            error = client.refusal(call, server, header, data)
-        elif header.kind == Kind.TEXT:
-            call.result = bytes(data.numpy()).decode()
-        elif header.kind == Kind.STATE:
-            try:
-                call.result = decode(data)
-            except UsageError as broken:
-                error = UsageError(f"rank {client.rank}: {call.describe()} by server {server}: {broken}")
-        call.answer = header
-        call.take(header.clock if header.kind == Kind.VALUES else _NEVER, error)
-        return True
-
-
-class _Framed:
-    """The entries of a frame that are not answered yet, by their first slice. ``dtype``: of the numbers."""
-
-    def __init__(self, client: Client, kind: Kind, items: dict[int, Item], dtype: torch.dtype | None):
-        self._client, self.kind, self._items, self._dtype = client, kind, items, dtype
-
-    def calls(self) -> Iterable[PendingRequests]:
-        return (item.call for item in self._items.values())
-
-    def memory_for(self, header: Header) -> torch.Tensor | None:
-        return None
-
-    def take(self, server: int, header: Header, data: torch.Tensor) -> bool:
-        """Take in an answer; returns whether the whole frame is answered with this."""
-        items, frm = self._items, f"server {server}"
-        if header.kind == Kind.VALUES_FRAME:
-            entries, versions, body = frames.unpack(header, data, frm, versions=True)
-            answered = [items.pop(first) for first, _ in entries]
-            self._write([item.numbers for item in answered if item.numbers is not None], body, header.dtype)
-            for item, version in zip(answered, versions, strict=True):
-                item.call.take(version, None)
-        elif header.kind == Kind.REFUSED_FRAME:
-            entries, _, body = frames.unpack(header, data, frm)
-            for call in [items.pop(first).call for first, _ in entries]:
-                call.take(_NEVER, self._client.refusal(call, server, header, body))
-        else:
-            self._items = {}
-            for item in items.values():
-                call = item.call
-                call.take(_NEVER, self._client.refusal(call, server, header, data) if data.numel() else None)
-        return not self._items
-
-    def _write(self, targets: list[torch.Tensor], body: torch.Tensor, dtype: torch.dtype | None) -> None:
-        assert dtype is not None
-        numbers = body.view(dtype).to(self._dtype).split([target.numel() for target in targets])
-        with torch.inference_mode():  # in which every tensor may be written, those made in it too
-            torch._foreach_copy_(targets, numbers)
 
 
 class Client:
@@ -197,18 +55,22 @@ class Client:
             Link(transport, rank, partial(self._memory_for, server), partial(self._arrived, server))
             for server, rank in enumerate(ranks)
         ]
-        self._open: list[dict[int, _Alone | _Framed]] = [{} for _ in ranks]
+        self._open: list[dict[int, Alone | Framed]] = [{} for _ in ranks]
         """By server and sequence number: the requests that are not answered."""
         self.busy = [0] * len(ranks)
         """By server: how many pushes and pulls are not answered."""
         self.send_frames: Callable[[], None] = _nothing
         """Sends what waits to become a frame; called before every look at the links."""
-        self.clock = _NEVER
+        self.clock = NEVER
         """How many clocks this worker has ended; no limit where nobody says so, and once the worker has left."""
         self._early: dict[Handle, PendingRequests] = {}
         """Calls that can't be answered before this worker has ended more clocks."""
         self.failure: CommlabError | None = None
-        """Why no server will answer any more."""
+        """Why no call can end well any more: a server has failed."""
+        self.failed: set[int] = set()
+        """The servers that have failed."""
+        self._unasked: list[PendingRequests] = []
+        """Calls that were refused, and that nobody has waited for."""
         self._sequence = 0
         self._moves = 0
         self.lock = threading.RLock()
@@ -225,6 +87,19 @@ class Client:
         self.clock = clock
         self._early = {handle: call for handle, call in self._early.items() if call.needs_clocks > clock}
 
+    def note_refused(self, call: PendingRequests) -> None:
+        """A call was refused: somebody has to be told."""
+        self._unasked.append(call)
+
+    def raise_unasked(self, clock: int) -> None:
+        """Raise the error of a call of an earlier clock than ``clock`` that nobody has waited for: what it asked for
+        has not happened."""
+        calls = [call for call in self._unasked if not call.asked]
+        self._unasked = [call for call in calls if call.clock >= clock]
+        for call in calls:
+            if call.clock < clock and call.error is not None:
+                raise call.error
+
     # Requests and answers.
 
     def submit(self, call: PendingRequests, messages: Sequence[Message]) -> Handle:
@@ -233,12 +108,12 @@ class Client:
             self.send_frames()  # what was asked for before goes first
             self.begin(call, len(messages))
             for server, order, header, data, target in messages:
-                self._queue(server, order, header, data, _Alone(self, header.kind, call, target))
+                self._queue(server, order, header, data, Alone(self, header.kind, call, target))
         return call
 
     def begin(self, call: PendingRequests, requests: int) -> None:
         """``call`` is about to make so many requests. The lock is held."""
-        if self.failure is not None:
+        if self.failure is not None and call.what != CLOSE:
             raise self.failure
         if requests:
             call.open += requests
@@ -262,10 +137,10 @@ class Client:
     ) -> None:
         """Queue a frame, whose calls have begun. ``items``: by first slice. ``dtype``: of the numbers."""
         with self.lock:
-            self._queue(server, order, header, data, _Framed(self, header.kind, items, dtype))
+            self._queue(server, order, header, data, Framed(self, header.kind, items, dtype))
 
     def _queue(
-        self, server: int, order: Order, header: Header, data: torch.Tensor | None, request: _Alone | _Framed
+        self, server: int, order: Order, header: Header, data: torch.Tensor | None, request: Alone | Framed
     ) -> None:
         self._sequence += 1
         self._open[server][self._sequence] = request
@@ -278,7 +153,7 @@ class Client:
     def _memory_for(self, server: int, header: Header) -> torch.Tensor:
         request = self._open[server].get(header.sequence)
         memory = None if request is None else request.memory_for(header)
-        return torch.empty(header.length, dtype=torch.uint8) if memory is None else memory
+        return torch.empty(header.length, dtype=torch.uint8, device="cpu") if memory is None else memory
 
     def _arrived(self, server: int, header: Header, data: torch.Tensor) -> None:
         if header.kind == Kind.ERROR and not header.sequence:
@@ -292,15 +167,9 @@ class Client:
         if self._open[server]:
             self.links[server].listen()
 
-    def refusal(self, call: PendingRequests, server: int, header: Header, data: torch.Tensor) -> CommlabError:
-        """The error of ``call``, which a server has refused for the reason in ``data``."""
-        reason = bytes(data.numpy()).decode(errors="replace")
-        if header.flag:
-            return UsageError(f"rank {self.rank}: {call.describe()} was refused by server {server}: {reason}")
-        return PeerTimeoutError(f"rank {self.rank}: {call.describe()} at server {server}: {reason}")
-
     def _fail(self, server: int, reason: str) -> None:
         """A server has failed: no call can end well any more."""
+        self.failed.add(server)
         self.failure = CommlabError(
             f"rank {self.rank}: server {server} (server rank {self.links[server].peer}) has failed: {reason}; this "
             "store can't be used any more, see the output of that rank"

@@ -1,7 +1,7 @@
 """What waits to leave in a frame: small pushes and pulls, by server, dtype and clock.
 
-A frame leaves when it is full, and at each look at the links (``poll``, ``wait``, ``done``, ``step``). A call comes here
-only while others of its server are not answered; so a call alone waits for nothing, and many calls share messages.
+A frame leaves when it is full, and at each look at the links (``poll``, ``wait``, ``done``, ``step``). A call comes
+here only while others of its server are not answered; so a call alone waits for nothing, and many calls share messages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from .. import frames
 from ..link import Order
 from ..messages import FRAME_BYTES, FRAME_ENTRIES, NO_WIRE, WIRE_CODES, Header, Kind
-from .client import Client, Item
+from .calls import Item
+from .client import Client
 
 _Key: TypeAlias = tuple[int, bool, bool, int, torch.dtype | None]
 """Clock, whether the frame is late, whether it pulls, server, dtype."""
@@ -78,7 +79,7 @@ class Outgoing:
         clock, late, pulls, server, dtype = key
         entries = sorted((item.first, item.slices) for item in items.values())
         wire = None if dtype is None else self._wire or dtype
-        kind, body = Kind.PULL_FRAME, torch.empty(0, dtype=torch.uint8)
+        kind, body = Kind.PULL_FRAME, torch.empty(0, dtype=torch.uint8, device="cpu")
         if not pulls:
             kind = Kind.PUSH_FRAME
             if wire is not None:

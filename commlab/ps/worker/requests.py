@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.graph import increment_version
 
 from ...runtime.handle import Handle
 from ..consistency import BSP, Consistency
@@ -14,9 +15,12 @@ from ..encoding import encode
 from ..link import Order
 from ..messages import MESSAGE_BYTES, SMALL_BYTES, WIRE_CODES, Header, Kind
 from ..placement import Slice
-from .client import Client, Item, Message, PendingRequests
+from .calls import Item, PendingRequests
+from .client import CLOSE, Client, Message
 from .keys import Keys
 from .outgoing import Outgoing
+
+_LAST = 2**62
 
 
 class Span(NamedTuple):
@@ -95,10 +99,7 @@ class Requests:
         if self._outgoing.filling:
             return True
         busy = self.client.busy
-        for span in spans:
-            if busy[span.server]:
-                return True
-        return False
+        return busy[spans[0].server] > 0 if len(spans) == 1 else any(busy[span.server] for span in spans)
 
     def _send(
         self,
@@ -130,6 +131,7 @@ class Requests:
             spans: list[Span] = []
             placement, base = self.keys.placement, 0
             for key in keys:
+                self.keys.entry(key)
                 entry = self.keys.entry_of[key]
                 itemsize = placement.entries[entry].dtype.itemsize
                 for owned in placement.of_entry[entry]:
@@ -154,9 +156,10 @@ class Requests:
         the same key, which this pull follows slice by slice, so that values come back while the rest is still being
         pushed."""
         target = out.detach() if out.requires_grad else out
-        if target.is_contiguous() and target.is_cpu:
+        if target.is_contiguous() and target.is_cpu and not target.is_neg():
             flat = target if target.dim() == 1 else target.view(-1)
-            return self._pull((key,), flat, clock, self.wire, out, None, follows)
+            # Written behind torch's back; whoever has saved the old numbers for backward must hear of it.
+            return self._pull((key,), flat, clock, self.wire, out, partial(increment_version, out), follows)
         flat = torch.empty(target.numel(), dtype=target.dtype, device="cpu")
 
         def use() -> None:
@@ -191,7 +194,7 @@ class Requests:
         complete: Callable[[PendingRequests], None] = self._pulled
         if not small and wire not in (None, flat.dtype):
             landing = torch.empty(flat.numel(), dtype=wire, device="cpu")
-        if landing is not flat or use is not None:
+        if landing is not flat or (use is not None and not (small and flat.data_ptr() == result.data_ptr())):
             complete = partial(self._finish_pull, flat, landing, use)
         call = PendingRequests(
             self.client, "pull", keys, reading.clock, result, complete, follows, reading.needs_clocks
@@ -264,7 +267,7 @@ class Requests:
 
     # The other requests.
 
-    def end_clock(self, clock: int, finite: bool, complete: Callable[[PendingRequests], None]) -> Handle:
+    def end_clock(self, clock: int, finite: bool, complete: Callable[[PendingRequests], None] | None) -> Handle:
         """This worker has pushed all of ``clock``."""
         header = Header(Kind.CLOCK, clock=clock, flag=finite)
         handle = self.ask_all(header, (clock, 1, 0), f"end of clock {clock}", complete=complete)
@@ -283,7 +286,13 @@ class Requests:
         if sent != self._sent_hypers:
             self._sent_hypers = sent
             data = torch.frombuffer(bytearray(sent), dtype=torch.uint8)
-            self.ask_all(Header(Kind.HYPER), (clock, -1, 0), f"hyper-parameters of clock {clock}", data)
+            self.ask_all(Header(Kind.HYPER, clock=clock), (clock, -1, 0), f"hyper-parameters of clock {clock}", data)
+
+    def close(self, clock: int) -> Handle:
+        """Tell the servers that live that this worker sends nothing more."""
+        servers = [server for server in range(len(self.client.links)) if server not in self.client.failed]
+        messages = [Message(server, (_LAST, 0, 0), Header(Kind.CLOSE, clock=clock)) for server in servers]
+        return self.client.submit(PendingRequests(self.client, CLOSE, clock=clock), messages)
 
     def move_state(self, owned: Slice, state: dict[str, Any] | None, clock: int) -> Handle:
         """Set what the optimizer remembers of a slice; None: ask for the state."""
@@ -302,7 +311,8 @@ class Requests:
         """The same request to every server; ``complete`` is that of :class:`PendingRequests`."""
         servers = range(len(self.keys.placement.of_server))
         messages = [Message(server, order, header, data) for server in servers]
-        return self.client.submit(PendingRequests(self.client, what, complete=complete), messages)
+        call = PendingRequests(self.client, what, clock=header.clock, complete=complete)
+        return self.client.submit(call, messages)
 
     def ask(
         self,
@@ -314,5 +324,5 @@ class Requests:
         complete: Callable[[PendingRequests], None] | None = None,
     ) -> Handle:
         """A request to one server; ``complete`` is that of :class:`PendingRequests`."""
-        call = PendingRequests(self.client, what, complete=complete)
+        call = PendingRequests(self.client, what, clock=header.clock, complete=complete)
         return self.client.submit(call, [Message(server, order, header, data)])
