@@ -2,7 +2,8 @@
 pickle.
 
 JSON knows neither tensors, nor tuples, nor keys that are no strings; each becomes an object with one tag, so that no
-name that a user gives a parameter can be mistaken for one.
+name that a user gives a parameter can be mistaken for one. A tensor of a dtype that safetensors do not have
+(complex128, say) is kept as bytes, with its dtype and shape in the text.
 """
 
 from __future__ import annotations
@@ -15,18 +16,51 @@ import torch
 from ..errors import UsageError
 
 _PLAIN = (bool, int, float, str, type(None))
+_IN_SAFETENSORS = frozenset(
+    {
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
+        *(torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64),
+        *(torch.float8_e4m3fn, torch.float8_e5m2),
+    }
+)
+
+
+class _Memory:
+    """The memory of the tensors that were packed: safetensors refuse numbers that two tensors share."""
+
+    def __init__(self) -> None:
+        self._taken: dict[int, list[tuple[int, int]]] = {}
+
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, or a copy where its memory is another's too."""
+        if not tensor.numel():
+            return tensor
+        start = tensor.data_ptr()
+        stop = start + tensor.numel() * tensor.element_size()
+        taken = self._taken.setdefault(tensor.untyped_storage().data_ptr(), [])
+        if any(start < other_stop and other_start < stop for other_start, other_stop in taken):
+            return tensor.clone()
+        taken.append((start, stop))
+        return tensor
 
 
 def pack(state: Any) -> tuple[str, dict[str, torch.Tensor]]:
     """``state`` (None, numbers, text, tensors; dicts, lists and tuples of them) as JSON text and its tensors, on the
     CPU, under names that the text refers to. Floats keep all their bits. UsageError for a value of any other type."""
     tensors: dict[str, torch.Tensor] = {}
+    memory = _Memory()
 
     def walk(value: Any, where: str) -> Any:
         if torch.is_tensor(value):
             name = str(len(tensors))
-            tensors[name] = value.detach().cpu().contiguous()
-            return {"tensor": name}
+            if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+                raise UsageError(f"a checkpoint cannot hold {where}, a tensor without plain memory ({value.layout})")
+            plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            if value.dtype in _IN_SAFETENSORS:
+                tensors[name] = memory.own(plain)
+                return {"tensor": name}
+            tensors[name] = memory.own(plain.view(-1).view(torch.uint8))
+            return {"bytes": [name, str(value.dtype).removeprefix("torch."), list(value.shape)]}
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, list):
@@ -54,6 +88,9 @@ def unpack(text: str, tensors: dict[str, torch.Tensor]) -> Any:
         ((tag, content),) = value.items()
         if tag == "tensor":
             return tensors[content]
+        if tag == "bytes":
+            name, dtype, shape = content
+            return tensors[name].view(getattr(torch, dtype)).view(shape)
         if tag == "tuple":
             return tuple(walk(item) for item in content)
         assert tag == "dict", tag
