@@ -100,9 +100,9 @@ def test_one_small_call_waits_for_nothing() -> None:
     sent = link.messages_sent
     store.push("b", torch.ones(3))
     held = store.push("c", torch.ones(3))
-    assert link.messages_sent == sent, "while an answer is awaited"
+    assert link.messages_sent == sent and not link._queue, "while an answer is awaited"
     held.done()
-    assert link.messages_sent == sent + 2, "a header and one frame"
+    assert len(link._queue) == 1, "one frame, which two messages under way go before"
     store._client._poll_local = serve
     held.wait()
     store.close()
@@ -233,7 +233,6 @@ def test_what_is_no_gradient_is_refused_before_anything_is_sent() -> None:
         (np.zeros((2, 3), np.float32), "numpy.ndarray, which is no torch tensor; give a dense torch tensor"),
         ([1.0, 2.0], "builtins.list, which is no torch tensor"),
         (torch.zeros(2, 3).to_sparse(), "a sparse_coo tensor"),
-        (torch.zeros(2, 3).to_sparse_csr(), "a sparse_csr tensor"),
         (torch.zeros(2, 3, device="meta"), "a meta tensor"),
         (torch.zeros(2, 3, dtype=torch.float64), r"a tensor of float64\[2, 3\]"),
         (torch.zeros(3, 2), r"a tensor of float32\[3, 2\]"),
