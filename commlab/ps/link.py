@@ -65,7 +65,7 @@ class Link:
     @property
     def moving(self) -> bool:
         """Whether bytes of a message are under way: many transports move bytes only while somebody looks."""
-        return self._data is not None or bool(self._flying)
+        return (self._data is not None and self._incoming is not None) or bool(self._flying)
 
     def listen(self) -> None:
         """Expect one message. Call this method again after each message that has arrived if another will come."""

@@ -64,6 +64,8 @@ class Story:
     """A worker that the coin seldom lets go on."""
     skipping: bool = False
     """Whether workers leave out some tensors in some clocks."""
+    after: bool = False
+    """Whether workers pull again after their pushes, what the next clock begins with (BSP)."""
     framed: bool = False
     """Whether messages carry several entries, of any slices of one dtype."""
 
@@ -185,6 +187,12 @@ class Run:
                 for together in self._messages([owned for owned in everything if owned.entry not in wanted]):
                     if self.coin.random() < 0.5:
                         writes.append(self.send_many(me, Kind.PUSH, together, clock, NO_WIRE, []))
+            if story.after:
+                pushed = [owned for owned in everything if owned.entry in wanted]
+                for together in self._messages(pushed):
+                    wire = WIRE_CODES[ENTRIES[together[0].entry].dtype]
+                    writes.append(self.send_many(me, Kind.PULL, together, clock + 1, wire, []))
+                    self._asked[writes[-1]] = (together[0].server, me, clock + 1, {each.number for each in together})
             if self.coin.random() < 0.5:
                 yield writes
             ends = [self.send(me, server, Header(Kind.CLOCK, clock=clock)) for server in everywhere]
@@ -243,6 +251,10 @@ class Run:
                     values = torch.cat([shard.pieces[index].view(-1) for index, _ in entries])
                     assert torch.equal(body.view(header.dtype), values), "as they are when the answer leaves"
                     assert versions == [shard.versions[index] for index, _ in entries]
+                else:
+                    versions = [header.clock]
+                if self.story.consistency == "bsp" and not self.story.skipping:
+                    assert set(versions) == {1 + clock}, "the updates of all clocks before, and no other"
                 for index, _ in entries:
                     self.reads.append((where, me, clock, index, header.value))
                     self.check_read(where, me, clock, index)

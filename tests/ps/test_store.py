@@ -57,7 +57,9 @@ def test_many_small_keys_share_messages(consistency: str, order: str) -> None:
         elif order == "mixed":
             ways = [at * 7 % KEYS for at in ways]
         out = [torch.empty_like(value) for _, value in values]
+        assert store.optimizer is not None
         for step in range(steps):
+            store.optimizer.param_groups[0]["lr"] = 0.5 / (1 + step)
             before = sum(link.messages_sent for link in store._client.links)
             # Every third key has no gradient in the second step.
             pushes = [
@@ -83,6 +85,7 @@ def test_many_small_keys_share_messages(consistency: str, order: str) -> None:
     for step in range(steps):
         for at, value in enumerate(wanted):
             total = sum(gradient(at, worker, step, value) for worker in range(workers))
+            optimizer.param_groups[0]["lr"] = 0.5 / (1 + step)
             value.grad = None if step == 1 and at % 3 == 0 else total / workers  # type: ignore[operator]
         optimizer.step()
     for found in play(workers + 2, script, values, sgd, consistency, servers=2):

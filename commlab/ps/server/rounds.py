@@ -16,7 +16,7 @@ from ... import native
 from ...chunks import Range
 from ..frames import Entry
 from ..hypers import Hypers
-from ..messages import Header
+from ..messages import NO_WIRE, Header
 from .shard import Run, Shard
 
 
@@ -48,6 +48,8 @@ class Rounds:
         what = f"{self._shard.names[header.key]!r} was pushed by {self._names[worker]}"
         if any(self.completed[index] > header.clock or worker in self._now(index, header.clock) for index in slices):
             return f"{what} twice in clock {header.clock}; add the two first, or call step() in between"
+        if header.wire == NO_WIRE:
+            return ""  # nothing is to be updated
         first, agreed = self.hypers.get(header.clock, (worker, hypers))
         if hypers != agreed:
             return (

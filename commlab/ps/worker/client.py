@@ -169,6 +169,7 @@ class Client:
 
     def _fail(self, server: int, reason: str) -> None:
         """A server has failed: no call can end well any more."""
+        self.send_frames()  # so that none of the calls is forgotten
         self.failed.add(server)
         self.failure = CommlabError(
             f"rank {self.rank}: server {server} (server rank {self.links[server].peer}) has failed: {reason}; this "

@@ -30,6 +30,8 @@ KINDS = {
     "bsp, frames": Story(0, "bsp", framed=True, workers=4),
     "bsp, frames, some unused": Story(0, "bsp", framed=True, skipping=True, max_grad_norm=0.5),
     "bsp, frames, unused, at once": Story(0, "bsp", framed=True, skipping=True, wire=torch.bfloat16, factory=adam),
+    "bsp, pulls after pushes": Story(0, "bsp", after=True, workers=3),
+    "bsp, frames, pulls after pushes": Story(0, "bsp", after=True, framed=True, workers=4, servers=1),
     "ssp:1, frames": Story(0, "ssp:1", framed=True, leavers={1: 1}),
     "asp, frames": Story(0, "asp", framed=True, skipping=True, wire=torch.float16, servers=1),
 }
