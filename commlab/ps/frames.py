@@ -4,7 +4,7 @@
     versions   of each entry's value, in answers alone   int64[:]
     body       the numbers, in the order of the entries; of a refusal the reason, as text
 
-An entry is what one call of a worker sends to one server. Entries that adjoin are one *run* in the server's flat
+An entry is what one call of a worker sends to one server. Entries that adjoin are one *span* in the server's flat
 tensor, so that thousands of entries cost a few operations on tensors.
 """
 
@@ -36,10 +36,10 @@ class Frame(NamedTuple):
 
 def pack(entries: Sequence[Entry], body: torch.Tensor, versions: Sequence[int] | None = None) -> torch.Tensor:
     """The bytes that follow a frame's header, whose ``key`` is the number of entries. ``body``: 1-D, of any dtype."""
-    parts = [torch.from_numpy(np.array(entries, np.uint32)).view(-1).view(torch.uint8)]
+    tables = [torch.from_numpy(np.array(entries, np.uint32)).view(-1).view(torch.uint8)]
     if versions is not None:
-        parts.append(torch.from_numpy(np.array(versions, np.int64)).view(torch.uint8))
-    return torch.cat([*parts, body.view(torch.uint8)])
+        tables.append(torch.from_numpy(np.array(versions, np.int64)).view(torch.uint8))
+    return torch.cat([*tables, body.view(torch.uint8)])
 
 
 def unpack(header: Header, data: torch.Tensor, frm: str, versions: bool = False) -> Frame:

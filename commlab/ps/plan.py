@@ -24,7 +24,7 @@ from .worker.keys import Keys
 T = TypeVar("T")
 
 
-class Plan(NamedTuple):
+class StorePlan(NamedTuple):
     """What a rank makes of its arguments, before anything is sent."""
 
     keys: Keys
@@ -47,7 +47,7 @@ def make_plan(
     wire: str | None,
     max_grad_norm: float | None,
     skips: bool,
-) -> Plan:
+) -> StorePlan:
     """The arguments of :class:`commlab.ParameterServer`, checked. UsageError for what can't be."""
     consistency = parse(consistency_name)
     require_wire(wire)
@@ -75,10 +75,10 @@ def make_plan(
     agrees = max_grad_norm is not None or skips
     workers = [rank for rank in range(max(2, everyone.size)) if rank not in ranks]
     rules = Rules(consistency, len(workers), len(ranks), agrees, skips, max_grad_norm)
-    return Plan(keys, optimizer, group_count, rules, ranks, workers, alone)
+    return StorePlan(keys, optimizer, group_count, rules, ranks, workers, alone)
 
 
-def make_shard(everyone: Group, plan: Plan, index: int, factory: Factory | None) -> Shard:
+def make_shard(everyone: Group, plan: StorePlan, index: int, factory: Factory | None) -> Shard:
     """The shard of server ``index``. UsageError for what the factory raises."""
     with on_the_cpu():
         where = f"server {index} (rank {everyone.rank})"

@@ -72,7 +72,7 @@ def test_a_shard_updates_only_what_it_is_told_to() -> None:
         value.fill_(1.0)
 
     def update(numbers: dict[int, torch.Tensor], hypers: list[dict[str, float]] | None) -> None:
-        shard.update([(run, numbers[run.first]) for run in shard.runs(numbers)], hypers)
+        shard.update([(span, numbers[span.first]) for span in shard.spans(numbers)], hypers)
 
     update({1: torch.tensor([2.0])}, None)
     assert [piece.flatten().tolist() for piece in shard.pieces] == [[1.0] * 3, [-1.5], [1.0] * 4]

@@ -507,7 +507,7 @@ def test_a_shard_has_its_slices_side_by_side() -> None:
     store = ParameterServer(named(23), sgd, group=alone())
     assert isinstance(store.server and store.server.ledger.shard, Shard)
     shard = store.server.ledger.shard  # type: ignore[union-attr]
-    for run in shard.runs(index for index in range(len(shard.slices)) if index % 5):
-        assert run.where.numel == sum(shard.slices[index].numel for index in run.indices)
-        assert {shard.dtypes[index] for index in run.indices} == {run.dtype}
+    for span in shard.spans(index for index in range(len(shard.slices)) if index % 5):
+        assert span.where.numel == sum(shard.slices[index].numel for index in span.indices)
+        assert {shard.dtypes[index] for index in span.indices} == {span.dtype}
     store.close()

@@ -18,7 +18,7 @@ from ..messages import Header, Kind
 from .ledger import Ledger, Waiting
 from .reads import Reads
 from .rounds import Rounds
-from .shard import Run
+from .shard import OwnedSpan
 
 
 class BSP:
@@ -77,20 +77,20 @@ class BSP:
         return bool(self._refused[worker]) or not self._holds(worker, header, entries)
 
     def against(self, worker: int, header: Header) -> str:
-        """Why a run of a frame can't be taken in; empty if it can."""
+        """Why a span of a frame can't be taken in; empty if it can."""
         reason = self._against(worker, header, sized=False)
         if not reason and self._rounds.is_ahead(header.clock, [(header.key, header.slices)]):
             reason = self._refused.get(worker) or self._against_holding(worker, header, [(header.key, header.slices)])
             assert reason, "frames are taken in when all their rounds are open"
         return reason
 
-    def take_run(self, worker: int, header: Header, run: Run, numbers: torch.Tensor | None) -> None:
-        """Take in one run of a frame; None: the worker has no gradient of these slices."""
+    def take_span(self, worker: int, header: Header, span: OwnedSpan, numbers: torch.Tensor | None) -> None:
+        """Take in one span of a frame; None: the worker has no gradient of these slices."""
         wire = None if numbers is None else numbers.dtype
         if numbers is not None:
-            self._rounds.slot(worker, numbers.dtype, run.dtype, run.where).copy_(numbers)
-        self._rounds.take(worker, header.clock, run.indices, wire, self._ledger.workers[worker].hypers)
-        self._taken += run.indices
+            self._rounds.slot(worker, numbers.dtype, span.dtype, span.where).copy_(numbers)
+        self._rounds.take(worker, header.clock, span.indices, wire, self._ledger.workers[worker].hypers)
+        self._taken += span.indices
 
     def end_frame(self, worker: int, header: Header) -> None:
         """Go on with the rounds of all slices of a frame."""
@@ -154,7 +154,7 @@ class BSP:
             by_workers.setdefault(tuple(rounds.added[index]), []).append(index)
         for workers, together in by_workers.items():
             together.sort()
-            shard.update([(run, rounds.mean(run)) for run in shard.runs(together)], hypers.groups, factor)
+            shard.update([(span, rounds.mean(span)) for span in shard.spans(together)], hypers.groups, factor)
             self._ledger.record(together, [(worker, clock, 0) for worker in workers], hypers, factor)
 
     # Reads.
@@ -218,7 +218,7 @@ class BSP:
         ledger, rounds = self._ledger, self._rounds
         assert len(self._complete) == len(ledger.shard.slices)
         pushed = sorted(index for index in self._complete if rounds.added[index])
-        squares = norm_squared(rounds.mean(run) for run in ledger.shard.runs(pushed))
+        squares = norm_squared(rounds.mean(span) for span in ledger.shard.spans(pushed))
         finite = self._finite.pop(clock) and squares - squares == 0.0
         verdict = Header(Kind.VERDICT, clock=clock, value=squares, flag=finite)
         others = [server for server in range(ledger.rules.servers) if server != ledger.index]

@@ -11,7 +11,7 @@ from .ledger import Ledger
 from .synchronization import Synchronization
 
 
-class Framed:
+class FrameIntake:
     """The frames of all workers."""
 
     def __init__(self, ledger: Ledger, synchronization: Synchronization):
@@ -44,33 +44,33 @@ class Framed:
         """Take in a frame of pushes; returns why all of it is refused."""
         shard, wire = self._ledger.shard, header.dtype
         groups = frames.joined(frame.entries)
-        spans = [shard.span(first := group[0][0], group[-1][0] + group[-1][1] - first) for group in groups]
-        numel = sum(span[1].numel for span in spans if span is not None)
+        ranges = [shard.span(first := group[0][0], group[-1][0] + group[-1][1] - first) for group in groups]
+        numel = sum(found[1].numel for found in ranges if found is not None)
         size = 0 if wire is None else numel * wire.itemsize
-        if None in spans or frame.body.numel() != size:
+        if None in ranges or frame.body.numel() != size:
             return (
                 f"a frame of {len(frame.entries)} parts, {numel} numbers of them on server {self._ledger.index}, came "
                 f"with {frame.body.numel()} B"
             )
         numbers, start = None if wire is None else frame.body.view(wire), 0
-        for group, span in zip(groups, spans, strict=True):
-            assert span is not None
-            own = None if numbers is None else numbers[start : start + span[1].numel]
-            start += span[1].numel
+        for group, found in zip(groups, ranges, strict=True):
+            assert found is not None
+            own = None if numbers is None else numbers[start : start + found[1].numel]
+            start += found[1].numel
             if self._refusal(worker, header, group):
                 # Of adjoining entries only those that are at fault.
                 at = 0
                 for entry in group:
-                    [run] = shard.runs(range(entry[0], entry[0] + entry[1]))
-                    part = None if own is None else own[at : at + run.where.numel]
-                    at += run.where.numel
+                    [span] = shard.spans(range(entry[0], entry[0] + entry[1]))
+                    few = None if own is None else own[at : at + span.where.numel]
+                    at += span.where.numel
                     if reason := self._refusal(worker, header, [entry]):
                         refused.setdefault(reason, []).append(entry)
                     else:
-                        self._synchronization.take_run(worker, header, run, part)
+                        self._synchronization.take_span(worker, header, span, few)
             else:
-                [run] = shard.runs(range(group[0][0], group[-1][0] + group[-1][1]))
-                self._synchronization.take_run(worker, header, run, own)
+                [span] = shard.spans(range(group[0][0], group[-1][0] + group[-1][1]))
+                self._synchronization.take_span(worker, header, span, own)
         self._synchronization.end_frame(worker, header)
         return ""
 

@@ -15,7 +15,7 @@ from ..frames import Entry
 from ..messages import NO_WIRE, Header
 from .ledger import Ledger
 from .reads import Reads
-from .shard import Run
+from .shard import OwnedSpan
 
 _CLOCK_ENDED = 0
 """The one event that reads wait for."""
@@ -26,7 +26,7 @@ class Immediate:
 
     def __init__(self, ledger: Ledger, reads: Reads):
         self._ledger, self._reads = ledger, reads
-        self._taken: list[tuple[Run, torch.Tensor]] = []
+        self._taken: list[tuple[OwnedSpan, torch.Tensor]] = []
         """What the frame that is being taken in has."""
         self._slowest: int | None = 0
         """The least clock of the workers that are still there; None: all have left."""
@@ -40,36 +40,36 @@ class Immediate:
         reason = self._ledger.against_push(worker, header)
         if not reason:
             assert header.dtype is not None
-            span = range(header.key, header.key + header.slices)
-            self._update(worker, header, [(run, data.view(header.dtype)) for run in self._ledger.shard.runs(span)])
+            slices = range(header.key, header.key + header.slices)
+            self._update(worker, header, [(span, data.view(header.dtype)) for span in self._ledger.shard.spans(slices)])
         return reason
 
     def ready(self, worker: int, header: Header, entries: Sequence[Entry]) -> bool:
         """A frame of pushes is taken in at once."""
         return True
 
-    def take_run(self, worker: int, header: Header, run: Run, numbers: torch.Tensor | None) -> None:
-        """Note one run of a frame of pushes."""
+    def take_span(self, worker: int, header: Header, span: OwnedSpan, numbers: torch.Tensor | None) -> None:
+        """Note one span of a frame of pushes."""
         assert numbers is not None
-        self._taken.append((run, numbers))
+        self._taken.append((span, numbers))
 
     def end_frame(self, worker: int, header: Header) -> None:
-        """Make one update of the runs of a frame."""
+        """Make one update of the spans of a frame."""
         taken, self._taken = self._taken, []
         if taken:
             self._update(worker, header, taken)
 
     def against(self, worker: int, header: Header) -> str:
-        """Why a run of a frame can't be taken in; empty if it can."""
+        """Why a span of a frame can't be taken in; empty if it can."""
         return self._ledger.against_push(worker, header, sized=False) or (
             "only bsp has pushes without numbers" if header.wire == NO_WIRE else ""
         )
 
-    def _update(self, worker: int, header: Header, gradients: Sequence[tuple[Run, torch.Tensor]]) -> None:
+    def _update(self, worker: int, header: Header, gradients: Sequence[tuple[OwnedSpan, torch.Tensor]]) -> None:
         hypers = self._ledger.workers[worker].hypers
         factor = 1 / hypers.scale
         self._ledger.shard.update(gradients, hypers.groups, factor)
-        slices = [index for run, _ in gradients for index in run.indices]
+        slices = [index for span, _ in gradients for index in span.indices]
         self._ledger.record(slices, [(worker, header.clock, header.sequence)], hypers, factor)
 
     def read(self, worker: int, header: Header, entries: Iterable[Entry]) -> None:

@@ -86,9 +86,9 @@ class Reads:
             shard.versions[first] if slices == 1 else min(shard.versions[first : first + slices])
             for first, slices in entries
         ]
-        runs = shard.runs(index for first, slices in entries for index in range(first, first + slices))
-        parts = [shard.values[run.dtype][run.where.start : run.where.stop].to(header.dtype) for run in runs]
-        return frames.pack(entries, torch.cat(parts), versions)
+        spans = shard.spans(index for first, slices in entries for index in range(first, first + slices))
+        values = [shard.values[span.dtype][span.where.start : span.where.stop].to(header.dtype) for span in spans]
+        return frames.pack(entries, torch.cat(values), versions)
 
     def _encode(self, header: Header) -> torch.Tensor:
         """The values of the slices as they travel: a copy, because the values may be updated while they are on their

@@ -17,7 +17,7 @@ from ...chunks import Range
 from ..frames import Entry
 from ..hypers import Hypers
 from ..messages import NO_WIRE, Header
-from .shard import Run, Shard
+from .shard import OwnedSpan, Shard
 
 
 class Rounds:
@@ -110,19 +110,19 @@ class Rounds:
         # Of every slice in rank order.
         for worker, wire in sorted(additions, key=lambda addition: addition[0]):
             self._add_slots(worker, wire, additions[worker, wire])
-        for run in self._shard.runs(index for index in complete if self.added[index]):
-            native.divide(self._sums[run.dtype], run.where.start, run.where.numel, count)
+        for span in self._shard.spans(index for index in complete if self.added[index]):
+            native.divide(self._sums[span.dtype], span.where.start, span.where.numel, count)
         return complete
 
     def _add_slots(self, worker: int, wire: torch.dtype, slices: list[int]) -> None:
         first = [index for index in slices if not self.added[index]]
         later = [index for index in slices if self.added[index]] if len(first) < len(slices) else []
-        for run in self._shard.runs(first):
-            where = run.where
-            self._sums[run.dtype][where.start : where.stop].copy_(self.slot(worker, wire, run.dtype, where))
-        for run in self._shard.runs(later):
-            where = run.where
-            slot, sums = self.slot(worker, wire, run.dtype, where), self._sums[run.dtype]
+        for span in self._shard.spans(first):
+            where = span.where
+            self._sums[span.dtype][where.start : where.stop].copy_(self.slot(worker, wire, span.dtype, where))
+        for span in self._shard.spans(later):
+            where = span.where
+            slot, sums = self.slot(worker, wire, span.dtype, where), self._sums[span.dtype]
             if wire == sums.dtype:
                 native.reduce(sums, where.start, slot, 0, where.numel, "sum")
             elif sums.dtype == torch.float32:
@@ -132,10 +132,10 @@ class Rounds:
         for index in slices:
             self.added[index].append(worker)
 
-    def mean(self, run: Run) -> torch.Tensor:
+    def mean(self, span: OwnedSpan) -> torch.Tensor:
         """The means of the complete rounds of slices that adjoin, in fp32 where values have 16 bits. Workers that
         pushed nothing count as zeros."""
-        return self._sums[run.dtype][run.where.start : run.where.stop]
+        return self._sums[span.dtype][span.where.start : span.where.stop]
 
     def end(self, slices: Iterable[int]) -> None:
         """Open the next round of ``slices``."""

@@ -24,7 +24,7 @@ from .. import hypers
 from ..encoding import decode, encode
 from ..messages import Header, Kind
 from .bsp import BSP
-from .framed import Framed
+from .framed import FrameIntake
 from .immediate import Immediate
 from .ledger import Ledger, Overdue, Record, Rules, Waiting
 from .reads import Reads
@@ -48,7 +48,7 @@ class Server:
         self.reads = Reads(self.ledger)
         side = BSP if rules.consistency.averages else Immediate
         self._synchronization: Synchronization = side(self.ledger, self.reads)
-        self._framed = Framed(self.ledger, self._synchronization)
+        self._framed = FrameIntake(self.ledger, self._synchronization)
         self._tickets = 0
         """How many tickets were given out."""
 

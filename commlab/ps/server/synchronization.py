@@ -9,7 +9,7 @@ import torch
 
 from ..frames import Entry
 from ..messages import Header
-from .shard import Run
+from .shard import OwnedSpan
 
 
 class Synchronization(Protocol):
@@ -28,12 +28,12 @@ class Synchronization(Protocol):
     def against(self, worker: int, header: Header) -> str:
         """Why slices ``header.key ..`` of a frame of pushes are refused; empty if they are not."""
 
-    def take_run(self, worker: int, header: Header, run: Run, numbers: torch.Tensor | None) -> None:
+    def take_span(self, worker: int, header: Header, span: OwnedSpan, numbers: torch.Tensor | None) -> None:
         """Take in slices of a frame that adjoin, with their numbers, which may be overwritten after
         :meth:`end_frame`; None: the worker has no gradient."""
 
     def end_frame(self, worker: int, header: Header) -> None:
-        """Make the updates that the runs of a frame allow."""
+        """Make the updates that the spans of a frame allow."""
 
     def read(self, worker: int, header: Header, entries: Iterable[Entry]) -> None:
         """Answer each entry of a read as soon as the consistency allows."""

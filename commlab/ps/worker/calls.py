@@ -118,7 +118,7 @@ class Item(NamedTuple):
     numbers: torch.Tensor | None
 
 
-class Alone:
+class LoneRequest:
     """A request that travels alone, and is not answered yet."""
 
     def __init__(self, client: Caller, kind: Kind, call: PendingRequests, target: torch.Tensor | None):
@@ -150,7 +150,7 @@ class Alone:
         return True
 
 
-class Framed:
+class FrameRequest:
     """The entries of a frame that are not answered yet, by their first slice. ``dtype``: of the numbers."""
 
     def __init__(self, client: Caller, kind: Kind, items: dict[int, Item], dtype: torch.dtype | None):

@@ -16,7 +16,7 @@ from ...runtime.waiting import pause, silence_of, spin_s, wait_until
 from ...transport.base import Transport
 from ..link import Link, Order
 from ..messages import Header, Kind
-from .calls import NEVER, Alone, Framed, Item, PendingRequests
+from .calls import NEVER, FrameRequest, Item, LoneRequest, PendingRequests
 
 CLOSE = "close"
 """The one call that can still be made when a server has failed."""
@@ -55,7 +55,7 @@ class Client:
             Link(transport, rank, partial(self._memory_for, server), partial(self._arrived, server))
             for server, rank in enumerate(ranks)
         ]
-        self._open: list[dict[int, Alone | Framed]] = [{} for _ in ranks]
+        self._open: list[dict[int, LoneRequest | FrameRequest]] = [{} for _ in ranks]
         """By server and sequence number: the requests that are not answered."""
         self.busy = [0] * len(ranks)
         """By server: how many pushes and pulls are not answered."""
@@ -108,7 +108,7 @@ class Client:
             self.send_frames()  # what was asked for before goes first
             self.begin(call, len(messages))
             for server, order, header, data, target in messages:
-                self._queue(server, order, header, data, Alone(self, header.kind, call, target))
+                self._queue(server, order, header, data, LoneRequest(self, header.kind, call, target))
         return call
 
     def begin(self, call: PendingRequests, requests: int) -> None:
@@ -137,10 +137,10 @@ class Client:
     ) -> None:
         """Queue a frame, whose calls have begun. ``items``: by first slice. ``dtype``: of the numbers."""
         with self.lock:
-            self._queue(server, order, header, data, Framed(self, header.kind, items, dtype))
+            self._queue(server, order, header, data, FrameRequest(self, header.kind, items, dtype))
 
     def _queue(
-        self, server: int, order: Order, header: Header, data: torch.Tensor | None, request: Alone | Framed
+        self, server: int, order: Order, header: Header, data: torch.Tensor | None, request: LoneRequest | FrameRequest
     ) -> None:
         self._sequence += 1
         self._open[server][self._sequence] = request
