@@ -1,6 +1,6 @@
 """Checkpoints of a training run: every rank writes what it owns, and any number of ranks takes up what each needs.
 
-    rank r   its pieces of the parameters and of the optimizer's state; its random state
+    rank r   its pieces of the parameters and of the optimizer's state; torch's, Python's and numpy's random state
     rank 0   also what exists once: buffers, frozen parameters, the schedule, whatever the caller adds
 
 Under ``ps`` and ``dps`` pieces are shards; under the other strategies rank 0 writes them all. So a checkpoint holds
@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import torch
 
@@ -23,7 +24,8 @@ from ..gradients.parameters import NamedParameter, plain_name
 from ..runtime.control import gather_bytes, raise_together
 from ..runtime.group import Group
 from ..runtime.raw import bytes_of, write_bytes
-from . import files
+from . import files, random_state
+from .writer import Writer
 
 
 class Saved(Protocol):
@@ -65,9 +67,9 @@ class Saved(Protocol):
 class Checkpoints:
     """Saves and restores ``model``, ``engine`` (its optimizer, loss scale, counters), ``scheduler`` and random state.
 
-    ``folder``: on a file system that all ranks see. ``keep``: how many of the newest checkpoints stay, at least 1; with
-    2 there is one to fall back to. All ranks of the engine's group make the same calls, between steps. Errors:
-    UsageError, on all ranks.
+    ``folder``: on a file system that all ranks see. From the first :meth:`save` on no other program may write there,
+    nor another object. ``keep``: how many of the newest checkpoints stay, at least 1; with 2 there is one to fall back
+    to. All ranks of the engine's group make the same calls, between steps. Errors: UsageError, on all ranks.
     """
 
     def __init__(
@@ -83,9 +85,14 @@ class Checkpoints:
         self.folder, self.keep = Path(folder), keep
         self.refused: list[str] = []
         """The checkpoints that :meth:`restore` did not take, and why; equal on all ranks."""
+        self._refused: set[str] = set()
         self._model, self._engine, self._scheduler, self._group = model, engine, scheduler, engine.group
         self._good: list[Path] = []
         """Checkpoints that are known to be whole, the newest last."""
+        self._run = uuid4().hex
+        """Names the run, restarts included: its checkpoints go one after the other, those of others stay."""
+        self._writer: Writer | None = None
+        """On rank 0, once it has saved: the right to write into the folder."""
 
     def save(self, step: int, more: Any = None) -> Path:
         """Write the checkpoint after ``step`` steps; returns its folder. Collective. Once this call returns, on any
@@ -98,13 +105,13 @@ class Checkpoints:
         group = self._group
         self._engine.settle()
         with trace.span("checkpoint"):
-            raise_together(group, lambda: files.begin(self.folder, step) if group.rank == 0 else None)
+            raise_together(group, lambda: self._begin(step) if group.rank == 0 else None)
             partial = files.aside(self.folder, step)
             name = f"rank-{group.rank}-of-{group.size}.safetensors"
             own = raise_together(group, lambda: files.write_state(partial, name, self._own_state(step, more)))
             records = gather_bytes(group, json.dumps(own).encode(), "parts of the checkpoint")
             written = [files.StateFile(*json.loads(record)) for record in records]
-            about = {"ranks": group.size, "strategy": self._engine.name}
+            about = {"ranks": group.size, "strategy": self._engine.name, "run": self._run}
             path = raise_together(
                 group, lambda: files.commit(self.folder, step, written, about) if group.rank == 0 else Path()
             )
@@ -129,6 +136,7 @@ class Checkpoints:
             manifest = self._checked(path)
             if manifest is not None:
                 self._good.append(path)
+                self._run = manifest.get("run", self._run)
                 return manifest["step"], self._take(path, manifest)
         if found:
             raise AgreedError(
@@ -136,6 +144,16 @@ class Checkpoints:
                 "start anew without --resume, in another folder"
             )
         return None
+
+    def close(self) -> None:
+        """Let another program, or another object of this one, write into the folder. A later :meth:`save` takes the
+        folder again. Not collective; the end of the process does it, too."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _begin(self, step: int) -> None:
+        self._writer = files.begin(self.folder, step, self._writer)
 
     def require_none(self) -> None:
         """UsageError where the folder holds checkpoints: those of another run would be mixed with those of this one.
@@ -151,7 +169,8 @@ class Checkpoints:
     def _own_state(self, step: int, more: Any) -> dict[str, Any]:
         """The state that this rank writes."""
         engine, rank = self._engine, self._group.rank
-        state: dict[str, Any] = {"step": step, "random": self._random()}
+        devices = {item.tensor.device for item in engine.parameters if item.tensor.is_cuda}
+        state: dict[str, Any] = {"step": step, "random": random_state.take(devices)}
         if engine.own_buffers and rank:
             state["buffers"] = dict(self._model.named_buffers())
         if rank == 0 or engine.shards_state:
@@ -173,11 +192,6 @@ class Checkpoints:
         frozen = [(name, tensor) for name, tensor in parameters if name not in trained]
         return [*frozen, *((plain_name(name), tensor) for name, tensor in self._model.named_buffers())]
 
-    def _random(self) -> dict[str, torch.Tensor]:
-        devices = {item.tensor.device for item in self._engine.parameters if item.tensor.is_cuda}
-        states = {str(device): torch.cuda.get_rng_state(device) for device in devices}
-        return {"cpu": torch.get_rng_state(), **states}
-
     def _checked(self, path: Path) -> dict[str, Any] | None:
         """The manifest of a checkpoint that is whole; else None, and the reason goes to ``refused``. Ranks share the
         reading."""
@@ -198,6 +212,7 @@ class Checkpoints:
         texts, reasons = zip(*(json.loads(record) for record in records), strict=True)
         if any(reasons):
             self.refused.append(f"{path.name}: {next(filter(None, reasons))}")
+            self._refused.add(path.name)
             return None
         if len(set(texts)) > 1:
             raise AgreedError(f"{path} is not the same on all ranks: the folder must be on one shared file system")
@@ -230,10 +245,9 @@ class Checkpoints:
         if self._scheduler is not None and states[0]["scheduler"] is not None:
             self._scheduler.load_state_dict(states[0]["scheduler"])
         if len(states) == self._group.size:
-            for device, random in states[self._group.rank]["random"].items():
-                torch.set_rng_state(random) if device == "cpu" else torch.cuda.set_rng_state(random, device)
+            random_state.give(states[self._group.rank]["random"])
         else:
-            torch.manual_seed((torch.initial_seed() + 7919 * manifest["step"]) % 2**63)
+            random_state.draw_anew([state["random"] for state in states], manifest["step"])
         return states[0]["more"]
 
     def _require_same_model(self, owned: list[dict[str, Any]], fixed: dict[str, torch.Tensor]) -> None:
@@ -252,6 +266,14 @@ class Checkpoints:
                     f"{name!r} has shape or size {saved.get(name, 'none')} in the checkpoint, and "
                     f"{mine.get(name, 'none')} in this model; resume with the model that was saved"
                 )
+        for name, tensor in self._fixed():
+            if tensor.dtype != fixed[name].dtype and not (
+                tensor.is_floating_point() and fixed[name].is_floating_point()
+            ):
+                raise UsageError(
+                    f"{name!r} is {fixed[name].dtype} in the checkpoint, and {tensor.dtype} in this model; resume with "
+                    "the model that was saved"
+                )
 
     def _write_values(self, owned: list[dict[str, Any]], fixed: dict[str, torch.Tensor]) -> None:
         for item in self._engine.parameters:
@@ -267,10 +289,14 @@ class Checkpoints:
             _overwrite(tensor, fixed[name])
 
     def _prune(self) -> None:
-        """All but the newest good ones go: also those that were refused, once there is a newer one."""
+        """Of this run's checkpoints all but the newest good ones go: also those that were refused, once there is a
+        newer one. What another run has written stays."""
+        old = self._good[: -self.keep]
         del self._good[: -self.keep]
         for path in files.newest_first(self.folder):
-            if path not in self._good:
+            if path in self._good:
+                continue
+            if path in old or path.name in self._refused or files.run_of(path) == self._run:
                 files.remove(path)
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from .nested import pack, unpack
+from .writer import Writer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -48,13 +49,17 @@ def aside(folder: Path, step: int) -> Path:
     return folder / f".step-{step:010d}.partial"
 
 
-def begin(folder: Path, step: int) -> None:
-    """Make the folder aside, and remove what writers that died have left. One rank."""
+def begin(folder: Path, step: int, writer: Writer | None) -> Writer:
+    """Make the folder aside, and remove what writers that died have left. One rank. Returns the right to write, which
+    is taken where ``writer`` is None: UsageError where another program has it."""
     with _reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*"):
+        writer = writer or Writer(folder)
+        own = aside(folder, step)
+        for left in folder.glob(".step-*") if writer.locked else filter(Path.is_dir, [own]):
             shutil.rmtree(left)
-        aside(folder, step).mkdir()
+        own.mkdir()
+    return writer
 
 
 def write_state(folder: Path, name: str, state: Any) -> StateFile:
@@ -129,6 +134,14 @@ def read_manifest(path: Path) -> str:
     if _NAME.fullmatch(path.name) and int(path.name[5:15]) != manifest["step"]:
         raise Refused(f"its folder was renamed: it is of step {manifest['step']}")
     return text
+
+
+def run_of(path: Path) -> str | None:
+    """The run that a checkpoint is of; None where its manifest does not tell."""
+    try:
+        return json.loads(read_manifest(path)).get("run")  # type: ignore[no-any-return]
+    except Refused:
+        return None
 
 
 def state_files(manifest: dict[str, Any]) -> list[StateFile]:

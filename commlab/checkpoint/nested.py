@@ -24,19 +24,39 @@ _PLAIN_DTYPES = (
 """What every safetensors can hold."""
 
 
+class _Memory:
+    """The memory of the tensors that were packed: safetensors refuse numbers that two tensors share."""
+
+    def __init__(self) -> None:
+        self._taken: dict[int, list[tuple[int, int]]] = {}
+
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, or a copy where its memory is another's too."""
+        if not tensor.numel():
+            return tensor
+        start = tensor.data_ptr()
+        stop = start + tensor.numel() * tensor.element_size()
+        taken = self._taken.setdefault(tensor.untyped_storage().data_ptr(), [])
+        if any(start < other_stop and other_start < stop for other_start, other_stop in taken):
+            return tensor.clone()
+        taken.append((start, stop))
+        return tensor
+
+
 def pack(state: Any) -> tuple[str, dict[str, torch.Tensor]]:
     """``state`` (None, numbers, text, tensors; dicts, lists and tuples of them) as JSON text and its tensors, on the
     CPU, under names that the text refers to. Floats keep all their bits. UsageError for a value of any other type."""
     tensors: dict[str, torch.Tensor] = {}
+    memory = _Memory()
 
     def walk(value: Any, where: str) -> Any:
         if torch.is_tensor(value):
             require_dense(where, value)
             name = str(len(tensors))
             if value.dtype in _PLAIN_DTYPES and not value.is_quantized:
-                tensors[name] = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+                tensors[name] = memory.own(value.detach().resolve_conj().resolve_neg().cpu().contiguous())
                 return {"tensor": name}
-            tensors[name] = bytes_of(value).cpu()
+            tensors[name] = memory.own(bytes_of(value).cpu())
             return {"bytes": [name, meaning_of(value)]}
         if isinstance(value, _PLAIN):
             return value

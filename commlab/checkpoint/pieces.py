@@ -148,7 +148,7 @@ def _collect(piece: Piece, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 result[key] = value.clone() if torch.is_tensor(value) else value
                 continue
             if key not in result:
-                result[key] = torch.empty(wanted.numel, dtype=value.dtype, device="cpu")
+                result[key] = torch.empty(wanted.numel, dtype=value.dtype, device=value.device)
             result[key][common.start - wanted.start : common.stop - wanted.start] = value[
                 common.start - here.start : common.stop - here.start
             ]

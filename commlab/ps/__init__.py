@@ -3,10 +3,13 @@
     store           ParameterServer, one object on every rank
     worker/         what a worker asks, and the answers
     server/         what a server does with a request
+    plan            a store's arguments, checked before anything is sent
     link            messages to and from one peer, over any transport
+    frames          many small tensors in one message
     messages        headers, sizes and limits
     placement       which server owns which slices of which tensors
     consistency     when a worker may read: BSP, SSP, ASP
+    hypers          hyper-parameters on their way to servers
     encoding        an optimizer's state as bytes
     elementwise     which optimizers servers can run
 

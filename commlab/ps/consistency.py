@@ -54,6 +54,9 @@ class Consistency:
         return self.staleness is None or lacking <= self.staleness
 
 
+BSP = Consistency("bsp", 0, True)
+
+
 def lacking(clock: int, contained: int) -> int:
     """Staleness of a read at ``clock``: how many clocks of the slowest worker the value lacks; 0 in lockstep."""
     return max(0, clock - contained)
@@ -61,9 +64,9 @@ def lacking(clock: int, contained: int) -> int:
 
 def parse(text: str) -> Consistency:
     """The consistency named ``"bsp"``, ``"ssp:S"`` (S >= 0) or ``"asp"``. UsageError for any other name."""
-    name, colon, bound = text.partition(":")
+    name, colon, bound = text.partition(":") if isinstance(text, str) else ("", "", "")
     if name in ("bsp", "asp") and not colon:
-        return Consistency(name, 0 if name == "bsp" else None, name == "bsp")
+        return BSP if name == "bsp" else Consistency(name, None, False)
     if name == "ssp" and bound.isdecimal():
         return Consistency(text, int(bound), False)
     raise UsageError(

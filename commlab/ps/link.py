@@ -26,7 +26,8 @@ _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 class Link:
     """The messages between this rank and ``peer``. ``memory_for(header)``: memory for the bytes that follow a header,
-    or None to be asked again; ``arrived(header, data)``: called with every message once all its bytes are there."""
+    or None to be asked again; ``arrived(header, data)``: called with every message once all its bytes are there, and
+    ``ready(header, data)`` says that it can be taken in, or is asked again."""
 
     def __init__(
         self,
@@ -34,9 +35,10 @@ class Link:
         peer: int,
         memory_for: Callable[[Header], torch.Tensor | None],
         arrived: Callable[[Header, torch.Tensor], None],
+        ready: Callable[[Header, torch.Tensor], bool] | None = None,
     ):
         self._transport, self.peer = transport, peer
-        self._memory_for, self._arrived = memory_for, arrived
+        self._memory_for, self._arrived, self._ready = memory_for, arrived, ready
         self._queue: list[tuple[Order, int, Bytes, Bytes | None]] = []
         self._queued = 0
         self._flying: deque[list[Request]] = deque()
@@ -63,7 +65,7 @@ class Link:
     @property
     def moving(self) -> bool:
         """Whether bytes of a message are under way: many transports move bytes only while somebody looks."""
-        return self._data is not None or bool(self._flying)
+        return (self._data is not None and self._incoming is not None) or bool(self._flying)
 
     def listen(self) -> None:
         """Expect one message. Call this method again after each message that has arrived if another will come."""
@@ -77,10 +79,11 @@ class Link:
 
     def poll(self) -> bool:
         """Go on as far as possible; returns whether anything moved."""
-        moved = self._poll_sends()
+        moved = self.poll_sends()
         return self._poll_receive() or moved
 
-    def _poll_sends(self) -> bool:
+    def poll_sends(self) -> bool:
+        """Send as far as possible; returns whether anything moved."""
         moved = False
         while self._flying and all(request.test() for request in self._flying[0]):
             self._flying.popleft()
@@ -113,7 +116,11 @@ class Link:
             if self._header.length:
                 self._incoming = self._transport.irecv(self._data.numpy(), self.peer)
             moved = True
-        if self._incoming is not None and not self._incoming.test():
+        if self._incoming is not None:
+            if not self._incoming.test():
+                return moved
+            self._incoming = None
+        if self._ready is not None and not self._ready(self._header, self._data):
             return moved
         header, data = self._header, self._data
         self._header = self._data = self._incoming = None

@@ -6,6 +6,11 @@
 All messages of a pair of ranks travel in order on a communicator of their own, so no message needs a tag: the header
 tells what follows. ``key`` is the number of a slice among those of its server (:mod:`commlab.ps.placement`); one
 message may carry several adjoining ``slices``.
+
+Many small tensors travel in one *frame* (:mod:`commlab.ps.frames`): a request, or an answer, about any slices of one
+dtype. The server answers a frame's entries as if each had come alone, as many in one message as it can.
+
+    header: ``key`` entries    table: (first, slices) of each entry    versions (VALUES_FRAME)    numbers, or a reason
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from ..errors import CommlabError
 from ..native.dtypes import DTYPES
 
 MAGIC = b"cmPS"
-VERSION = 2
+VERSION = 3
 MESSAGE_BYTES = 2**20
 """The most bytes of numbers in one message, for which a more urgent message may have to wait
 (docs/parameter-server.md)."""
@@ -28,6 +33,13 @@ IN_FLIGHT = 2
 """The most messages to one peer that the transport is handed at a time; those that wait are still sorted by urgency."""
 TEXT_BYTES = 2**20
 """The most bytes of an error or of a report."""
+SMALL_BYTES = 8 * 1024
+"""Calls of up to so many bytes travel in frames, together with others: copying the numbers costs less than a message of
+their own."""
+FRAME_BYTES = 64 * 1024
+"""A frame with so many bytes of numbers leaves at once."""
+FRAME_ENTRIES = 512
+"""A frame with so many entries leaves at once, so that the server is busy while the next one is filled."""
 STATE_BYTES = 16 * MESSAGE_BYTES
 """The most bytes of an optimizer's state of one slice: some tensors as large as the slice, in up to twice its
 precision."""
@@ -66,6 +78,11 @@ class Kind(IntEnum):
     """A request for what the optimizer remembers of one slice."""
     SET_STATE = 12
     """What the optimizer is to remember of one slice from now on."""
+    PUSH_FRAME = 13
+    """``PUSH`` of many entries; with ``wire`` NO_WIRE and no numbers (BSP only): the worker has no gradient for them in
+    this clock."""
+    PULL_FRAME = 14
+    """``PULL`` of many entries."""
     ACK = 64
     """The answer to a request that was carried out and asked for nothing."""
     VALUES = 65
@@ -73,9 +90,15 @@ class Kind(IntEnum):
     TEXT = 66
     """The answer to ``REPORT`` (JSON)."""
     ERROR = 67
-    """The answer to a request that was refused: the reason, as text."""
+    """The answer to a request that was refused: the reason, as text; ``flag``: whether the request can't be, else it
+    has waited too long for a worker. With ``sequence`` 0 no answer: the server has failed, and answers nothing more."""
     STATE = 68
     """The answer to ``GET_STATE``."""
+    VALUES_FRAME = 69
+    """An answer to ``PULL_FRAME``: the values of those entries that can be read."""
+    REFUSED_FRAME = 70
+    """An answer to ``PUSH_FRAME`` or ``PULL_FRAME``: these entries were refused, for one reason; ``flag`` as in
+    ``ERROR``. Of a ``PUSH_FRAME`` the others were taken in, which ``ACK`` tells."""
 
 
 WIRE_CODES = {dtype: code for dtype, (code, _) in DTYPES.items() if dtype.is_floating_point}

@@ -97,6 +97,7 @@ def deal(entries: Iterable[Entry], servers: int) -> Placement:
     loads = [0] * servers
     ranges: list[list[tuple[int, Range]]] = [[] for _ in entries]
     group: list[int] = []
+    group_bytes = 0
 
     def give(server: int, entry: int, numbers: Range) -> None:
         itemsize = entries[entry].dtype.itemsize
@@ -113,16 +114,20 @@ def deal(entries: Iterable[Entry], servers: int) -> Placement:
         group.clear()
 
     for at, entry in enumerate(entries):
-        owners = min(servers, entry.nbytes // unit_bytes)
+        nbytes = entry.nbytes
+        owners = min(servers, nbytes // unit_bytes)
         if owners >= 2:
             close_group()
+            group_bytes = 0
             emptiest = sorted(range(servers), key=loads.__getitem__)[:owners]
             for server, numbers in zip(emptiest, split(entry.numel, owners, _ALIGN), strict=True):
                 give(server, at, numbers)
             continue
         group.append(at)
-        if sum(entries[member].nbytes for member in group) >= unit_bytes:
+        group_bytes += nbytes
+        if group_bytes >= unit_bytes:
             close_group()
+            group_bytes = 0
     close_group()
     return _numbered(entries, ranges, servers)
 

@@ -7,34 +7,40 @@ workers    push gradients, pull values, and end their clocks with ``step()``; ``
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
+import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import UsageError
-from ..native.dtypes import WIRES, require_wire
+from ..errors import CommlabError, UsageError
+from ..native.dtypes import WIRES
+from ..runtime.control import raise_together
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..runtime.world import resolve
 from ..transport.sim import SimNetwork
-from .consistency import parse
-from .elementwise import require_elementwise
+from . import hypers
 from .messages import Header, Kind
-from .placement import Placement, Slice, server_ranks
-from .server.ledger import Record, Rules
+from .placement import Placement, Slice
+from .plan import make_plan, make_shard, on_the_cpu, side_by_side
+from .server.ledger import Record
 from .server.loop import ServerLoop
 from .server.server import Server
-from .server.shard import Factory, Shard
-from .worker.client import Client, PendingRequests
-from .worker.keys import Keys
+from .server.shard import Factory
+from .worker.calls import PendingRequests
+from .worker.client import Client
 from .worker.requests import Requests
 
-_LAST = 2**62
+_NO_CLOCK = 2**62
+"""The clock of a worker that has left: it waits for none of its own."""
+_ABANDON_S = 1.0
+"""How long a store that nobody has any longer waits for the servers to know it."""
 
 
 class ClockVerdict(NamedTuple):
@@ -81,25 +87,31 @@ class ParameterServer:
         log: list[Record] | None = None,
     ):
         everyone = resolve(group)
-        self.consistency = parse(consistency)
-        require_wire(wire)
-        if max_grad_norm is not None or skips:
-            self.consistency.require_lockstep(
-                f"max_grad_norm {max_grad_norm}" if max_grad_norm is not None else "skipping what is not finite"
-            )
-        alone = everyone.size == 1 and servers is None
-        ranks = (1,) if alone else server_ranks(everyone.nodes, 1 if servers is None else servers)
+        plan = raise_together(
+            everyone,
+            lambda: make_plan(
+                everyone,
+                named_params,
+                optimizer,
+                groups or {},
+                elementwise,
+                consistency,
+                servers,
+                wire,
+                max_grad_norm,
+                skips,
+            ),
+        )
+        rules, ranks, workers, alone = plan.rules, plan.ranks, plan.workers, plan.alone
+        self.consistency = rules.consistency
         self.servers = ranks
         """Ranks of the group that serve."""
-        self._keys = Keys(named_params, groups or {}, len(ranks), everyone.rank)
+        self._keys = plan.keys
         self.placement: Placement = self._keys.placement
-        group_count = 1 + max((entry.group for entry in self.placement.entries), default=0)
-        self.optimizer = _example(optimizer, group_count, elementwise)
+        self.optimizer = plan.optimizer
         """The factory's optimizer. The hyper-parameters of its groups go with the first push of every clock, so
         learning-rate schedulers work on it. On workers it updates nothing itself."""
-        workers = [rank for rank in range(max(2, everyone.size)) if rank not in ranks]
-        agrees = max_grad_norm is not None or skips
-        rules = Rules(self.consistency, len(workers), len(ranks), agrees, skips, max_grad_norm)
+        self._optimizer_groups = 0 if self.optimizer is None else len(self.optimizer.param_groups)
         self._keys.require_agreement(everyone, f"{consistency}, {len(ranks)} servers, wire {wire}, {rules[3:]}")
         self.role = "server" if everyone.rank in ranks else "worker"
         self.clock = 0
@@ -111,10 +123,9 @@ class ParameterServer:
         """What the learning rates of ``optimizer`` are multiplied by on their way to the servers."""
         self.server: Server | None = None
         """The server in this process: on server ranks, and in a group of one rank."""
-        self.agrees = agrees
+        self.agrees = rules.agrees
         """Whether servers agree on a clock's norm before they update."""
-        self._last_step: Handle | None = None
-        self._closed = self.role == "server"
+        self._closed, self._left = self.role == "server", False
         self._pid = os.getpid()
         own_group = None if alone else everyone.subgroup(workers)
         self.group: Group = own_group or everyone
@@ -122,71 +133,108 @@ class ParameterServer:
         near, far = _transports(everyone, alone)
         crowded, timeout_s = everyone.crowded, everyone.timeout_s
         serving: ServerLoop | None = None
-        if alone or self.role == "server":
-            index = 0 if alone else ranks.index(everyone.rank)
+        serves = alone or self.role == "server"
+        index = 0 if alone else ranks.index(everyone.rank) if serves else -1
+        # A factory may fail on the servers' tensors alone; the workers are told.
+        shard = raise_together(everyone, lambda: make_shard(everyone, plan, index, optimizer) if serves else None)
+        if shard is not None:
             names = [f"worker rank {rank}" for rank in workers]
-            self.server = Server(Shard(self.placement, index, optimizer, group_count), rules, index, names, log)
+            self.server = Server(shard, rules, index, names, log)
             serving = ServerLoop(self.server, far, workers, ranks, timeout_s, crowded, everyone.departed)
         # Not the store itself: its values and optimizer are gone when nobody has it any more.
         ending = partial(_close, weakref.ref(self)), partial(_free, near, own_group)
         everyone.endings.append(ending)
-        self._forget = partial(_forget, everyone.endings, ending, near)
+        self._release = partial(_release, everyone.endings, ending, near)
         if self.role == "server":
             assert serving is not None
-            serving.run()
-            self._forget()
+            with on_the_cpu():
+                serving.run()
+            self._release()
             return
         self._client = Client(
             near, ranks, timeout_s, crowded, None if serving is None else serving.poll, everyone.departed
         )
-        self._requests = Requests(self._client, self._keys, WIRES[wire])
-        # A worker that ended without close() would keep the servers waiting.
-        atexit.register(self.close)
+        self._client.clock = 0
+        self._requests = Requests(self._client, self._keys, WIRES[wire], self.consistency, rules.agrees)
+        # A worker that ended without close(), or dropped the store, would keep the servers and the others waiting.
+        at_exit = partial(_close, weakref.ref(self))
+        atexit.register(at_exit)
+        dropped = weakref.finalize(self, _abandon, self._client, self._requests, at_exit)
+        dropped.atexit = False
+
+        def forget() -> None:
+            atexit.unregister(at_exit)
+            dropped.detach()
+
+        self._forget = forget
         if self.group.rank == 0:
-            for name, tensor in self._keys.tensors.items():
-                self.assign_flat((name,), tensor.detach().reshape(-1)).wait()
+            for together, flat in side_by_side(self._keys.tensors):
+                self.assign_flat(together, flat).wait()
         if self.group.size > 1:
             self.group.barrier()
 
     # Push and pull.
 
-    def push(self, key: str, tensor: torch.Tensor) -> Handle:
+    def push(self, key: str, tensor: torch.Tensor | None) -> Handle:
         """Give the servers an update of ``key``: a gradient, of the parameter's shape and dtype. Leave ``tensor`` alone
         until ``wait()``, which returns once the servers have taken it in. Under bsp a worker that has ended more clocks
-        than others waits here for them."""
+        than others waits here for them. None: this worker has no gradient of ``key`` in this clock; what no worker has
+        a gradient of is not updated. Small tensors wait for others, to travel with them, until the next ``wait()``,
+        ``done()``, ``poll()`` or ``step()``; an error that no ``wait()`` has raised is raised by a later ``step()``."""
         self._require_worker("push")
+        if tensor is None:
+            return self._push_nothing(key)
         self._keys.require(key, tensor, "push")
-        return self.push_flat((key,), tensor.detach().reshape(-1))
+        if tensor.requires_grad or tensor.dim() != 1:
+            tensor = tensor.detach().reshape(-1)
+        self._requests.send_hypers(self.clock, self._hypers)
+        return self._requests.push((key,), tensor, self.clock)
 
     def pull(self, key: str, out: torch.Tensor) -> Handle:
         """Write the value of ``key`` into ``out`` (of its shape and dtype) as soon as the consistency allows a read at
-        this worker's clock. ``wait()`` returns ``out``."""
+        this worker's clock. ``wait()`` returns ``out``.
+
+        After a push of ``key`` in the same clock the pull reads what the push has made of the value. Under bsp this is
+        the value with all workers' pushes of the clock, as after :meth:`push_pull`, never the value before; with
+        ``max_grad_norm`` or ``skips`` it is there once all workers have called ``step()``, so waiting for it before
+        this worker's own ``step()`` is a UsageError."""
         self._require_worker("pull")
-        self._keys.require(key, out, "pull")
+        self._keys.require_out(key, out, "pull")
         return self._requests.pull_into(key, out, self.clock)
 
-    def push_pull(self, key: str, tensor: torch.Tensor, out: torch.Tensor) -> Handle:
+    def push_pull(self, key: str, tensor: torch.Tensor | None, out: torch.Tensor) -> Handle:
         """Push, and read what the next clock will begin with: under bsp the value updated with all workers' pushes of
-        this clock. ``wait()`` returns ``out``."""
+        this clock. ``wait()`` returns ``out``; where that takes this worker's own ``step()``, waiting before it is a
+        UsageError."""
         self._require_worker("push_pull")
-        self._keys.require(key, tensor, "push_pull")
-        self._keys.require(key, out, "push_pull")
-        pushed = self.push_flat((key,), tensor.detach().reshape(-1))
-        return self._requests.pull_into(key, out, self.clock + 1, follows=pushed)
+        if tensor is not None:
+            self._keys.require(key, tensor, "push_pull")
+        self._keys.require_out(key, out, "push_pull")
+        return self._requests.pull_into(key, out, self.clock, follows=self.push(key, tensor))
+
+    def _push_nothing(self, key: str) -> Handle:
+        self._keys.entry(key)
+        return self._requests.push_nothing((key,), self.clock)
 
     def push_flat(self, keys: Sequence[str], flat: torch.Tensor) -> Handle:
         """:meth:`push` of several tensors of one dtype that lie side by side in ``flat`` (1-D), possibly already in the
         wire's dtype; adjoining slices travel in one message."""
-        self._requests.send_hypers(self.clock, self.optimizer, self.lr_factor, self.grad_scale)
+        self._require_worker("push_flat")
+        self._keys.require_flat(keys, flat, "push_flat", self._requests.wire)
+        self._requests.send_hypers(self.clock, self._hypers)
         return self._requests.push(tuple(keys), flat, self.clock)
 
     def pull_flat(self, keys: Sequence[str], flat: torch.Tensor, *, exact: bool = False) -> Handle:
         """:meth:`pull` of several tensors of one dtype into ``flat`` (1-D, contiguous, CPU). ``exact``: as they are on
         the servers, whatever the wire."""
+        self._require_worker("pull_flat")
+        self._keys.require_flat(keys, flat, "pull_flat", None)
         return self._requests.pull_flat(tuple(keys), flat, self.clock, None if exact else self._requests.wire)
 
     def assign_flat(self, keys: Sequence[str], flat: torch.Tensor) -> Handle:
         """Overwrite values, from any worker, while nobody pushes or pulls them."""
+        self._require_worker("assign_flat")
+        self._keys.require_flat(keys, flat, "assign_flat", None)
         return self._requests.assign(tuple(keys), flat)
 
     def optimizer_state(self, part: Slice) -> Handle:
@@ -211,14 +259,9 @@ class ParameterServer:
         :class:`ClockVerdict` where servers agree on one (``max_grad_norm`` or ``skips``), once all workers have ended
         the clock; else None, at once."""
         self._require_worker("step")
-        if self._last_step is not None and self._last_step.finished:
-            self._last_step.wait()  # an error that nobody has asked for
-        header = Header(Kind.CLOCK, clock=self.clock, flag=finite)
-        what = f"end of clock {self.clock}"
-        handle = self._requests.ask_all(header, (self.clock, 1, 0), what, complete=self._take_verdict)
+        self._client.raise_unasked(self.clock)
+        handle = self._requests.end_clock(self.clock, bool(finite), self._verdict_of_clock())
         self.clock += 1
-        self._last_step = handle
-        self._client.poll()
         return handle
 
     def poll(self) -> None:
@@ -263,15 +306,18 @@ class ParameterServer:
         servers know it."""
         self._require_worker("leave")
         self._requests.ask_all(Header(Kind.LEAVE, clock=self.clock), (self.clock, 2, 0), "leave").wait()
+        self._left = True
+        self._client.at_clock(_NO_CLOCK)
 
     def close(self) -> None:
         """This worker needs the servers no more; they return when all workers have closed. ``commlab.shutdown()`` and
-        the end of the program close the store, too."""
+        the end of the program close the store, and so does Python when nobody has the store any longer. The second time
+        it does nothing."""
         if not self._closed and os.getpid() == self._pid:
             self._closed = True
-            atexit.unregister(self.close)
-            self._requests.ask_all(Header(Kind.CLOSE, clock=self.clock), (_LAST, 0, 0), "close").wait()
             self._forget()
+            self._requests.close(self.clock).wait()
+            self._release()
 
     # Inside.
 
@@ -280,15 +326,39 @@ class ParameterServer:
             raise UsageError(f"rank {self._keys.rank}: {what}() is for workers, and this rank was a server")
         if self._closed:
             raise UsageError(f"rank {self._keys.rank}: {what}() on a parameter server that was closed")
+        if self._left and what in ("push", "push_pull", "push_flat", "step", "leave"):
+            raise UsageError(f"rank {self._keys.rank}: {what}() after leave(), after which a worker only pulls")
 
-    def _take_verdict(self, call: PendingRequests) -> None:
-        if self.agrees:
-            answer = call.answers[0]
-            call.handle.result = ClockVerdict(answer.value**0.5 / self.grad_scale, answer.flag)
+    def _hypers(self) -> bytes:
+        try:
+            return hypers.encode(self.optimizer, self._optimizer_groups, self.lr_factor, self.grad_scale)
+        except UsageError as error:
+            raise UsageError(f"rank {self._keys.rank}: push at clock {self.clock}: {error}") from None
+
+    def _verdict_of_clock(self) -> Callable[[PendingRequests], None] | None:
+        # Knows the store no more: a store that nobody has any longer is to go at once.
+        return partial(_take_verdict, self.grad_scale) if self.agrees else None
+
+
+def _take_verdict(scale: float, call: PendingRequests) -> None:
+    assert call.answer is not None
+    call.result = ClockVerdict(call.answer.value**0.5 / scale, call.answer.flag)
 
 
 def _take_ticket(call: PendingRequests) -> None:
-    call.handle.result = call.answers[0].clock
+    assert call.answer is not None
+    call.result = call.answer.clock
+
+
+def _abandon(client: Client, requests: Requests, at_exit: Callable[[], None]) -> None:
+    """A store that was not closed is gone: tell the servers that this worker sends nothing more. Nobody may have to
+    wait here for long: what can't leave at once stays where it is."""
+    atexit.unregister(at_exit)
+    with contextlib.suppress(CommlabError):
+        closed = requests.close(client.clock)
+        stop_s = time.perf_counter() + _ABANDON_S
+        while not closed.done() and time.perf_counter() < stop_s:
+            os.sched_yield()
 
 
 def _close(reference: weakref.ref[ParameterServer]) -> None:
@@ -297,7 +367,7 @@ def _close(reference: weakref.ref[ParameterServer]) -> None:
         store.close()
 
 
-def _forget(endings: list[Any], ending: Any, transport: Any) -> None:
+def _release(endings: list[Any], ending: Any, transport: Any) -> None:
     """A store that is through with all messages holds nothing of its group any more."""
     if ending in endings:
         endings.remove(ending)
@@ -318,14 +388,3 @@ def _transports(everyone: Group, alone: bool) -> tuple[Any, Any]:
         return near, far
     transport = everyone.split(range(everyone.size), any_order=True)
     return transport, transport
-
-
-def _example(factory: Factory | None, groups: int, elementwise: bool | None) -> torch.optim.Optimizer | None:
-    """The factory's optimizer on numbers that nobody uses, for its kind and its hyper-parameters. Made on every rank,
-    so that all ranks refuse an optimizer that servers can't run."""
-    if factory is None:
-        return None
-    stand_ins = [torch.zeros(1, device="cpu") for _ in range(groups)]
-    made = factory(stand_ins if groups == 1 else [{"params": [stand_in]} for stand_in in stand_ins])
-    require_elementwise(made, elementwise)
-    return made

@@ -25,14 +25,18 @@ class Handle:
     what :meth:`wait` returns. ``given_up``: a wait ended before the operation did, and the driver wants to
     know of the next one."""
 
-    __slots__ = ("_callbacks", "_driver", "_started_ns", "describe", "error", "finished", "given_up", "result")
+    __slots__ = ("_callbacks", "_describe", "_driver", "_started_ns", "error", "finished", "given_up", "result")
 
-    def __init__(self, driver: Driver, describe: Callable[[], str], result: Any = None):
-        self._driver, self.describe, self.result = driver, describe, result
+    def __init__(self, driver: Driver, describe: Callable[[], str] | None, result: Any = None):
+        self._driver, self._describe, self.result = driver, describe, result
         self.error: BaseException | None = None
         self.finished = self.given_up = False
-        self._callbacks: list[Callable[[Handle], object]] = []
+        self._callbacks: list[Callable[[Handle], object]] | None = None  # most handles have none
         self._started_ns = 0
+
+    def describe(self) -> str:
+        """The operation's name in messages."""
+        return "" if self._describe is None else self._describe()
 
     def begin(self) -> None:
         """The operation's first step is taken now: its span in the trace starts here. Called by the driver, where spans
@@ -52,6 +56,8 @@ class Handle:
     def when_finished(self, call: Callable[[Handle], object]) -> None:
         """Run ``call(handle)`` once, when the operation has ended: at once if it has, else in the thread that ends
         it."""
+        if self._callbacks is None:
+            self._callbacks = []
         self._callbacks.append(call)
         if self.finished:
             self._call_back()

@@ -68,6 +68,7 @@ class Pulls:
             self._watch_ends()
         for at, unit in enumerate(self.units):
             self._under_way[at] = self._store.pull_flat(unit.names, unit.flat, exact=exact)
+        self._store.poll()  # small units wait for one another
 
     def end_step(self) -> None:
         """Wait for the parameters that no module is known to wait for: all of them, until a forward pass has been

@@ -146,7 +146,8 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     checkpoints = checkpoints_of(run, tmp_path, keep=3)
     for step in (1, 2, 10, 11, 12):
         checkpoints.save(step)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:010d}" for step in (10, 11, 12)]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".writer", *(f"step-{step:010d}" for step in (10, 11, 12))]
     with pytest.raises(UsageError, match=r"checkpoints already, the newest .*step-0000000012; --resume goes on"):
         checkpoints.require_none()
     checkpoints_of(run, tmp_path / "other").require_none()

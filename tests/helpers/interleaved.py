@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from commlab.ps import frames
 from commlab.ps.consistency import parse
-from commlab.ps.messages import WIRE_CODES, Header, Kind
+from commlab.ps.messages import NO_WIRE, WIRE_CODES, Header, Kind
 from commlab.ps.placement import Entry, Slice, deal
 from commlab.ps.server.ledger import Record, Rules
 from commlab.ps.server.server import Server
@@ -63,6 +64,10 @@ class Story:
     """A worker that the coin seldom lets go on."""
     skipping: bool = False
     """Whether workers leave out some tensors in some clocks."""
+    after: bool = False
+    """Whether workers pull again after their pushes, what the next clock begins with (BSP)."""
+    framed: bool = False
+    """Whether messages carry several entries, of any slices of one dtype."""
 
 
 class Run:
@@ -84,15 +89,16 @@ class Run:
             for index in range(story.servers)
         ]
         self.boxes: dict[tuple[int, int], deque[tuple[Header, torch.Tensor]]] = {}
-        self.pushed: dict[tuple[int, int, int], tuple[int, int]] = {}
-        """(server, worker, sequence) to (clock, slice)."""
+        self.pushed: dict[tuple[int, int, int, int], int] = {}
+        """(server, worker, sequence, slice) to the clock."""
         self.plan: dict[tuple[int, int], list[int]] = {}
         """(worker, clock) to the tensors that it pushes."""
         self.answers: dict[tuple[int, int], tuple[Header, torch.Tensor | None]] = {}
         self.reads: list[tuple[int, int, int, int, float]] = []
         """(server, worker, clock, slice, staleness) of every read, in the order of the answers."""
         self._sequence = 0
-        self._asked: dict[int, tuple[int, int, int, int]] = {}
+        self._asked: dict[int, tuple[int, int, int, set[int]]] = {}
+        """Sequence to (server, worker, clock, slices that are not answered)."""
         for server in self.servers:
             for owned in server.ledger.shard.slices:
                 first = self.first_value(owned)
@@ -110,6 +116,8 @@ class Run:
         if target is None:
             return False
         target.copy_(data.view(-1).view(torch.uint8))
+        if not self.servers[server].ready(peer, header, target):
+            return False
         self.servers[server].receive(peer, header, target)
         return True
 
@@ -119,6 +127,33 @@ class Run:
         header = header._replace(sequence=self._sequence, length=data.numel())
         self.boxes.setdefault((worker, server), deque()).append((header, data))
         return self._sequence
+
+    def _messages(self, slices: list[Slice]) -> list[list[Slice]]:
+        """The slices that travel together: each alone, or several of one server and dtype in a frame."""
+        if not self.story.framed:
+            return [[owned] for owned in slices]
+        groups: dict[tuple[int, torch.dtype], list[Slice]] = {}
+        for owned in slices:
+            groups.setdefault((owned.server, ENTRIES[owned.entry].dtype), []).append(owned)
+        messages = []
+        for group in groups.values():
+            while group:
+                count = self.coin.randint(1, len(group))
+                messages.append(sorted(group[:count], key=lambda owned: owned.number))
+                del group[:count]
+        return messages
+
+    def send_many(
+        self, me: int, kind: Kind, together: list[Slice], clock: int, wire: int, numbers: list[torch.Tensor]
+    ) -> int:
+        server = together[0].server
+        if not self.story.framed:
+            header = Header(kind, together[0].number, 1, clock=clock, wire=wire)
+            return self.send(me, server, header, numbers[0] if numbers else None)
+        framed = Kind.PUSH_FRAME if kind == Kind.PUSH else Kind.PULL_FRAME
+        body = torch.cat(numbers) if numbers else torch.empty(0, dtype=torch.uint8)
+        data = frames.pack([(owned.number, 1) for owned in together], body)
+        return self.send(me, server, Header(framed, len(together), clock=clock, wire=wire), data)
 
     def worker(self, me: int) -> Iterator[list[int]]:
         """The script of one worker; it yields the requests whose answers it waits for."""
@@ -132,22 +167,32 @@ class Run:
             reads = []
             everything = [owned for slices in self.placement.of_entry for owned in slices]
             self.coin.shuffle(everything)
-            for owned in everything:
-                header = Header(Kind.PULL, owned.number, 1, clock=clock, wire=WIRE_CODES[ENTRIES[owned.entry].dtype])
-                reads.append(self.send(me, owned.server, header))
-                self._asked[reads[-1]] = (owned.server, me, clock, owned.number)
+            for together in self._messages(everything):
+                wire = WIRE_CODES[ENTRIES[together[0].entry].dtype]
+                reads.append(self.send_many(me, Kind.PULL, together, clock, wire, []))
+                self._asked[reads[-1]] = (together[0].server, me, clock, {owned.number for owned in together})
             yield reads
             wanted = self.plan[me, clock] = [
                 at for at in range(len(ENTRIES)) if not story.skipping or self.coin.random() < 0.7
             ]
             writes = []
-            for owned in everything:
-                if owned.entry in wanted:
-                    dtype = story.wire or ENTRIES[owned.entry].dtype
-                    numbers = gradient(me, clock, owned.entry, owned.start, owned.stop, dtype)
-                    header = Header(Kind.PUSH, owned.number, 1, clock=clock, wire=WIRE_CODES[dtype])
-                    writes.append(self.send(me, owned.server, header, numbers))
-                    self.pushed[owned.server, me, writes[-1]] = clock, owned.number
+            for together in self._messages([owned for owned in everything if owned.entry in wanted]):
+                dtype = story.wire or ENTRIES[together[0].entry].dtype
+                numbers = [gradient(me, clock, each.entry, each.start, each.stop, dtype) for each in together]
+                writes.append(self.send_many(me, Kind.PUSH, together, clock, WIRE_CODES[dtype], numbers))
+                for owned in together:
+                    self.pushed[owned.server, me, writes[-1], owned.number] = clock
+            if story.framed and story.consistency == "bsp":
+                # What the end of the clock would tell, now.
+                for together in self._messages([owned for owned in everything if owned.entry not in wanted]):
+                    if self.coin.random() < 0.5:
+                        writes.append(self.send_many(me, Kind.PUSH, together, clock, NO_WIRE, []))
+            if story.after:
+                pushed = [owned for owned in everything if owned.entry in wanted]
+                for together in self._messages(pushed):
+                    wire = WIRE_CODES[ENTRIES[together[0].entry].dtype]
+                    writes.append(self.send_many(me, Kind.PULL, together, clock + 1, wire, []))
+                    self._asked[writes[-1]] = (together[0].server, me, clock + 1, {each.number for each in together})
             if self.coin.random() < 0.5:
                 yield writes
             ends = [self.send(me, server, Header(Kind.CLOCK, clock=clock)) for server in everywhere]
@@ -194,12 +239,29 @@ class Run:
                     (header, body)
                 )
                 continue
-            assert header.kind != Kind.ERROR, bytes(data.numpy())  # type: ignore[union-attr]
-            self.answers[header.sequence] = header, data
-            if header.kind == Kind.VALUES:
-                where, me, clock, index = self._asked[header.sequence]
-                self.reads.append((where, me, clock, index, header.value))
-                self.check_read(where, me, clock, index)
+            assert header.kind not in (Kind.ERROR, Kind.REFUSED_FRAME), bytes(data.numpy())  # type: ignore[union-attr]
+            answered = True
+            if header.kind in (Kind.VALUES, Kind.VALUES_FRAME):
+                where, me, clock, open_ = self._asked[header.sequence]
+                entries = [(header.key, 1)]
+                if header.kind == Kind.VALUES_FRAME:
+                    assert data is not None
+                    entries, versions, body = frames.unpack(header, data, "server", versions=True)
+                    shard = self.servers[server].ledger.shard
+                    values = torch.cat([shard.pieces[index].view(-1) for index, _ in entries])
+                    assert torch.equal(body.view(header.dtype), values), "as they are when the answer leaves"
+                    assert versions == [shard.versions[index] for index, _ in entries]
+                else:
+                    versions = [header.clock]
+                if self.story.consistency == "bsp" and not self.story.skipping:
+                    assert set(versions) == {1 + clock}, "the updates of all clocks before, and no other"
+                for index, _ in entries:
+                    self.reads.append((where, me, clock, index, header.value))
+                    self.check_read(where, me, clock, index)
+                    open_.remove(index)
+                answered = not open_
+            if answered:
+                self.answers[header.sequence] = header, data
 
     def check_read(self, server: int, me: int, clock: int, index: int) -> None:
         """What SSP promises, by what is in the value and not by any clock: the server's log has every push to this

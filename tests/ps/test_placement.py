@@ -70,9 +70,13 @@ def test_a_shard_updates_only_what_it_is_told_to() -> None:
     shard = Shard(deal(entries, 1), 0, lambda groups: torch.optim.SGD(groups, lr=1.0, weight_decay=0.5), 2)
     for value in shard.values.values():
         value.fill_(1.0)
-    shard.update({1: torch.tensor([2.0])}, None)
+
+    def update(numbers: dict[int, torch.Tensor], hypers: list[dict[str, float]] | None) -> None:
+        shard.update([(span, numbers[span.first]) for span in shard.spans(numbers)], hypers)
+
+    update({1: torch.tensor([2.0])}, None)
     assert [piece.flatten().tolist() for piece in shard.pieces] == [[1.0] * 3, [-1.5], [1.0] * 4]
-    shard.update({0: torch.zeros(3), 2: torch.ones(4)}, [{"lr": 2.0}, {"lr": 7.0}])
+    update({0: torch.zeros(3), 2: torch.ones(4)}, [{"lr": 2.0}, {"lr": 7.0}])
     assert [piece.flatten().tolist() for piece in shard.pieces] == [[0.0] * 3, [-1.5], [-2.0] * 4]
     assert shard.pieces[1].shape == () and all(piece.grad is None for piece in shard.pieces)
 

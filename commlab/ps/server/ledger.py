@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from .. import frames
 from ..consistency import Consistency
-from ..messages import Header, Kind
+from ..frames import Entry
+from ..hypers import Hypers
+from ..messages import NO_WIRE, Header, Kind
 from .shard import Shard
 
 
@@ -27,20 +30,19 @@ class Rules(NamedTuple):
     max_grad_norm: float | None = None
 
 
-class Hypers(NamedTuple):
-    """What a worker's updates are made with: the optimizer's hyper-parameters, by ``groups``, and ``scale``, which the
-    worker's gradients have been multiplied by."""
-
-    groups: list[dict[str, Any]] | None = None
-    scale: float = 1.0
+class Overdue(str):
+    """Why a request was given up that could have been: a worker was waited for too long."""
 
 
 class Waiting(NamedTuple):
-    """A request that can't be answered yet. ``since_s``: when the request came, by :attr:`Ledger.now_s`."""
+    """A request, or the entry ``(first, slices)`` of a frame, that can't be answered yet. ``since_s``: when the request
+    came, by :attr:`Ledger.now_s`."""
 
     worker: int
     header: Header
     since_s: float
+    first: int = 0
+    slices: int = 0
 
 
 @dataclass
@@ -89,6 +91,10 @@ class Ledger:
         drives the server takes them out."""
         self.ends: list[Waiting] = []
         """Ends of clocks, which are answered when all servers have agreed on the norm."""
+        self.held: dict[int, Waiting] = {}
+        """By worker: the push that can't be taken in before others have ended a clock."""
+        self.given_up: dict[int, Overdue] = {}
+        """By worker: why the push that is held will be refused."""
         self.now_s = 0.0
         """The time, which whoever drives the server sets."""
         self._scratch: dict[int, torch.Tensor] = {}
@@ -100,9 +106,9 @@ class Ledger:
 
     def scratch(self, peer: int, length: int) -> torch.Tensor:
         """Memory (bytes) for a message of ``peer`` whose bytes are used before the peer's next message comes."""
-        if length > self._scratch.get(peer, torch.empty(0, device="cpu")).numel():
+        if peer not in self._scratch or length > self._scratch[peer].numel():
             self._scratch[peer] = torch.empty(length, dtype=torch.uint8, device="cpu")
-        return self._scratch[peer][:length] if length else torch.empty(0, dtype=torch.uint8, device="cpu")
+        return self._scratch[peer][:length]
 
     # Answers.
 
@@ -120,7 +126,25 @@ class Ledger:
 
     def refuse(self, peer: int, header: Header, reason: str) -> None:
         """Answer the request ``header`` with an error."""
-        self.answer_text(peer, header, Kind.ERROR, reason)
+        self.answer_text(peer, header._replace(flag=not isinstance(reason, Overdue)), Kind.ERROR, reason)
+
+    def refuse_entries(self, peer: int, header: Header, entries: Sequence[Entry], reason: str) -> None:
+        """Answer these entries of the frame ``header`` with an error."""
+        header = header._replace(key=len(entries), flag=not isinstance(reason, Overdue))
+        text = torch.frombuffer(bytearray(reason.encode()), dtype=torch.uint8)
+        self.answer(peer, header, Kind.REFUSED_FRAME, frames.pack(entries, text))
+
+    def refuse_waiting(self, requests: Iterable[Waiting], reason: Callable[[Waiting], str]) -> None:
+        """Answer requests that have waited with an error each; those of one frame in one message."""
+        framed: dict[tuple[int, int], list[Waiting]] = {}
+        for waiting in requests:
+            if waiting.header.kind == Kind.PULL_FRAME:
+                framed.setdefault((waiting.worker, waiting.header.sequence), []).append(waiting)
+            else:
+                self.refuse(waiting.worker, waiting.header, reason(waiting))
+        for together in framed.values():
+            entries = [(waiting.first, waiting.slices) for waiting in together]
+            self.refuse_entries(together[0].worker, together[0].header, entries, reason(together[0]))
 
     # Refusals: each method returns the reason, or nothing where there is none.
 
@@ -134,6 +158,8 @@ class Ledger:
             )
         dtype, where = span
         what = repr(self.shard.names[header.key])
+        if header.wire == NO_WIRE and header.kind == Kind.PUSH and not sized:
+            return ""
         if header.dtype is None or (header.dtype != dtype and header.dtype.itemsize != 2):
             wire = str(header.dtype or f"code {header.wire}").removeprefix("torch.")
             return f"{what} is {str(dtype).removeprefix('torch.')} and can't travel as {wire}"
@@ -141,9 +167,9 @@ class Ledger:
             return f"{what} takes {where.numel * header.dtype.itemsize} B, and {header.length} B came"
         return ""
 
-    def against_push(self, worker: int, header: Header) -> str:
+    def against_push(self, worker: int, header: Header, *, sized: bool = True) -> str:
         """Why this push of a worker can't be taken in, whatever the consistency."""
-        reason = self.against(header)
+        reason = self.against(header, sized=sized)
         if reason:
             return reason
         what = f"{self.shard.names[header.key]!r} was pushed by {self.names[worker]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,13 @@ from ...errors import PeerLostError
 from ...runtime.waiting import WARN_AFTER_S, gone_words, pause, spin_s, wait_until
 from ...transport.base import Transport
 from ..link import Link
-from ..messages import Header, Kind
+from ..messages import TEXT_BYTES, Header, Kind
 from .server import Server
 
 log = logging.getLogger("commlab")
 
+_TELL_S = 2.0
+_FIRST = -1, 0, 0
 _LOOK_AGAIN_S = 1.0
 """So often the server looks for requests that have waited for long."""
 
@@ -44,7 +47,13 @@ class ServerLoop:
         others = [rank for rank in servers if rank != transport.rank] if self._ledger.rules.agrees else []
         peers = {rank: peer for peer, rank in enumerate((*workers, *servers))}
         self._links = {
-            peer: Link(transport, rank, partial(server.memory_for, peer), partial(self._arrived, peer))
+            peer: Link(
+                transport,
+                rank,
+                partial(server.memory_for, peer),
+                partial(self._arrived, peer),
+                partial(server.ready, peer),
+            )
             for rank, peer in peers.items()
             if rank in workers or rank in others
         }
@@ -70,6 +79,21 @@ class ServerLoop:
                 for name, worker in zip(ledger.names, ledger.workers, strict=True)
             )
             raise PeerLostError(f"server {ledger.index} of {ledger.rules.servers}: {error} ({clocks})") from error
+        except Exception as error:
+            self._tell(f"{type(error).__name__}: {error}")
+            raise
+
+    def _tell(self, reason: str) -> None:
+        """Tell the workers why this server answers nothing more; none of them is waited for for long."""
+        text = torch.frombuffer(bytearray(reason.encode()[:TEXT_BYTES]), dtype=torch.uint8)
+        links = [self._links[peer] for peer in range(self._ledger.rules.workers)]
+        for link in links:
+            link.send(_FIRST, Header(Kind.ERROR, length=text.numel()), text)
+        stop_s = time.perf_counter() + _TELL_S
+        with contextlib.suppress(Exception):  # the error that is told is the one that counts
+            while not all(link.idle for link in links) and time.perf_counter() < stop_s:
+                for link in links:
+                    link.poll_sends()
 
     # What the waiting loop asks (:class:`commlab.runtime.waiting.Waiter`).
 

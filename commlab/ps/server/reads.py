@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
 from ...errors import CommlabError
+from .. import frames
 from ..consistency import lacking
+from ..frames import Entry
 from ..messages import Header, Kind
 from .ledger import Ledger, Waiting
+
+
+class _Allowed(NamedTuple):
+    """The parts of a read that may be answered now, and how many clocks each lacks."""
+
+    header: Header
+    entries: list[Entry]
+    staleness: list[int]
 
 
 class Reads:
@@ -19,31 +31,64 @@ class Reads:
         self._ledger = ledger
         self.queues: dict[int, deque[Waiting]] = {}
         """Reads that wait, by the event that they wait for."""
+        self._allowed: dict[tuple[int, int], _Allowed] = {}
+        """Reads that may be answered now, by worker and sequence number."""
         self._encoded: dict[tuple[int, int, int], tuple[int, torch.Tensor]] = {}
         """The last values that were sent of each span and wire, with the sum of their versions."""
 
-    def read(self, waiting: Waiting, contained: int, event: int) -> None:
-        """Answer a read of values that contain ``contained`` clocks of every worker; where the consistency does not
-        allow that yet, keep the read until ``event``."""
-        ledger, header = self._ledger, waiting.header
+    def read(self, worker: int, header: Header, entry: Entry, since_s: float, contained: int, event: int) -> None:
+        """Let the next :meth:`answer` answer this part of the read ``header``, whose values contain ``contained``
+        clocks of every worker; where the consistency does not allow that yet, keep the part until ``event``.
+        ``since_s``: when the read came."""
+        ledger, clock = self._ledger, header.clock
         consistency = ledger.rules.consistency
-        if not consistency.may_read(header.clock, contained):
+        if not consistency.may_read(clock, contained):
+            waiting = Waiting(worker, header, since_s, *entry)
             self.queues.setdefault(event, deque()).append(waiting)
             return
-        stale = lacking(header.clock, contained)
+        stale = lacking(clock, contained)
         if not consistency.keeps(stale):
             raise CommlabError(
-                f"server {ledger.index} answered a read of {ledger.shard.names[header.key]!r} at clock {header.clock} "
-                f"that lacks {stale} clocks, which {consistency.name} does not allow: a fault of commlab"
+                f"server {ledger.index} answered a read of {ledger.shard.names[entry[0]]!r} at clock {clock} that "
+                f"lacks {stale} clocks, which {consistency.name} does not allow: a fault of commlab"
             )
-        ledger.workers[waiting.worker].staleness[stale] += 1
-        version = min(ledger.shard.versions[header.key : header.key + header.slices])
-        answer = header._replace(value=float(stale), clock=version)
-        ledger.answer(waiting.worker, answer, Kind.VALUES, self._encode(header))
+        ledger.workers[worker].staleness[stale] += 1
+        allowed = self._allowed.get((worker, header.sequence))
+        if allowed is None:
+            allowed = self._allowed[worker, header.sequence] = _Allowed(header, [], [])
+        allowed.entries.append(entry)
+        allowed.staleness.append(stale)
 
-    def take(self, event: int) -> deque[Waiting]:
-        """Take out the reads that wait for ``event``, in the order in which they came."""
-        return self.queues.pop(event, deque())
+    def take(self, events: Iterable[int]) -> list[Waiting]:
+        """Take out the reads that wait for ``events``; of one event in the order in which they came."""
+        if not self.queues:
+            return []
+        return [waiting for event in events for waiting in self.queues.pop(event, ())]
+
+    def answer(self) -> None:
+        """Answer the reads that are allowed, with the values as they are now; those of one frame in one message."""
+        if not self._allowed:
+            return
+        everything, self._allowed = self._allowed, {}
+        for (worker, _), (header, entries, staleness) in everything.items():
+            answer = header._replace(value=float(max(staleness)))
+            if header.kind == Kind.PULL_FRAME:
+                entries.sort()
+                answer = answer._replace(key=len(entries))
+                self._ledger.answer(worker, answer, Kind.VALUES_FRAME, self._encode_frame(header, entries))
+            else:
+                version = min(self._ledger.shard.versions[header.key : header.key + header.slices])
+                self._ledger.answer(worker, answer._replace(clock=version), Kind.VALUES, self._encode(header))
+
+    def _encode_frame(self, header: Header, entries: list[Entry]) -> torch.Tensor:
+        shard = self._ledger.shard
+        versions = [
+            shard.versions[first] if slices == 1 else min(shard.versions[first : first + slices])
+            for first, slices in entries
+        ]
+        spans = shard.spans(index for first, slices in entries for index in range(first, first + slices))
+        values = [shard.values[span.dtype][span.where.start : span.where.stop].to(header.dtype) for span in spans]
+        return frames.pack(entries, torch.cat(values), versions)
 
     def _encode(self, header: Header) -> torch.Tensor:
         """The values of the slices as they travel: a copy, because the values may be updated while they are on their

@@ -14,9 +14,10 @@ import torch
 
 from ... import native
 from ...chunks import Range
-from ..messages import Header
-from .ledger import Hypers
-from .shard import Shard
+from ..frames import Entry
+from ..hypers import Hypers
+from ..messages import NO_WIRE, Header
+from .shard import OwnedSpan, Shard
 
 
 class Rounds:
@@ -33,8 +34,8 @@ class Rounds:
         """By clock: the first worker that pushed, and the hyper-parameters that its push came with."""
         self._passed = [0] * slices
         """By slice: how many workers, in rank order, have been added to the sum, or have nothing to add."""
-        self._pushed: list[dict[int, Header]] = [{} for _ in range(slices)]
-        """By slice: the pushes of the open round, by worker."""
+        self._pushed: list[dict[int, torch.dtype | None]] = [{} for _ in range(slices)]
+        """By slice: who has pushed in the open round, and the dtype of the numbers; None: there was no gradient."""
         self._slots: dict[tuple[int, torch.dtype, torch.dtype], torch.Tensor] = {}
         self._sums = {
             dtype: torch.zeros(numel, dtype=torch.float32 if dtype.itemsize == 2 else dtype, device="cpu")
@@ -47,6 +48,8 @@ class Rounds:
         what = f"{self._shard.names[header.key]!r} was pushed by {self._names[worker]}"
         if any(self.completed[index] > header.clock or worker in self._now(index, header.clock) for index in slices):
             return f"{what} twice in clock {header.clock}; add the two first, or call step() in between"
+        if header.wire == NO_WIRE:
+            return ""  # nothing is to be updated
         first, agreed = self.hypers.get(header.clock, (worker, hypers))
         if hypers != agreed:
             return (
@@ -56,12 +59,17 @@ class Rounds:
             )
         return ""
 
-    def _now(self, index: int, clock: int) -> dict[int, Header]:
+    def _now(self, index: int, clock: int) -> dict[int, torch.dtype | None]:
         return self._pushed[index] if self.completed[index] == clock else {}
 
-    def is_ahead(self, header: Header) -> bool:
-        """Whether the push belongs to a round that is not open yet."""
-        return any(self.completed[index] < header.clock for index in range(header.key, header.key + header.slices))
+    def reach(self, index: int, worker: int, clock: int) -> int:
+        """How many rounds of a slice can end without any more of ``worker``, who has ended ``clock`` clocks."""
+        return max(clock, self.completed[index] + (worker in self._pushed[index]))
+
+    def is_ahead(self, clock: int, entries: Iterable[Entry]) -> bool:
+        """Whether a push of ``clock`` belongs to a round of these entries that is not open yet."""
+        completed = self.completed
+        return any(min(completed[first : first + slices], default=clock) < clock for first, slices in entries)
 
     def slot(self, worker: int, wire: torch.dtype, dtype: torch.dtype, where: Range) -> torch.Tensor:
         """Memory in which a worker's numbers of ``wire`` wait to be added to those of ``dtype`` at ``where``."""
@@ -70,53 +78,64 @@ class Rounds:
             self._slots[key] = torch.empty(self._shard.numel[dtype], dtype=wire, device="cpu")
         return self._slots[key][where.start : where.stop]
 
-    def take(self, worker: int, header: Header, hypers: Hypers) -> None:
-        """Note that the numbers of this push are in their slot."""
-        self.hypers.setdefault(header.clock, (worker, hypers))
-        for index in range(header.key, header.key + header.slices):
-            self._pushed[index][worker] = header
+    def take(self, worker: int, clock: int, slices: Iterable[int], wire: torch.dtype | None, hypers: Hypers) -> None:
+        """Note that the numbers of ``wire`` that ``worker`` has pushed of ``slices`` are in their slot; None: the
+        worker has no gradient of them."""
+        if wire is not None:
+            self.hypers.setdefault(clock, (worker, hypers))
+        for index in slices:
+            self._pushed[index][worker] = wire
 
     def add(self, slices: Iterable[int], clocks: Sequence[int]) -> list[int]:
         """Add the numbers that are there and next in rank order; returns the slices whose rounds became complete, their
         sums divided. ``clocks``: how many clocks each worker has ended."""
-        complete = []
+        complete: list[int] = []
+        count, passed, completed = len(clocks), self._passed, self.completed
+        additions: dict[tuple[int, torch.dtype], list[int]] = {}
         for index in slices:
-            if self._passed[index] == len(clocks):
+            worker, pushed = passed[index], self._pushed[index]
+            if worker == count:
                 continue
-            while self._passed[index] < len(clocks):
-                worker = self._passed[index]
-                if worker in self._pushed[index]:
-                    self._add_slot(index, worker)
-                elif clocks[worker] <= self.completed[index]:
+            while worker < count:
+                if worker in pushed:
+                    wire = pushed[worker]
+                    if wire is not None:
+                        additions.setdefault((worker, wire), []).append(index)
+                elif clocks[worker] <= completed[index]:
                     break
-                self._passed[index] += 1
-            else:
-                if self.added[index]:
-                    owned = self._shard.slices[index]
-                    native.divide(self._sums[self._shard.dtypes[index]], owned.offset, owned.numel, len(clocks))
+                worker += 1
+            passed[index] = worker
+            if worker == count:
                 complete.append(index)
+        # Of every slice in rank order.
+        for worker, wire in sorted(additions, key=lambda addition: addition[0]):
+            self._add_slots(worker, wire, additions[worker, wire])
+        for span in self._shard.spans(index for index in complete if self.added[index]):
+            native.divide(self._sums[span.dtype], span.where.start, span.where.numel, count)
         return complete
 
-    def _add_slot(self, index: int, worker: int) -> None:
-        wire, dtype, owned = self._pushed[index][worker].dtype, self._shard.dtypes[index], self._shard.slices[index]
-        assert wire is not None
-        where = Range(owned.offset, owned.offset + owned.numel)
-        slot, sums = self.slot(worker, wire, dtype, where), self._sums[dtype]
-        if not self.added[index]:
-            sums[where.start : where.stop].copy_(slot)
-        elif wire == sums.dtype:
-            native.reduce(sums, where.start, slot, 0, where.numel, "sum")
-        elif sums.dtype == torch.float32:
-            native.accumulate(sums, where.start, slot, 0, where.numel, "sum")
-        else:
-            sums[where.start : where.stop].add_(slot)
-        self.added[index].append(worker)
+    def _add_slots(self, worker: int, wire: torch.dtype, slices: list[int]) -> None:
+        first = [index for index in slices if not self.added[index]]
+        later = [index for index in slices if self.added[index]] if len(first) < len(slices) else []
+        for span in self._shard.spans(first):
+            where = span.where
+            self._sums[span.dtype][where.start : where.stop].copy_(self.slot(worker, wire, span.dtype, where))
+        for span in self._shard.spans(later):
+            where = span.where
+            slot, sums = self.slot(worker, wire, span.dtype, where), self._sums[span.dtype]
+            if wire == sums.dtype:
+                native.reduce(sums, where.start, slot, 0, where.numel, "sum")
+            elif sums.dtype == torch.float32:
+                native.accumulate(sums, where.start, slot, 0, where.numel, "sum")
+            else:
+                sums[where.start : where.stop].add_(slot)
+        for index in slices:
+            self.added[index].append(worker)
 
-    def mean(self, index: int) -> torch.Tensor:
-        """The mean of a slice's complete round, in fp32 where values have 16 bits. Workers that pushed nothing count as
-        zeros."""
-        owned = self._shard.slices[index]
-        return self._sums[self._shard.dtypes[index]][owned.offset : owned.offset + owned.numel]
+    def mean(self, span: OwnedSpan) -> torch.Tensor:
+        """The means of the complete rounds of slices that adjoin, in fp32 where values have 16 bits. Workers that
+        pushed nothing count as zeros."""
+        return self._sums[span.dtype][span.where.start : span.where.stop]
 
     def end(self, slices: Iterable[int]) -> None:
         """Open the next round of ``slices``."""

@@ -14,42 +14,22 @@ M. Li et al., "Scaling distributed machine learning with the parameter server", 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 
 from ...errors import UsageError
+from .. import hypers
 from ..encoding import decode, encode
 from ..messages import Header, Kind
 from .bsp import BSP
+from .framed import FrameIntake
 from .immediate import Immediate
-from .ledger import Hypers, Ledger, Record, Rules, Waiting
+from .ledger import Ledger, Overdue, Record, Rules, Waiting
 from .reads import Reads
 from .shard import Shard
-
-
-class Synchronization(Protocol):
-    """How the workers' pushes become updates, and who waits for whom. The ledger already has the new clock when
-    :meth:`end_clock` is called, and knows who has left when :meth:`leave` is called."""
-
-    def memory_for(self, worker: int, header: Header) -> torch.Tensor | None:
-        """Memory (bytes) for the numbers of a push, or None while the push can't be taken in."""
-
-    def take(self, worker: int, header: Header, data: torch.Tensor) -> str:
-        """Take in a push. Returns why the push is refused; empty if it is not."""
-
-    def read(self, waiting: Waiting) -> None:
-        """Answer a read as soon as the consistency allows."""
-
-    def end_clock(self, worker: int, header: Header) -> None:
-        """Answer a worker that has ended its clock, and go on with what waited for the clock's end."""
-
-    def leave(self) -> None:
-        """Go on with, or refuse, what waited for a worker that has left."""
-
-    def take_verdict(self, server: int, header: Header) -> None:
-        """Take in what another server has found out about its share of a clock's gradient."""
+from .synchronization import Synchronization
 
 
 class Server:
@@ -68,6 +48,7 @@ class Server:
         self.reads = Reads(self.ledger)
         side = BSP if rules.consistency.averages else Immediate
         self._synchronization: Synchronization = side(self.ledger, self.reads)
+        self._framed = FrameIntake(self.ledger, self._synchronization)
         self._tickets = 0
         """How many tickets were given out."""
 
@@ -80,8 +61,13 @@ class Server:
             return self._synchronization.memory_for(peer, header)
         return self.ledger.scratch(peer, header.length)
 
+    def ready(self, peer: int, header: Header, data: torch.Tensor) -> bool:
+        """Whether a message that has arrived can be taken in: else ask again after the next :meth:`receive`."""
+        return header.kind not in (Kind.PUSH_FRAME, Kind.PULL_FRAME) or self._framed.ready(peer, header, data)
+
     def receive(self, peer: int, header: Header, data: torch.Tensor) -> None:
-        """Take in a message whose bytes lie in ``data``, where :meth:`memory_for` wanted them."""
+        """Take in a message that is :meth:`ready`, and whose bytes lie in ``data``, where :meth:`memory_for` wanted
+        them."""
         ledger, kind = self.ledger, header.kind
         if kind == Kind.VERDICT and peer >= ledger.rules.workers:
             self._synchronization.take_verdict(peer - ledger.rules.workers, header)
@@ -89,12 +75,14 @@ class Server:
             self._answer(peer, header, self._synchronization.take(peer, header, data))
         elif kind == Kind.PULL:
             self._pull(peer, header)
+        elif kind in (Kind.PUSH_FRAME, Kind.PULL_FRAME):
+            self._framed.take(peer, header)
         elif kind == Kind.INIT:
             self._answer(peer, header, self._assign(header, data))
         elif kind == Kind.CLOCK:
             self._end_clock(peer, header)
         elif kind == Kind.HYPER:
-            ledger.workers[peer].hypers = _hypers(data)
+            ledger.workers[peer].hypers = hypers.decode(bytes(data.numpy()))
             ledger.acknowledge(peer, header)
         elif kind == Kind.TICKET:
             ledger.acknowledge(peer, header._replace(clock=self._tickets))
@@ -110,6 +98,7 @@ class Server:
             ledger.acknowledge(peer, header)
         else:
             ledger.refuse(peer, header, f"{kind.name} is not a request")
+        self.reads.answer()
 
     def _answer(self, peer: int, header: Header, refusal: str) -> None:
         if refusal:
@@ -131,7 +120,7 @@ class Server:
         if reason:
             self.ledger.refuse(peer, header, reason)
         else:
-            self._synchronization.read(Waiting(peer, header, self.ledger.now_s))
+            self._synchronization.read(peer, header, [(header.key, header.slices)])
 
     def _end_clock(self, peer: int, header: Header) -> None:
         worker = self.ledger.workers[peer]
@@ -163,36 +152,42 @@ class Server:
 
     def overdue(self, limit_s: float) -> list[tuple[Waiting, str]]:
         """Requests that have waited for ``limit_s``, and the workers that each waits for."""
-        found, ledger = [], self.ledger
-        for waiting in (*ledger.ends, *(waiting for reads in self.reads.queues.values() for waiting in reads)):
-            if ledger.now_s - waiting.since_s >= limit_s:
-                slowest = min(worker.clock for worker in ledger.workers if not worker.left)
-                slow = [
-                    name
-                    for name, worker in zip(ledger.names, ledger.workers, strict=True)
-                    if worker.clock == slowest and not worker.left
-                ]
-                found.append((waiting, f"{', '.join(slow)} (at clock {slowest})"))
-        return found
+        ledger = self.ledger
+        reads = (waiting for queue in self.reads.queues.values() for waiting in queue)
+        waits = [
+            waiting
+            for waiting in (*ledger.held.values(), *ledger.ends, *reads)
+            if ledger.now_s - waiting.since_s >= limit_s
+        ]
+        slowest = min((worker.clock for worker in ledger.workers if not worker.left), default=0)
+        slow = [
+            name
+            for name, worker in zip(ledger.names, ledger.workers, strict=True)
+            if worker.clock == slowest and not worker.left
+        ]
+        return [(waiting, f"{', '.join(slow)} (at clock {slowest})") for waiting in waits]
 
     def give_up(self, limit_s: float) -> None:
         """Refuse the requests that have waited for ``limit_s``, naming the slow workers."""
         ledger = self.ledger
-        for waiting, who in self.overdue(limit_s):
-            for requests in (ledger.ends, *self.reads.queues.values()):
-                if waiting in requests:
-                    requests.remove(waiting)
-            text = (
+        overdue = self.overdue(limit_s)
+        if not overdue:
+            return
+        who = overdue[0][1]
+
+        def reason(waiting: Waiting) -> Overdue:
+            return Overdue(
                 f"{ledger.names[waiting.worker]} has waited {ledger.now_s - waiting.since_s:.1f} s at clock "
                 f"{waiting.header.clock} for {who}; it may be stuck or slow: see its own output, or raise the timeout"
             )
-            ledger.refuse(waiting.worker, waiting.header, text)
 
-
-def _hypers(data: torch.Tensor) -> Hypers:
-    """The hyper-parameters that a worker has sent. JSON has made lists of tuples."""
-    sent = json.loads(bytes(data.numpy()))
-    groups = sent["groups"]
-    if groups is not None:
-        groups = [{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()} for entry in groups]
-    return Hypers(groups, sent["scale"])
+        given_up = {id(waiting) for waiting, _ in overdue}
+        for waiting, _ in overdue:
+            if ledger.held.get(waiting.worker) is waiting:
+                # Its numbers are still to come: it is refused as soon as the link looks again.
+                ledger.given_up[waiting.worker] = reason(waiting)
+        for index, queue in list(self.reads.queues.items()):
+            self.reads.queues[index] = deque(waiting for waiting in queue if id(waiting) not in given_up)
+        held = {id(waiting) for waiting in ledger.held.values()}
+        ledger.ends = [waiting for waiting in ledger.ends if id(waiting) not in given_up]
+        ledger.refuse_waiting((waiting for waiting, _ in overdue if id(waiting) not in held), reason)

@@ -29,6 +29,19 @@ class OwnedSlice(NamedTuple):
     tensor: torch.Tensor
 
 
+class OwnedSpan(NamedTuple):
+    """Slices ``first .. first + slices - 1``, which lie ``where`` in the flat tensor of ``dtype``."""
+
+    first: int
+    slices: int
+    dtype: torch.dtype
+    where: Range
+
+    @property
+    def indices(self) -> range:
+        return range(self.first, self.first + self.slices)
+
+
 class Shard:
     """Slices ``0 .. len(slices) - 1`` of one server. ``factory`` None: an update is added to the value."""
 
@@ -82,6 +95,32 @@ class Shard:
         last = self.slices[first + count - 1]
         return dtypes.pop(), Range(self.slices[first].offset, last.offset + last.numel)
 
+    def spans(self, indices: Iterable[int]) -> list[OwnedSpan]:
+        """The slices ``indices``, ascending, those that adjoin and have one dtype together."""
+        found: list[OwnedSpan] = []
+        first = stop = -1
+        for index in indices:
+            if index != stop or self.dtypes[index] is not self.dtypes[first]:
+                if stop > first:
+                    found.append(self._span_from(first, stop))
+                first = index
+            stop = index + 1
+        if stop > first:
+            found.append(self._span_from(first, stop))
+        return found
+
+    def _span_from(self, first: int, stop: int) -> OwnedSpan:
+        last = self.slices[stop - 1]
+        where = Range(self.slices[first].offset, last.offset + last.numel)
+        return OwnedSpan(first, stop - first, self.dtypes[first], where)
+
+    def split(self, span: OwnedSpan, numbers: torch.Tensor) -> Sequence[torch.Tensor]:
+        """``numbers`` of a span, 1-D, slice by slice."""
+        if span.slices == 1:
+            return (numbers,)
+        found: Sequence[torch.Tensor] = numbers.split([self.slices[index].numel for index in span.indices])
+        return found
+
     def has_values(self, first: int, count: int) -> bool:
         """Whether slices ``first .. first + count - 1`` have had their first values."""
         return all(self.versions[first : first + count])
@@ -95,40 +134,47 @@ class Shard:
         for index in range(first, first + count):
             self.versions[index] += 1
 
-    def update(self, numbers: Mapping[int, torch.Tensor], hypers: GroupHypers | None, factor: float = 1.0) -> None:
-        """Update the slices in ``numbers``, and no others, with gradients that are ``numbers`` (1-D) times
-        ``factor``. ``hypers``: the optimizer's hyper-parameters for this update; None: as they are."""
-        gradients = {index: self._gradient(index, sent, factor) for index, sent in numbers.items()}
-        for index in gradients:
-            self.versions[index] += 1
+    def update(
+        self, gradients: Iterable[tuple[OwnedSpan, torch.Tensor]], hypers: GroupHypers | None, factor: float = 1.0
+    ) -> None:
+        """Update the slices of these spans, and no others, with gradients that are the numbers (1-D) times ``factor``.
+        ``hypers``: the optimizer's hyper-parameters for this update; None: as they are."""
+        exact = [(span, self._gradient(span, numbers, factor)) for span, numbers in gradients]
+        for span, _ in exact:
+            for index in span.indices:
+                self.versions[index] += 1
         if self.optimizer is None:
-            for index, gradient in gradients.items():
-                self.pieces[index].add_(gradient)
+            for span, numbers in exact:
+                self.values[span.dtype][span.where.start : span.where.stop].add_(numbers)
             return
         groups = self.optimizer.param_groups
         if hypers is not None:
             for entry, values in zip(groups, hypers, strict=True):
                 entry.update(values)
         everything = [entry["params"] for entry in groups]
+        touched = [index for span, _ in exact for index in span.indices]
         # Looking at the slices without a gradient would cost more than the update of one slice.
-        for entry, members in zip(groups, self._touched(gradients), strict=True):
+        for entry, members in zip(groups, self._touched(touched), strict=True):
             entry["params"] = [self.pieces[index] for index in members]
-        for index, gradient in gradients.items():
-            self.pieces[index].grad = gradient
+        pieces = self.pieces
+        for span, numbers in exact:
+            for index, gradient in zip(span.indices, self.split(span, numbers), strict=True):
+                piece = pieces[index]
+                piece.grad = gradient if piece.dim() else gradient.view(())
         try:
             self.optimizer.step()
         finally:
             for entry, params in zip(groups, everything, strict=True):
                 entry["params"] = params
-            for index in gradients:
-                self.pieces[index].grad = None
+            for index in touched:
+                pieces[index].grad = None
 
-    def _gradient(self, index: int, numbers: torch.Tensor, factor: float) -> torch.Tensor:
-        """``numbers`` times ``factor``, in the shape and dtype of the slice; 16-bit numbers are multiplied in fp32, so
-        that they are rounded once."""
+    def _gradient(self, span: OwnedSpan, numbers: torch.Tensor, factor: float) -> torch.Tensor:
+        """``numbers`` times ``factor``, in the dtype of the slices; 16-bit numbers are multiplied in fp32, so that they
+        are rounded once."""
         if factor != 1.0:
             numbers = (numbers.float() if numbers.element_size() == 2 else numbers) * factor
-        return numbers.to(self.dtypes[index]).view(self.pieces[index].shape)
+        return numbers.to(span.dtype)
 
     def state(self, index: int) -> dict[str, Any]:
         """What the optimizer remembers of a slice. UsageError where :meth:`set_state` could not take the state."""

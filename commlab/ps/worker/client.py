@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ... import trace
-from ...errors import UsageError
+from ...errors import CommlabError, UsageError
 from ...runtime.handle import Handle
 from ...runtime.waiting import begin_moving, gone_words, pause, silence_of, spin_s, stop_moving, wait_until
 from ...transport.base import Transport
-from ..encoding import decode
 from ..link import Link, Order
 from ..messages import Header, Kind
+from .calls import NEVER, FrameRequest, Item, LoneRequest, PendingRequests
+
+CLOSE = "close"
+"""The one call that can still be made when a server has failed."""
+_NUMBERS = frozenset((Kind.PUSH, Kind.PULL, Kind.PUSH_FRAME, Kind.PULL_FRAME))
+
+
+def _nothing() -> None:
+    """Nothing waits to become a frame."""
 
 
 class Message(NamedTuple):
@@ -28,44 +36,6 @@ class Message(NamedTuple):
     header: Header
     data: torch.Tensor | None = None
     target: torch.Tensor | None = None
-
-
-class PendingRequests:
-    """A push, a pull or the end of a clock under way: some requests, and the handle that the caller holds. ``what``
-    names the call in messages. ``complete(call)`` runs when all answers are there and none is an error, before anybody
-    sees the handle finished. ``follows``: the handle of an earlier call, which ends no later than this one; where the
-    earlier call fails, so does this one."""
-
-    def __init__(
-        self,
-        client: Client,
-        what: str,
-        result: Any = None,
-        complete: Callable[[PendingRequests], None] | None = None,
-        follows: Handle | None = None,
-    ):
-        self.what, self.follows, self._complete = what, follows, complete
-        self.handle = Handle(client, lambda: what, result)
-        self.answers: list[Header] = []
-        self.open = 0
-        """How many requests are not answered."""
-        self._error: UsageError | None = None
-
-    def take(self, answer: Header, error: UsageError | None) -> None:
-        """Take in one answer."""
-        self.answers.append(answer)
-        self._error = self._error or error
-        self.open -= 1
-        if self.open or self.handle.finished:
-            return
-        if self._error is None and self._complete is not None:
-            self._complete(self)
-        self.handle.finish(self._error)
-
-    def fail_with(self, earlier: Handle) -> None:
-        """End this call too where the call that it follows has failed."""
-        if earlier.error is not None and not self.handle.finished:
-            self.handle.finish(earlier.error)
 
 
 class Client:
@@ -88,11 +58,25 @@ class Client:
             Link(transport, rank, partial(self._memory_for, server), partial(self._arrived, server))
             for server, rank in enumerate(ranks)
         ]
-        self._open: list[dict[int, tuple[PendingRequests, torch.Tensor | None]]] = [{} for _ in ranks]
-        """By server and sequence number: the requests that are not answered, with the target of their values."""
+        self._open: list[dict[int, LoneRequest | FrameRequest]] = [{} for _ in ranks]
+        """By server and sequence number: the requests that are not answered."""
+        self.busy = [0] * len(ranks)
+        """By server: how many pushes and pulls are not answered."""
+        self.send_frames: Callable[[], None] = _nothing
+        """Sends what waits to become a frame; called before every look at the links."""
+        self.clock = NEVER
+        """How many clocks this worker has ended; no limit where nobody says so, and once the worker has left."""
+        self._early: dict[Handle, PendingRequests] = {}
+        """Calls that can't be answered before this worker has ended more clocks."""
+        self.failure: CommlabError | None = None
+        """Why no call can end well any more: a server has failed."""
+        self.failed: set[int] = set()
+        """The servers that have failed."""
+        self._unasked: list[PendingRequests] = []
+        """Calls that were refused, and that nobody has waited for."""
         self._sequence = 0
         self._moves = 0
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         """Held while messages move, and while those of one call are queued: so none of a call's answers is taken in
         before all its requests are queued."""
 
@@ -101,27 +85,69 @@ class Client:
         """Bytes sent to all servers so far."""
         return sum(link.bytes_sent for link in self.links)
 
+    def at_clock(self, clock: int) -> None:
+        """This worker has ended ``clock`` clocks."""
+        self.clock = clock
+        self._early = {handle: call for handle, call in self._early.items() if call.needs_clocks > clock}
+
+    def note_refused(self, call: PendingRequests) -> None:
+        """A call was refused: somebody has to be told."""
+        self._unasked.append(call)
+
+    def raise_unasked(self, clock: int) -> None:
+        """Raise the error of a call of an earlier clock than ``clock`` that nobody has waited for: what it asked for
+        has not happened."""
+        calls = [call for call in self._unasked if not call.asked]
+        self._unasked = [call for call in calls if call.clock >= clock]
+        for call in calls:
+            if call.clock < clock and call.error is not None:
+                raise call.error
+
     # Requests and answers.
 
     def submit(self, call: PendingRequests, messages: Sequence[Message]) -> Handle:
         """Queue all requests of ``call``, at once. Returns the handle of ``call``."""
-        with self._lock:
-            if messages:
-                if trace.enabled():
-                    call.handle.begin()
-                for message in messages:
-                    self._queue(call, message)
-            else:
-                call.handle.finish()  # of tensors without numbers no server has anything
-            if call.follows is not None:
-                call.follows.when_finished(call.fail_with)
-        return call.handle
+        with self.lock:
+            self.send_frames()  # what was asked for before goes first
+            self.begin(call, len(messages))
+            for server, order, header, data, target in messages:
+                self._queue(server, order, header, data, LoneRequest(self, header.kind, call, target))
+        return call
 
-    def _queue(self, call: PendingRequests, message: Message) -> None:
-        server, order, header, data, target = message
+    def begin(self, call: PendingRequests, requests: int) -> None:
+        """``call`` is about to make so many requests. The lock is held."""
+        if self.failure is not None and call.what != CLOSE:
+            raise self.failure
+        if requests:
+            call.open += requests
+            if trace.enabled():
+                call.begin()
+            if call.needs_clocks > self.clock:
+                self._early[call] = call
+        else:
+            call.finish()  # of tensors without numbers no server has anything
+        if call.follows is not None:
+            call.follows.when_finished(call.fail_with)
+
+    def submit_frame(
+        self,
+        server: int,
+        order: Order,
+        header: Header,
+        data: torch.Tensor,
+        items: dict[int, Item],
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Queue a frame, whose calls have begun. ``items``: by first slice. ``dtype``: of the numbers."""
+        with self.lock:
+            self._queue(server, order, header, data, FrameRequest(self, header.kind, items, dtype))
+
+    def _queue(
+        self, server: int, order: Order, header: Header, data: torch.Tensor | None, request: LoneRequest | FrameRequest
+    ) -> None:
         self._sequence += 1
-        call.open += 1
-        self._open[server][self._sequence] = call, target
+        self._open[server][self._sequence] = request
+        self.busy[server] += header.kind in _NUMBERS
         begin_moving(self)
         length = 0 if data is None else data.numel()
         self.links[server].send(order, header._replace(sequence=self._sequence, length=length), data)
@@ -129,46 +155,59 @@ class Client:
             self.links[server].listen()
 
     def _memory_for(self, server: int, header: Header) -> torch.Tensor:
-        _, target = self._open[server][header.sequence]
-        if header.kind == Kind.VALUES and target is not None and target.numel() == header.length:
-            return target
-        return torch.empty(header.length, dtype=torch.uint8, device="cpu")
+        request = self._open[server].get(header.sequence)
+        memory = None if request is None else request.memory_for(header)
+        return torch.empty(header.length, dtype=torch.uint8, device="cpu") if memory is None else memory
 
     def _arrived(self, server: int, header: Header, data: torch.Tensor) -> None:
-        call, _ = self._open[server].pop(header.sequence)
-        error = None
-        if header.kind == Kind.ERROR:
-            reason = bytes(data.numpy()).decode(errors="replace")
-            error = UsageError(f"rank {self.rank}: {call.what} was refused by server {server}: {reason}")
-        elif header.kind == Kind.TEXT:
-            call.handle.result = bytes(data.numpy()).decode()
-        elif header.kind == Kind.STATE:
-            try:
-                call.handle.result = decode(data)
-            except UsageError as broken:
-                error = UsageError(f"rank {self.rank}: {call.what} by server {server}: {broken}")
+        if header.kind == Kind.ERROR and not header.sequence:
+            self._fail(server, bytes(data.numpy()).decode(errors="replace"))
+            return
+        request = self._open[server][header.sequence]
+        answered = request.take(server, header, data)
+        if answered:
+            del self._open[server][header.sequence]
+            self.busy[server] -= request.kind in _NUMBERS
         if self._open[server]:
             self.links[server].listen()
         elif not any(self._open):
-            stop_moving(self)
-        call.take(header, error)
+            self.send_frames()
+            if not any(self._open):
+                stop_moving(self)
+
+    def _fail(self, server: int, reason: str) -> None:
+        """A server has failed: no call can end well any more."""
+        self.send_frames()  # so that none of the calls is forgotten
+        self.failed.add(server)
+        self.failure = CommlabError(
+            f"rank {self.rank}: server {server} (server rank {self.links[server].peer}) has failed: {reason}; this "
+            "store can't be used any more, see the output of that rank"
+        )
+        requests = [request for opened in self._open for request in opened.values()]
+        for opened in self._open:
+            opened.clear()
+        stop_moving(self)
+        for call in [call for request in requests for call in request.calls()]:
+            call.fail(self.failure)
 
     # The driver of its handles (:class:`commlab.runtime.handle.Driver`).
 
     def poll(self) -> None:
         """Go on without waiting."""
-        if self._lock.acquire(blocking=False):
+        if self.lock.acquire(blocking=False):
             try:
+                self.send_frames()
                 moved = self._poll_local is not None and self._poll_local()
                 for link in self.links:
                     moved = link.poll() or moved
                 self._moves += moved
             finally:
-                self._lock.release()
+                self.lock.release()
 
     def drive(self, handle: Handle, timeout_s: float | None = None) -> None:
         """Wait for ``handle``. PeerTimeoutError when nothing has moved for ``timeout_s``; a warning that names the
-        silent servers after 10 s."""
+        silent servers after 10 s. UsageError where the handle can't end before this worker calls ``step()``."""
+        self._require_clocks(handle)
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         wait_until(lambda: handle.finished, _Awaited(self, handle), limit_s)
 
@@ -182,22 +221,32 @@ class Client:
         if idle_s:
             pause(idle_s, spin_s(self._crowded, any(link.moving for link in self.links)))
 
-    def _silent(self, handle: Handle) -> dict[int, PendingRequests]:
-        """The call of ``handle``, by the ranks of the servers that have not answered it."""
-        silent: dict[int, PendingRequests] = {}
-        for link, requests in zip(self.links, self._open, strict=True):
-            for call, _ in list(requests.values()):
-                if call.handle is handle:
-                    silent[link.peer] = call
-        return silent
+    def _calls(self, handle: Handle) -> Iterator[tuple[int, PendingRequests]]:
+        """The call of ``handle``, with each server that has not answered it."""
+        for link, opened in zip(self.links, self._open, strict=True):
+            for request in list(opened.values()):
+                for call in request.calls():
+                    if call is handle:
+                        yield link.peer, call
+
+    def _require_clocks(self, handle: Handle) -> None:
+        call = self._early.get(handle)
+        if call is None:
+            return
+        self.poll()
+        if not handle.finished:
+            raise UsageError(
+                f"rank {self.rank}: {call.describe()} can't be answered before this worker has ended clock "
+                f"{call.needs_clocks - 1}, and it waits at clock {self.clock}; call step() first, then wait"
+            )
 
     def gone(self, handle: Handle) -> str:
         """The sentence that says which of the awaited servers have left; empty while all are there."""
-        return gone_words(self.rank, list(self._silent(handle)), self._departed, handle.describe)
+        return gone_words(self.rank, list(dict(self._calls(handle))), self._departed, handle.describe)
 
     def silence(self, handle: Handle, idle_s: float) -> str:
         """The sentence that names the servers that have not answered; empty once all have."""
-        silent = self._silent(handle)
+        silent = dict(self._calls(handle))
         for call in silent.values():
             if call.follows is not None and not call.follows.finished:
                 return self.silence(call.follows, idle_s)

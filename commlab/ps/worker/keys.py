@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,7 +37,19 @@ class Keys:
     def _entries(self, named_params: Iterable[tuple[str, torch.Tensor]], groups: Mapping[str, int]) -> list[Entry]:
         entries: list[Entry] = []
         known: dict[object, int] = {}
-        for name, tensor in named_params:
+        for item in named_params:
+            if not (isinstance(item, (tuple, list)) and len(item) == 2):
+                raise UsageError(f"named_params has {type(item).__name__} {item!r:.60}; give (name, tensor) pairs")
+            name, tensor = item
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise UsageError(
+                    f"named_params has the pair ({name!r:.60}, a {type(tensor).__name__}); give text and a tensor"
+                )
+            if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta or _wraps(tensor):
+                raise UsageError(f"{name!r} has no plain memory (sparse, nested, meta or a wrapper); leave it out")
+            group = groups.get(name, 0)
+            if type(group) is not int or group < 0:
+                raise UsageError(f"the group of {name!r} is {group!r}; give the number of the optimizer's group")
             if name in self.entry_of:
                 raise UsageError(f"two tensors are named {name!r}; a key names one")
             if tensor.dtype not in WIRE_CODES:
@@ -48,7 +61,7 @@ class Keys:
             same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
             if same not in known:
                 known[same] = len(entries)
-                entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, groups.get(name, 0)))
+                entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, group))
                 self.tensors[name] = tensor
             self.entry_of[name] = known[same]
         return entries
@@ -71,18 +84,32 @@ class Keys:
             "Build it with the same arguments on all ranks, servers included"
         )
 
-    def entry(self, key: str) -> Entry:
+    def entry(self, key: Any) -> Entry:
         """The tensor that ``key`` names. UsageError, with similar keys, for a key that there is not."""
-        if key not in self.entry_of:
-            near = difflib.get_close_matches(key, self.entry_of, n=3, cutoff=0.4)
-            hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {len(self.entry_of)} keys"
+        at = self.entry_of.get(key) if isinstance(key, str) else None
+        if at is None:
+            if not isinstance(key, str):
+                hint = f"keys are the tensors' names, as text, and this is a {type(key).__name__}"
+            elif near := difflib.get_close_matches(key, self.entry_of, n=3, cutoff=0.4):
+                hint = f"did you mean {', '.join(map(repr, near))}?"
+            else:
+                hint = f"there are {len(self.entry_of)} keys"
             raise UsageError(f"rank {self.rank}: the parameter server has no key {key!r}; {hint}")
-        return self.placement.entries[self.entry_of[key]]
+        return self.placement.entries[at]
 
-    def require(self, key: str, tensor: torch.Tensor, what: str) -> None:
-        """UsageError unless ``tensor`` has the shape and dtype of ``key``; ``what`` is to be done with it."""
+    def require(self, key: str, tensor: Any, what: str) -> None:
+        """UsageError unless ``tensor`` has the shape and dtype of ``key``, and plain memory; ``what`` is to be done
+        with it."""
         entry = self.entry(key)
-        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+        if not isinstance(tensor, torch.Tensor):
+            self._refuse(
+                key, what, f"a {type(tensor).__module__}.{type(tensor).__qualname__}, which is no torch tensor"
+            )
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta or _wraps(tensor):
+            kind = str(tensor.layout).removeprefix("torch.") if tensor.layout is not torch.strided else "nested"
+            kind = "meta" if tensor.is_meta else f"wrapper ({type(tensor).__name__})" if _wraps(tensor) else kind
+            self._refuse(key, what, f"a {kind} tensor, whose numbers are not side by side in memory")
+        if tensor.shape != entry.shape or tensor.dtype is not entry.dtype:
             mine, theirs = (
                 f"{str(dtype).removeprefix('torch.')}{list(shape)}"
                 for dtype, shape in ((tensor.dtype, tensor.shape), (entry.dtype, entry.shape))
@@ -91,3 +118,35 @@ class Keys:
                 f"rank {self.rank}: {what} of {key!r} with a tensor of {mine}, and the parameter server has "
                 f"{theirs}; give one of that shape and dtype"
             )
+
+    def require_out(self, key: str, out: torch.Tensor, what: str) -> None:
+        """:meth:`require`, and that each number of ``out`` has memory of its own."""
+        self.require(key, out, what)
+        if not out.is_contiguous() and any(
+            stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)
+        ):
+            self._refuse(key, what, "an expanded tensor, whose numbers share memory")
+
+    def require_flat(self, keys: Sequence[str], flat: Any, what: str, wire: torch.dtype | None) -> None:
+        """UsageError unless ``flat`` (1-D) holds the tensors ``keys``, all of its dtype or travelling in ``wire``."""
+        if not isinstance(flat, torch.Tensor):
+            self._refuse(str(keys), what, f"a {type(flat).__qualname__}, which is no torch tensor")
+        entries = [self.entry(key) for key in keys]
+        numel = sum(entry.numel for entry in entries)
+        dtypes = {entry.dtype for entry in entries} - {flat.dtype}
+        if flat.dim() != 1 or flat.numel() != numel or (dtypes and flat.dtype is not wire):
+            named = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(dtypes, key=str))
+            raise UsageError(
+                f"rank {self.rank}: {what} of {len(entries)} tensors with {str(flat.dtype).removeprefix('torch.')}"
+                f"{list(flat.shape)}; they have {numel} numbers side by side{named and ' of '}{named}"
+            )
+
+    def _refuse(self, key: str, what: str, why: str) -> NoReturn:
+        raise UsageError(
+            f"rank {self.rank}: {what} of {key!r} with {why}; give a dense torch tensor on the CPU or a GPU"
+        )
+
+
+def _wraps(tensor: torch.Tensor) -> bool:
+    """Whether a subclass has its numbers in other tensors."""
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__

@@ -27,6 +27,13 @@ KINDS = {
     "asp": Story(0, "asp", skipping=True, factory=adam),
     "asp, some leave": Story(0, "asp", leavers={0: 0, 2: 2}, wire=torch.float16),
     "one worker": Story(0, "bsp", workers=1, servers=1),
+    "bsp, frames": Story(0, "bsp", framed=True, workers=4),
+    "bsp, frames, some unused": Story(0, "bsp", framed=True, skipping=True, max_grad_norm=0.5),
+    "bsp, frames, unused, at once": Story(0, "bsp", framed=True, skipping=True, wire=torch.bfloat16, factory=adam),
+    "bsp, pulls after pushes": Story(0, "bsp", after=True, workers=3),
+    "bsp, frames, pulls after pushes": Story(0, "bsp", after=True, framed=True, workers=4, servers=1),
+    "ssp:1, frames": Story(0, "ssp:1", framed=True, leavers={1: 1}),
+    "asp, frames": Story(0, "asp", framed=True, skipping=True, wire=torch.float16, servers=1),
 }
 
 
@@ -78,7 +85,7 @@ def test_any_interleaving_equals_a_replay_of_its_log(kind: str, seed: int) -> No
         )
         assert set(made.values()) <= {1}
         wanted = {
-            (worker, clock, index) for (where, worker, _), (clock, index) in run.pushed.items() if where == ledger.index
+            (worker, clock, index) for (where, worker, _, index), clock in run.pushed.items() if where == ledger.index
         }
         assert set(made) == wanted
         assert ledger.closed

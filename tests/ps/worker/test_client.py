@@ -56,15 +56,13 @@ class Scripted:
 def test_a_call_ends_with_its_last_answer() -> None:
     seen: list[tuple[int, bool]] = []
     scripted = Scripted(2)
-    handle = scripted.call(
-        "the call", complete=lambda call: seen.append((len(call.answers), call.handle.finished)), result="result"
-    )
+    handle = scripted.call("the call", complete=lambda call: seen.append((call.open, call.finished)), result="result")
     assert isinstance(handle, commlab.Handle) and not handle.done()
     scripted.answer(1)
     assert not handle.done() and not seen
     scripted.answer(0)
     assert handle.done() and handle.wait() == "result"
-    assert seen == [(2, False)], "before anybody could see the handle finished"
+    assert seen == [(0, False)], "before anybody could see the handle finished"
 
 
 def test_a_refused_call_waits_for_its_other_answers() -> None:
