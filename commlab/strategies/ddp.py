@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import UsageError
+from ..errors import AgreedError, UsageError
 from ..runtime.control import gather_bytes
 from ..runtime.group import Group
 from ..transport.rendezvous import join_store, open_store
+from .changes import Change
 from .external import External
 from .options import Options
 
@@ -62,14 +63,22 @@ class _Calls(torch.nn.Module):
 class _Front(torch.nn.Module):
     """The module that the user calls in place of the model."""
 
-    def __init__(self, wrapped: torch.nn.Module):
+    def __init__(self, wrapped: torch.nn.Module, before: Callable[[], None]):
+        """``before()`` is called when a forward pass begins whose gradients are wanted."""
         super().__init__()
+        self._before = before
         # Not a submodule: state_dict() and parameters() are to be asked of the user's own model.
         self._wrapped: Callable[[Callable[[torch.nn.Module], Any]], Any]
         object.__setattr__(self, "_wrapped", wrapped)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            self._before()
         return self._wrapped(lambda model: model(*args, **kwargs))
+
+
+def _refuse(_: object) -> Any:
+    raise UsageError("the engine of this model was closed: call the model itself")
 
 
 class Ddp(External):
@@ -81,14 +90,43 @@ class Ddp(External):
         if not hasattr(dist.ProcessGroup, "_set_default_backend"):
             raise UsageError(f"strategy ddp needs torch 2.6 or later, and this is {torch.__version__}; use allreduce")
         super().__init__(model, optimizer, group, options)
+        self._look: Callable[[], None] = lambda: None
+        self._wrap()
+
+    def _wrap(self) -> None:
+        options, model = self.training.options, self.training.model
         self._calls = _Calls(model)
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
-        self._ddp = DistributedDataParallel(self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(group))
-        self._front = _Front(self._ddp)
+        self._ddp = DistributedDataParallel(
+            self._calls, bucket_cap_mb=cap_mb, process_group=_process_group(self.training.group)
+        )
+        self._front = _Front(self._ddp, lambda: self._look())
 
     @property
     def model(self) -> torch.nn.Module:
         return self._front
+
+    def look_before_forward(self, look: Callable[[], None]) -> None:
+        self._look = look
+
+    def replan(self, change: Change) -> None:
+        if self._calls.called:
+            raise AgreedError(
+                "what is trained has changed between forward and backward(), and torch's reducer gets ready in the "
+                "forward pass; change it before the forward pass of a step"
+            )
+        super().replan(change)
+        del self._ddp, self._front._wrapped  # torch's old reducer takes its hooks off
+        front = self._front
+        self._wrap()
+        # The user may hold what engine.model was.
+        object.__setattr__(front, "_wrapped", self._ddp)
+        self._front = front
+
+    def close(self, *, state: bool) -> None:
+        super().close(state=state)
+        del self._ddp
+        object.__setattr__(self._front, "_wrapped", _refuse)
 
     def no_sync(self) -> AbstractContextManager[None]:
         no_sync: AbstractContextManager[None] = self._ddp.no_sync()

@@ -14,6 +14,7 @@ from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..native.norm import norm_squared, scale_
 from ..runtime.group import Group
+from .changes import Change
 from .options import Options
 from .protocol import Strategy
 from .start import start
@@ -54,6 +55,14 @@ class External(Strategy):
 
     def update(self, factor: float, unused: set[int]) -> None:
         self.training.masters.step(factor)
+
+    def replan(self, change: Change) -> None:
+        self.training.give_back()
+        self.training.replan(change)
+        self.training.masters.own_all()
+
+    def close(self, *, state: bool) -> None:
+        self.training.give_back()
 
 
 class Single(External):

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
+from ..errors import AgreedError, UsageError
 from ..runtime.group import Group
+from .changes import Change
 from .external import External
 from .options import Options
 from .verdict import Verdict
@@ -76,5 +77,12 @@ class Horovod(External):
         self._distributed.synchronize()
         return super().agree()
 
-    def close(self) -> None:
+    def replan(self, change: Change) -> None:
+        raise AgreedError(
+            "strategy horovod: Horovod hooks the parameters that it was given, and can't be given others; call "
+            "engine.close(), and build a new engine with commlab.strategy()"
+        )
+
+    def close(self, *, state: bool) -> None:
+        super().close(state=state)
         self._hvd.shutdown()

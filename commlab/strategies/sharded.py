@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 
 from ..checkpoint.pieces import Piece
+from ..checkpoint.whole import give_back, regroup
 from ..chunks import Range
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
 from ..gradients.bucket import Bucket
@@ -29,11 +30,12 @@ from ..ps.elementwise import require_elementwise
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..window.memory import Place
+from .changes import Change
 from .flat import FlatParameters, own_memory, require_in_place
 from .options import Options
 from .owners import Owned, all_owners, one_owner, owned
 from .protocol import Strategy
-from .start import close_buckets, copy_from_rank_0, pin_flats, start, start_buckets, tensors_of
+from .start import copy_from_rank_0, give_memory_back, pin_flats, start, start_buckets, tensors_of
 from .verdict import Verdict, agree
 
 
@@ -50,7 +52,15 @@ class Sharded(Strategy):
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         require_elementwise(optimizer, options.elementwise)
-        self.training = training = start(model, optimizer, group, options)
+        self.training = start(model, optimizer, group, options, moves=self.name)
+        self._retired: list[torch.Tensor] = []
+        """Memory of the window in which buckets and parameters lay before the last plan: graphs of this step's forward
+        may still read it."""
+        self._plan()
+
+    def _plan(self) -> None:
+        """Cut what is trained into buckets and chunks, and move parameters into flat buffers."""
+        training, group = self.training, self.training.group
         self.buckets = start_buckets(training, self.launch, keep_gradients=False)
         self._chunks = [self.owners(bucket.numel, group.size) for bucket in self.buckets.buckets]
         """Of each bucket: who owns what."""
@@ -143,6 +153,10 @@ class Sharded(Strategy):
         # These copies are over before an owner writes again: every rank's next gradients follow them on one stream.
         for mirror, _ in mirrored:
             mirror.to_device()
+        if self._retired:
+            # All ranks' graphs of this step are done with, or the barrier above would not have let anybody pass.
+            give_memory_back(self.training, self._retired)
+            self._retired = []
 
     def _gather(self) -> None:
         """Bring every owner's chunk of the parameters to all ranks."""
@@ -172,14 +186,36 @@ class Sharded(Strategy):
             shared = {item.name for item in training.parameters}
             copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in shared])
 
-    def close(self) -> None:
+    def replan(self, change: Change) -> None:
+        self._give_back(state=True)
+        self._retired += self._memory()
+        self.training.replan(change)
+        self._plan()
+
+    def _give_back(self, *, state: bool) -> None:
+        """Let optimizer and parameters be as they were before they were coupled, with the numbers that they have now.
+        ``state``: with all that the ranks' optimizers remember. Collective."""
         training = self.training
+        pieces = training.masters.pieces
+        if state:
+            give_back(training.group, training.optimizer, pieces, training.parameters, training.members, sharded=True)
+        else:
+            training.optimizer.state.clear()
         own_memory(training)
-        close_buckets(training, self.buckets)
-        window = training.group.window
-        if window is not None and training.in_window and training.group.rank == 0:
-            for each in self._flats:
-                window.free(each.host)
+        self.buckets.close()
+
+    def _memory(self) -> list[torch.Tensor]:
+        """What lies in this rank's area of the window."""
+        shared = [each.host for each in self._flats] if self.training.group.rank == 0 else []
+        return [*(bucket.flat for bucket in self.buckets.buckets), *shared]
+
+    def close(self, *, state: bool) -> None:
+        training = self.training
+        self._give_back(state=state)
+        regroup(training.optimizer, training.members)
+        if training.in_window:
+            training.group.barrier()
+        give_memory_back(training, [*self._memory(), *self._retired])
 
 
 class SingleServer(Sharded):

@@ -4,23 +4,36 @@ made, and buckets are planned, in memory that the ranks share where there is a w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 import torch
 
+from ..checkpoint.whole import give_back, regroup
 from ..collectives.operations import broadcast, empty
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, plan, usual_bytes
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..gradients.mirror import pin
-from ..gradients.parameters import NamedParameter, named_parameters
+from ..gradients.parameters import (
+    Named,
+    NamedParameter,
+    buffers_by_name,
+    members_of,
+    name_parameters,
+    parameters_by_name,
+    require_memory_of_their_own,
+    require_numbers,
+    unexpanded,
+)
 from ..native.dtypes import DTYPES, WIRES
 from ..precision.masters import Masters
 from ..precision.modes import Precision
-from ..runtime.control import exchange_records
+from ..runtime.control import exchange_records, raise_together
 from ..runtime.group import Group
 from ..runtime.operand import byte_view
+from .changes import Change, Planned, Watch
+from .claims import require_unclaimed
 from .counts import StepCounts
 from .options import Options
 
@@ -38,6 +51,10 @@ class Training:
     options: Options
     parameters: Sequence[NamedParameter]
     """What is trained, in registration order."""
+    frozen: Sequence[NamedParameter]
+    """What the optimizer has besides, and passes over."""
+    members: Sequence[Sequence[torch.Tensor]]
+    """The whole parameters of each of the optimizer's groups, which hold pieces or masters of them meanwhile."""
     precision: Precision
     masters: Masters
     """What the optimizer updates for the parameters."""
@@ -52,6 +69,36 @@ class Training:
     """Steps that the engine has made, those included that the checkpoint that was loaded had made."""
     forward_wait_s: float = 0.0
     """Seconds in which forward has waited for parameters, since the engine last took them into its times."""
+    agreed: Named = field(init=False)
+    """What all ranks have last agreed to train. Dedicated servers keep what is frozen among ``parameters``."""
+    watch: Watch = field(init=False)
+    """Sees when something else is to be trained."""
+
+    def __post_init__(self) -> None:
+        self.agreed = Named(list(self.parameters), list(self.frozen))
+        self.watch = Watch(self.model, self.optimizer)
+
+    @property
+    def planned(self) -> Planned:
+        """What is trained now, for who looks for changes."""
+        return Planned(self.agreed, self.members, self.masters.pieces, self.options.partial)
+
+    def give_back(self) -> None:
+        """Let the optimizer have whole parameters again, where every rank has updated all of them."""
+        pieces, members = self.masters.pieces, self.members
+        give_back(self.group, self.optimizer, pieces, self.parameters, members, sharded=False)
+
+    def replan(self, change: Change) -> None:
+        """Train what ``change`` says; the optimizer has whole parameters again. Newly trained ones get rank 0's values.
+        Collective."""
+        known = {id(item.tensor) for item in self.parameters}
+        self.parameters, self.frozen = self.agreed = change.named
+        self.members = change.members
+        regroup(self.optimizer, change.members)
+        if self.group.size > 1:
+            new = [(item.name, item.tensor.data) for item in self.parameters if id(item.tensor) not in known]
+            copy_from_rank_0(self.group, new)
+        self.masters.replan(self.parameters)
 
 
 def start(
@@ -60,13 +107,20 @@ def start(
     group: Group,
     options: Options,
     *,
-    named: Sequence[NamedParameter] | None = None,
+    named: Named | None = None,
+    members: Sequence[Sequence[torch.Tensor]] | None = None,
+    moves: str = "",
     synchronize: Callable[[], None] | None = None,
 ) -> Training:
-    """Begin to train ``model`` on the ranks of ``group``. Collective. ``named``: the parameters, where the optimizer
-    does not have them any more. ``synchronize()`` makes all ranks start from rank 0's parameters and buffers; None: by
-    commlab's own broadcast."""
-    parameters = named_parameters(model, optimizer) if named is None else named
+    """Begin to train ``model`` on the ranks of ``group``. Collective. ``named``, ``members``: the parameters, and those
+    of each group, where the optimizer does not have them any more. ``moves``: see :func:`require_trainable`.
+    ``synchronize()`` makes all ranks start from rank 0's parameters and buffers; None: by
+    commlab's own broadcast. UsageError on every rank, before anything is changed, where the parameters are not such as
+    can be trained."""
+    if named is None:
+        named = raise_together(group, lambda: require_trainable(model, optimizer, options, moves))
+    parameters = named.trained
+    members = members_of(optimizer) if members is None else members
     device = next(iter(model.parameters())).device
     precision = Precision(options.precision, options.autocast, device, group, options.loss_scale)
     if synchronize is not None:
@@ -80,12 +134,27 @@ def start(
         group,
         options,
         parameters,
+        named.frozen,
+        members,
         precision,
         masters,
         StepCounts(group),
         in_window=group.window is not None and options.algorithm in ("auto", "window"),
         wants_norm=options.max_grad_norm is not None or precision.loss_scale is not None,
     )
+
+
+def require_trainable(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: Options, moves: str = ""
+) -> Named:
+    """The parameters of ``optimizer`` in ``model``, all of which an engine may train. UsageError for the first that it
+    can't. ``moves``: the strategy, where the strategy gives parameters other memory."""
+    require_numbers(model)
+    named = name_parameters(model, members_of(optimizer), partial=options.partial)
+    require_unclaimed(model, optimizer, [*named.trained, *named.frozen])
+    if moves:
+        require_memory_of_their_own(f"strategy {moves}", model, named.trained)
+    return named
 
 
 def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, keep_gradients: bool) -> GradientBuckets:
@@ -114,13 +183,19 @@ def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, k
 def close_buckets(training: Training, buckets: GradientBuckets) -> None:
     """Take the hooks off the model, and give the buckets' memory back. Collective."""
     buckets.close()
-    window = training.group.window
-    if window is not None and training.in_window:
+    if training.in_window:
         for item in training.parameters:
             item.tensor.grad = None  # it may lie in a bucket
         training.group.barrier()
-        for bucket in buckets.buckets:
-            window.free(bucket.flat)
+        give_memory_back(training, [bucket.flat for bucket in buckets.buckets])
+
+
+def give_memory_back(training: Training, flats: Sequence[torch.Tensor]) -> None:
+    """Give back memory of this rank's area of the window, which no rank uses any more."""
+    window = training.group.window
+    if window is not None and training.in_window:
+        for flat in flats:
+            window.free(flat)
 
 
 def pin_flats(training: Training, flats: list[torch.Tensor]) -> None:
@@ -130,9 +205,9 @@ def pin_flats(training: Training, flats: list[torch.Tensor]) -> None:
 
 
 def tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """All parameters, and the buffers of a dtype that travels, by name."""
-    tensors = [(name, tensor.data) for name, tensor in model.named_parameters()]
-    return tensors + [(name, tensor) for name, tensor in model.named_buffers() if tensor.dtype in DTYPES]
+    """All parameters, and the buffers of a dtype that travels, by name; of an expanded one the numbers that exist."""
+    tensors = [(name, unexpanded(tensor.data)) for name, tensor in parameters_by_name(model)]
+    return tensors + [(name, unexpanded(tensor)) for name, tensor in buffers_by_name(model) if tensor.dtype in DTYPES]
 
 
 def copy_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]) -> None:

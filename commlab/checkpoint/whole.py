@@ -1,0 +1,140 @@
+"""The optimizer's state whole again, on every rank, out of the pieces that ranks own: what an engine gives back when it
+is closed, and what it plans anew from when other parameters are to be trained.
+
+    rank 0  [ pieces ]   rank 1  [ pieces ]   rank 2  [ pieces ]      parameter by parameter, one allgather for each
+    all     [ whole parameter: exp_avg ] [ exp_avg_sq ] ...           tensor of its state
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ..chunks import whole_at
+from ..collectives.halves import gather_chunks_async
+from ..gradients.parameters import NamedParameter
+from ..native.dtypes import DTYPES
+from ..runtime.control import gather_bytes, raise_together
+from ..runtime.group import Group
+from .nested import pack, unpack
+from .pieces import Piece, on_device, shaped, state, whole
+
+Entries = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Pieces by the name of their parameter, as :func:`.pieces.state` has them."""
+
+_TEXT = "text"
+
+
+def give_back(
+    group: Group,
+    optimizer: torch.optim.Optimizer,
+    pieces: Sequence[Piece],
+    parameters: Sequence[NamedParameter],
+    members: Sequence[Sequence[torch.Tensor]],
+    *,
+    sharded: bool,
+) -> None:
+    """The reverse of :func:`.pieces.rebind`: groups have ``members`` again, whole parameters, with all that any rank's
+    optimizer remembers of them. ``pieces``: what this rank has owned of ``parameters``; ``sharded``: whether others
+    have owned the rest. Collective where they have. Cost: every rank is sent the whole state, and holds it."""
+    if all(piece.tensor is piece.parameter.tensor for piece in pieces) and not sharded:
+        return
+    own = state(pieces, optimizer)["pieces"]
+    for piece in pieces:
+        optimizer.state.pop(piece.tensor, None)
+    regroup(optimizer, members)
+    if sharded:
+        take_back(group, optimizer, own, parameters)
+        return
+    for item in parameters:
+        _remember(optimizer, item, own[item.name][0]["state"] if item.name in own else {})
+
+
+def regroup(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Let the optimizer's groups have ``members``."""
+    for entry, tensors in zip(optimizer.param_groups, members, strict=True):
+        entry["params"] = list(tensors)
+
+
+def take_back(
+    group: Group, optimizer: torch.optim.Optimizer, own: Entries, parameters: Sequence[NamedParameter]
+) -> None:
+    """Let the optimizer remember of whole ``parameters`` what ranks have of their pieces. ``own``: what this rank has.
+    Collective."""
+    for item, values in whole_states(group, own, parameters):
+        _remember(optimizer, item, values)
+
+
+def _remember(optimizer: torch.optim.Optimizer, item: NamedParameter, values: Mapping[str, Any]) -> None:
+    if values:
+        shapely = {key: shaped(value, whole(item)) for key, value in values.items()}
+        optimizer.state[item.tensor] = on_device(shapely, whole(item), optimizer)
+
+
+def whole_states(
+    group: Group, own: Entries, parameters: Sequence[NamedParameter]
+) -> Iterator[tuple[NamedParameter, dict[str, Any]]]:
+    """What the ranks' optimizers remember of each parameter, whole and on the CPU; empty where they remember nothing.
+    ``own``: this rank's pieces. Collective, and so is every step of the iteration. UsageError on all ranks for state
+    that is no number, text, tensor, or list of them."""
+    everyones = [_decoded(record) for record in gather_bytes(group, _described(group, own), "optimizer's state")]
+    for item in parameters:
+        # (the piece's owner, its place among the owner's, what the owner says of it)
+        found = [
+            (rank, at, entry)
+            for rank, described in enumerate(everyones)
+            for at, entry in enumerate(described.get(item.name, ()))
+        ]
+        values: dict[str, Any] = {}
+        for key in dict.fromkeys(key for _, _, entry in found for key in entry["state"]):
+            kind, value = next(entry["state"][key] for _, _, entry in found if key in entry["state"])
+            if kind == "numbers":
+                value = torch.empty(item.tensor.numel(), dtype=getattr(torch, value))
+                for rank, at, entry in found:
+                    mine = own[item.name][at]["state"][key] if rank == group.rank else None
+                    _give(group, value[entry["start"] : entry["stop"]], mine, rank, f"{key} of {item.name}")
+            values[key] = value
+        yield item, values
+
+
+def _give(group: Group, target: torch.Tensor, mine: torch.Tensor | None, owner: int, name: str) -> None:
+    """Write ``owner``'s numbers into ``target`` (1-D) on all ranks."""
+    # Numbers of a dtype in which nothing travels travel as wider integers.
+    flat = target if target.dtype in DTYPES else torch.empty(target.shape, dtype=torch.int32)
+    if mine is not None:
+        flat.copy_(mine.reshape(-1))
+    gather_chunks_async(flat, whole_at(owner, flat.numel(), group.size), name, group=group).wait()
+    if flat is not target:
+        target.copy_(flat)
+
+
+def _described(group: Group, own: Entries) -> bytes:
+    """This rank's pieces without their numbers."""
+
+    def kind_of(value: Any, entry: Mapping[str, Any]) -> tuple[str, Any]:
+        if torch.is_tensor(value) and value.dim() and value.numel() == entry["stop"] - entry["start"]:
+            return "numbers", str(value.dtype).removeprefix("torch.")
+        return "value", value
+
+    def build() -> bytes:
+        described = {
+            name: [
+                {**entry, "state": {key: kind_of(value, entry) for key, value in entry["state"].items()}}
+                for entry in entries
+            ]
+            for name, entries in own.items()
+        }
+        text, tensors = pack(described)
+        tensors[_TEXT] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return safetensors.torch.save(tensors)
+
+    return raise_together(group, build)
+
+
+def _decoded(record: bytes) -> dict[str, Any]:
+    tensors = safetensors.torch.load(record)
+    found: dict[str, Any] = unpack(bytes(tensors.pop(_TEXT).numpy()).decode(), tensors)
+    return found
