@@ -7,7 +7,7 @@ of ranks loads under any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -129,13 +129,12 @@ def load(
         master = found.pop(MASTER, None)
         if _is_master(piece):
             piece.tensor.copy_(parameter_of(piece) if master is None else master.view(piece.tensor.shape))
-        optimizer.state[piece.tensor] = on_device(found, piece, optimizer)
+        optimizer.state[piece.tensor] = on_device(found, piece, optimizer.param_groups[piece.parameter.group])
 
 
-def on_device(found: dict[str, Any], piece: Piece, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def on_device(found: dict[str, Any], piece: Piece, entry: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a piece where the optimizer wants it: a fused one wants its step counter, too, on the tensor's
-    device."""
-    entry = optimizer.param_groups[piece.parameter.group]
+    device. ``entry``: the piece's group in the optimizer."""
     if not (entry.get("fused") or entry.get("capturable")):
         return found
     return {key: value.to(piece.tensor.device) if torch.is_tensor(value) else value for key, value in found.items()}

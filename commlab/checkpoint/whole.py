@@ -7,7 +7,7 @@ is closed, and what it plans anew from when other parameters are to be trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -37,9 +37,10 @@ def give_back(
     *,
     sharded: bool,
 ) -> None:
-    """The reverse of :func:`.pieces.rebind`: groups have ``members`` again, whole parameters, with all that any rank's
-    optimizer remembers of them. ``pieces``: what this rank has owned of ``parameters``; ``sharded``: whether others
-    have owned the rest. Collective where they have. Cost: every rank is sent the whole state, and holds it."""
+    """The reverse of :func:`.pieces.rebind`: groups have whole parameters, ``members``, and the optimizer remembers
+    what any rank's does of the pieces of ``parameters``. ``pieces``: what this rank has owned of ``parameters``;
+    ``sharded``: whether others have owned the rest. Collective where they have. Cost: every rank is sent the whole
+    state, and holds it."""
     if all(piece.tensor is piece.parameter.tensor for piece in pieces) and not sharded:
         return
     own = state(pieces, optimizer)["pieces"]
@@ -48,9 +49,9 @@ def give_back(
     regroup(optimizer, members)
     if sharded:
         take_back(group, optimizer, own, parameters)
-        return
-    for item in parameters:
-        _remember(optimizer, item, own[item.name][0]["state"] if item.name in own else {})
+    else:
+        known = ((item, own[item.name][0]["state"]) for item in parameters if item.name in own)
+        _remember(optimizer, known)
 
 
 def regroup(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[torch.Tensor]]) -> None:
@@ -62,16 +63,18 @@ def regroup(optimizer: torch.optim.Optimizer, members: Sequence[Sequence[torch.T
 def take_back(
     group: Group, optimizer: torch.optim.Optimizer, own: Entries, parameters: Sequence[NamedParameter]
 ) -> None:
-    """Let the optimizer remember of whole ``parameters`` what ranks have of their pieces. ``own``: what this rank has.
-    Collective."""
-    for item, values in whole_states(group, own, parameters):
-        _remember(optimizer, item, values)
+    """Let the optimizer, whose groups have whole parameters, remember of ``parameters`` what ranks have of their
+    pieces. ``own``: what this rank has. Collective."""
+    _remember(optimizer, whole_states(group, own, parameters))
 
 
-def _remember(optimizer: torch.optim.Optimizer, item: NamedParameter, values: Mapping[str, Any]) -> None:
-    if values:
-        shapely = {key: shaped(value, whole(item)) for key, value in values.items()}
-        optimizer.state[item.tensor] = on_device(shapely, whole(item), optimizer)
+def _remember(optimizer: torch.optim.Optimizer, states: Iterable[tuple[NamedParameter, Mapping[str, Any]]]) -> None:
+    entry_of = {id(tensor): entry for entry in optimizer.param_groups for tensor in entry["params"]}
+    for item, values in states:
+        if values:
+            piece = whole(item)
+            found = {key: shaped(value, piece) for key, value in values.items()}
+            optimizer.state[item.tensor] = on_device(found, piece, entry_of.get(id(item.tensor), {}))
 
 
 def whole_states(

@@ -75,12 +75,12 @@ class AllReduce(Strategy):
         self.training.masters.step(factor)
 
     def replan(self, change: Change) -> None:
-        self.training.give_back()
+        self.training.give_back(change.members, sharded=False)
         close_buckets(self.training, self.buckets)
         self.training.replan(change)
         self.buckets = start_buckets(self.training, self.launch, keep_gradients=True)
         self.training.masters.own_all()
 
     def close(self, *, state: bool) -> None:
-        self.training.give_back()
+        self.training.give_back(self.training.members, sharded=False)
         close_buckets(self.training, self.buckets)

@@ -115,8 +115,6 @@ class Watch:
         groups = self.optimizer.param_groups
         if len(groups) != len(self.groups):
             changes.append(f"the optimizer has {len(groups)} groups, and had {len(self.groups)}")
-        elif len(list(self._members_now())) != len(self.members):
-            changes.append(f"the optimizer's groups have {[len(entry['params']) for entry in groups]} members")
         return ", ".join(changes)
 
 

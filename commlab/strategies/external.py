@@ -57,12 +57,12 @@ class External(Strategy):
         self.training.masters.step(factor)
 
     def replan(self, change: Change) -> None:
-        self.training.give_back()
+        self.training.give_back(change.members, sharded=False)
         self.training.replan(change)
         self.training.masters.own_all()
 
     def close(self, *, state: bool) -> None:
-        self.training.give_back()
+        self.training.give_back(self.training.members, sharded=False)
 
 
 class Single(External):

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import struct
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..checkpoint.pieces import Piece
-from ..checkpoint.whole import give_back, regroup
+from ..checkpoint.whole import regroup
 from ..chunks import Range
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
 from ..gradients.bucket import Bucket
@@ -187,20 +187,20 @@ class Sharded(Strategy):
             copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in shared])
 
     def replan(self, change: Change) -> None:
-        self._give_back(state=True)
+        self._give_back(change.members, state=True)
         self._retired += self._memory()
         self.training.replan(change)
         self._plan()
 
-    def _give_back(self, *, state: bool) -> None:
-        """Let optimizer and parameters be as they were before they were coupled, with the numbers that they have now.
-        ``state``: with all that the ranks' optimizers remember. Collective."""
+    def _give_back(self, members: Sequence[Sequence[torch.Tensor]], *, state: bool) -> None:
+        """Let the optimizer's groups have ``members``, whole parameters, and these memory of their own. ``state``: with
+        all that the ranks' optimizers remember. Collective."""
         training = self.training
-        pieces = training.masters.pieces
         if state:
-            give_back(training.group, training.optimizer, pieces, training.parameters, training.members, sharded=True)
+            training.give_back(members, sharded=True)
         else:
             training.optimizer.state.clear()
+            regroup(training.optimizer, members)
         own_memory(training)
         self.buckets.close()
 
@@ -211,8 +211,7 @@ class Sharded(Strategy):
 
     def close(self, *, state: bool) -> None:
         training = self.training
-        self._give_back(state=state)
-        regroup(training.optimizer, training.members)
+        self._give_back(training.members, state=state)
         if training.in_window:
             training.group.barrier()
         give_memory_back(training, [*self._memory(), *self._retired])

@@ -9,7 +9,7 @@ from hashlib import sha256
 
 import torch
 
-from ..checkpoint.whole import give_back, regroup
+from ..checkpoint.whole import give_back
 from ..collectives.operations import broadcast, empty
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, plan, usual_bytes
@@ -83,18 +83,17 @@ class Training:
         """What is trained now, for who looks for changes."""
         return Planned(self.agreed, self.members, self.masters.pieces, self.options.partial)
 
-    def give_back(self) -> None:
-        """Let the optimizer have whole parameters again, where every rank has updated all of them."""
-        pieces, members = self.masters.pieces, self.members
-        give_back(self.group, self.optimizer, pieces, self.parameters, members, sharded=False)
+    def give_back(self, members: Sequence[Sequence[torch.Tensor]], *, sharded: bool) -> None:
+        """Let the optimizer's groups have whole parameters, ``members``, with all that it remembers of what was trained
+        so far. ``sharded``: ranks have updated pieces of it, and the call is collective; else each all of it."""
+        give_back(self.group, self.optimizer, self.masters.pieces, self.parameters, members, sharded=sharded)
 
     def replan(self, change: Change) -> None:
-        """Train what ``change`` says; the optimizer has whole parameters again. Newly trained ones get rank 0's values.
+        """Train what ``change`` says; the optimizer has whole parameters. Newly trained ones get rank 0's values.
         Collective."""
         known = {id(item.tensor) for item in self.parameters}
         self.parameters, self.frozen = self.agreed = change.named
         self.members = change.members
-        regroup(self.optimizer, change.members)
         if self.group.size > 1:
             new = [(item.name, item.tensor.data) for item in self.parameters if id(item.tensor) not in known]
             copy_from_rank_0(self.group, new)
