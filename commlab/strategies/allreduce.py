@@ -60,13 +60,13 @@ class AllReduce(Strategy):
         for bucket, _ in self.buckets.launched:
             copied: list[torch.Tensor | None] = []
             flat = bucket.result()
-            for member, extent in zip(bucket.parameters, bucket.ranges, strict=True):
+            for member, gradient in zip(bucket.parameters, bucket.gradients(flat), strict=True):
                 tensor = member.tensor
                 copied.append(None)
                 if member.index in unused:
                     tensor.grad = None
                 elif bucket.dtype == tensor.dtype and tensor.is_contiguous():
-                    tensor.grad = flat[extent.start : extent.stop].view(tensor.shape)
+                    tensor.grad = gradient
                 else:
                     # Strides as the parameter's own: torch's fused optimizers walk both as plain memory.
                     copied[-1] = tensor.grad = torch.empty_like(tensor)

@@ -20,14 +20,13 @@ from ..runtime.group import Group
 
 _trains = attrgetter("requires_grad")
 _dtype = attrgetter("dtype")
-_hooks = attrgetter("_post_accumulate_grad_hooks")
 _params = itemgetter("params")
 
 
 class Watch:
     """Remembers a model and its optimizer as they are, by identity: the modules, their parameters and names, what
-    requires a gradient, the dtypes, the optimizer's groups and their members, and whether parameters have their hooks.
-    :meth:`same` costs some 0.2 us for each parameter and module."""
+    requires a gradient, the dtypes, and the optimizer's groups and their members. :meth:`same` costs some 0.2 us for
+    each parameter and module."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
         self._model, self.optimizer = model, optimizer
@@ -52,9 +51,8 @@ class Watch:
     def _values_now(self) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, self._dicts))
 
-    def _settings_now(self) -> tuple[list[bool], list[torch.dtype], list[bool]]:
-        tensors = self.parameters
-        return list(map(_trains, tensors)), list(map(_dtype, tensors)), list(map(bool, map(_hooks, tensors)))
+    def _settings_now(self) -> tuple[list[bool], list[torch.dtype]]:
+        return list(map(_trains, self.parameters)), list(map(_dtype, self.parameters))
 
     def _members_now(self) -> Iterator[torch.Tensor]:
         return chain.from_iterable(entry["params"] for entry in self.optimizer.param_groups)
@@ -82,12 +80,6 @@ class Watch:
         """What is another parameter of the model than before, in words; empty where none is."""
         return "" if self._same_structure() else self.described()
 
-    def lost_hooks(self) -> bool:
-        """Whether a parameter has no longer the hooks that it had: torch swaps tensors under their names
-        (``torch.utils.swap_tensors``)."""
-        hooked = self._settings[2]
-        return any(had and not _hooks(tensor) for tensor, had in zip(self.parameters, hooked, strict=True))
-
     def described(self) -> str:
         """What has changed, in words, parameters by name; empty where no parameter is concerned."""
         before = dict(self._shown)
@@ -105,13 +97,11 @@ class Watch:
         there = set(map(id, now.values()))
         lost = [name for name, tensor in before.items() if id(tensor) not in there and name not in now]
         changes += [f"{name!r} is gone" for name in lost]
-        for (name, tensor), trained, dtype, hooked in zip(self._shown, *self._settings, strict=True):
+        for (name, tensor), trained, dtype in zip(self._shown, *self._settings, strict=True):
             if id(tensor) in there and tensor.requires_grad != trained:
                 changes.append(f"{name!r} is {'trainable' if tensor.requires_grad else 'frozen'} now")
             if tensor.dtype != dtype:
                 changes.append(f"{name!r} is {str(tensor.dtype).removeprefix('torch.')} now")
-            elif hooked and not _hooks(tensor):
-                changes.append(f"{name!r} has lost its hooks")
         groups = self.optimizer.param_groups
         if len(groups) != len(self.groups):
             changes.append(f"the optimizer has {len(groups)} groups, and had {len(self.groups)}")
@@ -153,7 +143,7 @@ def find_change(group: Group, watch: Watch, planned: Planned, model: torch.nn.Mo
     try:
         named = _named(model, listed.members, planned)
         alike = _described(named) == _described(planned.named) and _same(listed.members, planned.members)
-        if alike and not watch.lost_hooks():
+        if alike:
             return None
     except UsageError as refused:
         error = str(refused)

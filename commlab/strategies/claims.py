@@ -19,17 +19,8 @@ _claims: weakref.WeakSet[Claim] = weakref.WeakSet()
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
-def require_unclaimed(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[NamedParameter]
-) -> None:
-    """UsageError where another engine, or another library's wrapper, trains one of ``parameters`` or drives
-    ``optimizer``."""
-    for module in model.modules():
-        wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
-        if wrapper and type(module).__module__.startswith("torch."):
-            raise UsageError(
-                f"the model has a {wrapper}, which exchanges gradients itself; give strategy() the model without it"
-            )
+def require_free_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """UsageError where another engine, or another library, drives ``optimizer``."""
     if type(optimizer).__module__.partition(".")[0] == "horovod" or hasattr(optimizer, "_allreduce_grad_async"):
         raise UsageError(
             f"the optimizer is Horovod's {type(optimizer).__name__}, which exchanges gradients itself; give strategy() "
@@ -38,6 +29,17 @@ def require_unclaimed(
     for claim in _claims:
         if claim.optimizer is optimizer:
             raise UsageError(f"the optimizer is driven by {claim.who} already; {_CLOSE_FIRST}")
+
+
+def require_free_model(model: torch.nn.Module, parameters: Sequence[NamedParameter]) -> None:
+    """UsageError where another engine, or another library's wrapper, trains one of ``parameters``."""
+    for module in model.modules():
+        wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
+        if wrapper and type(module).__module__.startswith("torch."):
+            raise UsageError(
+                f"the model has a {wrapper}, which exchanges gradients itself; give strategy() the model without it"
+            )
+    for claim in _claims:
         trained = {id(item.tensor) for item in claim.parameters}
         for item in parameters:
             if id(item.tensor) in trained:
@@ -61,7 +63,8 @@ class Claim:
         sharded: bool,
     ):
         self.who = f"an engine of strategy {strategy}"
-        self.optimizer, self.parameters = optimizer, parameters
+        self.optimizer = optimizer
+        self.train(parameters)
         self.stepping = False
         """Whether the engine itself calls the optimizer just now."""
         self._strategy = strategy
@@ -76,6 +79,13 @@ class Claim:
             self._refuse("load_state_dict()", "engine.load_state_dict(*parts), or commlab.checkpoint.Checkpoints")
             for name in ("__deepcopy__", "__reduce_ex__"):
                 setattr(optimizer, name, self._refuse_copy)
+
+    def train(self, parameters: Sequence[NamedParameter]) -> None:
+        """From now on the engine trains ``parameters``."""
+        self.parameters = parameters
+        # torch.utils.swap_tensors() would take the hooks off a parameter in silence. It refuses a tensor that has weak
+        # references.
+        self._pins = [weakref.ref(item.tensor) for item in parameters]
 
     def _require_stepping(self, *_: Any) -> None:
         if not self.stepping:
@@ -104,6 +114,7 @@ class Claim:
         """Let go. ``spent``: what the optimizer remembered is lost, so that its next step would not be what its user
         expects."""
         _claims.discard(self)
+        self._pins.clear()
         for handle in self._handles:
             handle.remove()
         for name in ("zero_grad", "__deepcopy__", "__reduce_ex__"):

@@ -244,7 +244,7 @@ class Engine:
                     "engine.step(), before the next step's first backward()"
                 )
             self.strategy.replan(agree())
-            self._claim.parameters = training.parameters
+            self._claim.train(training.parameters)
         training.watch.look()
 
     def _require_planned(self, call: str) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ..errors import UsageError
-from ..gradients.bucket import Bucket
+from ..gradients.bucket import Bucket, own_storage
 from ..gradients.mirror import Mirror, mirrors
 from ..gradients.parameters import NamedParameter
 from .start import Training
@@ -44,13 +43,6 @@ class FlatParameters:
 
 
 _address = torch.Tensor.data_ptr
-
-
-def own_storage(flat: torch.Tensor) -> torch.Tensor:
-    """``flat`` (1-D, contiguous) as a tensor whose storage begins and ends with it. ``torch.save`` writes, and
-    ``share_memory_()`` moves, whole storages: of a view those would be the numbers of all others."""
-    owner: torch.Tensor = from_dlpack(to_dlpack(flat))
-    return owner
 
 
 def require_in_place(name: str, training: Training, flats: Iterable[FlatParameters]) -> None:

@@ -33,7 +33,7 @@ from ..runtime.control import exchange_records, raise_together
 from ..runtime.group import Group
 from ..runtime.operand import byte_view
 from .changes import Change, Planned, Watch
-from .claims import require_unclaimed
+from .claims import require_free_model, require_free_optimizer
 from .counts import StepCounts
 from .options import Options
 
@@ -148,9 +148,10 @@ def require_trainable(
 ) -> Named:
     """The parameters of ``optimizer`` in ``model``, all of which an engine may train. UsageError for the first that it
     can't. ``moves``: the strategy, where the strategy gives parameters other memory."""
+    require_free_optimizer(optimizer)
     require_numbers(model)
     named = name_parameters(model, members_of(optimizer), partial=options.partial)
-    require_unclaimed(model, optimizer, [*named.trained, *named.frozen])
+    require_free_model(model, [*named.trained, *named.frozen])
     if moves:
         require_memory_of_their_own(f"strategy {moves}", model, named.trained)
     return named
