@@ -15,6 +15,7 @@ import torch
 
 from ..chunks import whole_at
 from ..collectives.halves import gather_chunks_async
+from ..errors import UsageError
 from ..gradients.parameters import NamedParameter
 from ..native.dtypes import DTYPES
 from ..runtime.control import gather_bytes, raise_together
@@ -64,25 +65,45 @@ def take_back(
     group: Group, optimizer: torch.optim.Optimizer, own: Entries, parameters: Sequence[NamedParameter]
 ) -> None:
     """Let the optimizer, whose groups have whole parameters, remember of ``parameters`` what ranks have of their
-    pieces. ``own``: what this rank has. Collective."""
+    pieces. ``own``: what this rank has. Where state was loaded on some ranks alone, it is dropped, and the optimizer
+    refuses to step. Collective."""
     _remember(optimizer, whole_states(group, own, parameters))
 
 
-def _remember(optimizer: torch.optim.Optimizer, states: Iterable[tuple[NamedParameter, Mapping[str, Any]]]) -> None:
+def _remember(
+    optimizer: torch.optim.Optimizer, states: Iterable[tuple[NamedParameter, Mapping[str, Any] | None]]
+) -> None:
     entry_of = {id(tensor): entry for entry in optimizer.param_groups for tensor in entry["params"]}
     for item, values in states:
-        if values:
+        if values is None:
+            refuse_to_step(
+                optimizer,
+                f"of parameter {item.name!r} the ranks' optimizers remembered different things: state was loaded on "
+                "some ranks and not on others. Load it on all of them",
+            )
+        elif values:
             piece = whole(item)
             found = {key: shaped(value, piece) for key, value in values.items()}
             optimizer.state[item.tensor] = on_device(found, piece, entry_of.get(id(item.tensor), {}))
 
 
+def refuse_to_step(optimizer: torch.optim.Optimizer, why: str) -> None:
+    """From now on every step of ``optimizer`` raises UsageError."""
+
+    def refuse(*_: Any) -> None:
+        raise UsageError(why)
+
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):  # unless its class does not call torch's constructor
+        optimizer.register_step_pre_hook(refuse)
+
+
 def whole_states(
     group: Group, own: Entries, parameters: Sequence[NamedParameter]
-) -> Iterator[tuple[NamedParameter, dict[str, Any]]]:
-    """What the ranks' optimizers remember of each parameter, whole and on the CPU; empty where they remember nothing.
-    ``own``: this rank's pieces. Collective, and so is every step of the iteration. UsageError on all ranks for state
-    that is no number, text, tensor, or list of them."""
+) -> Iterator[tuple[NamedParameter, dict[str, Any] | None]]:
+    """What the ranks' optimizers remember of each parameter, whole and on the CPU; empty where they remember nothing,
+    None where they remember different things of its pieces: state was loaded on some ranks alone. ``own``: this rank's
+    pieces. Collective, and so is every step of the iteration. UsageError on all ranks for state that is no number,
+    text, tensor, or list of them."""
     everyones = [_decoded(record) for record in gather_bytes(group, _described(group, own), "optimizer's state")]
     for item in parameters:
         # (the piece's owner, its place among the owner's, what the owner says of it)
@@ -92,8 +113,12 @@ def whole_states(
             for at, entry in enumerate(described.get(item.name, ()))
         ]
         values: dict[str, Any] = {}
-        for key in dict.fromkeys(key for _, _, entry in found for key in entry["state"]):
-            kind, value = next(entry["state"][key] for _, _, entry in found if key in entry["state"])
+        kinds = {tuple((key, kind) for key, (kind, _) in entry["state"].items()) for _, _, entry in found}
+        if len(kinds) > 1:
+            yield item, None
+            continue
+        for key, kind in kinds.pop() if kinds else ():
+            value = found[0][2]["state"][key][1]
             if kind == "numbers":
                 value = torch.empty(item.tensor.numel(), dtype=getattr(torch, value))
                 for rank, at, entry in found:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.whole import refuse_to_step
 from ..errors import UsageError
 from ..gradients.parameters import NamedParameter
 
@@ -119,12 +120,9 @@ class Claim:
             handle.remove()
         for name in ("zero_grad", "__deepcopy__", "__reduce_ex__"):
             self.optimizer.__dict__.pop(name, None)
-        if spent and hasattr(self.optimizer, "_optimizer_step_pre_hooks"):
-            self.optimizer.register_step_pre_hook(_spent)
-
-
-def _spent(*_: Any) -> None:
-    raise UsageError(
-        "this optimizer's state was dropped by engine.close(state=False); call close() without it to go on with the "
-        "optimizer, or make another one"
-    )
+        if spent:
+            refuse_to_step(
+                self.optimizer,
+                "this optimizer's state was dropped by engine.close(state=False); call close() without it to go on "
+                "with the optimizer, or make another one",
+            )

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from crew import Crew, groups
-from learners import Step, learner, loss_of, plain, state_by_name
-from torch.nn.utils import parametrize, prune
+from learners import (
+    CASES,
+    Step,
+    assert_like,
+    everything,
+    freeze,
+    head_only,
+    learner,
+    loss_of,
+    plain,
+    trained,
+    unfreeze,
+)
 from training import digest
 
 import commlab
@@ -27,116 +38,18 @@ def crew() -> Iterator[Crew]:
     made.close()
 
 
-def head_only(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The last layer is trained, the others are frozen and not the optimizer's."""
-    model.requires_grad_(False)
-    model[4].requires_grad_(True)
-    return torch.optim.AdamW(model[4].parameters(), lr=0.02)
-
-
-def everything(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [{"params": model[0].parameters()}, {"params": [*model[2].parameters(), *model[4].parameters()], "lr": 5e-3}],
-        lr=0.02,
-    )
-
-
-def all_but_frozen(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer has everything, and the first layer is frozen."""
-    model[0].requires_grad_(False)
-    return torch.optim.AdamW(model.parameters(), lr=0.02)
-
-
-def unfreeze(layer: int) -> Step:
-    def change(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        model[layer].requires_grad_(True)
-        optimizer.add_param_group({"params": list(model[layer].parameters()), "lr": 0.01})
-
-    return change
-
-
-def freeze(layer: int, frozen: bool = True) -> Step:
-    return lambda model, optimizer: model[layer].requires_grad_(not frozen)
-
-
-def remove_first_group(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model[0].requires_grad_(False)
-    del optimizer.param_groups[0]
-
-
-def rename(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    prune.custom_from_mask(model[2], "weight", torch.arange(17 * 33).view(17, 33).remainder(3) > 0)
-
-
-def in_torchs_parametrization(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    parametrize.register_parametrization(model[2], "weight", torch.nn.Hardtanh(-0.2, 0.2))
-
-
-def replace_layer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """A new last layer, in the place of the old one, in the optimizer too."""
-    fresh = torch.nn.Linear(17, 5).double()
-    with torch.no_grad():
-        fresh.weight.copy_(torch.arange(85.0).cos().view(5, 17) / 4)
-        fresh.bias.copy_(torch.arange(5.0).cos() / 4)
-    model[4] = fresh
-    del optimizer.param_groups[0]
-    optimizer.add_param_group({"params": list(fresh.parameters()), "lr": 0.03})
-
-
-CASES: dict[str, tuple[Any, Sequence[Step | None]]] = {
-    "unfrozen and added": (head_only, [None, None, unfreeze(2), None, unfreeze(0), None]),
-    "frozen, and trained again": (
-        everything,
-        [None, freeze(0), None, freeze(2), freeze(0, False), freeze(2, False), None],
-    ),
-    "removed and added again": (everything, [None, None, remove_first_group, None, unfreeze(0), None]),
-    "held frozen from the start": (all_but_frozen, [None, None, freeze(0, False), None]),
-    "renamed by prune": (everything, [None, rename, None]),
-    "parametrized": (everything, [None, in_torchs_parametrization, None]),
-    "another module in its place": (head_only, [None, replace_layer, None, unfreeze(2), None]),
-}
-
-
-def trained(group: Any, strategy: str, case: str, **options: Any) -> tuple[torch.nn.Module, Any, Engine]:
-    make, steps = CASES[case]
-    model = learner()
-    optimizer = make(model)
-    engine = commlab.strategy(strategy, model, optimizer, group, **options)
-    for number, change in enumerate(steps):
-        if change is not None:
-            change(model, optimizer)
-        engine.backward(loss_of(engine.model, number, group.rank, group.size))
-        engine.step()
-        engine.zero_grad()
-        assert all(parameter.grad is None for parameter in model.parameters())
-    return model, optimizer, engine
-
-
 @pytest.mark.parametrize("strategy", OURS)
 @pytest.mark.parametrize("case", CASES)
 def test_training_goes_on_as_in_torch(crew: Crew, strategy: str, case: str) -> None:
     """A2, B7: unfrozen, frozen, removed, added again, renamed, replaced; and the state that comes back at the end."""
-    make, steps = CASES[case]
-    model, optimizer = plain(make, steps)
-    wanted = state_by_name(model, optimizer)
-    of_rank = groups(SIZE)
+    wanted, of_rank = plain(*CASES[case]), groups(SIZE)
 
-    def run(rank: int) -> Any:
-        mine, own, engine = trained(of_rank[rank], strategy, case, bucket_bytes=700)
-        ours = digest(mine)
+    def run(rank: int) -> bytes:
+        model, optimizer, engine = trained(of_rank[rank], strategy, case, bucket_bytes=700)
+        found = digest(model)
         engine.close()
-        for (name, found), tensor in zip(mine.named_parameters(), model.parameters(), strict=True):
-            assert torch.allclose(found, tensor, rtol=1e-8, atol=1e-9), f"{strategy}, {name}"
-        found = state_by_name(mine, own)
-        assert found.keys() == wanted.keys()
-        for name, values in wanted.items():
-            assert found[name].keys() == values.keys()
-            for key, value in values.items():
-                assert found[name][key].shape == value.shape
-                assert torch.allclose(found[name][key], value, rtol=1e-7, atol=1e-12), f"{name} {key}"
-        shapes = [[list(t.shape) for t in entry["params"]] for entry in own.param_groups]
-        assert shapes == [[list(t.shape) for t in entry["params"]] for entry in optimizer.param_groups]
-        return ours
+        assert_like((model, optimizer), wanted)
+        return found
 
     assert len(set(crew.all(run))) == 1, "ranks have different parameters"
 

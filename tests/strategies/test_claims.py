@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from crew import Crew, groups
-from learners import learner, loss_of, plain, state_by_name
+from learners import assert_like, learner, loss_of, plain
 from training import alone, digest
 
 import commlab
@@ -53,19 +53,6 @@ def steps(engine: Engine, numbers: range) -> None:
         engine.zero_grad()
 
 
-def assert_like(mine: Any, own: torch.optim.Optimizer, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    for (name, found), wanted in zip(mine.named_parameters(), model.parameters(), strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-8, atol=1e-9), name
-    state, wanted_state = state_by_name(mine, own), state_by_name(model, optimizer)
-    assert state.keys() == wanted_state.keys() and state
-    for name, values in wanted_state.items():
-        for key, value in values.items():
-            assert torch.allclose(state[name][key], value, rtol=1e-7, atol=1e-12), f"{name} {key}"
-    for mine_of, wanted_of in zip(own.param_groups, optimizer.param_groups, strict=True):
-        assert [list(tensor.shape) for tensor in mine_of["params"]] == [list(t.shape) for t in wanted_of["params"]]
-        assert mine_of["lr"] == wanted_of["lr"]
-
-
 @pytest.mark.parametrize("make", [adamw, momentum])
 @pytest.mark.parametrize("strategy", OURS)
 def test_training_goes_on_in_plain_torch_after_close(crew: Crew, strategy: str, make: Callable[..., Any]) -> None:
@@ -87,7 +74,7 @@ def test_training_goes_on_in_plain_torch_after_close(crew: Crew, strategy: str, 
             own.zero_grad()
             loss_of(mine, number).backward()
             own.step()
-        assert_like(mine, own, model, optimizer)
+        assert_like((mine, own), (model, optimizer))
         twin = make(learner())
         twin.load_state_dict(own.state_dict())
         assert copy.deepcopy(own).param_groups[0]["lr"] == own.param_groups[0]["lr"]
@@ -111,7 +98,7 @@ def test_training_goes_on_under_another_strategy(crew: Crew, first: str, second:
         steps(engine, range(3, 6))
         found = digest(mine)
         engine.close()
-        assert_like(mine, own, model, optimizer)
+        assert_like((mine, own), (model, optimizer))
         return found
 
     assert len(set(crew.all(run))) == 1
@@ -286,6 +273,6 @@ def test_the_optimizers_state_is_right_where_it_is_whole(crew: Crew, strategy: s
             again.load_state_dict(mine.state_dict())
             owns.load_state_dict(copy.deepcopy(own.state_dict()))
             steps(resumed, range(2, 4))
-            assert_like(again, owns, model, optimizer)
+            assert_like((again, owns), (model, optimizer))
 
     crew.all(run)
