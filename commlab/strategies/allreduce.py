@@ -18,7 +18,7 @@ from ..collectives.plan import plan_of
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import Waitable
 from ..runtime.group import Group
-from .changes import Change
+from .changes import Roster
 from .options import Options
 from .protocol import Strategy
 from .start import close_buckets, start, start_buckets
@@ -74,10 +74,10 @@ class AllReduce(Strategy):
         # Multiplied in the parameters' precision: a 16-bit bucket must not be rounded a second time.
         self.training.masters.step(factor)
 
-    def replan(self, change: Change) -> None:
-        self.training.give_back(change.members, sharded=False)
+    def replan(self, roster: Roster) -> None:
+        self.training.give_back(roster.members, sharded=False)
         close_buckets(self.training, self.buckets)
-        self.training.replan(change)
+        self.training.replan(roster)
         self.buckets = start_buckets(self.training, self.launch, keep_gradients=True)
         self.training.masters.own_all()
 

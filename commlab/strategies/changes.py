@@ -108,7 +108,7 @@ class Watch:
         return ", ".join(changes)
 
 
-class Change(NamedTuple):
+class Roster(NamedTuple):
     """What is trained from now on, as all ranks know it."""
 
     named: Named
@@ -121,7 +121,7 @@ class Planned(NamedTuple):
 
     named: Named
     members: Sequence[Sequence[torch.Tensor]]
-    """As :attr:`Change.members`."""
+    """As :attr:`Roster.members`."""
     pieces: Sequence[Piece]
     """What this rank's optimizer updates."""
     partial: bool
@@ -134,7 +134,7 @@ class Planned(NamedTuple):
         return any(id(item.tensor) not in held for item in self.named.trained)
 
 
-def find_change(group: Group, watch: Watch, planned: Planned, model: torch.nn.Module) -> Callable[[], Change] | None:
+def find_change(group: Group, watch: Watch, planned: Planned, model: torch.nn.Module) -> Callable[[], Roster] | None:
     """None where other things have changed than what is trained; else how all ranks agree on it, which is collective.
     That raises UsageError on every rank for what can't be trained, and DisagreementError on every rank, with the
     parameters' names and the ranks, where what has changed is not the same on all of them."""
@@ -150,7 +150,7 @@ def find_change(group: Group, watch: Watch, planned: Planned, model: torch.nn.Mo
     changes = watch.described() or "the optimizer's groups have other members"
     what = _shortened(f"{error} ({changes})" if error else changes)
 
-    def agree() -> Change:
+    def agree() -> Roster:
         # Ranks on which nothing has changed are about to do something else: the name tells them what they lack.
         record = json.dumps({"error": error, "removed": listed.removed, "kept": listed.kept}).encode()
         records = [json.loads(each) for each in gather_bytes(group, record, f"parameters: {what}")]
@@ -165,10 +165,10 @@ def find_change(group: Group, watch: Watch, planned: Planned, model: torch.nn.Mo
         except UsageError as refused:
             failure = str(refused)
         shown = json.dumps({"error": failure, "trained": _described(found)}).encode()
-        sides = [json.loads(each) for each in gather_bytes(group, shown, "parameters that are trained from now on")]
-        _raise_alike([each["error"] for each in sides])
-        _require_alike([each["trained"] for each in sides])
-        return Change(found, members)
+        everyones = [json.loads(each) for each in gather_bytes(group, shown, "parameters that are trained from now on")]
+        _raise_alike([each["error"] for each in everyones])
+        _require_alike([each["trained"] for each in everyones])
+        return Roster(found, members)
 
     return agree
 
@@ -259,11 +259,11 @@ def _require_removed_alike(records: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def _require_alike(sides: Sequence[Sequence[Sequence[Any]]]) -> None:
+def _require_alike(everyones: Sequence[Sequence[Sequence[Any]]]) -> None:
     """AgreedError that names the first parameter on which ranks differ."""
-    for rank, side in enumerate(sides):
-        if side != sides[0]:
-            first, other = ({each[0]: each[1:] for each in all_of} for all_of in (sides[0], side))
+    for rank, described in enumerate(everyones):
+        if described != everyones[0]:
+            first, other = ({each[0]: each[1:] for each in all_of} for all_of in (everyones[0], described))
             name = next((name for name in (*first, *other) if first.get(name) != other.get(name)), "")
             if not name:
                 raise AgreedError(f"ranks 0 and {rank} have registered the same parameters in another order")

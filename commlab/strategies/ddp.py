@@ -16,7 +16,7 @@ from ..errors import AgreedError, UsageError
 from ..runtime.control import gather_bytes
 from ..runtime.group import Group
 from ..transport.rendezvous import join_store, open_store
-from .changes import Change
+from .changes import Roster
 from .external import External
 from .options import Options
 
@@ -109,13 +109,13 @@ class Ddp(External):
     def look_before_forward(self, look: Callable[[], None]) -> None:
         self._look = look
 
-    def replan(self, change: Change) -> None:
+    def replan(self, roster: Roster) -> None:
         if self._calls.called:
             raise AgreedError(
                 "what is trained has changed between forward and backward(), and torch's reducer gets ready in the "
                 "forward pass; change it before the forward pass of a step"
             )
-        super().replan(change)
+        super().replan(roster)
         del self._ddp, self._front._wrapped  # torch's old reducer takes its hooks off
         front = self._front
         self._wrap()

@@ -35,7 +35,7 @@ from ..runtime.control import raise_together
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from . import server_state
-from .changes import Change
+from .changes import Roster
 from .flat import FlatParameters, own_memory, require_in_place
 from .late_pulls import Pulls
 from .options import Options
@@ -256,12 +256,12 @@ class Dedicated(Strategy):
             "clocks": " ".join(map(str, report["clocks"])) + " (steps that each worker made)",
         }
 
-    def replan(self, change: Change) -> None:
+    def replan(self, roster: Roster) -> None:
         """Parameters may be frozen, and trained again: servers pass over what nobody pushes."""
         training = self.training
         known = {id(item.tensor): item for item in training.parameters}
-        unknown = [item.name for item in change.named.trained if id(item.tensor) not in known]
-        everything = [*change.named.trained, *change.named.frozen]
+        unknown = [item.name for item in roster.named.trained if id(item.tensor) not in known]
+        everything = [*roster.named.trained, *roster.named.frozen]
         gone = [item.name for key, item in known.items() if key not in {id(each.tensor) for each in everything}]
         regrouped = [item.name for item in everything if item.group != known.get(id(item.tensor), item).group]
         if unknown or gone or regrouped:
@@ -270,7 +270,7 @@ class Dedicated(Strategy):
                 "parameters and groups that they had at first; call engine.close() on all ranks and build a new engine "
                 "with commlab.strategy(), or do without servers"
             )
-        training.agreed = change.named
+        training.agreed = roster.named
 
     def close(self, *, state: bool) -> None:
         """Servers return when all workers have closed."""

@@ -14,7 +14,7 @@ from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..native.norm import norm_squared, scale_
 from ..runtime.group import Group
-from .changes import Change
+from .changes import Roster
 from .options import Options
 from .protocol import Strategy
 from .start import start
@@ -56,9 +56,9 @@ class External(Strategy):
     def update(self, factor: float, unused: set[int]) -> None:
         self.training.masters.step(factor)
 
-    def replan(self, change: Change) -> None:
-        self.training.give_back(change.members, sharded=False)
-        self.training.replan(change)
+    def replan(self, roster: Roster) -> None:
+        self.training.give_back(roster.members, sharded=False)
+        self.training.replan(roster)
         self.training.masters.own_all()
 
     def close(self, *, state: bool) -> None:

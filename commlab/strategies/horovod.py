@@ -13,7 +13,7 @@ import torch
 
 from ..errors import AgreedError, UsageError
 from ..runtime.group import Group
-from .changes import Change
+from .changes import Roster
 from .external import External
 from .options import Options
 from .verdict import Verdict
@@ -77,7 +77,7 @@ class Horovod(External):
         self._distributed.synchronize()
         return super().agree()
 
-    def replan(self, change: Change) -> None:
+    def replan(self, roster: Roster) -> None:
         raise AgreedError(
             "strategy horovod: Horovod hooks the parameters that it was given, and can't be given others; call "
             "engine.close(), and build a new engine with commlab.strategy()"

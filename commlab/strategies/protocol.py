@@ -20,7 +20,7 @@ import torch
 from ..checkpoint import pieces
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
-from .changes import Change
+from .changes import Roster
 from .start import Training
 from .verdict import Verdict
 
@@ -99,8 +99,8 @@ class Strategy(ABC):
             self.training.masters.follow()
 
     @abstractmethod
-    def replan(self, change: Change) -> None:
-        """Train from now on what ``change`` says, and keep what the optimizer remembers. Collective; all ranks have
+    def replan(self, roster: Roster) -> None:
+        """Train from now on what ``roster`` says, and keep what the optimizer remembers. Collective; all ranks have
         agreed on the change. AgreedError where the strategy can't."""
 
     def look_before_forward(self, look: Callable[[], None]) -> None:  # noqa: B027 - most need not

@@ -30,7 +30,7 @@ from ..ps.elementwise import require_elementwise
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..window.memory import Place
-from .changes import Change
+from .changes import Roster
 from .flat import FlatParameters, own_memory, require_in_place
 from .options import Options
 from .owners import Owned, all_owners, one_owner, owned
@@ -186,10 +186,10 @@ class Sharded(Strategy):
             shared = {item.name for item in training.parameters}
             copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in shared])
 
-    def replan(self, change: Change) -> None:
-        self._give_back(change.members, state=True)
+    def replan(self, roster: Roster) -> None:
+        self._give_back(roster.members, state=True)
         self._retired += self._memory()
-        self.training.replan(change)
+        self.training.replan(roster)
         self._plan()
 
     def _give_back(self, members: Sequence[Sequence[torch.Tensor]], *, state: bool) -> None:

@@ -32,7 +32,7 @@ from ..precision.modes import Precision
 from ..runtime.control import exchange_records, raise_together
 from ..runtime.group import Group
 from ..runtime.operand import byte_view
-from .changes import Change, Planned, Watch
+from .changes import Planned, Roster, Watch
 from .claims import require_free_model, require_free_optimizer
 from .counts import StepCounts
 from .options import Options
@@ -88,12 +88,12 @@ class Training:
         so far. ``sharded``: ranks have updated pieces of it, and the call is collective; else each all of it."""
         give_back(self.group, self.optimizer, self.masters.pieces, self.parameters, members, sharded=sharded)
 
-    def replan(self, change: Change) -> None:
-        """Train what ``change`` says; the optimizer has whole parameters. Newly trained ones get rank 0's values.
+    def replan(self, roster: Roster) -> None:
+        """Train what ``roster`` says; the optimizer has whole parameters. Newly trained ones get rank 0's values.
         Collective."""
         known = {id(item.tensor) for item in self.parameters}
-        self.parameters, self.frozen = self.agreed = change.named
-        self.members = change.members
+        self.parameters, self.frozen = self.agreed = roster.named
+        self.members = roster.members
         if self.group.size > 1:
             new = [(item.name, item.tensor.data) for item in self.parameters if id(item.tensor) not in known]
             copy_from_rank_0(self.group, new)
