@@ -117,9 +117,15 @@ def _require_trainable(name: str, tensor: torch.Tensor) -> None:
 
 
 def require_numbers(model: torch.nn.Module) -> None:
-    """UsageError for a parameter or a buffer on the meta device: it has no numbers, which rank 0 could give."""
+    """UsageError for a parameter or a buffer that has no numbers, which rank 0 could give: on the meta device, or of a
+    lazy module that has seen no input."""
     for kind, tensors in (("parameter", parameters_by_name(model)), ("buffer", buffers_by_name(model))):
         for name, tensor in tensors:
+            if torch.nn.parameter.is_lazy(tensor):
+                raise UsageError(
+                    f"{kind} {name!r} is of a lazy module, and has no shape yet; run a forward pass before "
+                    "commlab.strategy(), on all ranks, with inputs of one shape"
+                )
             if tensor.is_meta:
                 raise UsageError(
                     f"{kind} {name!r} of shape {list(tensor.shape)} is on the meta device, where it has no numbers; "
@@ -136,49 +142,59 @@ def unexpanded(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+class _Extent(NamedTuple):
+    """Where a tensor's numbers lie: in the bytes ``start .. stop - 1``, maybe with gaps."""
+
+    start: int
+    stop: int
+    moved: bool
+    name: str
+    tensor: torch.Tensor
+
+    @property
+    def dense(self) -> bool:
+        """Whether there are no gaps."""
+        return self.stop - self.start == self.tensor.numel() * self.tensor.element_size()
+
+
 def require_memory_of_their_own(what: str, model: torch.nn.Module, parameters: Sequence[NamedParameter]) -> None:
     """UsageError where a number of one of ``parameters`` is also a number of another parameter or buffer: ``what``
-    moves parameters into other memory, and they would be tied no more. Costs a sort of the tensors by address; only
-    where two are mixed in one stretch of memory every number is looked at."""
+    moves parameters into other memory, and they would be tied no more. Costs a sort of the tensors by address; every
+    number is looked at only where two tensors with gaps are mixed in one stretch of memory."""
     moved = {id(item.tensor) for item in parameters}
-    found: list[tuple[int, int, bool, str, torch.Tensor]] = []
+    extents: list[_Extent] = []
     for kind, tensors in (("parameter", parameters_by_name(model)), ("buffer", buffers_by_name(model))):
         for name, tensor in tensors:
-            if tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
-                reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            if tensor.layout is torch.strided and tensor.numel():
+                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
                 start = tensor.data_ptr()
-                stop = start + (reach + 1) * tensor.element_size()
-                found.append((start, stop, id(tensor) in moved, f"{kind} {name!r}", tensor.detach()))
-    found.sort(key=lambda each: each[:2])
-    open_now: list[tuple[int, int, bool, str, torch.Tensor]] = []
-    for each in found:
-        open_now = [other for other in open_now if other[1] > each[0]]
-        for other in open_now:
-            if (each[2] or other[2]) and _share_numbers(other[4], each[4]):
+                stop = start + (last + 1) * tensor.element_size()
+                extents.append(_Extent(start, stop, id(tensor) in moved, f"{kind} {name!r}", tensor.detach()))
+    reaching: list[_Extent] = []
+    for extent in sorted(extents, key=lambda extent: (extent.start, extent.stop)):
+        reaching = [other for other in reaching if other.stop > extent.start]
+        for other in reaching:
+            if (extent.moved or other.moved) and _share_numbers(other, extent):
                 raise UsageError(
-                    f"{other[3]} and {each[3]} share memory without being one tensor (by .data = , a view, or a "
+                    f"{other.name} and {extent.name} share memory without being one tensor (by .data = , a view, or a "
                     f"transpose of the other), and {what} moves parameters into other memory, where they would be tied "
                     "no more; use one Parameter in both places (b.weight = a.weight), make the view in forward, or "
                     "use strategy allreduce"
                 )
-        open_now.append(each)
+        reaching.append(extent)
 
 
-def _share_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors whose stretches of memory overlap have a number in common: columns of one matrix do not."""
-    if all(tensor.is_contiguous() or tensor.t().is_contiguous() for tensor in (a, b) if tensor.dim() < 3) and (
-        a.dim() < 3 and b.dim() < 3
-    ):
-        return True  # no gaps between the numbers of either
-    start = min(a.data_ptr(), b.data_ptr())
+def _share_numbers(a: _Extent, b: _Extent) -> bool:
+    """Whether two tensors whose stretches of memory overlap have a byte in common: columns of one matrix do not."""
+    if a.dense and b.dense:
+        return True
     touched = []
-    for tensor in (a, b):
+    for tensor in (a.tensor, b.tensor):
         size = tensor.element_size()
         offsets = torch.zeros(tensor.shape, dtype=torch.int64)
         for dim, (count, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             offsets += (torch.arange(count) * (stride * size)).view([-1] + [1] * (tensor.dim() - dim - 1))
-        bytes_of_numbers = (offsets.reshape(-1, 1) + torch.arange(size)).reshape(-1) + (tensor.data_ptr() - start)
-        touched.append(bytes_of_numbers)
+        touched.append((offsets.reshape(-1, 1) + torch.arange(size)).reshape(-1) + tensor.data_ptr())
     return bool(torch.isin(touched[0], touched[1]).any())
 
 

@@ -230,3 +230,13 @@ def test_what_is_on_the_meta_device_is_refused(strategy: str, kind: str) -> None
         model.nowhere = torch.nn.Parameter(nowhere, requires_grad=False)
     with pytest.raises(UsageError, match=rf"{kind} 'nowhere' of shape \[3\] is on the meta device"):
         coupled(strategy, model)
+
+
+@pytest.mark.parametrize("strategy", ["single", "allreduce", *MOVING])
+def test_a_lazy_module_is_refused_until_it_has_numbers(strategy: str) -> None:
+    """B7: its parameters have no shape before the first forward pass."""
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3))
+    with pytest.raises(UsageError, match=r"parameter '0\.weight' is of a lazy module"):
+        coupled(strategy, model)
+    model(torch.ones(1, 2))
+    coupled(strategy, model).close()
