@@ -76,7 +76,7 @@ class Engine:
         self._backward_done = False
         self._stale = False
         """Whether gradients of the last step are still there."""
-        self._closed = False
+        self._closed = self.role == "server"
         if self.role == "worker":
             training.watch.look()
             strategy.look_before_forward(self._take_in_changes)
@@ -345,8 +345,6 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        if self.role == "server":
-            return
         try:
             self.strategy.close(state=state)
         finally:
