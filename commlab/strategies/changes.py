@@ -61,7 +61,7 @@ class Watch:
         """Whether nothing has changed."""
         groups = self.optimizer.param_groups
         return (
-            self._same_structure()
+            self.same_structure()
             and self._settings == self._settings_now()
             and len(groups) == len(self.groups)
             and all(map(is_, groups, self.groups))
@@ -69,16 +69,13 @@ class Watch:
             and all(map(is_, self._members_now(), self.members))
         )
 
-    def _same_structure(self) -> bool:
+    def same_structure(self) -> bool:
+        """Whether the model has the same parameters and modules, under the same names."""
         return (
             sum(map(len, self._dicts)) == len(self._values)
             and all(map(is_, self._values_now(), self._values))
             and list(chain.from_iterable(self._dicts)) == self._names
         )
-
-    def changed_structure(self) -> str:
-        """What is another parameter of the model than before, in words; empty where none is."""
-        return "" if self._same_structure() else self.described()
 
     def described(self) -> str:
         """What has changed, in words, parameters by name; empty where no parameter is concerned."""
