@@ -173,7 +173,7 @@ def train(config: Config, started_s: float) -> int:
             with trace.span("sample"):
                 report.sampled(generate(bare_model, corpus, config.sample, seed=config.seed, limit_s=config.sample_s))
     report.closing()
-    engine.close()
+    engine.close(state=False)
     end(config, everyone)
     return 0
 

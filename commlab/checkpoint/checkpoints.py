@@ -20,7 +20,7 @@ import torch
 
 from .. import trace
 from ..errors import AgreedError, UsageError
-from ..gradients.parameters import NamedParameter, plain_name
+from ..gradients.parameters import NamedParameter, buffers_by_name, parameters_by_name, plain_name, unexpanded
 from ..runtime.control import gather_bytes, raise_together
 from ..runtime.group import Group
 from ..runtime.raw import bytes_of, write_bytes
@@ -62,6 +62,16 @@ class Saved(Protocol):
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         """Run ``change(model)``, which writes parameters in place, once for every copy of them. Collective."""
+
+
+def _plainly_named(state: dict[str, Any]) -> dict[str, Any]:
+    """An engine's state with the names that a model has which is not compiled."""
+    renamed: dict[str, Any] = {
+        kind: {plain_name(name): pieces for name, pieces in state[kind].items()}
+        for kind in ("pieces", "frozen")
+        if kind in state
+    }
+    return {**state, **renamed}
 
 
 class Checkpoints:
@@ -188,9 +198,8 @@ class Checkpoints:
     def _fixed(self) -> list[tuple[str, torch.Tensor]]:
         """The tensors that are not trained, by name."""
         trained = {item.name for item in self._engine.parameters}
-        parameters = ((plain_name(name), tensor) for name, tensor in self._model.named_parameters())
-        frozen = [(name, tensor) for name, tensor in parameters if name not in trained]
-        return [*frozen, *((plain_name(name), tensor) for name, tensor in self._model.named_buffers())]
+        frozen = [(name, tensor) for name, tensor in parameters_by_name(self._model) if name not in trained]
+        return [*frozen, *buffers_by_name(self._model)]
 
     def _checked(self, path: Path) -> dict[str, Any] | None:
         """The manifest of a checkpoint that is whole; else None, and the reason goes to ``refused``. Ranks share the
@@ -225,8 +234,8 @@ class Checkpoints:
         states = raise_together(
             self._group, lambda: [files.read_state(path, file) for file in files.state_files(manifest)]
         )
-        owned = [state["engine"] for state in states if "engine" in state]
-        fixed = states[0]["fixed"]
+        owned = [_plainly_named(state["engine"]) for state in states if "engine" in state]
+        fixed = {plain_name(name): tensor for name, tensor in states[0]["fixed"].items()}
 
         def load() -> None:
             steps = {state["step"] for state in states}
@@ -286,7 +295,8 @@ class Checkpoints:
                     flat[piece["start"] : piece["stop"]] = piece["value"]
                     whole.copy_(flat.view(whole.shape))
         for name, tensor in self._fixed():
-            _overwrite(tensor, fixed[name])
+            target = unexpanded(tensor.detach())
+            _overwrite(target, fixed[name][tuple(slice(0, size) for size in target.shape)])
 
     def _prune(self) -> None:
         """Of this run's checkpoints all but the newest good ones go: also those that were refused, once there is a

@@ -7,7 +7,7 @@ of ranks loads under any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 
 from ..chunks import Range
 from ..errors import UsageError
-from ..gradients.parameters import NamedParameter
+from ..gradients.parameters import NamedParameter, plain_name
 
 
 class Piece(NamedTuple):
@@ -43,19 +43,26 @@ def _is_master(piece: Piece) -> bool:
     return piece.tensor.dtype != piece.parameter.tensor.dtype
 
 
-def rebind(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> None:
+def rebind(
+    optimizer: torch.optim.Optimizer, pieces: Sequence[Piece], parameters: Iterable[NamedParameter] | None = None
+) -> None:
     """Let the user's own optimizer update ``pieces`` instead of whole parameters; its groups, hyper-parameters and
-    schedulers stay, and state that it has already is cut as the parameters are."""
-    before = {id(parameter): dict(state) for parameter, state in optimizer.state.items()}
-    optimizer.state.clear()
+    schedulers stay, and state that it has already of ``parameters`` is cut as the parameters are. What it remembers of
+    others, which are frozen, stays whole; None: of all that it remembers only pieces stay.
+    :func:`commlab.checkpoint.whole.give_back` is the reverse."""
+    cut = list(optimizer.state) if parameters is None else [item.tensor for item in parameters]
+    before = {id(tensor): dict(optimizer.state.pop(tensor, {})) for tensor in cut}
     members: list[list[torch.Tensor]] = [[] for _ in optimizer.param_groups]
     for piece in sorted(pieces, key=lambda piece: (piece.parameter.index, piece.start)):
         members[piece.parameter.group].append(piece.tensor)
-        old = before.get(id(piece.parameter.tensor))
+        whole = piece.parameter.tensor
+        old = before.get(id(whole), {})
+        old.pop(MASTER, None)  # whoever made the piece's tensor has taken it
         if old:
-            whole = piece.parameter.tensor
             optimizer.state[piece.tensor] = {
-                key: _cut(value, whole.shape, piece.start, piece.stop).clone() if torch.is_tensor(value) else value
+                key: shaped(_cut(value, whole.shape, piece.start, piece.stop).clone(), piece)
+                if torch.is_tensor(value)
+                else value
                 for key, value in old.items()
             }
     for entry, tensors in zip(optimizer.param_groups, members, strict=True):
@@ -68,9 +75,25 @@ def _cut(value: torch.Tensor, shape: torch.Size, start: int, stop: int) -> torch
     return value.reshape(-1)[start:stop] if value.shape == shape and value.dim() else value
 
 
-def state(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def state(
+    pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, frozen: Iterable[NamedParameter] = ()
+) -> dict[str, Any]:
     """What this rank's optimizer remembers: ``{"groups": [hyper-parameters], "pieces": {name: [{"start", "stop",
-    "numel", "state"}]}}``. Tensors are not copied."""
+    "numel", "state"}]}}``, and where the optimizer remembers something of ``frozen`` parameters also ``"frozen"``, like
+    ``"pieces"``. Tensors are not copied."""
+    remembered = [whole(item) for item in frozen if optimizer.state.get(item.tensor)]
+    saved = {"groups": groups_of(optimizer), "pieces": _entries(pieces, optimizer)}
+    if remembered:
+        saved["frozen"] = _entries(remembered, optimizer)
+    return saved
+
+
+def whole(item: NamedParameter) -> Piece:
+    """All of a parameter, updated in place."""
+    return Piece(item, 0, item.tensor.numel(), item.tensor)
+
+
+def _entries(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str, list[dict[str, Any]]]:
     saved: dict[str, list[dict[str, Any]]] = {}
     for piece in pieces:
         entry: dict[str, Any] = {"start": piece.start, "stop": piece.stop, "numel": piece.parameter.tensor.numel()}
@@ -82,7 +105,7 @@ def state(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str
         if _is_master(piece):
             entry["state"][MASTER] = piece.tensor.view(-1)
         saved.setdefault(piece.parameter.name, []).append(entry)
-    return {"groups": groups_of(optimizer), "pieces": saved}
+    return saved
 
 
 def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -90,19 +113,31 @@ def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{key: value for key, value in entry.items() if key != "params"} for entry in optimizer.param_groups]
 
 
-def load(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]]) -> None:
-    """The reverse of :func:`state`, from the states of any number of ranks."""
+def load(
+    pieces: Iterable[Piece],
+    optimizer: torch.optim.Optimizer,
+    states: Sequence[dict[str, Any]],
+    frozen: Iterable[NamedParameter] = (),
+) -> None:
+    """The reverse of :func:`state`, from the states of any number of ranks. What was saved of a ``frozen`` parameter is
+    taken, too; it may be nothing."""
     collected = collect(pieces, optimizer, states)
+    known = [whole(item) for item in frozen if _saved_of(item.name, states)]
+    collected += collect(known, optimizer, states)
     load_groups(optimizer, states)
     for piece, found in collected:
         master = found.pop(MASTER, None)
         if _is_master(piece):
             piece.tensor.copy_(parameter_of(piece) if master is None else master.view(piece.tensor.shape))
-        entry = optimizer.param_groups[piece.parameter.group]
-        if entry.get("fused") or entry.get("capturable"):
-            # Such an optimizer wants its step counter, too, on the tensor's device.
-            found = {k: v.to(piece.tensor.device) if torch.is_tensor(v) else v for k, v in found.items()}
-        optimizer.state[piece.tensor] = found
+        optimizer.state[piece.tensor] = on_device(found, piece, optimizer.param_groups[piece.parameter.group])
+
+
+def on_device(found: dict[str, Any], piece: Piece, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a piece where the optimizer wants it: a fused one wants its step counter, too, on the tensor's
+    device. ``entry``: the piece's group in the optimizer."""
+    if not (entry.get("fused") or entry.get("capturable")):
+        return found
+    return {key: value.to(piece.tensor.device) if torch.is_tensor(value) else value for key, value in found.items()}
 
 
 def collect(
@@ -126,9 +161,21 @@ def load_groups(optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any
         entry.update({key: deepcopy(value) for key, value in saved.items() if key != "params"})
 
 
+def _saved_of(name: str, states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What any rank has saved of the parameter ``name``, trained or frozen, compiled or not."""
+    return [
+        entry
+        for state in states
+        for saved in (state["pieces"], state.get("frozen", {}))
+        for saved_name, entries in saved.items()
+        if saved_name == name or plain_name(saved_name) == name
+        for entry in entries
+    ]
+
+
 def _collect(piece: Piece, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     name, wanted = piece.parameter.name, Range(piece.start, piece.stop)
-    saved = [entry for state in states for entry in state["pieces"].get(name, ())]
+    saved = _saved_of(name, states)
     if saved and saved[0]["numel"] != piece.parameter.tensor.numel():
         raise UsageError(
             f"parameter {name!r}: saved with {saved[0]['numel']} numbers, the model has "
@@ -158,10 +205,10 @@ def _collect(piece: Piece, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
             f"{wanted.start}..{wanted.stop - 1}, and number {covered} has no saved state; "
             "load the parts of all ranks that saved"
         )
-    return {key: _shaped(value, piece) for key, value in result.items()}
+    return {key: shaped(value, piece) for key, value in result.items()}
 
 
-def _shaped(value: Any, piece: Piece) -> Any:
+def shaped(value: Any, piece: Piece) -> Any:
     """State of a whole parameter has the parameter's shape, and its strides: torch's fused optimizers walk both as
     plain memory."""
     if torch.is_tensor(value) and value.dim() == 1 and value.numel() == piece.tensor.numel():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ..chunks import Range
 from ..native.norm import Squares
@@ -22,6 +23,15 @@ from .packer import Packer
 from .parameters import NamedParameter, adjoining
 
 USUAL_BYTES = 25 * 2**20
+
+_address = torch.Tensor.data_ptr
+
+
+def own_storage(flat: torch.Tensor) -> torch.Tensor:
+    """``flat`` (1-D, contiguous) as a tensor whose storage begins and ends with it. ``torch.save`` writes, and
+    ``share_memory_()`` moves, whole storages: of a view those would be the numbers of all others."""
+    owner: torch.Tensor = from_dlpack(to_dlpack(flat))
+    return owner
 
 
 @dataclass
@@ -45,8 +55,22 @@ class Bucket:
 
     def __post_init__(self) -> None:
         self.packer = Packer(self.ranges)
+        self._gradients: list[torch.Tensor] = []
+        self._addresses: list[int] = []
         self.name = f"bucket {self.index}"
         """For messages and traces."""
+
+    def gradients(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Of each parameter its range of ``flat``, which is :meth:`result`, in the parameter's shape. Each owns its
+        storage, and is the same tensor in every step."""
+        # Sharing a gradient's memory with another process moves the tensor, and leaves the bucket where it is.
+        if list(map(_address, self._gradients)) != self._addresses or not self._gradients:
+            self._gradients = [
+                own_storage(flat[extent.start : extent.stop]).view(member.tensor.shape)
+                for member, extent in zip(self.parameters, self.ranges, strict=True)
+            ]
+            self._addresses = list(map(_address, self._gradients))
+        return self._gradients
 
     def result(self) -> torch.Tensor:
         """The reduced flat buffer, on the device that the parameters are on."""

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from ..apex import Apex
-from ..checkpoint.pieces import Piece, parameter_of, rebind
+from ..checkpoint.pieces import MASTER, Piece, parameter_of, rebind, whole
 from ..gradients.parameters import NamedParameter
 from ..native.norm import scale_
 
@@ -52,6 +52,10 @@ class Masters(Protocol):
     def follow(self) -> None:
         """Take the new value of parameters that somebody else has written."""
 
+    def replan(self, parameters: Sequence[NamedParameter]) -> None:
+        """From now on ``parameters`` are trained. The optimizer has whole parameters again
+        (:func:`commlab.checkpoint.whole.give_back`); what this rank owns is said anew."""
+
 
 class InPlaceMasters:
     """Parameters that are their own masters. Gradients of 16 bits are multiplied in fp32: a wire's sums must not be
@@ -64,11 +68,11 @@ class InPlaceMasters:
         self.pieces: list[Piece] = []
 
     def own_all(self) -> None:
-        self.pieces = [Piece(item, 0, item.tensor.numel(), item.tensor) for item in self._parameters]
+        self.pieces = [whole(item) for item in self._parameters]
 
     def own(self, pieces: Sequence[Piece]) -> None:
         self.pieces = list(pieces)
-        rebind(self._optimizer, self.pieces)
+        rebind(self._optimizer, self.pieces, self._parameters)
 
     def step(self, factor: float) -> None:
         scale_([item.tensor.grad for item in self._parameters if item.tensor.grad is not None], factor)
@@ -106,6 +110,9 @@ class InPlaceMasters:
     def follow(self) -> None:
         """Nothing to do: the parameters are the masters."""
 
+    def replan(self, parameters: Sequence[NamedParameter]) -> None:
+        self._parameters, self.pieces = parameters, []
+
 
 class Fp32Masters:
     """fp32 copies of parameters that are in 16 bits, updated by Apex's optimizer. Apex's kernel multiplies gradients on
@@ -121,7 +128,7 @@ class Fp32Masters:
         copies: Sequence[torch.Tensor],
     ):
         """``copies``: of the parameters, in fp32, from before they were rounded; contiguous."""
-        self._apex, self._optimizer = apex, optimizer
+        self._apex, self._optimizer, self._parameters = apex, optimizer, parameters
         self._whole = [Piece(item, 0, item.tensor.numel(), copy) for item, copy in zip(parameters, copies, strict=True)]
         self.pieces: list[Piece] = []
 
@@ -141,7 +148,7 @@ class Fp32Masters:
 
     def _take(self, pieces: list[Piece]) -> None:
         self.pieces, self._whole = pieces, []
-        rebind(self._optimizer, pieces)
+        rebind(self._optimizer, pieces, self._parameters)
 
     def step(self, factor: float) -> None:
         self._step([piece.parameter.tensor.grad for piece in self.pieces], factor)
@@ -176,3 +183,18 @@ class Fp32Masters:
             parameter = parameter_of(piece)
             changed = piece.tensor.to(parameter.dtype) != parameter
             piece.tensor.copy_(torch.where(changed, parameter.float(), piece.tensor))
+
+    def replan(self, parameters: Sequence[NamedParameter]) -> None:
+        self._parameters, self.pieces = parameters, []
+        masters = [master_of(item, self._optimizer) for item in parameters]
+        self._whole = [whole(item)._replace(tensor=master) for item, master in zip(parameters, masters, strict=True)]
+
+
+def master_of(item: NamedParameter, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """An fp32 copy of a parameter, contiguous. A master that an engine has left with the optimizer, and whose parameter
+    still has its value, keeps the bits that 16 have no room for."""
+    parameter = item.tensor.detach()
+    left = optimizer.state.get(item.tensor, {}).get(MASTER)
+    if left is not None and torch.equal(left.view(parameter.shape).to(parameter.dtype), parameter):
+        parameter = left.view(parameter.shape)
+    return parameter.float().contiguous().clone()

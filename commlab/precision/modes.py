@@ -23,7 +23,7 @@ from ..gradients.parameters import NamedParameter
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from .loss_scale import LossScale
-from .masters import Fp32Masters, InPlaceMasters, Masters
+from .masters import Fp32Masters, InPlaceMasters, Masters, master_of
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "apex": torch.float16}
 
@@ -73,7 +73,7 @@ class Precision:
                 f"precision apex updates with Apex's FusedAdam, not {type(optimizer).__name__}: give strategy() one, "
                 "made by commlab.apex.fused_adam()"
             )
-        copies = [item.tensor.detach().float().contiguous().clone() for item in parameters]
+        copies = [master_of(item, optimizer) for item in parameters]
         if not self.apex.prepare(model, level):
             return InPlaceMasters(optimizer, parameters)
         return Fp32Masters(self.apex, optimizer, parameters, copies)

@@ -24,6 +24,7 @@ from ..gradients.hooks import Waitable
 from ..gradients.parameters import NamedParameter
 from ..native.norm import norm_squared
 from ..runtime.group import Group
+from .changes import Roster
 from .edits import Edits, Probe
 from .options import Options
 from .protocol import Strategy
@@ -39,7 +40,12 @@ class AllReduce(Strategy):
     name = "allreduce"
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
-        self.training = training = start(model, optimizer, group, options)
+        self.training = start(model, optimizer, group, options)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Cut what is trained into buckets."""
+        training, group = self.training, self.training.group
         self.buckets = start_buckets(training, self.launch, keep_gradients=True)
         training.masters.own_all()
         self.edits = Edits(group, training.parameters, instead=training.masters.instead)
@@ -59,12 +65,11 @@ class AllReduce(Strategy):
         for bucket, _ in self.buckets.launched:
             copied: list[torch.Tensor | None] = []
             flat = bucket.result()
-            for member, extent in zip(bucket.parameters, bucket.ranges, strict=True):
-                tensor, found = member.tensor, flat[extent.start : extent.stop]
+            for member, gradient in zip(bucket.parameters, bucket.gradients(flat), strict=True):
+                tensor = member.tensor
                 copied.append(None)
                 if bucket.dtype == tensor.dtype and tensor.is_contiguous():
-                    # .data: each counts its own writes, and not those of the whole bucket.
-                    tensor.grad = found.view(tensor.shape).data
+                    tensor.grad = gradient
                 else:
                     # Strides as the parameter's own: torch's fused optimizers walk both as plain memory.
                     copied[-1] = tensor.grad = torch.empty_like(tensor)
@@ -120,5 +125,12 @@ class AllReduce(Strategy):
         # Multiplied in the parameters' precision: a 16-bit bucket must not be rounded a second time.
         self.training.masters.step(factor)
 
-    def close(self) -> None:
+    def replan(self, roster: Roster) -> None:
+        self.training.give_back(roster.members, sharded=False)
+        close_buckets(self.training, self.buckets)
+        self.training.replan(roster)
+        self._plan()
+
+    def close(self, *, state: bool) -> None:
+        self.training.give_back(self.training.members, sharded=False)
         close_buckets(self.training, self.buckets)

@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import UsageError
+from ..errors import AgreedError, UsageError
 from ..runtime.control import gather_bytes
 from ..runtime.elsewhere import waiting_elsewhere
 from ..runtime.group import Group
 from ..transport.rendezvous import join_store, open_store
+from .changes import Roster
 from .external import External
 from .options import Options
 
@@ -93,20 +94,25 @@ class Ddp(External):
         if not hasattr(dist.ProcessGroup, "_set_default_backend"):
             raise UsageError(f"strategy ddp needs torch 2.6 or later, and this is {torch.__version__}; use allreduce")
         super().__init__(model, optimizer, group, options)
+        self._look: Callable[[], None] = lambda: None
+        self._is_ready = False
+        """Whether torch's reducer waits for the step's gradients."""
+        self._wrap()
+        self._hook = model.register_forward_pre_hook(_Begins(self._begins))
+
+    def _wrap(self) -> None:
+        options, group = self.training.options, self.training.group
         cap_mb = None if options.bucket_bytes is None else options.bucket_bytes / 2**20  # None: torch's own sizes
         # Buffers are made alike after each step, by the rule of the options, under every strategy. torch 2.13 has
         # another name for the switch.
         names = signature(DistributedDataParallel.__init__).parameters
         switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         no_buffers: dict[str, Any] = {switch: False}
-        gloo, wrapped = _process_group(group), _Parameters(model)
+        gloo, wrapped = _process_group(group), _Parameters(self.training.model)
         # torch waits for all ranks in the kernel, and would wait for one that has left until gloo's timeout.
         self._guarded = partial(waiting_elsewhere, group, abort=getattr(gloo, "abort", None))
         with self._guarded("the construction of DistributedDataParallel"):
             self._ddp = DistributedDataParallel(wrapped, bucket_cap_mb=cap_mb, process_group=gloo, **no_buffers)
-        self._is_ready = False
-        """Whether torch's reducer waits for the step's gradients."""
-        self._hook = model.register_forward_pre_hook(_Begins(self._begins))
 
     def _forward(self, call: Callable[[torch.nn.Module], Any]) -> Any:
         # Buckets are planned together in the first ones that have a backward.
@@ -115,12 +121,32 @@ class Ddp(External):
 
     def _begins(self) -> None:
         # Not where the user evaluates, on one rank perhaps: with torch's own wrapper that rank would wait for the rest.
-        if torch.is_grad_enabled() and self.buckets.syncing and not self._is_ready:
-            self._get_ready()
+        if torch.is_grad_enabled():
+            self._look()
+            if self.buckets.syncing and not self._is_ready:
+                self._get_ready()
 
     def _get_ready(self) -> None:
         self._is_ready = True
         self._forward(lambda model: None)
+
+    def look_before_forward(self, look: Callable[[], None]) -> None:
+        self._look = look
+
+    def replan(self, roster: Roster) -> None:
+        if self._is_ready:
+            raise AgreedError(
+                "what is trained has changed between forward and backward(), and torch's reducer gets ready in the "
+                "forward pass; change it before the forward pass of a step"
+            )
+        super().replan(roster)
+        del self._ddp  # torch's old reducer takes its hooks off
+        self._wrap()
+
+    def close(self, *, state: bool) -> None:
+        super().close(state=state)
+        self._hook.remove()
+        del self._ddp
 
     def no_sync(self) -> AbstractContextManager[None]:
         no_sync: AbstractContextManager[None] = self._ddp.no_sync()
@@ -141,6 +167,3 @@ class Ddp(External):
 
     def forget(self) -> None:
         self._is_ready = False
-
-    def close(self) -> None:
-        self._hook.remove()

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from ..checkpoint import pieces
-from ..errors import CommlabError, NotFiniteError, UsageError
+from ..checkpoint.whole import regroup, take_back
+from ..errors import AgreedError, CommlabError, NotFiniteError, UsageError
 from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket, plan, usual_bytes
 from ..gradients.hooks import GradientBuckets, Waitable
-from ..gradients.parameters import adjoining, named_parameters
+from ..gradients.parameters import adjoining, members_of
 from ..native.dtypes import WIRES
 from ..ps.consistency import parse
 from ..ps.elementwise import require_nothing_whole
@@ -36,6 +37,7 @@ from ..runtime.control import raise_together
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from . import server_state
+from .changes import Roster
 from .copies import start_from_rank_0
 from .edits import Edits
 from .flat import FlatParameters, own_memory, require_in_place
@@ -43,7 +45,7 @@ from .late_pulls import Pulls
 from .options import Options
 from .protocol import Strategy
 from .reduced import ReducedGradient
-from .start import start
+from .start import require_trainable, start
 from .verdict import Verdict, agree
 
 BUCKET_BYTES = 4 * MESSAGE_BYTES
@@ -69,12 +71,13 @@ class Dedicated(Strategy):
             )
         require_nothing_whole(optimizer)
         averages = parse(options.consistency).averages
-        named = named_parameters(model, optimizer)
+        named = raise_together(group, lambda: require_trainable(model, optimizer, options, moves=name))
+        members, trained = members_of(optimizer), named.trained
         # Servers take the optimizer's state from their own optimizer, and rank 0 may be the only one that has it.
         start_from_rank_0(group, model, optimizer, options, name)
         self.store = store = ParameterServer(
-            [(item.name, item.tensor) for item in named],
-            server_state.UsersOptimizer(optimizer, named),
+            [(item.name, item.tensor) for item in trained],
+            server_state.UsersOptimizer(optimizer, trained),
             options.consistency,
             options.servers,
             group=group,
@@ -83,21 +86,26 @@ class Dedicated(Strategy):
             # On a wire of 16 bits a number that does not fit becomes inf: nothing may be updated with it.
             skips=averages
             and (options.precision == "fp16" or options.wire is not None or options.nonfinite != "torch"),
-            groups={item.name: item.group for item in named},
+            groups={item.name: item.group for item in trained},
             elementwise=options.elementwise,
         )
         self.name, self.role, self.averages = name, store.role, averages
         if self.role == "server":
             # It computes nothing, and the workers are gone: there is nobody to agree with on autocast.
             idle = replace(options, autocast="off")
+            optimizer.state.clear()  # of slices, which nobody knows any more
+            regroup(optimizer, members)
             self.training = start(model, optimizer, group, idle, named=named, synchronize=lambda: None)
             self.buckets = GradientBuckets(
                 [], self.launch, lambda: 1.0, lambda: None, keep_gradients=False, overlap=options.overlap
             )
             self.edits = Edits(group, ())
             return
-        optimizer.state.clear()  # the servers have it
-        self.training = start(model, optimizer, store.group, options, named=named, synchronize=lambda: None)
+        for item in trained:
+            optimizer.state.pop(item.tensor, None)  # the servers have it
+        self.training = start(
+            model, optimizer, store.group, options, named=named, members=members, synchronize=lambda: None
+        )
         self.training.in_window = False  # servers are sent messages
         self.buckets = self._start_buckets()
         if not averages:
@@ -304,15 +312,39 @@ class Dedicated(Strategy):
             "clocks": " ".join(map(str, report["clocks"])) + " (steps that each worker made)",
         }
 
-    def close(self) -> None:
+    def replan(self, roster: Roster) -> None:
+        """Parameters may be frozen, and trained again: servers pass over what nobody pushes."""
+        training = self.training
+        known = {id(item.tensor): item for item in training.parameters}
+        unknown = [item.name for item in roster.named.trained if id(item.tensor) not in known]
+        everything = [*roster.named.trained, *roster.named.frozen]
+        gone = [item.name for key, item in known.items() if key not in {id(each.tensor) for each in everything}]
+        regrouped = [item.name for item in everything if item.group != known.get(id(item.tensor), item).group]
+        if unknown or gone or regrouped:
+            raise AgreedError(
+                f"{', '.join(map(repr, unknown or gone or regrouped))}: the servers of strategy {self.name} keep the "
+                "parameters and groups that they had at first; call engine.close() on all ranks and build a new engine "
+                "with commlab.strategy(), or do without servers"
+            )
+        training.agreed = roster.named
+
+    def close(self, *, state: bool) -> None:
         """Servers return when all workers have closed."""
-        if self.role == "server":
-            return
+        training = self.training
+        found: dict[str, Any] = {}
+        if state:
+            self.finish(last=True)
+            # Nobody pushes any more, so all updates are made, under every consistency.
+            own = server_state.share(self.store, training.group.rank, training.group.size)
+            found = server_state.state(self.store, own, training.optimizer)["pieces"]
         self.pulls.close()
         self.forget()
-        own_memory(self.training)
+        own_memory(training)
         self.buckets.close()
         self.store.close()
+        regroup(training.optimizer, training.members)
+        if state:
+            take_back(training.group, training.optimizer, found, training.parameters)
 
 
 class _Pushes:

@@ -8,16 +8,20 @@ step()       wait for the exchange | verdict | clip | update | pull
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from .. import trace
 from ..errors import AgreedError, DisagreementError, UsageError
+from ..gradients.hooks import GradientBuckets
+from ..gradients.parameters import NamedParameter
 from ..native.norm import clip_factor
+from .changes import find_change
+from .claims import Claim
 from .lockstep import Lockstep
 from .nonfinite import not_finite_error
 from .protocol import Strategy
@@ -63,12 +67,8 @@ class Engine:
         """The ranks that train."""
         self.options = training.options
         """What the user has chosen."""
-        self.parameters = training.parameters
-        """What is trained, in registration order."""
         self.precision = training.precision
         """What the model is computed in, and the loss scale."""
-        self.buckets = strategy.buckets
-        """The gradients that commlab sends; without buckets where a library exchanges them."""
         self.in_window = training.in_window
         """Whether buckets lie in memory that the ranks share."""
         self.skipped_steps = 0
@@ -91,6 +91,23 @@ class Engine:
         self._reduced: tuple[list[ReducedGradient], set[int]] | None = None
         """What :meth:`reduced_gradients` has given out in this step, and the parameters without a gradient."""
         self.buckets.listening = False
+        self._closed = self.role == "server"
+        if self.role == "worker":
+            training.structure.look()
+            strategy.look_before_forward(self._take_in_changes)
+            self._claim = Claim(
+                self.name, training.optimizer, training.parameters, self.zero_grad, sharded=training.planned.rebound
+            )
+
+    @property
+    def parameters(self) -> Sequence[NamedParameter]:
+        """What is trained, in registration order."""
+        return self._training.parameters
+
+    @property
+    def buckets(self) -> GradientBuckets:
+        """The gradients that commlab sends; without buckets where a library exchanges them."""
+        return self.strategy.buckets
 
     @property
     def steps(self) -> int:
@@ -132,11 +149,15 @@ class Engine:
         the same on all ranks. Under ``ps`` and ``dps`` ``p.grad`` raises UsageError when it is touched:
         :meth:`reduced_gradients` is for every strategy.
         """
+        if self._closed:
+            self._refuse("backward()")
         if self._backward_done:
             raise UsageError(
                 "a second backward() in one step: run all but the last inside engine.no_sync(), "
                 "and call engine.step() after the last"
             )
+        if not self._training.structure.same():
+            self._take_in_changes()
         counts, buckets, loss_scale = self._training.counts, self.buckets, self.precision.loss_scale
         counts.require_alike(count)
         if loss is None and count != 0:
@@ -190,6 +211,8 @@ class Engine:
     def no_sync(self) -> Iterator[None]:
         """Inside, backward() only accumulates on this rank; for all micro-batches of a step but the last. Put the
         forward pass inside too: there ``ddp`` decides whether to exchange."""
+        if self._closed:
+            self._refuse("no_sync()")
         self.buckets.syncing, self._accumulates = False, True
         try:
             with self.strategy.no_sync():
@@ -231,6 +254,8 @@ class Engine:
         ranks are not in the same step, or would update with different hyper-parameters, or have different copies of
         the parameters. NotFiniteError, on every rank, as ``nonfinite`` says.
         """
+        if self._closed:
+            self._refuse("step()")
         if callable(number):
             raise UsageError(
                 "engine.step() takes no closure: gradients are computed by engine.backward(), once a step. An engine "
@@ -267,7 +292,11 @@ class Engine:
             if not verdict.finite and (rule == "error" or (rule == "torch" and self.options.wire is not None)):
                 self._refuse_not_finite(rule)
             if updates:
-                strategy.update(clip / scale, verdict.unused)
+                self._claim.stepping = True
+                try:
+                    strategy.update(clip / scale, verdict.unused)
+                finally:
+                    self._claim.stepping = False
             else:
                 self.skipped_steps += 1
             if loss_scale is not None:
@@ -306,7 +335,10 @@ class Engine:
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward starts anew; what was accumulated inside :meth:`no_sync`, and
-        what a backward pass has left that ended in an exception on all ranks, too."""
+        what a backward pass has left that ended in an exception on all ranks, too. Also those of frozen parameters, but
+        not of what another engine trains."""
+        if self._closed:
+            self._refuse("zero_grad()")
         if self._backward_done:
             raise UsageError(
                 "zero_grad() between backward() and step(): the gradients are on their way "
@@ -314,12 +346,15 @@ class Engine:
             )
         self.buckets.drain()
         self._drop()
+        self._lockstep.gradients_dropped()
 
     def _drop(self) -> None:
         """Drop the step that is under way, and all gradients."""
         self.strategy.forget()
-        for parameter in self.parameters:
-            parameter.tensor.grad = None
+        training = self._training
+        own = [item.tensor for item in (*training.parameters, *training.frozen)]
+        for tensor in own if self.options.partial else training.structure.parameters:
+            tensor.grad = None
         self._begin_step()
         self._lockstep.gradients_dropped()
 
@@ -332,10 +367,50 @@ class Engine:
 
     # Between steps.
 
+    def _take_in_changes(self) -> None:
+        """Find out what is trained from now on, and plan anew where that is something else. Collective where it is."""
+        training = self._training
+        if training.structure.same():
+            return
+        agree = find_change(training.group, training.structure, training.planned, training.model)
+        if agree is not None:
+            if self._backward_done or training.counts.counted is not None:
+                raise UsageError(
+                    f"rank {self.group.rank}: {training.structure.described()} within a step; change what is trained "
+                    "after engine.step(), before the next step's first backward()"
+                )
+            self.strategy.replan(agree())
+            self.buckets.listening = False
+            self._claim.train(training.parameters)
+            self._lockstep.took_note()
+        training.structure.look()
+
+    def _require_planned(self, call: str) -> None:
+        """For calls that are not collective: UsageError where ranks have still to agree on what is trained."""
+        if self._closed:
+            self._refuse(call)
+        if not self._training.structure.same():
+            training = self._training
+            if find_change(training.group, training.structure, training.planned, training.model) is not None:
+                raise UsageError(
+                    f"rank {self.group.rank}: {call} before all ranks have taken in that "
+                    f"{training.structure.described()}; call engine.settle() on all of them first"
+                )
+
+    def _refuse(self, call: str) -> NoReturn:
+        if self.role == "server":
+            raise UsageError(f"{call} on a rank that has only served; there is nothing to call on its engine")
+        raise UsageError(
+            f"{call} on an engine that was closed: model and optimizer are yours again; build another engine with "
+            "commlab.strategy()"
+        )
+
     def turns(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """(step, whose share of it), in the order in which this rank is to train on them, until all shares of steps
         ``start .. stop - 1`` are given out. In lockstep each rank has its own share of every step; where ranks do not
         wait for each other, whoever is free gets the next one that nobody has."""
+        if self._closed:
+            self._refuse("turns()")
         for step, rank in self.strategy.assignments(start, stop):
             self._assigned_step = step
             yield step, rank
@@ -343,8 +418,12 @@ class Engine:
 
     def settle(self, last: bool = False) -> None:
         """Make every rank's parameters the newest, in full precision, before they are evaluated or saved. Collective.
-        ``last``: this rank will train no more. Buffers become alike by the rule of ``buffers``, and ranks compare a
-        digest of all that each has a copy of: DisagreementError, on all ranks, where copies differ."""
+        ``last``: this rank will train no more. What has changed of what is trained is taken in. Buffers become alike by
+        the rule of ``buffers``, and ranks compare a digest of all that each has a copy of: DisagreementError, on all
+        ranks, where copies differ."""
+        if self._closed:
+            self._refuse("settle()")
+        self._take_in_changes()
         self.strategy.finish(last)
         self._lockstep.settle()
 
@@ -352,6 +431,9 @@ class Engine:
         """Run ``change(model)``, which writes parameters and buffers in place, so that it takes effect once on every
         copy: under ``dps`` and ``ps`` ranks of a node share one. What rank 0's call has written is everybody's
         afterwards, so ``change`` may draw random numbers. Collective."""
+        if self._closed:
+            self._refuse("update_parameters()")
+        self._take_in_changes()
         self.strategy.update_parameters(change)
         self.strategy.edits.updated(set())
         self._lockstep.took_note()
@@ -360,6 +442,7 @@ class Engine:
         """This rank's part of the optimizer's state, by parameter name and range; call it between steps, without
         communication but for dedicated servers, which are asked. All ranks' parts together are the whole, whatever the
         strategy and the number of ranks. The model's own state is ``model.state_dict()``."""
+        self._require_planned("state_dict()")
         loss_scale = self.precision.loss_scale
         return {
             "steps": self.steps,
@@ -372,6 +455,7 @@ class Engine:
         """Take from ``parts`` (any ranks' :meth:`state_dict`, of any strategy and number of ranks) what this rank owns.
         UsageError when a needed range is in none of them, or when they are not all of one step. With dedicated servers
         collective."""
+        self._require_planned("load_state_dict()")
         for key in ("steps", "skipped_steps", "loss_scale"):
             values = [part[key] for part in parts]
             if any(value != values[0] for value in values):
@@ -392,10 +476,24 @@ class Engine:
 
     def serving_report(self) -> dict[str, str]:
         """What servers report at the end: rows of the trainer's summary. Collective."""
+        if self._closed:
+            self._refuse("serving_report()")
         return self.strategy.serving_report()
 
-    def close(self) -> None:
-        """Take the hooks off the model and give the window's memory back. The model stays as it is; the engine is of no
-        more use. Collective."""
+    def close(self, *, state: bool = True) -> None:
+        """Take the hooks off the model, give the window's memory back, and let model and optimizer be the user's again:
+        whole parameters in the optimizer's groups, with all that the ranks' optimizers remember of them, so that
+        training can go on without commlab, or under another strategy. Collective; a second call does nothing.
+
+        ``state``: False drops what the optimizer remembers where ranks hold pieces of it (``ps``, ``dps``), and with
+        it one allgather of the state and the memory for all of it on every rank; the optimizer refuses to step then.
+        Every other call on a closed engine raises UsageError.
+        """
+        if self._closed:
+            return
+        self._closed = True
         self._lockstep.close()
-        self.strategy.close()
+        try:
+            self.strategy.close(state=state)
+        finally:
+            self._claim.release(spent=not state and self.shards_state)

@@ -15,6 +15,7 @@ from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..native.norm import norm_squared, scale_
 from ..runtime.group import Group
+from .changes import Roster
 from .edits import Edits
 from .options import Options
 from .protocol import Strategy
@@ -28,11 +29,15 @@ class External(Strategy):
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         self.training = training = start(model, optimizer, group, options)
-        training.masters.own_all()
         self.buckets = GradientBuckets(
             [], self.launch, training.counts.scale_for_mean, group.progress.poll, keep_gradients=True
         )
-        self.edits = Edits(group, training.parameters, instead=training.masters.instead)
+        self._own()
+
+    def _own(self) -> None:
+        training = self.training
+        training.masters.own_all()
+        self.edits = Edits(training.group, training.parameters, instead=training.masters.instead)
 
     def launch(self, bucket: Bucket) -> Waitable:
         raise AssertionError(f"strategy {self.name} has no buckets, and was given {bucket.name}")
@@ -80,6 +85,14 @@ class External(Strategy):
 
     def update(self, factor: float, unused: set[int]) -> None:
         self.training.masters.step(factor)
+
+    def replan(self, roster: Roster) -> None:
+        self.training.give_back(roster.members, sharded=False)
+        self.training.replan(roster)
+        self._own()
+
+    def close(self, *, state: bool) -> None:
+        self.training.give_back(self.training.members, sharded=False)
 
 
 class Single(External):

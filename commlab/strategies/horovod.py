@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from .. import trace
-from ..errors import UsageError
+from ..errors import AgreedError, UsageError
 from ..runtime.elsewhere import waiting_elsewhere
 from ..runtime.group import Group
+from .changes import Roster
 from .external import External
 from .options import Options
 
@@ -78,7 +79,14 @@ class Horovod(External):
             self._distributed.synchronize()
         super().complete()
 
-    def close(self) -> None:
+    def replan(self, roster: Roster) -> None:
+        raise AgreedError(
+            "strategy horovod: Horovod hooks the parameters that it was given, and can't be given others; call "
+            "engine.close(), and build a new engine with commlab.strategy()"
+        )
+
+    def close(self, *, state: bool) -> None:
+        super().close(state=state)
         _engines.discard(self)
         if not _engines:
             self._hvd.shutdown()

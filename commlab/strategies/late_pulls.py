@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import trace
-from ..gradients.parameters import plain_name
+from ..gradients.parameters import parameters_by_name
 from ..ps.placement import UNIT_BYTES
 from ..ps.store import ParameterServer
 from ..runtime.handle import Handle
@@ -35,6 +35,29 @@ class Unit(NamedTuple):
     @property
     def text(self) -> str:
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} .. {self.names[-1]}"
+
+
+_PASSES_ON: Any = {}.get
+"""Called with (module, inputs) this returns the inputs."""
+_TAKES_THREE: Any = slice
+"""May be called with (module, prefix, keep_vars), and changes nothing."""
+
+
+class _Hook:
+    """A hook of a module that a copy of the module does not have: a copy, and a pickled module, which lie in no
+    servers' reach, have ``instead``, out of Python itself, so that a saved model can be loaded without commlab."""
+
+    def __init__(self, call: Callable[..., Any], instead: Callable[..., Any]):
+        self._call, self._instead = call, instead
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return self._instead
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, ({}, "get")) if self._instead is _PASSES_ON else (type, (slice(0),))
 
 
 class Pulls:
@@ -58,8 +81,11 @@ class Pulls:
         """The units that each module waits for; None until a forward pass has been watched."""
         self._unguarded: set[int] = set()
         """Units that no module is known to wait for."""
-        self._hooks: list[Any] = [module.register_forward_pre_hook(self._begins) for module in model.modules()]
-        self._hooks.append(model.register_state_dict_pre_hook(lambda *_: self.wait_for_all()))
+        self._hooks: list[Any] = [
+            module.register_forward_pre_hook(_Hook(self._begins, _PASSES_ON)) for module in model.modules()
+        ]
+        saving = _Hook(lambda *_: self.wait_for_all(), _TAKES_THREE)
+        self._hooks.append(model.register_state_dict_pre_hook(saving))
 
     def ask(self, *, exact: bool = False) -> None:
         """Ask for all parameters as of now. ``exact``: as they are on the servers, whatever the wire."""
@@ -115,7 +141,7 @@ class Pulls:
 
     def _watch_ends(self) -> None:
         unit_of = {name: at for at, unit in enumerate(self.units) for name in unit.names}
-        first_name = {tensor: plain_name(name) for name, tensor in self._model.named_parameters()}
+        first_name = {tensor: name for name, tensor in parameters_by_name(self._model)}
         modules = dict(self._model.named_modules(remove_duplicate=False))
         needs: dict[torch.nn.Module, set[int]] = {}
         for name, tensor in self._model.named_parameters(remove_duplicate=False):

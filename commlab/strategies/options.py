@@ -74,6 +74,9 @@ class Options:
     elementwise: bool | None = None
     """True: an optimizer of the user's own updates every number from that number's own gradient and state alone; None:
     only torch's optimizers are known to do so."""
+    partial: bool = False
+    """True: the optimizer has a part of the model's trainable parameters, and other engines, with other optimizers,
+    train the rest; False: a trainable parameter that the optimizer does not have is an error."""
     servers: int | None = None
     """Ranks that only serve, for ps (1) and dps (2 and more); None: every rank trains, and serves."""
     consistency: str = "bsp"

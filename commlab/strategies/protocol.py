@@ -22,6 +22,7 @@ import torch
 from ..checkpoint import pieces
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
+from .changes import Roster
 from .copies import copy_from_rank_0, tensors_of
 from .edits import Edits
 from .reduced import ReducedGradient
@@ -128,18 +129,30 @@ class Strategy(ABC):
             for key, value in self.training.optimizer.state.get(piece.tensor, {}).items():
                 yield f"the optimizer's {key!r} of {piece.parameter.name!r}", value
 
+    @abstractmethod
+    def replan(self, roster: Roster) -> None:
+        """Train from now on what ``roster`` says, and keep what the optimizer remembers. Collective; all ranks have
+        agreed on the change. AgreedError where the strategy can't."""
+
+    def look_before_forward(self, look: Callable[[], None]) -> None:  # noqa: B027 - most need not
+        """``look()`` finds changes, and calls :meth:`replan` for them. The engine calls it when a backward begins; a
+        strategy that has to know sooner calls it sooner."""
+
     def owned(self) -> list[pieces.Piece]:
         """The pieces of parameters that this rank's optimizer updates."""
         return self.training.masters.pieces
 
     def state(self) -> dict[str, Any]:
         """What the optimizer remembers of what this rank owns, as :func:`commlab.checkpoint.pieces.state` has it."""
-        return pieces.state(self.owned(), self.training.optimizer)
+        training = self.training
+        # A frozen parameter's state every rank has whole: one of them saves it.
+        frozen = () if self.shards_state and training.group.rank else training.frozen
+        return pieces.state(self.owned(), training.optimizer, frozen)
 
     def load(self, states: Sequence[dict[str, Any]]) -> None:
         """The reverse of :meth:`state`, from any ranks' states. UsageError where a range that this rank owns is in none
         of them; the optimizer is as it was then."""
-        pieces.load(self.owned(), self.training.optimizer, states)
+        pieces.load(self.owned(), self.training.optimizer, states, self.training.frozen)
 
     @property
     def serving(self) -> str:
@@ -150,6 +163,8 @@ class Strategy(ABC):
         """What servers report at the end: rows of the trainer's summary. Collective."""
         return {}
 
-    def close(self) -> None:
-        """Take the hooks off the model, and give shared memory back; the model stays as it is. Collective."""
-        self.buckets.close()
+    @abstractmethod
+    def close(self, *, state: bool) -> None:
+        """Take the hooks off the model, give shared memory back, and let model and optimizer be the user's again.
+        ``state``: with all that the ranks' optimizers remember; else that is dropped where ranks have pieces of it.
+        Collective."""

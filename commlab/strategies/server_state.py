@@ -34,7 +34,7 @@ class UsersOptimizer:
 
     def on_slices(self, slices: Sequence[OwnedSlice]) -> torch.optim.Optimizer:
         own = [pieces.Piece(self._named[name], start, stop, tensor) for name, start, stop, tensor in slices]
-        pieces.rebind(self._optimizer, own)
+        pieces.rebind(self._optimizer, own, self._named.values())
         return self._optimizer
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.pieces import Piece
+from ..checkpoint.whole import regroup
 from ..chunks import Range
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
 from ..errors import UsageError
@@ -34,6 +35,7 @@ from ..ps.elementwise import require_elementwise, require_nothing_whole
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..window.area import Place
+from .changes import Roster
 from .copies import copy_from_rank_0, tensors_of
 from .edits import Edits
 from .flat import FlatParameters, own_memory, require_in_place
@@ -41,7 +43,7 @@ from .options import Options
 from .owners import Owned, all_owners, one_owner, owned
 from .protocol import Strategy
 from .reduced import ReducedGradient
-from .start import close_buckets, pin_flats, start, start_buckets
+from .start import give_memory_back, pin_flats, start, start_buckets
 from .verdict import Verdict, agree, unused_on_all
 
 INSTEAD = (
@@ -69,7 +71,15 @@ class Sharded(Strategy):
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         require_elementwise(optimizer, options.elementwise)
         require_nothing_whole(optimizer)
-        self.training = training = start(model, optimizer, group, options)
+        self.training = start(model, optimizer, group, options, moves=self.name)
+        self._retired: list[torch.Tensor] = []
+        """Memory of the window in which buckets and parameters lay before the last plan: graphs of this step's forward
+        may still read it."""
+        self._plan()
+
+    def _plan(self) -> None:
+        """Cut what is trained into buckets and chunks, and move parameters into flat buffers."""
+        training, group = self.training, self.training.group
         self.buckets = start_buckets(training, self.launch, keep_gradients=False)
         self._chunks = [self.owners(bucket.numel, group.size) for bucket in self.buckets.buckets]
         """Of each bucket: who owns what."""
@@ -220,6 +230,10 @@ class Sharded(Strategy):
         # These copies are over before an owner writes again: every rank's next gradients follow them on one stream.
         for mirror, _ in mirrored:
             mirror.to_device()
+        if self._retired:
+            # All ranks' graphs of this step are done with, or the barrier above would not have let anybody pass.
+            give_memory_back(self.training, self._retired)
+            self._retired = []
 
     def _gather(self) -> None:
         """Bring every owner's chunk of the parameters to all ranks."""
@@ -268,15 +282,36 @@ class Sharded(Strategy):
         """Whether the trained parameters exist once for all ranks."""
         return self.training.in_window and all(each.mirror is None for each in self._flats)
 
-    def close(self) -> None:
+    def replan(self, roster: Roster) -> None:
+        self._give_back(roster.members, state=True)
+        self._retired += self._memory()
+        self.training.replan(roster)
+        self._plan()
+
+    def _give_back(self, members: Sequence[Sequence[torch.Tensor]], *, state: bool) -> None:
+        """Let the optimizer's groups have ``members``, whole parameters, and these memory of their own. ``state``: with
+        all that the ranks' optimizers remember. Collective."""
         training = self.training
         self.forget()
+        if state:
+            training.give_back(members, sharded=True)
+        else:
+            training.optimizer.state.clear()
+            regroup(training.optimizer, members)
         own_memory(training)
-        close_buckets(training, self.buckets)
-        window = training.group.window
-        if window is not None and training.in_window and training.group.rank == 0:
-            for each in self._flats:
-                window.free(each.host)
+        self.buckets.close()
+
+    def _memory(self) -> list[torch.Tensor]:
+        """What lies in this rank's area of the window."""
+        shared = [each.host for each in self._flats] if self.training.group.rank == 0 else []
+        return [*(bucket.flat for bucket in self.buckets.buckets), *shared]
+
+    def close(self, *, state: bool) -> None:
+        training = self.training
+        self._give_back(training.members, state=state)
+        if training.in_window:
+            training.group.barrier()
+        give_memory_back(training, [*self._memory(), *self._retired])
 
 
 class SingleServer(Sharded):

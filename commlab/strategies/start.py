@@ -9,18 +9,29 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..checkpoint.whole import give_back
 from ..collectives.operations import empty
 from ..errors import UsageError
 from ..gradients.bucket import Bucket, plan, usual_bytes
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..gradients.mirror import pin
-from ..gradients.parameters import NamedParameter, named_parameters
+from ..gradients.parameters import (
+    Named,
+    NamedParameter,
+    members_of,
+    name_parameters,
+    require_memory_of_their_own,
+    require_numbers,
+)
 from ..native.dtypes import WIRES
 from ..precision.masters import Masters
 from ..precision.modes import Precision
+from ..runtime.control import raise_together
 from ..runtime.group import Group
 from .buffers import Buffers
-from .copies import start_from_rank_0
+from .changes import Planned, Roster, Structure
+from .claims import require_free_model, require_free_optimizer
+from .copies import copy_from_rank_0, start_from_rank_0
 from .counts import StepCounts
 from .options import Options
 from .record import StepRecord
@@ -39,6 +50,10 @@ class Training:
     options: Options
     parameters: Sequence[NamedParameter]
     """What is trained, in registration order."""
+    frozen: Sequence[NamedParameter]
+    """What the optimizer has besides, and passes over."""
+    members: Sequence[Sequence[torch.Tensor]]
+    """The whole parameters of each of the optimizer's groups, which hold pieces or masters of them meanwhile."""
     precision: Precision
     masters: Masters
     """What the optimizer updates for the parameters."""
@@ -81,6 +96,37 @@ class Training:
         marks += id(self.optimizer.state), id(self.optimizer.param_groups)
         return marks
 
+    agreed: Named = field(init=False)
+    """What all ranks have last agreed to train. Dedicated servers keep what is frozen among ``parameters``."""
+    structure: Structure = field(init=False)
+    """Sees when something else is to be trained."""
+
+    def __post_init__(self) -> None:
+        self.agreed = Named(list(self.parameters), list(self.frozen))
+        self.structure = Structure(self.model, self.optimizer)
+
+    @property
+    def planned(self) -> Planned:
+        """What is trained now, for who looks for changes."""
+        return Planned(self.agreed, self.members, self.masters.pieces, self.options.partial)
+
+    def give_back(self, members: Sequence[Sequence[torch.Tensor]], *, sharded: bool) -> None:
+        """Let the optimizer's groups have whole parameters, ``members``, with all that it remembers of what was trained
+        so far. ``sharded``: ranks have updated pieces of it, and the call is collective; else each all of it."""
+        give_back(self.group, self.optimizer, self.masters.pieces, self.parameters, members, sharded=sharded)
+
+    def replan(self, roster: Roster) -> None:
+        """Train what ``roster`` says; the optimizer has whole parameters. Newly trained ones get rank 0's values.
+        Collective."""
+        known = {id(item.tensor) for item in self.parameters}
+        self.parameters, self.frozen = self.agreed = roster.named
+        self.members = roster.members
+        self.watched = list(self.model.parameters())
+        if self.group.size > 1:
+            new = [(item.name, item.tensor.detach()) for item in self.parameters if id(item.tensor) not in known]
+            copy_from_rank_0(self.group, new)
+        self.masters.replan(self.parameters)
+
 
 def start(
     model: torch.nn.Module,
@@ -88,14 +134,20 @@ def start(
     group: Group,
     options: Options,
     *,
-    named: Sequence[NamedParameter] | None = None,
+    named: Named | None = None,
+    members: Sequence[Sequence[torch.Tensor]] | None = None,
+    moves: str = "",
     synchronize: Callable[[], None] | None = None,
 ) -> Training:
-    """Begin to train ``model`` on the ranks of ``group``. Collective. ``named``: the parameters, where the optimizer
-    does not have them any more. ``synchronize()`` makes all ranks start from all that rank 0 has; None:
-    :func:`.copies.start_from_rank_0` does."""
+    """Begin to train ``model`` on the ranks of ``group``. Collective. ``named``, ``members``: the parameters, and those
+    of each group, where the optimizer does not have them any more. ``moves``: see :func:`require_trainable`.
+    ``synchronize()`` makes all ranks start from all that rank 0 has; None: :func:`.copies.start_from_rank_0` does.
+    UsageError on every rank, before anything is changed, where the parameters are not such as can be trained."""
     _require_plain_step(optimizer)
-    parameters = named_parameters(model, optimizer) if named is None else named
+    if named is None:
+        named = raise_together(group, lambda: require_trainable(model, optimizer, options, moves))
+    parameters = named.trained
+    members = members_of(optimizer) if members is None else members
     device = next(iter(model.parameters())).device
     if synchronize is not None:
         synchronize()
@@ -110,6 +162,8 @@ def start(
         group,
         options,
         parameters,
+        named.frozen,
+        members,
         precision,
         masters,
         counts,
@@ -131,6 +185,20 @@ def _require_plain_step(optimizer: torch.optim.Optimizer) -> None:
             f"optimizer {type(optimizer).__name__} wants a closure, by which its step() computes loss and gradient "
             "again and again; an engine gives it one reduced gradient a step. Take an optimizer without a closure"
         )
+
+
+def require_trainable(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: Options, moves: str = ""
+) -> Named:
+    """The parameters of ``optimizer`` in ``model``, all of which an engine may train. UsageError for the first that it
+    can't. ``moves``: the strategy, where the strategy gives parameters other memory."""
+    require_free_optimizer(optimizer)
+    require_numbers(model)
+    named = name_parameters(model, members_of(optimizer), partial=options.partial)
+    require_free_model(model, [*named.trained, *named.frozen])
+    if moves:
+        require_memory_of_their_own(f"strategy {moves}", model, named.trained)
+    return named
 
 
 def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, keep_gradients: bool) -> GradientBuckets:
@@ -159,13 +227,19 @@ def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, k
 def close_buckets(training: Training, buckets: GradientBuckets) -> None:
     """Take the hooks off the model, and give the buckets' memory back. Collective."""
     buckets.close()
-    window = training.group.window
-    if window is not None and training.in_window:
+    if training.in_window:
         for item in training.parameters:
             item.tensor.grad = None  # it may lie in a bucket
         training.group.barrier()
-        for bucket in buckets.buckets:
-            window.free(bucket.flat)
+        give_memory_back(training, [bucket.flat for bucket in buckets.buckets])
+
+
+def give_memory_back(training: Training, flats: Sequence[torch.Tensor]) -> None:
+    """Give back memory of this rank's area of the window, which no rank uses any more."""
+    window = training.group.window
+    if window is not None and training.in_window:
+        for flat in flats:
+            window.free(flat)
 
 
 def pin_flats(training: Training, flats: list[torch.Tensor]) -> None:

@@ -238,7 +238,7 @@ def test_what_nobody_chose_breaks_no_rule(strategy: str) -> None:
 
 
 def test_flags_choose_every_option() -> None:
-    """But for ``elementwise``: the trainer's optimizer is known."""
+    """But for ``elementwise`` and ``partial``: the trainer's optimizer is known, and there is one."""
     flags = (
         "--precision fp16 --autocast off --loss-scale 4 --wire bf16 --max-grad-norm 2 --bucket-mb 1 --overlap off"
         " --strategy ps --servers 1 --overlap-pulls on --nonfinite skip --buffers mean --check-replicas 7"
@@ -255,4 +255,7 @@ def test_flags_choose_every_option() -> None:
     assert Config(servers=2, consistency="asp").options.consistency == "asp"
     assert Config(max_grad_norm=0.0).options.max_grad_norm is None
     assert Config(precision="fp16", wire="none").options.wire is None
-    assert [field.name for field in dataclasses.fields(Options) if not hasattr(Config(), field.name)] == ["elementwise"]
+    assert [field.name for field in dataclasses.fields(Options) if not hasattr(Config(), field.name)] == [
+        "elementwise",
+        "partial",
+    ]

@@ -13,7 +13,7 @@ import training
 from mpi_ranks import Ranks
 from mpi_strategies import OURS, assert_same_bits_everywhere, groups_of, ours
 from mpi_windows import GROUPS, close_all, window_group
-from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference, train
+from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference
 
 import commlab
 from commlab.errors import DisagreementError
@@ -47,7 +47,9 @@ def test_state_exists_once_under_servers(ranks: Ranks, strategy: str, optimizer:
     wanted = state_numel(reference(recipe))
     assert wanted > 100
     for group in groups_of(ranks):
-        mine = state_numel(train(strategy, group, recipe))
+        run = go_on(build(strategy, group, recipe), range(len(recipe.samples)))
+        mine = state_numel(run)
+        run.engine.close()
         everyones = [int(row) for row in gather_bytes(group, str(mine).encode(), "state numel")]
         if strategy == "allreduce":
             assert everyones == [wanted] * group.size
@@ -75,6 +77,7 @@ def test_state_that_was_there_before_is_cut(ranks: Ranks, strategy: str, algorit
     recipe = Recipe(max_grad_norm=0.5)
     for group in groups_of(ranks):
         run = go_on(build("single", training.alone(), recipe), range(2))
+        run.engine.close()
         run.engine = commlab.strategy(
             strategy, run.model, run.optimizer, group, max_grad_norm=0.5, algorithm=algorithm, bucket_bytes=bucket_bytes
         )
