@@ -90,7 +90,8 @@ def unpack(text: str, tensors: dict[str, torch.Tensor]) -> Any:
             return tensors[content]
         if tag == "bytes":
             name, dtype, shape = content
-            return tensors[name].view(getattr(torch, dtype)).view(shape)
+            # In a file bytes begin anywhere, and numbers may not.
+            return tensors[name].clone().view(getattr(torch, dtype)).view(shape)
         if tag == "tuple":
             return tuple(walk(item) for item in content)
         assert tag == "dict", tag
