@@ -27,6 +27,7 @@ from .writer import Writer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_TEXT_BYTES = 4096
 _NAME = re.compile(r"step-(\d{10})(?:-(\d+))?")
 
 
@@ -68,6 +69,8 @@ def write_state(folder: Path, name: str, state: Any) -> StateFile:
     from safetensors.torch import save_file
 
     text, tensors = pack(state)
+    # Numbers in the text have more digits or fewer: so a run's checkpoints are of one size all the same.
+    text += " " * (-len(json.dumps(text)) % _TEXT_BYTES)
     path = folder / name
     with _reported(path):
         if not folder.is_dir():

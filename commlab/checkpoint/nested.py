@@ -87,7 +87,8 @@ def unpack(text: str, tensors: dict[str, torch.Tensor]) -> Any:
         if tag == "tensor":
             return tensors[content]
         if tag == "bytes":
-            return from_bytes(tensors[content[0]], content[1])
+            # In a file bytes begin anywhere, and numbers may not.
+            return from_bytes(tensors[content[0]].clone(), content[1])
         if tag == "tuple":
             return tuple(walk(item) for item in content)
         assert tag == "dict", tag

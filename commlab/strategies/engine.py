@@ -411,6 +411,9 @@ class Engine:
         wait for each other, whoever is free gets the next one that nobody has."""
         if self._closed:
             self._refuse("turns()")
+        return self._turns(start, stop)
+
+    def _turns(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         for step, rank in self.strategy.assignments(start, stop):
             self._assigned_step = step
             yield step, rank

@@ -27,8 +27,8 @@ class Everybody(External):
 
     name = "external"
 
-    def backward(self, loss: torch.Tensor | None) -> None:
-        super().backward(loss)
+    def backward(self, loss: torch.Tensor | None, retain_graph: bool) -> None:
+        super().backward(loss, retain_graph)
         for item in () if not self.buckets.syncing else self.training.parameters:
             if item.tensor.grad is None:
                 item.tensor.grad = torch.zeros_like(item.tensor)
