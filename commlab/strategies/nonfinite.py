@@ -27,7 +27,9 @@ def not_finite_error(training: Training, buckets: GradientBuckets, instead: str)
 def _what_is_not(training: Training, buckets: GradientBuckets) -> str:
     """What is not finite on this rank; empty where nothing is."""
     found = [] if training.loss_is_finite() else ["the loss"]
-    name = buckets.not_finite or _in_mirrors(buckets) or _in_gradients(training)
+    name = buckets.not_finite or _in_mirrors(buckets)
+    if not buckets.buckets:
+        name = _in_gradients(training)
     if name:
         found.append(f"the gradient of {name!r}")
     return " and ".join(found)

@@ -405,6 +405,9 @@ def test_copies_that_differ_are_named(crew: Crew, strategy: str, write: Callable
 
         told = errors_of(crew, go_on)
         for text in told:
+            if "between two steps" in text:  # seen before there is anything to compare
+                assert "not alike on all ranks: ranks 1 differ from 0, 2" in text and write is not write_state, text
+                continue
             assert COPIES[write] in text and "(ranks 0, 2: copy 1, rank 1: copy 2)" in text, text
 
 

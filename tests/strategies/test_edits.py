@@ -4,6 +4,7 @@ A1)."""
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -202,8 +203,6 @@ TOUCHES: dict[str, Edit] = {
     "the optimizer's parameters": lambda engine: torch.nn.utils.clip_grad_norm_(
         engine.optimizer.param_groups[0]["params"], 1.0
     ),
-    "the optimizer's own step": lambda engine: engine.optimizer.step(),
-    "zero_grad to zeros": lambda engine: engine.optimizer.zero_grad(set_to_none=False),
     "model.zero_grad to zeros": lambda engine: engine.model.zero_grad(set_to_none=False),
     "another backward": lambda engine: engine.model(torch.ones(2, training.WIDTH)).sum().backward(),
 }
@@ -231,10 +230,33 @@ def test_gradients_that_are_on_their_way_say_so(strategy: str, touch: str) -> No
     assert training.difference(training.tensors(run.model), training.tensors(wanted.model))[0] < 1e-6
 
 
+CALLS: dict[str, tuple[Edit, str]] = {
+    "step": (lambda engine: engine.optimizer.step(), "call engine.step()"),
+    "zero_grad": (lambda engine: engine.optimizer.zero_grad(), "call it after step()"),
+    "zero_grad to zeros": (lambda engine: engine.optimizer.zero_grad(set_to_none=False), "call it after step()"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("strategy", ["allreduce", "ps", "dps"])
+def test_the_optimizers_own_calls_are_refused(strategy: str, call: str) -> None:
+    """A1: between backward and step, under every strategy; the step goes on as if nothing had been tried."""
+    run = build(strategy, training.alone(), Recipe(samples=EVEN))
+    training.backward(run.engine, run.recipe, 0)
+    touch, way_out = CALLS[call]
+    with pytest.raises(UsageError, match=re.escape(way_out)):
+        touch(run.engine)
+    run.engine.step()
+    run.engine.zero_grad()
+    run.scheduler.step()
+    training.go_on(run, [1, 2])
+    wanted = training.go_on(build("single", training.alone(), run.recipe), range(3))
+    assert training.difference(training.tensors(run.model), training.tensors(wanted.model))[0] < 1e-6
+
+
 TAMPERS: dict[str, Edit] = {
     "p.grad = None": drop_some,
     "model.zero_grad": lambda engine: engine.model.zero_grad(),
-    "optimizer.zero_grad": lambda engine: engine.optimizer.zero_grad(),
     "p.grad = other": lambda engine: setattr(engine.model.middle.weight, "grad", torch.zeros(6, 7)),
 }
 
