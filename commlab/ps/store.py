@@ -140,7 +140,8 @@ class ParameterServer:
         if shard is not None:
             names = [f"worker rank {rank}" for rank in workers]
             self.server = Server(shard, rules, index, names, log)
-            serving = ServerLoop(self.server, far, workers, ranks, timeout_s, crowded, everyone.departed)
+            # A worker that waits for a server is told for whom the server waits, before the worker's own time is over.
+            serving = ServerLoop(self.server, far, workers, ranks, 0.9 * timeout_s, crowded, everyone.departed)
         # Not the store itself: its values and optimizer are gone when nobody has it any more.
         ending = partial(_close, weakref.ref(self)), partial(_free, near, own_group)
         everyone.endings.append(ending)

@@ -41,8 +41,9 @@ under_way: dict[int, weakref.ref[Any]] = {}
 
 
 def begin_moving(driver: Any) -> None:
-    """From now on ``driver`` has operations under way that move only while somebody calls its ``poll()``: whoever waits
-    for anything in this process does. Cheap, and kept up by drivers that no thread of their own moves on."""
+    """From now on ``driver`` has operations under way that move only while somebody calls its ``poll()`` (or, where it
+    has one, its ``move_aside()``): whoever waits for anything in this process does. Cheap, and kept up by drivers that
+    no thread of their own moves on."""
     under_way[id(driver)] = weakref.ref(driver)
 
 
@@ -67,7 +68,7 @@ def move_others(driver: Any) -> None:
                 under_way.pop(key, None)
         elif other is not driver:
             with suppress(PeerLostError):  # which is told to whoever waits for that driver
-                other.poll()
+                getattr(other, "move_aside", other.poll)()
 
 
 class Waiter(Protocol):

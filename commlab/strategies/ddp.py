@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import AgreedError, UsageError
+from ..gradients.own_hooks import OwnHook
 from ..runtime.control import gather_bytes
 from ..runtime.elsewhere import waiting_elsewhere
 from ..runtime.group import Group
@@ -65,25 +66,6 @@ class _Parameters(torch.nn.Module):
         return call(self.model)
 
 
-class _Begins:
-    """The hook by which torch gets ready when the user's model is called. A copy of the model, or a model that was
-    saved, has no engine: there the hook does nothing."""
-
-    def __init__(self, ready: Callable[[], None] | None = None):
-        self._ready = ready
-
-    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
-        # In a model that torch compiles backward() itself gets torch ready.
-        if self._ready is not None and not torch.compiler.is_compiling():
-            self._ready()
-
-    def __deepcopy__(self, _: Any) -> _Begins:
-        return _Begins()
-
-    def __reduce__(self) -> Any:
-        return _Begins, ()
-
-
 class Ddp(External):
     """The user calls the model itself, or parts of it. torch's reducer watches the parameters, and wants to be made
     ready before each backward that exchanges: at the model's forward, or else in ``engine.backward()``."""
@@ -98,7 +80,7 @@ class Ddp(External):
         self._is_ready = False
         """Whether torch's reducer waits for the step's gradients."""
         self._wrap()
-        self._hook = model.register_forward_pre_hook(_Begins(self._begins))
+        self._hook = model.register_forward_pre_hook(OwnHook(self._begins))
 
     def _wrap(self) -> None:
         options, group = self.training.options, self.training.group
@@ -119,7 +101,9 @@ class Ddp(External):
         with self._guarded(f"the forward of ddp in step {self.training.steps + 1}"):
             return self._ddp(call)
 
-    def _begins(self) -> None:
+    def _begins(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # there backward() itself gets torch ready
         # Not where the user evaluates, on one rank perhaps: with torch's own wrapper that rank would wait for the rest.
         if torch.is_grad_enabled():
             self._look()

@@ -22,7 +22,7 @@ from ..gradients.parameters import NamedParameter
 from ..native.norm import clip_factor
 from .changes import find_change
 from .claims import Claim
-from .lockstep import Lockstep
+from .comparisons import Comparisons
 from .nonfinite import not_finite_error
 from .protocol import Strategy
 from .reduced import ReducedGradient, norms
@@ -78,7 +78,7 @@ class Engine:
         self.times = Times()
         """Seconds in which this rank's model stood still; the user may put in a new one, to begin anew."""
         self._training = training
-        self._lockstep = Lockstep(strategy)
+        self._comparisons = Comparisons(strategy)
         self._assigned_step: int | None = None
         """The step that :meth:`turns` has given out last."""
         self._backward_done = False
@@ -164,7 +164,7 @@ class Engine:
             raise UsageError("backward(None) is for a rank without samples: pass count=0 with it")
         self._require_no_gradients()
         counts.add(count, total)
-        self._lockstep.backward_begins(loss)
+        self._comparisons.backward_begins(loss)
         if buckets.syncing and self.averages:
             counts.sum_counts()
         if loss_scale is not None:
@@ -270,14 +270,14 @@ class Engine:
             if self._reduced is not None:
                 for piece in self._reduced[0]:
                     piece.put_back()
-            self._lockstep.step_begins(self._assigned_step if number is None else number)
+            self._comparisons.step_begins(self._assigned_step if number is None else number)
             try:
                 verdict = strategy.agree()
-                self._lockstep.compare_replicas(verdict)
+                self._comparisons.compare_replicas(verdict)
             except (AgreedError, DisagreementError):
                 if strategy.drops_steps:
                     self._drop()  # as on every other rank
-                    self._lockstep.step_dropped()
+                    self._comparisons.step_dropped()
                 raise
         agreed_s = time.perf_counter()
         with trace.span("update"):
@@ -309,7 +309,7 @@ class Engine:
                 strategy.edits.updated(verdict.unused)
             else:
                 strategy.edits.note()
-            self._lockstep.step_ends(verdict)
+            self._comparisons.step_ends(verdict)
         waited_s, self._training.forward_wait_s = self._training.forward_wait_s, 0.0
         self.times.forward_wait_s += waited_s
         self.times.exchange_s += waited_s + agreed_s - started_s + time.perf_counter() - updated_s
@@ -330,7 +330,7 @@ class Engine:
         error = not_finite_error(self._training, self.buckets, instead)
         self.strategy.pull()
         self._drop()
-        self._lockstep.step_dropped()
+        self._comparisons.step_dropped()
         raise error
 
     def zero_grad(self) -> None:
@@ -346,7 +346,7 @@ class Engine:
             )
         self.buckets.drain()
         self._drop()
-        self._lockstep.gradients_dropped()
+        self._comparisons.gradients_dropped()
 
     def _drop(self) -> None:
         """Drop the step that is under way, and all gradients."""
@@ -356,7 +356,7 @@ class Engine:
         for tensor in own if self.options.partial else training.structure.parameters:
             tensor.grad = None
         self._begin_step()
-        self._lockstep.gradients_dropped()
+        self._comparisons.gradients_dropped()
 
     def _begin_step(self) -> None:
         self.buckets.reset()
@@ -382,7 +382,7 @@ class Engine:
             self.strategy.replan(agree())
             self.buckets.listening = False
             self._claim.train(training.parameters)
-            self._lockstep.took_note()
+            self._comparisons.took_note()
         training.structure.look()
 
     def _require_planned(self, call: str) -> None:
@@ -411,9 +411,9 @@ class Engine:
         wait for each other, whoever is free gets the next one that nobody has."""
         if self._closed:
             self._refuse("turns()")
-        return self._turns(start, stop)
+        return self._assignments(start, stop)
 
-    def _turns(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    def _assignments(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         for step, rank in self.strategy.assignments(start, stop):
             self._assigned_step = step
             yield step, rank
@@ -428,7 +428,7 @@ class Engine:
             self._refuse("settle()")
         self._take_in_changes()
         self.strategy.finish(last)
-        self._lockstep.settle()
+        self._comparisons.settle()
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         """Run ``change(model)``, which writes parameters and buffers in place, so that it takes effect once on every
@@ -439,7 +439,7 @@ class Engine:
         self._take_in_changes()
         self.strategy.update_parameters(change)
         self.strategy.edits.updated(set())
-        self._lockstep.took_note()
+        self._comparisons.took_note()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the optimizer's state, by parameter name and range; call it between steps, without
@@ -495,7 +495,7 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        self._lockstep.close()
+        self._comparisons.close()
         try:
             self.strategy.close(state=state)
         finally:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import trace
+from ..gradients.own_hooks import OwnHook
 from ..gradients.parameters import parameters_by_name
 from ..ps.placement import UNIT_BYTES
 from ..ps.store import ParameterServer
@@ -35,29 +36,6 @@ class Unit(NamedTuple):
     @property
     def text(self) -> str:
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} .. {self.names[-1]}"
-
-
-_PASSES_ON: Any = {}.get
-"""Called with (module, inputs) this returns the inputs."""
-_TAKES_THREE: Any = slice
-"""May be called with (module, prefix, keep_vars), and changes nothing."""
-
-
-class _Hook:
-    """A hook of a module that a copy of the module does not have: a copy, and a pickled module, which lie in no
-    servers' reach, have ``instead``, out of Python itself, so that a saved model can be loaded without commlab."""
-
-    def __init__(self, call: Callable[..., Any], instead: Callable[..., Any]):
-        self._call, self._instead = call, instead
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        return self._instead
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (getattr, ({}, "get")) if self._instead is _PASSES_ON else (type, (slice(0),))
 
 
 class Pulls:
@@ -81,10 +59,8 @@ class Pulls:
         """The units that each module waits for; None until a forward pass has been watched."""
         self._unguarded: set[int] = set()
         """Units that no module is known to wait for."""
-        self._hooks: list[Any] = [
-            module.register_forward_pre_hook(_Hook(self._begins, _PASSES_ON)) for module in model.modules()
-        ]
-        saving = _Hook(lambda *_: self.wait_for_all(), _TAKES_THREE)
+        self._hooks: list[Any] = [module.register_forward_pre_hook(OwnHook(self._begins)) for module in model.modules()]
+        saving = OwnHook(lambda *_: self.wait_for_all())
         self._hooks.append(model.register_state_dict_pre_hook(saving))
 
     def ask(self, *, exact: bool = False) -> None:

@@ -6,10 +6,11 @@ one step late. What it has done more than they did is a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from ..gradients.own_hooks import OwnHook
 
 
 class Passes:
@@ -21,8 +22,8 @@ class Passes:
         self.ended = 0
         """Since :meth:`reset`; a pass that is begun and not ended has raised an exception."""
         self._hooks: list[Any] = [
-            model.register_forward_pre_hook(_Hook(self._begins)),
-            model.register_forward_hook(_Hook(self._ends)),
+            model.register_forward_pre_hook(OwnHook(self._begins)),
+            model.register_forward_hook(OwnHook(self._ends)),
         ]
 
     def reset(self) -> None:
@@ -34,27 +35,10 @@ class Passes:
         for hook in self._hooks:
             hook.remove()
 
-    def _begins(self, module: torch.nn.Module) -> None:
+    def _begins(self, module: torch.nn.Module, *_: Any) -> None:
         if module.training and torch.is_grad_enabled():
             self.begun += 1
 
-    def _ends(self, module: torch.nn.Module) -> None:
+    def _ends(self, module: torch.nn.Module, *_: Any) -> None:
         if module.training and torch.is_grad_enabled():
             self.ended += 1
-
-
-class _Hook:
-    """A hook that a copy of the model, and a model that is pickled, leave behind."""
-
-    def __init__(self, call: Callable[[torch.nn.Module], None] | None = None):
-        self._call = call
-
-    def __call__(self, module: torch.nn.Module, *_: Any) -> None:
-        if self._call is not None:
-            self._call(module)
-
-    def __deepcopy__(self, _: Any) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()

@@ -48,7 +48,7 @@ def test_every_field_can_be_given(tmp_path: Path) -> None:
         "timeout": 1.5, "threads": 3, "checkpoint_every": 4, "checkpoint_dir": "c", "checkpoint_keep": 5,
         "tensorboard": "b", "device": "cpu",
         "loss_scale": 256.0, "loss_scale_interval": 9, "loss_scale_growth": 4.0, "loss_scale_backoff": 0.25,
-        "overlap": "off", "overlap_pulls": "off",
+        "overlap": "off", "overlap_pulls": "off", "nonfinite": "skip", "buffers": "mean", "check_replicas": 7,
     }  # fmt: skip
     argv = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
     wanted = {**given, "epochs": None, "resume": True, "servers": None, "consistency": "bsp", "apex_level": None}

@@ -64,6 +64,8 @@ class Client:
         """By server: how many pushes and pulls are not answered."""
         self.send_frames: Callable[[], None] = _nothing
         """Sends what waits to become a frame; called before every look at the links."""
+        self.is_filling: Callable[[], bool] = lambda: False
+        """Whether anything waits to become a frame."""
         self.clock = NEVER
         """How many clocks this worker has ended; no limit where nobody says so, and once the worker has left."""
         self._early: dict[Handle, PendingRequests] = {}
@@ -76,6 +78,8 @@ class Client:
         """Calls that were refused, and that nobody has waited for."""
         self._sequence = 0
         self._moves = 0
+        self._thread = 0
+        """The thread that has made the last call."""
         self.lock = threading.RLock()
         """Held while messages move, and while those of one call are queued: so none of a call's answers is taken in
         before all its requests are queued."""
@@ -119,6 +123,8 @@ class Client:
         if self.failure is not None and call.what != CLOSE:
             raise self.failure
         if requests:
+            self._thread = threading.get_ident()
+            begin_moving(self)
             call.open += requests
             if trace.enabled():
                 call.begin()
@@ -170,10 +176,8 @@ class Client:
             self.busy[server] -= request.kind in _NUMBERS
         if self._open[server]:
             self.links[server].listen()
-        elif not any(self._open):
-            self.send_frames()
-            if not any(self._open):
-                stop_moving(self)
+        elif not any(self._open) and not self.is_filling():
+            stop_moving(self)
 
     def _fail(self, server: int, reason: str) -> None:
         """A server has failed: no call can end well any more."""
@@ -192,17 +196,23 @@ class Client:
 
     # The driver of its handles (:class:`commlab.runtime.handle.Driver`).
 
-    def poll(self) -> None:
-        """Go on without waiting."""
+    def poll(self, frames: bool = True) -> None:
+        """Go on without waiting. ``frames``: what waits to become a frame leaves, full or not."""
         if self.lock.acquire(blocking=False):
             try:
-                self.send_frames()
+                if frames:
+                    self.send_frames()
                 moved = self._poll_local is not None and self._poll_local()
                 for link in self.links:
                     moved = link.poll() or moved
                 self._moves += moved
             finally:
                 self.lock.release()
+
+    def move_aside(self) -> None:
+        """Go on while this process waits for something else. Frames are full only when their own thread does: another
+        one would send what that thread is still filling."""
+        self.poll(frames=threading.get_ident() == self._thread)
 
     def drive(self, handle: Handle, timeout_s: float | None = None) -> None:
         """Wait for ``handle``. PeerTimeoutError when nothing has moved for ``timeout_s``; a warning that names the

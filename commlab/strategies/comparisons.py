@@ -1,5 +1,5 @@
-"""What an engine watches in every step, so that ranks that have drifted apart are named instead of averaged: the step's
-record, the copies that every rank has, and the buffers that forward has written.
+"""What an engine compares in every step, so that ranks that have drifted apart are named instead of averaged: the
+step's record, the copies that every rank has, and the buffers that forward has written.
 
     backward    a pass begins; is its loss finite?
     step        the record travels with the verdict | copies are compared, now and then | buffers are made alike
@@ -20,8 +20,8 @@ from .protocol import Strategy
 from .verdict import Verdict
 
 
-class Lockstep:
-    """The watch over the training of ``strategy``. What begins and ends a step is told to it by the engine."""
+class Comparisons:
+    """The comparisons of the ranks that train by ``strategy``. The engine tells it what begins and ends a step."""
 
     def __init__(self, strategy: Strategy):
         self._strategy, self._training = strategy, strategy.training
