@@ -205,6 +205,8 @@ class Fuzzed:
         for name, parameter in self.plain.model.named_parameters():
             wanted = self.plain.optimizer.state.get(parameter, {})
             found = self.optimizer.state.get(mine[name], {})
+            if not parameter.numel():
+                continue  # there is nothing to remember of no numbers
             for key, value in wanted.items():
                 if isinstance(value, torch.Tensor) and value.numel():
                     if key not in found:

@@ -379,8 +379,11 @@ class Engine:
                     f"rank {self.group.rank}: {training.structure.described()} within a step; change what is trained "
                     "after engine.step(), before the next step's first backward()"
                 )
+            before = self.buckets
             self.strategy.replan(agree())
+            # A step may have begun inside no_sync.
             self.buckets.listening = False
+            self.buckets.syncing, self.buckets.overlap = before.syncing, before.overlap
             self._claim.train(training.parameters)
             self._comparisons.took_note()
         training.structure.look()

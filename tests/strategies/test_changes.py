@@ -54,6 +54,36 @@ def test_training_goes_on_as_in_torch(crew: Crew, strategy: str, case: str) -> N
     assert len(set(crew.all(run))) == 1, "ranks have different parameters"
 
 
+@pytest.mark.parametrize("strategy", OURS)
+def test_a_step_that_accumulates_may_begin_with_a_change(crew: Crew, strategy: str) -> None:
+    """A2: the first of a step's micro-batches, inside no_sync, is where a frozen layer is seen."""
+    of_rank = groups(SIZE)
+    wanted = learner()
+    optimizer = torch.optim.SGD(wanted.parameters(), lr=0.1)
+    for step in (0, 1):
+        wanted[2].weight.requires_grad_(step == 0)
+        optimizer.zero_grad()
+        ((loss_of(wanted, 2 * step) + loss_of(wanted, 2 * step + 1)) / 2).backward()
+        optimizer.step()
+
+    def run(rank: int) -> torch.nn.Module:
+        model = learner()
+        engine = commlab.strategy(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), of_rank[rank])
+        for step in (0, 1):
+            model[2].weight.requires_grad_(step == 0)
+            with engine.no_sync():
+                engine.backward(loss_of(model, 2 * step, rank, SIZE) / 2)
+            engine.backward(loss_of(model, 2 * step + 1, rank, SIZE) / 2)
+            engine.step()
+            engine.zero_grad()
+        engine.close()
+        return model
+
+    for model in crew.all(run):
+        for mine, theirs in zip(model.parameters(), wanted.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
 def outcomes(crew: Crew, task: Any) -> list[str]:
     """What every rank raised: the class and the message; empty where it raised nothing."""
 
