@@ -140,7 +140,8 @@ def happen(event: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer)
             group["lr"] *= 0.7
     elif event == "freeze":
         last = parameters[-1]
-        last.requires_grad_(not last.requires_grad)
+        if not last.requires_grad or sum(each.requires_grad for each in parameters) > 1:
+            last.requires_grad_(not last.requires_grad)
     elif event == "grow":
         grown = [each for each in parameters[:GROWN] if not each.requires_grad]
         for parameter in grown:

@@ -367,8 +367,9 @@ class Engine:
 
     # Between steps.
 
-    def _take_in_changes(self) -> None:
-        """Find out what is trained from now on, and plan anew where that is something else. Collective where it is."""
+    def _take_in_changes(self, *, closing: bool = False) -> None:
+        """Find out what is trained from now on, and plan anew where that is something else. Collective where it is.
+        ``closing``: the engine trains no more, and a strategy that can't plan anew need not."""
         training = self._training
         if training.structure.same():
             return
@@ -380,7 +381,13 @@ class Engine:
                     "after engine.step(), before the next step's first backward()"
                 )
             before = self.buckets
-            self.strategy.replan(agree())
+            roster = agree()
+            try:
+                self.strategy.replan(roster)
+            except AgreedError:
+                if not closing:
+                    raise
+                training.members = roster.members
             # A step may have begun inside no_sync.
             self.buckets.listening = False
             self.buckets.syncing, self.buckets.overlap = before.syncing, before.overlap
@@ -497,6 +504,7 @@ class Engine:
         """
         if self._closed:
             return
+        self._take_in_changes(closing=True)
         self._closed = True
         self._comparisons.close()
         try:

@@ -84,6 +84,32 @@ def test_a_step_that_accumulates_may_begin_with_a_change(crew: Crew, strategy: s
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("strategy", OURS)
+def test_a_change_right_before_the_end_is_given_back(crew: Crew, strategy: str) -> None:
+    """A2, A13: close() follows add_param_group() without a step between them."""
+    of_rank = groups(SIZE)
+
+    def run(rank: int) -> None:
+        model = learner()
+        first = list(model[0].parameters())
+        for parameter in first:
+            parameter.requires_grad_(False)
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
+        engine = commlab.strategy(strategy, model, optimizer, of_rank[rank])
+        engine.backward(loss_of(model, 0, rank, SIZE))
+        engine.step()
+        engine.zero_grad()
+        for parameter in first:
+            parameter.requires_grad_(True)
+        optimizer.add_param_group({"params": first, "lr": 0.5})
+        engine.close()
+        assert [len(group["params"]) for group in optimizer.param_groups] == [4, 2]
+        assert all(each is mine for each, mine in zip(optimizer.param_groups[1]["params"], first, strict=True))
+        assert all(optimizer.state[each]["exp_avg"].shape == each.shape for each in optimizer.param_groups[0]["params"])
+
+    crew.all(run)
+
+
 def outcomes(crew: Crew, task: Any) -> list[str]:
     """What every rank raised: the class and the message; empty where it raised nothing."""
 
