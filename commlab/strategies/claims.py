@@ -4,6 +4,7 @@ calls, where the optimizer holds pieces, or where gradients are on their way whi
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,14 @@ from ..gradients.parameters import NamedParameter
 
 _claims: weakref.WeakSet[Claim] = weakref.WeakSet()
 """Those of all engines of this process that are not closed."""
+_lock = threading.Lock()
+"""Held while they are looked through, or become more or fewer: engines may be built in several threads."""
+
+
+def _held() -> list[Claim]:
+    with _lock:
+        return list(_claims)
+
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
@@ -27,7 +36,7 @@ def require_free_optimizer(optimizer: torch.optim.Optimizer) -> None:
             f"the optimizer is Horovod's {type(optimizer).__name__}, which exchanges gradients itself; give strategy() "
             "the optimizer without it"
         )
-    for claim in _claims:
+    for claim in _held():
         if claim.optimizer is optimizer:
             raise UsageError(f"the optimizer is driven by {claim.who} already; {_CLOSE_FIRST}")
 
@@ -40,7 +49,7 @@ def require_free_model(model: torch.nn.Module, parameters: Sequence[NamedParamet
             raise UsageError(
                 f"the model has a {wrapper}, which exchanges gradients itself; give strategy() the model without it"
             )
-    for claim in _claims:
+    for claim in _held():
         trained = {id(item.tensor) for item in claim.parameters}
         for item in parameters:
             if id(item.tensor) in trained:
@@ -70,7 +79,8 @@ class Claim:
         """Whether the engine itself calls the optimizer just now."""
         self._strategy = strategy
         self._handles: list[Any] = []
-        _claims.add(self)
+        with _lock:
+            _claims.add(self)
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             return  # of a class that does not call torch.optim.Optimizer's constructor
         self._handles.append(optimizer.register_step_pre_hook(self._require_stepping))
@@ -114,7 +124,8 @@ class Claim:
     def release(self, *, spent: bool) -> None:
         """Let go. ``spent``: what the optimizer remembered is lost, so that its next step would not be what its user
         expects."""
-        _claims.discard(self)
+        with _lock:
+            _claims.discard(self)
         self._pins.clear()
         for handle in self._handles:
             handle.remove()
