@@ -52,6 +52,8 @@ def pack(state: Any) -> tuple[str, dict[str, torch.Tensor]]:
     def walk(value: Any, where: str) -> Any:
         if torch.is_tensor(value):
             require_dense(where, value)
+            if value.is_meta:
+                raise UsageError(f"{where!r} is on the meta device, where it has no numbers to be saved")
             name = str(len(tensors))
             if value.dtype in _PLAIN_DTYPES and not value.is_quantized:
                 tensors[name] = memory.own(value.detach().resolve_conj().resolve_neg().cpu().contiguous())

@@ -46,7 +46,7 @@ def copy_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]) -> N
     if group.size == 1 or _alike(group, _digest(tensors), "model digest"):
         return
     for name, tensor in tensors:
-        _give(group, name, _own_numbers(tensor))
+        _give(group, name, tensor)
 
 
 def _own_numbers(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,9 +73,11 @@ def copy_bytes_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]
 
 
 def _give(group: Group, name: str, tensor: torch.Tensor) -> None:
-    # The shape in the name: a broadcast itself compares numbers of numbers only.
+    tensor = _own_numbers(tensor)
+    # The shape in the name: a broadcast itself compares numbers of numbers only. How a tensor lies in memory is each
+    # rank's own affair.
     name = f"{name} {list(tensor.shape)}"
-    if tensor.dtype in DTYPES and tensor.layout is torch.strided and tensor.is_contiguous():
+    if tensor.dtype in DTYPES and tensor.layout is torch.strided:
         broadcast(tensor, 0, name=name, group=group)
         return
     own = bytes_of(tensor).cpu()

@@ -480,3 +480,20 @@ def test_models_of_different_layouts_are_found(crew: Crew) -> None:
             couple("dps", model, torch.optim.SGD(model.parameters(), lr=0.1), ranks[rank])
 
     crew.all(one)
+
+
+@pytest.mark.parametrize("strategy", ["allreduce", "dps"])
+def test_ranks_may_have_a_parameter_in_other_strides(crew: Crew, strategy: str) -> None:
+    """A4: a transposed parameter, which one rank has made contiguous (as an engine does that was closed)."""
+    of_rank = groups(SIZE)
+
+    def run(rank: int) -> torch.Tensor:
+        model = torch.nn.Linear(3, 5)
+        turned = torch.arange(15.0).view(3, 5).add(rank).t()
+        model.weight = torch.nn.Parameter(turned.contiguous() if rank == 1 else turned)
+        engine = commlab.strategy(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), of_rank[rank])
+        engine.close()
+        return model.weight.detach().clone()
+
+    for found in crew.all(run):
+        assert torch.equal(found, torch.arange(15.0).view(3, 5).t())
