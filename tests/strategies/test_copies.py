@@ -491,7 +491,7 @@ def test_ranks_may_have_a_parameter_in_other_strides(crew: Crew, strategy: str) 
         model = torch.nn.Linear(3, 5)
         turned = torch.arange(15.0).view(3, 5).add(rank).t()
         model.weight = torch.nn.Parameter(turned.contiguous() if rank == 1 else turned)
-        engine = commlab.strategy(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), of_rank[rank])
+        engine = couple(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), of_rank[rank])
         engine.close()
         return model.weight.detach().clone()
 
