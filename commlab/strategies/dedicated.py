@@ -202,7 +202,9 @@ class Dedicated(Strategy):
             told = agree(self.training, 0.0, self.buckets.finite, None, self.edits.digest(refusal))
             self.edits.require_alike(told.edits, refusal)
         except CommlabError:
-            self._absent.put()  # no worker's clock has ended: step() can be called again
+            # No worker's clock has ended: step() can be called again, and pulls over what it was told of.
+            self._absent.put()
+            self.edits.note()
             raise
         ended = self.store.step(finite=told.finite)
         if not self.store.agrees:
