@@ -229,22 +229,22 @@ class Progress:
         self._tied.append(weakref.ref(other))
         other._tied.append(weakref.ref(self))
 
+    def _ties(self) -> list[Progress]:
+        """The queues that are tied to this one, and that somebody still has."""
+        return [tied for reference in self._tied if (tied := reference()) is not None]
+
     def end(self, ended: Ending) -> None:
         """Take no more operations from now on; the first reason counts."""
         if self.ended is None:
             self.ended = ended
-            for reference in self._tied:
-                tied = reference()
-                if tied is not None:
-                    tied.end(ended)
+            for tied in self._ties():
+                tied.end(ended)
 
     def _resume(self, ended: Ending) -> None:
         if self.ended is ended:
             self.ended = None
-            for reference in self._tied:
-                tied = reference()
-                if tied is not None:
-                    tied._resume(ended)
+            for tied in self._ties():
+                tied._resume(ended)
 
     def drive(self, handle: Handle, timeout_s: float | None = None) -> None:
         """Wait for ``handle`` (and all before it), moving the queue on. PeerTimeoutError when nothing has moved for

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..gradients.parameters import parameters_by_name
 from ..runtime.control import gather_bytes
 from .copies import require_alike
 from .protocol import Strategy
@@ -67,7 +68,7 @@ class Comparisons:
         training = self._training
         yield from self._strategy.replicas()
         trained = {item.name for item in training.parameters}
-        for name, tensor in training.model.named_parameters():
+        for name, tensor in parameters_by_name(training.model):
             if name not in trained:
                 yield repr(name), tensor.detach()
 

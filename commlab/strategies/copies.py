@@ -17,7 +17,7 @@ import torch
 from ..checkpoint.nested import pack, unpack
 from ..collectives.operations import broadcast
 from ..errors import DisagreementError, UsageError
-from ..gradients.parameters import plain_name
+from ..gradients.parameters import buffers_by_name, parameters_by_name, unexpanded
 from ..native.dtypes import DTYPES
 from ..runtime.control import exchange_records, gather_bytes, raise_together, ranks_of, sides_of
 from ..runtime.group import Group
@@ -33,8 +33,8 @@ _SHOWN = 5
 
 def tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """All parameters and buffers, by name. UsageError for one that is no dense tensor."""
-    tensors = [(plain_name(name), tensor.detach()) for name, tensor in model.named_parameters()]
-    tensors += [(plain_name(name), tensor) for name, tensor in model.named_buffers()]
+    tensors = [(name, tensor.detach()) for name, tensor in parameters_by_name(model)]
+    tensors += buffers_by_name(model)
     for name, tensor in tensors:
         require_dense(name, tensor)
     return tensors
@@ -47,14 +47,6 @@ def copy_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]) -> N
         return
     for name, tensor in tensors:
         _give(group, name, tensor)
-
-
-def _own_numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers that an expanded tensor has in memory, of which it shows each several times; they can be written."""
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
 
 
 def copy_bytes_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]], name: str) -> None:
@@ -73,7 +65,7 @@ def copy_bytes_from_rank_0(group: Group, tensors: list[tuple[str, torch.Tensor]]
 
 
 def _give(group: Group, name: str, tensor: torch.Tensor) -> None:
-    tensor = _own_numbers(tensor)
+    tensor = unexpanded(tensor)
     # The shape in the name: a broadcast itself compares numbers of numbers only. How a tensor lies in memory is each
     # rank's own affair.
     name = f"{name} {list(tensor.shape)}"

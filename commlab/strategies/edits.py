@@ -14,7 +14,6 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ..errors import AgreedError, DisagreementError
@@ -22,7 +21,7 @@ from ..gradients.parameters import NamedParameter
 from ..native.versions import count_write
 from ..runtime.control import exchange_records, gather_bytes
 from ..runtime.group import Group
-from ..runtime.operand import byte_view
+from ..runtime.raw import fingerprint
 
 REFUSED = 2**64 - 1
 """The digest of a rank that has something to refuse."""
@@ -182,9 +181,9 @@ class Edits:
             return REFUSED
         mixed = 0
         for item in self.written_parameters():
-            mixed = _mix(mixed, item.index, _bit_sum(item.tensor))
+            mixed = _mix(mixed, item.index, _bits(item.tensor))
         for item in edited:
-            mixed = _mix(mixed, ~item.index, _bit_sum(item.tensor.grad))
+            mixed = _mix(mixed, ~item.index, _bits(item.tensor.grad))
         return mixed
 
     def require_alike(self, digests: Sequence[int], refusal: str, edited: Sequence[NamedParameter] = ()) -> None:
@@ -221,7 +220,7 @@ class Edits:
             look: Callable[[NamedParameter], torch.Tensor | None] = tensor_of
             digests = [0] * count
             for item in found:
-                digests[item.index] = _mix(0, item.index, _bit_sum(look(item)))
+                digests[item.index] = _mix(0, item.index, _bits(look(item)))
             records = exchange_records(self._group, struct.pack(f"<{count}Q", *digests), "what was edited")
             rows = [struct.unpack(f"<{count}Q", record) for record in records]
             for item in self._parameters:
@@ -244,14 +243,6 @@ def _mix(mixed: int, index: int, bits: int) -> int:
     return ((mixed ^ bits) * 0x9E3779B97F4A7C15 + 2 * index + 1) % (REFUSED - 1) + 1
 
 
-def _bit_sum(tensor: torch.Tensor | None) -> int:
-    """A sum of the bits of all numbers, at the rate at which memory is read; of None a number too."""
-    if tensor is None:
-        return 1
-    flat = tensor.detach().to("cpu").reshape(-1)
-    if not flat.is_contiguous():
-        flat = flat.contiguous()
-    numbers = byte_view(flat)
-    even = numbers.size // 8 * 8
-    rest = int.from_bytes(numbers[even:].tobytes(), "little")
-    return (int(np.add.reduce(numbers[:even].view(np.uint64))) + rest) % 2**64
+def _bits(tensor: torch.Tensor | None) -> int:
+    """What differs where the numbers do; of None a number too."""
+    return 1 if tensor is None else int(fingerprint(tensor))

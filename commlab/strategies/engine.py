@@ -392,8 +392,9 @@ class Engine:
             self.buckets.listening = False
             self.buckets.syncing, self.buckets.overlap = before.syncing, before.overlap
             self._claim.train(training.parameters)
-            self._comparisons.took_note()
         training.structure.look()
+        if agree is not None:
+            self._comparisons.took_note()
 
     def _require_planned(self, call: str) -> None:
         """For calls that are not collective: UsageError where ranks have still to agree on what is trained."""

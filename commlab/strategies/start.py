@@ -65,8 +65,6 @@ class Training:
     """The model's buffers, which are made alike after each step."""
     in_window: bool
     """Whether buckets lie in memory that the ranks share."""
-    watched: Sequence[torch.Tensor]
-    """All parameters of the model, frozen ones included, the writing of which is seen."""
     wants_norm: bool
     """Whether the verdict needs the squares: for clipping, and with a loss scale to see what overflowed only when the
     ranks' numbers were added up, where no rank packed an inf."""
@@ -77,6 +75,14 @@ class Training:
     losses_finite: list[torch.Tensor] = field(default_factory=list)
     """bool[] of each loss of the step that is under way, where anybody looks at them."""
     _marks: list[int] = field(default_factory=list)
+    agreed: Named = field(init=False)
+    """What all ranks have last agreed to train. Dedicated servers keep what is frozen among ``parameters``."""
+    structure: Structure = field(init=False)
+    """Sees when something else is to be trained."""
+
+    def __post_init__(self) -> None:
+        self.agreed = Named(list(self.parameters), list(self.frozen))
+        self.structure = Structure(self.model, self.optimizer)
 
     def loss_is_finite(self) -> bool:
         """Whether all losses of the step that were looked at are finite. Waits for a GPU."""
@@ -92,18 +98,9 @@ class Training:
         return self._current_marks() != self._marks
 
     def _current_marks(self) -> list[int]:
-        marks = [tensor._version for tensor in self.watched]
+        marks = [tensor._version for tensor in self.structure.parameters]
         marks += id(self.optimizer.state), id(self.optimizer.param_groups)
         return marks
-
-    agreed: Named = field(init=False)
-    """What all ranks have last agreed to train. Dedicated servers keep what is frozen among ``parameters``."""
-    structure: Structure = field(init=False)
-    """Sees when something else is to be trained."""
-
-    def __post_init__(self) -> None:
-        self.agreed = Named(list(self.parameters), list(self.frozen))
-        self.structure = Structure(self.model, self.optimizer)
 
     @property
     def planned(self) -> Planned:
@@ -121,7 +118,6 @@ class Training:
         known = {id(item.tensor) for item in self.parameters}
         self.parameters, self.frozen = self.agreed = roster.named
         self.members = roster.members
-        self.watched = list(self.model.parameters())
         if self.group.size > 1:
             new = [(item.name, item.tensor.detach()) for item in self.parameters if id(item.tensor) not in known]
             copy_from_rank_0(self.group, new)
@@ -170,7 +166,6 @@ def start(
         StepRecord(group, model, optimizer, precision.loss_scale, counts),
         Buffers(model, options.buffers, group),
         in_window=group.window is not None and options.algorithm in ("auto", "window"),
-        watched=list(model.parameters()),
         wants_norm=options.max_grad_norm is not None
         or precision.loss_scale is not None
         or options.nonfinite != "torch",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from crew import Crew, by_turns, groups
+from crew import Crew, by_turns, crew_of, groups
 from training import alone, digest
 
 import commlab
@@ -42,11 +42,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     forget()
 
 
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    made = Crew(SIZE)
-    yield made
-    made.close()
+crew = crew_of(SIZE)
 
 
 def learner() -> torch.nn.Sequential:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from crew import Crew, groups
+from crew import Crew, crew_of, groups
 
 from commlab.checkpoint.pieces import Piece, state
 from commlab.checkpoint.whole import give_back, whole_states
@@ -17,11 +16,7 @@ from commlab.gradients.parameters import NamedParameter
 SIZE = 3
 
 
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    made = Crew(SIZE)
-    yield made
-    made.close()
+crew = crew_of(SIZE)
 
 
 def numbers(count: int, dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import training
-from crew import Crew, by_turns, groups
+from crew import Crew, by_turns, crew_of, groups
 from training import EVEN, RAGGED, Recipe, alone, go_on
 
 from commlab import native
@@ -65,11 +65,7 @@ def mirrored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert LateMirror.made > 0
 
 
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    made = Crew(SIZE)
-    yield made
-    made.close()
+crew = crew_of(SIZE)
 
 
 RECIPES = {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import pytest
 
 from commlab.job.topology import Topology
 from commlab.runtime.group import Group
@@ -63,6 +65,18 @@ class Crew:
             tasks.put(None)
         for thread in self._threads:
             thread.join(timeout=10)
+
+
+def crew_of(size: int) -> Callable[[], Iterator[Crew]]:
+    """The fixture ``crew`` of a module of tests: one crew for all of them."""
+
+    @pytest.fixture(scope="module")
+    def crew() -> Iterator[Crew]:
+        made = Crew(size)
+        yield made
+        made.close()
+
+    return crew
 
 
 def groups(size: int) -> list[Group]:

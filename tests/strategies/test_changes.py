@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from crew import Crew, groups
+from crew import Crew, crew_of, groups
 from learners import (
     CASES,
     Step,
@@ -31,11 +30,7 @@ SIZE = 3
 OURS = ("allreduce", "ps", "dps")
 
 
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    made = Crew(SIZE)
-    yield made
-    made.close()
+crew = crew_of(SIZE)
 
 
 @pytest.mark.parametrize("strategy", OURS)

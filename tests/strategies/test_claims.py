@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from crew import Crew, groups
+from crew import Crew, crew_of, groups
 from learners import assert_like, learner, loss_of, plain
 from training import alone, digest
 
@@ -23,11 +23,7 @@ OURS = ("allreduce", "ps", "dps")
 EVERY = ("single", *OURS)
 
 
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    made = Crew(SIZE)
-    yield made
-    made.close()
+crew = crew_of(SIZE)
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from crew import Crew, groups
+from crew import Crew, crew_of, groups
 from torch.utils.checkpoint import checkpoint
 from training import alone
 
@@ -24,11 +23,7 @@ EVERY = ("single", "allreduce", "ps", "dps")
 OURS = EVERY[1:]
 
 
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    made = Crew(2)
-    yield made
-    made.close()
+crew = crew_of(2)
 
 
 class Net(torch.nn.Module):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import training
-from crew import Crew, groups
+from crew import Crew, crew_of, groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,11 +43,7 @@ def engine_of(strategy: str, wire: str | None, clip: float | None, group: Group)
     return commlab.strategy(strategy, model, optimizer, group, bucket_bytes=170, **options)
 
 
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    made = Crew(SIZE)
-    yield made
-    made.close()
+crew = crew_of(SIZE)
 
 
 @pytest.fixture(scope="module")

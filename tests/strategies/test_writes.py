@@ -3,12 +3,12 @@ write between two steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from crew import Crew, groups
+from crew import Crew, crew_of, groups
 from training import alone
 
 import commlab
@@ -20,11 +20,7 @@ OURS = ("allreduce", "ps", "dps")
 SIZE = 2
 
 
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    made = Crew(SIZE)
-    yield made
-    made.close()
+crew = crew_of(SIZE)
 
 
 def small(strategy: str, group: Group, *, width: int = 3, **options: Any) -> Engine:

@@ -37,7 +37,7 @@ class Outgoing:
     def __init__(self, client: Client, wire: torch.dtype | None):
         self._client, self._wire = client, wire
         self._filling: dict[_Key, _Filling] = {}
-        client.send_frames, client.is_filling = self.send, lambda: bool(self._filling)
+        client.send_frames, client.is_filling = self.send, lambda: self.filling
 
     @property
     def filling(self) -> bool:
