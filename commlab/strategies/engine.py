@@ -375,19 +375,22 @@ class Engine:
             return
         agree = find_change(training.group, training.structure, training.planned, training.model)
         if agree is not None:
-            if self._backward_done or training.counts.counted is not None:
+            within_step = self._backward_done or training.counts.counted is not None
+            if within_step and not closing:
                 raise UsageError(
                     f"rank {self.group.rank}: {training.structure.described()} within a step; change what is trained "
                     "after engine.step(), before the next step's first backward()"
                 )
             before = self.buckets
-            roster = agree()
             try:
-                self.strategy.replan(roster)
+                roster = agree()
+                if closing:
+                    training.members = roster.members
+                if not within_step:
+                    self.strategy.replan(roster)
             except AgreedError:
                 if not closing:
                     raise
-                training.members = roster.members
             # A step may have begun inside no_sync.
             self.buckets.listening = False
             self.buckets.syncing, self.buckets.overlap = before.syncing, before.overlap
