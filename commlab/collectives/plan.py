@@ -15,7 +15,7 @@ from ..native.dtypes import DTYPES, HALVES, WIRES, require_wire
 from ..native.norm import Squares
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
-from ..transport.base import Piggyback
+from ..transport.base import Launch, Piggyback
 from . import routes
 from .select import Conditions, choose
 from .staging import as_flat, put_back
@@ -84,7 +84,19 @@ class Call:
     an allreduce. ``wide``: where a reduction leaves its fp32 sums of 16-bit numbers. ``squares``: is given the sum of
     squares of the numbers that this rank reduces, where they are at hand, on all ranks or none."""
 
-    __slots__ = ("_flat", "chunks", "divisor", "group", "op", "piggyback", "plan", "squares", "tensor", "wide")
+    __slots__ = (
+        "_flat",
+        "chunks",
+        "divisor",
+        "group",
+        "launch",
+        "op",
+        "piggyback",
+        "plan",
+        "squares",
+        "tensor",
+        "wide",
+    )
 
     def __init__(
         self,
@@ -101,6 +113,8 @@ class Call:
         self.chunks, self.squares, self.wide = chunks, squares, wide
         self.piggyback: Piggyback | None = None
         """What travels with this rank's record, once the route has loaded it."""
+        self.launch: Launch | None = None
+        """The operation as the transport moves it by itself, once the route has made it."""
         # The halves are given flat buffers.
         self._flat: torch.Tensor | None = tensor if chunks else None
 

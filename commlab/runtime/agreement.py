@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
 
 from ..errors import DisagreementError
-from ..transport.base import Exchange, Pending, Piggyback, Request, Transport
+from ..transport.base import Launch, Pending, Piggyback, Request, Transport
 from ..window.exchange import Attachment, WindowExchange
 from ..window.memory import Window
 
@@ -73,11 +74,11 @@ class Agreement:
         signature: Signature,
         sequence: int,
         body: Iterable[Request],
-        attached: Callable[[], Attachment | Piggyback | None],
+        attached: Callable[[], Attachment | Piggyback | Launch | None],
     ) -> Pending:
         """``body``, once all ranks are known to agree on ``signature``. ``attached()``: what this rank publishes in the
-        window, or what travels with its record; asked for just before the others are told. DisagreementError on every
-        rank where they do not agree."""
+        window, or what travels with its record, or follows it; asked for just before the others are told.
+        DisagreementError on every rank where they do not agree."""
         checked = self.required or self.window is not None or signature.kind in ("barrier", "subgroup")
         if checked and self._transport.size > 1:
             record = signature.record(sequence)
@@ -91,7 +92,11 @@ class Agreement:
                 raise DisagreementError(disagreement(texts.records(), self._transport.rank))
         yield from body
 
-    def _announce(self, record: bytes, brought: Attachment | Piggyback | None) -> Exchange | WindowExchange:
+    def _announce(self, record: bytes, brought: Attachment | Piggyback | Launch | None) -> Any:
+        if isinstance(brought, Launch):
+            # Returns when the whole operation has ended: the body finds it done.
+            brought.request = request = self._transport.launch(record, brought)  # type: ignore[attr-defined]
+            return request
         if self.window is None or isinstance(brought, Piggyback):
             return self._transport.exchange(record, brought if isinstance(brought, Piggyback) else None)
         return WindowExchange(self.window, int.from_bytes(record, "little"), brought)

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..job.topology import Topology, usable_cores
 from ..native import library
 from ..schedules.step import NodeStep
-from ..transport.base import Pending, Piggyback, Request, Transport
+from ..transport.base import Launch, Pending, Piggyback, Request, Transport
 from ..window.exchange import NOTHING, Attachment, Inline
 from ..window.memory import Window
 from .agreement import Agreement, Signature
@@ -57,9 +57,12 @@ class Group:
         free_core = self.cores > self.local_size and usable_cores() > 1 and self.size > 1
         self.crowded = self.cores < self.local_size
         """Whether the ranks of this node share cores."""
-        self.progress = Progress(self.rank, timeout_s, threaded=free_core and transport.threads)
+        moves_itself = transport.moves_itself
+        self.progress = Progress(self.rank, timeout_s, threaded=free_core and transport.threads and not moves_itself)
         self.progress_mode = (
-            "a thread of its own"
+            "the links' native thread"
+            if moves_itself
+            else "a thread of its own"
             if self.progress.threaded
             else "inline (the transport allows one thread only)"
             if free_core
@@ -73,6 +76,8 @@ class Group:
         """Memory shared with all other ranks of this group; None until :meth:`share`, or where it can't be had."""
         self.window_reason = "not asked for"
         """Why there is no window."""
+        self.links_reason = ""
+        """Why the ranks of several nodes use this transport; empty where nobody chose."""
         self.node: Group | None = None
         """The ranks of this rank's node, which share a window; None where the group has one node, or no windows."""
         self.across: Group | None = None
@@ -93,7 +98,7 @@ class Group:
         signature: Signature,
         body: Iterable[Request] = (),
         result: Any = None,
-        attached: Callable[[], Attachment | Piggyback] | None = None,
+        attached: Callable[[], Attachment | Piggyback | Launch] | None = None,
         awaited: bool = False,
     ) -> Handle:
         """Queue ``body`` to run once all ranks are known to agree on ``signature``. Collective. ``attached()`` is asked
@@ -109,7 +114,7 @@ class Group:
         signature: Signature,
         body: Iterable[Request],
         result: Any,
-        attached: Callable[[], Attachment | Piggyback | None],
+        attached: Callable[[], Attachment | Piggyback | Launch | None],
         awaited: bool,
     ) -> Handle:
         checked = self.agreement.before(signature, self._sequence, body, attached)

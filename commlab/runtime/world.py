@@ -11,6 +11,7 @@ from ..job.launch import detect, install_exception_hook
 from ..transport.base import Transport
 from .control import gather_bytes
 from .group import Group
+from .links import LINKS, open_links
 from .nodes import open_nodes, open_window
 
 TRANSPORTS = ("mpi", "torch")
@@ -20,7 +21,14 @@ _world: Group | None = None
 
 
 def init(
-    transport: str = "mpi", nodes: str | None = None, timeout_s: float = 300.0, check: bool = True, window: str = "auto"
+    transport: str = "mpi",
+    nodes: str | None = None,
+    timeout_s: float = 300.0,
+    check: bool = True,
+    window: str = "auto",
+    links: str = "auto",
+    iface: str | None = None,
+    links_check: bool = True,
 ) -> Group:
     """Connect all ranks of the job and return their group. Collective; later calls return the same group.
 
@@ -28,8 +36,11 @@ def init(
     of one rank, which needs neither. ``nodes``: which ranks share a node, declared by hand
     (:func:`commlab.job.topology.declared`); default: ranks with one host name. ``timeout_s``: how long a silent peer is
     waited for. ``check``: compare operations between ranks first (in a window always). ``window``: share memory between
-    ranks of a node: ``"auto"`` (where it can be had), ``"on"`` (an error where not) or ``"off"``. From here on an
-    unhandled exception in one rank ends all of them.
+    ranks of a node: ``"auto"`` (where it can be had), ``"on"`` (an error where not) or ``"off"``. ``links``: what joins
+    several nodes: ``"tcp"``, TCP connections of our own with a native engine; ``"mpi"``, the transport itself;
+    ``"auto"`` times both and takes the faster (docs/links.md). ``iface``: the network interfaces that links use, by
+    name, joined by commas. ``links_check``: what travels over links carries a checksum. From here on an unhandled
+    exception in one rank ends all of them.
     """
     global _world
     if _world is not None:
@@ -38,6 +49,8 @@ def init(
         raise UsageError(f"unknown transport {transport!r}; there are {', '.join(TRANSPORTS)}")
     if window not in WINDOWS:
         raise UsageError(f"unknown window {window!r}; there are {', '.join(WINDOWS)}")
+    if links not in LINKS:
+        raise UsageError(f"unknown links {links!r}; there are {', '.join(LINKS)}")
     if detect().launcher is not None:
         # While connecting, others wait already for a rank that fails; every launcher ends them when one leaves with an
         # error.
@@ -49,13 +62,21 @@ def init(
     if connected.size > 1:
         # Gathered even when the nodes are declared, and always checked: arguments that differ between ranks are seen
         # here.
-        arguments = f"node keys, for init(nodes={nodes!r}, check={check}, window={window!r})"
+        arguments = f"node keys, for init(nodes={nodes!r}, check={check}, window={window!r}, links={links!r})"
         keys = [key.decode() for key in gather_bytes(group, topology.node_key().encode(), arguments)]
         found = topology.from_keys(keys) if nodes is None else topology.declared(nodes, connected.size)
         bound = [cores.decode() for cores in gather_bytes(group, topology.bound_cores().encode(), "cores")]
+        chosen, links_reason = connected, "all ranks are on one node"
+        if links == "tcp" or (links == "auto" and len(found.nodes) > 1):
+            declared = Group(connected, found, timeout_s)
+            chosen, links_reason = open_links(declared, links, iface, links_check)
+            declared.progress.close()
+        elif links == "mpi":
+            links_reason = "as asked for"
         group.progress.close()
         cores = topology.cores_of_node(bound, found.nodes, connected.rank)
-        group = Group(connected, found, timeout_s, check, cores)
+        group = Group(chosen, found, timeout_s, check, cores)
+        group.links_reason = links_reason
         if window != "off":
             open_window(group) if len(found.nodes) == 1 else open_nodes(group)
         if window == "on" and group.window is None and group.node is None:
