@@ -43,7 +43,9 @@ def start_allreduce(
     given, where they are at hand, the sum of squares of a share of the result; the shares of all ranks make up the
     whole."""
     call = Call(group, plan, tensor, op, squares=squares)
-    return group.submit(plan.signature, _body(call), tensor, partial(plan.route.attach, call), awaited)
+    call.awaited = awaited
+    launches = plan.launches(group)
+    return group.submit(plan.signature, _body(call), tensor, partial(plan.route.attach, call), awaited, launches)
 
 
 def _body(call: Call) -> Pending:

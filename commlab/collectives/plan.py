@@ -78,6 +78,10 @@ class Plan(NamedTuple):
     few: Any = None
     """What a route for few numbers has worked out for a call of this shape."""
 
+    def launches(self, group: Group) -> bool:
+        """Whether the transport moves the whole operation by itself, from the moment that the operation is called."""
+        return group.transport.moves_itself and getattr(self.route, "LAUNCHES", False)
+
 
 class Call:
     """The ``op`` of ``plan`` on ``tensor``, on this rank of ``group``. ``chunks``: one per rank, for the two halves of
@@ -85,18 +89,9 @@ class Call:
     squares of the numbers that this rank reduces, where they are at hand, on all ranks or none."""
 
     __slots__ = (
-        "_flat",
-        "chunks",
-        "divisor",
-        "group",
-        "launch",
-        "op",
-        "piggyback",
-        "plan",
-        "squares",
-        "tensor",
+        "_flat", "awaited", "chunks", "divisor", "group", "launch", "op", "piggyback", "plan", "squares", "tensor",
         "wide",
-    )
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -113,6 +108,8 @@ class Call:
         self.chunks, self.squares, self.wide = chunks, squares, wide
         self.piggyback: Piggyback | None = None
         """What travels with this rank's record, once the route has loaded it."""
+        self.awaited = False
+        """The caller goes on to wait for it."""
         self.launch: Launch | None = None
         """The operation as the transport moves it by itself, once the route has made it."""
         # The halves are given flat buffers.

@@ -100,14 +100,16 @@ class Group:
         result: Any = None,
         attached: Callable[[], Attachment | Piggyback | Launch] | None = None,
         awaited: bool = False,
+        launches: bool = False,
     ) -> Handle:
         """Queue ``body`` to run once all ranks are known to agree on ``signature``. Collective. ``attached()`` is asked
         for just before this rank tells the others: what it publishes in the window, or what travels with its record.
-        ``awaited``: the caller waits for it at once."""
+        ``awaited``: the caller waits for it at once. ``launches``: the transport is to move it by itself from now on,
+        whatever this group still waits for."""
         if self._closed:
             raise UsageError(f"rank {self.rank}: {signature.kind} on a group that was shut down")
         self._sequence += 1
-        return self._queue(signature, body, result, attached or (lambda: NOTHING), awaited)
+        return self._queue(signature, body, result, attached or (lambda: NOTHING), awaited, launches)
 
     def _queue(
         self,
@@ -116,10 +118,16 @@ class Group:
         result: Any,
         attached: Callable[[], Attachment | Piggyback | Launch | None],
         awaited: bool,
+        launches: bool = False,
     ) -> Handle:
         checked = self.agreement.before(signature, self._sequence, body, attached)
         handle = Handle(self.progress, partial(signature.text, self._sequence), result)
-        return self.progress.submit(Operation(checked, handle, self.rank), awaited)
+        operation = Operation(checked, handle, self.rank)
+        if launches:
+            # Launches keep their order among themselves, and share no channel with what else the group does: so this
+            # one may begin before those that Python has still to move on.
+            operation.advance()
+        return self.progress.submit(operation, awaited)
 
     def allreduce_inline(
         self, signature: Signature, data: Inline, result: torch.Tensor, otherwise: Callable[[], Pending]

@@ -195,8 +195,8 @@ bool Engine::wait(const Run& run, double timeout_s) {
   --waiting_;
   if (waiting_ > 0)
     changed_.notify_all();  // one of them takes the loop over
-  else
-    hand_over(lock);
+  else if (run.ended())
+    hand_over(lock);  // who comes back before the end only looks for signals, and goes on to wait
   return run.ended();
 }
 

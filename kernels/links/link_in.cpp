@@ -118,6 +118,7 @@ bool Link::begin_frame() {
 
 // `from`: in the inbox, or already where the payload belongs.
 void Link::take(const char* from, std::size_t bytes) {
+  if (!bytes) return;
   if (checks_) in_check_ = crc32c(in_check_, from, bytes);
   in_left_ -= bytes;
   switch (sink_) {

@@ -24,6 +24,7 @@ from ..plan import Call
 from . import schedule
 
 CASTS = False
+LAUNCHES = True
 
 EVERYTHING_BYTES = 4096
 """Up to here one message time counts for more than the bytes of sending everything to everyone."""
@@ -56,6 +57,7 @@ def attach(call: Call) -> Piggyback | Launch:
     if call.group.transport.moves_itself:
         share_bytes, to_each = call.plan.few
         call.launch = programs.few_launch(flat, share_bytes, to_each, call.op, call.divisor, call.group.size)
+        call.launch.awaited = call.awaited
         return call.launch
     call.piggyback = Piggyback(flat.data_ptr(), flat.numel() * flat.element_size(), *call.plan.few)
     return call.piggyback

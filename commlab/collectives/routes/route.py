@@ -22,6 +22,9 @@ class Route(Protocol):
     CASTS: bool
     """Whether the route casts fp32 numbers to a 16-bit wire by itself; else it is given numbers in the wire's dtype."""
 
+    LAUNCHES: bool
+    """Whether :meth:`attach` gives a transport that moves itself the whole operation; False where it is missing."""
+
     def reason_against(self, group: Group, kind: str) -> str:
         """Why ``group`` can't do an operation of ``kind`` by this route; empty if it can. ``kind``: allreduce,
         reduce_scatter, allgather; reduce and broadcast where one rank owns everything."""

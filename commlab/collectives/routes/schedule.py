@@ -20,6 +20,7 @@ from ...window.exchange import NOTHING, Attachment
 from ..plan import Call
 
 CASTS = False
+LAUNCHES = True
 
 CHAIN_SEGMENT_BYTES = 128 * 1024
 """The least that a segment of a chain has: a message's own cost shows below."""
@@ -35,6 +36,7 @@ def attach(call: Call) -> Attachment | Launch:
     if not call.group.transport.moves_itself:
         return NOTHING
     call.launch = _launch(call)
+    call.launch.awaited = call.awaited
     return call.launch
 
 
