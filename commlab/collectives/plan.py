@@ -15,7 +15,7 @@ from ..native.dtypes import DTYPES, HALVES, WIRES, require_wire
 from ..native.norm import Squares
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
-from ..transport.base import Launch, Piggyback
+from ..transport.base import Offload, Piggyback
 from . import routes
 from .select import Conditions, choose
 from .staging import as_flat, put_back
@@ -110,7 +110,7 @@ class Call:
         """What travels with this rank's record, once the route has loaded it."""
         self.awaited = False
         """The caller goes on to wait for it."""
-        self.launch: Launch | None = None
+        self.launch: Offload | None = None
         """The operation as the transport moves it by itself, once the route has made it."""
         # The halves are given flat buffers.
         self._flat: torch.Tensor | None = tensor if chunks else None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import DisagreementError
-from ..transport.base import Launch, Pending, Piggyback, Request, Transport
+from ..transport.base import Offload, Pending, Piggyback, Request, Transport
 from ..window.exchange import Attachment, WindowExchange
 from ..window.memory import Window
 
@@ -74,7 +74,7 @@ class Agreement:
         signature: Signature,
         sequence: int,
         body: Iterable[Request],
-        attached: Callable[[], Attachment | Piggyback | Launch | None],
+        attached: Callable[[], Attachment | Piggyback | Offload | None],
     ) -> Pending:
         """``body``, once all ranks are known to agree on ``signature``. ``attached()``: what this rank publishes in the
         window, or what travels with its record, or follows it; asked for just before the others are told.
@@ -92,8 +92,8 @@ class Agreement:
                 raise DisagreementError(disagreement(texts.records(), self._transport.rank))
         yield from body
 
-    def _announce(self, record: bytes, brought: Attachment | Piggyback | Launch | None) -> Any:
-        if isinstance(brought, Launch):
+    def _announce(self, record: bytes, brought: Attachment | Piggyback | Offload | None) -> Any:
+        if isinstance(brought, Offload):
             # Returns when the whole operation has ended: the body finds it done.
             brought.request = request = self._transport.launch(record, brought)  # type: ignore[attr-defined]
             return request

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..job.topology import Topology, usable_cores
 from ..native import library
 from ..schedules.step import NodeStep
-from ..transport.base import Launch, Pending, Piggyback, Request, Transport
+from ..transport.base import Offload, Pending, Piggyback, Request, Transport
 from ..window.exchange import NOTHING, Attachment, Inline
 from ..window.memory import Window
 from .agreement import Agreement, Signature
@@ -98,7 +98,7 @@ class Group:
         signature: Signature,
         body: Iterable[Request] = (),
         result: Any = None,
-        attached: Callable[[], Attachment | Piggyback | Launch] | None = None,
+        attached: Callable[[], Attachment | Piggyback | Offload] | None = None,
         awaited: bool = False,
         launches: bool = False,
     ) -> Handle:
@@ -116,7 +116,7 @@ class Group:
         signature: Signature,
         body: Iterable[Request],
         result: Any,
-        attached: Callable[[], Attachment | Piggyback | Launch | None],
+        attached: Callable[[], Attachment | Piggyback | Offload | None],
         awaited: bool,
         launches: bool = False,
     ) -> Handle:

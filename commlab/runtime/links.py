@@ -72,8 +72,8 @@ def _compare(group: Group, world: TcpTransport, firsts: Sequence[int]) -> tuple[
             figures.append(_times_s(between))
             between.close()
     text = " ".join(f"{value:.9f}" for times_s in figures for value in times_s)
-    told = gather_bytes(group, text.encode(), "times of the links")[pair[0]].decode()
-    ours_record, ours, theirs_record, theirs = map(float, told.split())
+    record = gather_bytes(group, text.encode(), "times of the links")[pair[0]].decode()
+    ours_record, ours, theirs_record, theirs = map(float, record.split())
     # What a byte costs counts for more than what a message does: gradients are long.
     faster = world if ours <= theirs else launched
     reason = (

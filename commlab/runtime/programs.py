@@ -16,7 +16,7 @@ from ..native.dtypes import DTYPES, HALVES, OP_CODES
 from ..native.library import built
 from ..schedules.compile import Program, compile_schedule
 from ..schedules.step import Schedule
-from ..transport.base import Launch, Pending
+from ..transport.base import Offload, Pending
 from .group import Group
 
 SEGMENT_BYTES = 256 * 1024
@@ -66,7 +66,7 @@ def program_launch(
     flat: torch.Tensor,
     operand: tuple[Any, Any],
     segment_bytes: int = SEGMENT_BYTES,
-) -> Launch:
+) -> Offload:
     """The launch of ``schedule()`` on ``flat``. ``key``: what the schedule follows from, beside the buffer's length."""
     assert built is not None
     itemsize, numel = flat.element_size(), flat.numel()
@@ -78,7 +78,7 @@ def program_launch(
         program = compile_schedule(schedule(), numel, transport.size, max(1, segment_bytes // itemsize))
         found = transport.programs[key] = native_program(program), program.elements_sent, program.messages_sent
     native, elements_sent, messages_sent = found
-    return Launch(operand[0], operand[1], native, None, elements_sent * itemsize, messages_sent)
+    return Offload(operand[0], operand[1], native, None, elements_sent * itemsize, messages_sent)
 
 
 def native_program(program: Program) -> Any:
@@ -87,14 +87,14 @@ def native_program(program: Program) -> Any:
     return built.LinksProgram(program.table(), *program.successors(), program.numel, program.size)
 
 
-def few_launch(flat: torch.Tensor, share_bytes: int, to_each: bool, op: str, divisor: float, size: int) -> Launch:
+def few_launch(flat: torch.Tensor, share_bytes: int, to_each: bool, op: str, divisor: float, size: int) -> Offload:
     """The launch of an allreduce whose numbers travel with the announcement."""
     operand, keep = operand_of(flat, op, divisor, False, EMPTY)
     messages = (size - 1) * (2 if to_each else 1)
-    return Launch(operand, keep, None, (share_bytes, to_each), messages * share_bytes, messages)
+    return Offload(operand, keep, None, (share_bytes, to_each), messages * share_bytes, messages)
 
 
-def finish(group: Group, transport: Any, launch: Launch) -> Pending:
+def finish(group: Group, transport: Any, launch: Offload) -> Pending:
     """Go on once ``launch``, which is started now where it was not announced, has ended; count what it sent."""
     if launch.request is None:
         launch.request = transport.launch(b"", launch)

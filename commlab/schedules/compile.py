@@ -37,7 +37,7 @@ class Opcode(IntEnum):
     FINISH = 3
 
 
-class Row(NamedTuple):
+class Instruction(NamedTuple):
     """One line of a program."""
 
     opcode: Opcode
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 class Program(NamedTuple):
     """One rank's schedule of a buffer of ``numel`` numbers among ``size`` ranks."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Instruction, ...]
     numel: int
     size: int
 
@@ -92,7 +92,7 @@ class _Compiler:
 
     def __init__(self, segment_numel: int):
         self.segment_numel = segment_numel
-        self.rows: list[Row] = []
+        self.rows: list[Instruction] = []
         self._writes: defaultdict[int, list[_Touched]] = defaultdict(list)
         self._reads: defaultdict[int, list[_Touched]] = defaultdict(list)
 
@@ -120,7 +120,7 @@ class _Compiler:
                     each for each in touched if each.segment.start < segment.start or segment.stop < each.segment.stop
                 ]
             writes.append(_Touched(at, segment))
-        self.rows.append(Row(opcode, peer, segment, tuple(sorted(after))))
+        self.rows.append(Instruction(opcode, peer, segment, tuple(sorted(after))))
 
 
 def compile_schedule(schedule: Iterable[AnyStep], numel: int, size: int, segment_numel: int) -> Program:

@@ -64,7 +64,7 @@ class Piggyback:
         return start, min(self.share_bytes, self.size_bytes - start)
 
 
-class Launch:
+class Offload:
     """A whole operation of a group for a transport that moves it by itself, without Python: it announces the operation,
     compares the announcements, and moves and reduces the numbers.
 
@@ -123,7 +123,7 @@ class Transport(Protocol):
     """How many bytes may travel to each peer with a record of RECORD_BYTES; 0: none."""
 
     moves_itself: bool
-    """Whether a thread of the transport's own moves everything on, and takes a :class:`Launch`: then it has
+    """Whether a thread of the transport's own moves everything on, and takes a :class:`Offload`: then it has
     ``launch(record, launch)``, which starts the operation behind those that were launched before, and ``programs``, a
     table for what was compiled."""
 

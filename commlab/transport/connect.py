@@ -52,9 +52,9 @@ _HELLO = struct.Struct("!8sII16s")
 _NONCE_BYTES, _PROOF_BYTES = 16, 32
 
 
-def proof(key: bytes, side: bytes, *said: bytes) -> bytes:
-    """What only a rank of the job can answer to what was said before."""
-    return hmac.new(key, side + b"".join(said), hashlib.sha256).digest()
+def proof(key: bytes, side: bytes, *transcript: bytes) -> bytes:
+    """What only a rank of the job can answer to the messages before."""
+    return hmac.new(key, side + b"".join(transcript), hashlib.sha256).digest()
 
 
 def connect(
@@ -139,7 +139,7 @@ class _Talk:
     def __init__(self, connection: socket.socket, peer: int, expects: int, until_s: float):
         self.connection, self.peer, self.expects, self.until_s = connection, peer, expects, until_s
         self.arrived = b""
-        self.said = b""
+        self.transcript = b""
         self.step = 0
 
     def read(self) -> bytes | None:
@@ -240,8 +240,8 @@ class _Meeting:
             code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
                 raise OSError(code, os.strerror(code))
-            talk.said = _HELLO.pack(_MAGIC, self.rank, candidate.peer, os.urandom(_NONCE_BYTES))
-            connection.sendall(talk.said)
+            talk.transcript = _HELLO.pack(_MAGIC, self.rank, candidate.peer, os.urandom(_NONCE_BYTES))
+            connection.sendall(talk.transcript)
             talk.step = 1
             self._selector.modify(connection, selectors.EVENT_READ, candidate)
             return
@@ -250,14 +250,14 @@ class _Meeting:
             return
         if talk.step == 1:
             nonce = message[:_NONCE_BYTES]
-            if not hmac.compare_digest(message[_NONCE_BYTES:], proof(self._key, b"listener", talk.said, nonce)):
+            if not hmac.compare_digest(message[_NONCE_BYTES:], proof(self._key, b"listener", talk.transcript, nonce)):
                 raise ConnectionError("who answered is not a rank of this job")
             if candidate.peer in self.connected or any(
                 other.peer == candidate.peer and other.talk is not None and other.talk.step == 2
                 for other in self._candidates
             ):
                 raise ConnectionError("another address was faster")
-            connection.sendall(proof(self._key, b"connector", talk.said, nonce))
+            connection.sendall(proof(self._key, b"connector", talk.transcript, nonce))
             talk.step, talk.expects = 2, 1
             return
         self._selector.unregister(connection)
@@ -305,9 +305,9 @@ class _Meeting:
                 raise ConnectionError("a stranger")
             nonce = os.urandom(_NONCE_BYTES)
             talk.connection.sendall(nonce + proof(self._key, b"listener", message, nonce))
-            talk.said, talk.peer, talk.step, talk.expects = message + nonce, peer, 1, _PROOF_BYTES
+            talk.transcript, talk.peer, talk.step, talk.expects = message + nonce, peer, 1, _PROOF_BYTES
             return
-        if not hmac.compare_digest(message, proof(self._key, b"connector", talk.said)):
+        if not hmac.compare_digest(message, proof(self._key, b"connector", talk.transcript)):
             raise ConnectionError("a stranger")
         talk.connection.sendall(b"+")
         self._incoming.remove(talk)

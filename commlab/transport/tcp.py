@@ -1,7 +1,7 @@
 """Transport over links: one TCP connection between each pair of ranks, and one native thread that moves all groups'
 bytes over them, asleep in the kernel until there is something to do (kernels/links).
 
-Beside messages it runs whole operations by itself: a :class:`.base.Launch` announces what the rank is about to do,
+Beside messages it runs whole operations by itself: a :class:`.base.Offload` announces what the rank is about to do,
 compares the announcements, and then runs a program or reduces few numbers, without Python. How the ranks get connected
 is in :mod:`.connect`; docs/links.md has the reasons and the figures.
 """
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from ..errors import CommlabError, DisagreementError, PeerLostError
 from ..native.library import built
-from .base import PIGGYBACK_RANKS, Bytes, Exchange, Launch, Piggyback, Transport
+from .base import PIGGYBACK_RANKS, Bytes, Exchange, Offload, Piggyback, Transport
 
 LINKS_BYTES: Final = 64 * 1024
 """The most that travels to each peer in one frame with a record."""
@@ -53,8 +53,8 @@ class TcpRequest:
         return found
 
 
-class LaunchRequest(TcpRequest):
-    """A :class:`.base.Launch` under way; like an :class:`.base.Exchange` it knows whether the ranks agree."""
+class OffloadRequest(TcpRequest):
+    """A :class:`.base.Offload` under way; like an :class:`.base.Exchange` it knows whether the ranks agree."""
 
     __slots__ = ()
 
@@ -158,11 +158,11 @@ class TcpTransport:
         assert piggyback is None, "few numbers are launched"
         return TcpExchange(self, self._engine.exchange(self._group, record, True))
 
-    def launch(self, record: bytes, launch: Launch) -> LaunchRequest:
+    def launch(self, record: bytes, launch: Offload) -> OffloadRequest:
         run = self._engine.launch(
             self._group, record, launch.few, launch.program, launch.operand, launch.keep, launch.awaited
         )
-        return LaunchRequest(self, run)
+        return OffloadRequest(self, run)
 
     def split(self, ranks: Sequence[int], *, any_order: bool = False) -> TcpTransport | None:
         # A number that is free on every rank of this transport: so no rank has two groups of one number.

@@ -85,10 +85,14 @@ bool Link::load_frame() {
     out_channel_ = nullptr;
     return true;
   }
-  if (sendable_.empty()) return false;
-  out_channel_ = sendable_.front();
-  sendable_.pop_front();
-  out_channel_->queued = false;
+  for (out_channel_ = nullptr; !out_channel_;) {
+    if (sendable_.empty()) return false;
+    out_channel_ = sendable_.front();
+    sendable_.pop_front();
+    out_channel_->queued = false;
+    // Queued while the item before was on its way: the one that stands first now may not be ready.
+    if (out_channel_->out.empty() || !out_channel_->out.front()->ready) out_channel_ = nullptr;
+  }
   out_item_ = out_channel_->out.front();
   const std::size_t payload = std::min(kFrameBytes, out_item_->bytes - out_item_->done);
   out_head_ = out_item_->head;

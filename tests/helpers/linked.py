@@ -16,14 +16,17 @@ T = TypeVar("T")
 
 class Mesh:
     """``size`` ranks, each with links to all others. ``sockets[a][b]``: rank a's end of the connection to rank b, as
-    the number of its descriptor, which belongs to the engine of rank a."""
+    the number of its descriptor, which belongs to the engine of rank a. ``narrow``: the sockets take few bytes at a
+    time, so that frames are cut anywhere and wait half-way, as on a slow link."""
 
-    def __init__(self, size: int, checks: bool = True):
+    def __init__(self, size: int, checks: bool = True, narrow: bool = False):
         self.size = size
         self.sockets = [[-1] * size for _ in range(size)]
         for one in range(size):
             for other in range(one):
                 for (mine, peer), end in zip(((one, other), (other, one)), socket.socketpair(), strict=True):
+                    if narrow:
+                        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
                     self.sockets[mine][peer] = end.detach()
         self.links = [Links(rank, self.sockets[rank], checks) for rank in range(size)]
         self.transports = [links.world() for links in self.links]

@@ -19,7 +19,7 @@ import torch
 from ... import native
 from ...runtime import programs
 from ...runtime.group import Group
-from ...transport.base import RECORD_BYTES, Launch, Pending, Piggyback
+from ...transport.base import RECORD_BYTES, Offload, Pending, Piggyback
 from ..plan import Call
 from . import schedule
 
@@ -51,7 +51,7 @@ def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> Load | None
     return Load(share_bytes, to_each=True) if share_bytes <= room_bytes else None
 
 
-def attach(call: Call) -> Piggyback | Launch:
+def attach(call: Call) -> Piggyback | Offload:
     """The numbers, ready to travel with the record."""
     flat = call.flat
     if call.group.transport.moves_itself:

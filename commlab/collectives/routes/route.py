@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from ...runtime.group import Group
-from ...transport.base import Launch, Pending, Piggyback
+from ...transport.base import Offload, Pending, Piggyback
 from ...window.exchange import Attachment
 from ..plan import Call
 
@@ -29,7 +29,7 @@ class Route(Protocol):
         """Why ``group`` can't do an operation of ``kind`` by this route; empty if it can. ``kind``: allreduce,
         reduce_scatter, allgather; reduce and broadcast where one rank owns everything."""
 
-    def attach(self, call: Call) -> Attachment | Piggyback | Launch:
+    def attach(self, call: Call) -> Attachment | Piggyback | Offload:
         """What this rank tells the others with its record of the agreement check."""
 
     def allreduce(self, call: Call) -> Pending:
@@ -51,7 +51,7 @@ class FewRoute(Protocol):
     def load_of(self, group: Group, numel: int, wire: torch.dtype, op: str) -> Any:
         """What is worth keeping of an allreduce of ``numel`` numbers; None where these numbers can't travel so."""
 
-    def attach(self, call: Call) -> Attachment | Piggyback | Launch:
+    def attach(self, call: Call) -> Attachment | Piggyback | Offload:
         """What this rank tells the others with its record: its numbers."""
 
     def allreduce(self, call: Call) -> Pending:

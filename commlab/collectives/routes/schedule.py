@@ -15,7 +15,7 @@ from ...runtime.group import Group
 from ...runtime.operand import Operand, operand_of
 from ...schedules import ALGORITHMS, compose
 from ...schedules.step import Schedule
-from ...transport.base import Launch, Pending
+from ...transport.base import Offload, Pending
 from ...window.exchange import NOTHING, Attachment
 from ..plan import Call
 
@@ -31,7 +31,7 @@ def reason_against(group: Group, kind: str) -> str:
     return ""
 
 
-def attach(call: Call) -> Attachment | Launch:
+def attach(call: Call) -> Attachment | Offload:
     """The whole operation, where the transport moves it by itself; else nothing: the messages carry the numbers."""
     if not call.group.transport.moves_itself:
         return NOTHING
@@ -40,7 +40,7 @@ def attach(call: Call) -> Attachment | Launch:
     return call.launch
 
 
-def _launch(call: Call) -> Launch:
+def _launch(call: Call) -> Offload:
     """The operation as a program."""
     group, flat, chosen, chunks = call.group, call.flat, call.plan.chosen, call.chunks
     algorithm, kind, rank, size = ALGORITHMS[chosen], call.plan.signature.kind, call.group.rank, call.group.size
