@@ -41,7 +41,7 @@ class Preference(NamedTuple):
     reason: str
 
 
-DIRECT_LINKS_BYTES: Final = 4 * 2**20
+DIRECT_LINKS_BYTES: Final = 512 * 1024
 """Up to here the ring's steps, one after the other, cost more than the crowd of all senders at one receiver."""
 
 TABLE: tuple[Preference, ...] = (
