@@ -90,7 +90,9 @@ def test_bits_of_the_executor(name: str, size: int, mesh_of) -> None:
     """Kind: same bits as the Python executor, every algorithm, 1..17 ranks, dtypes and ops."""
     mesh = mesh_of(size)
     for at, dtype in enumerate(DTYPES):
-        for op in ops_for(dtype):
+        ops = ops_for(dtype)
+        # Two operations for each number of ranks: all of them come up in five.
+        for op in {ops[(size + at) % len(ops)], ops[(size + at + 2) % len(ops)]}:
             numel = (1, 2, 101, 257, 64 * size, 331)[(at + size + len(op)) % 6]
             chunks = ALGORITHMS[name].owners(numel, size)
             data = [noise(rank, numel, dtype) for rank in range(size)]
