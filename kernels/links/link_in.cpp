@@ -46,6 +46,8 @@ bool Link::consume() {
   if (!feed_early()) return false;
   while (fd_ >= 0) {
     if (sink_ == Sink::kNone) {
+      // Again after each frame: what came early may have been wanted while that frame was on its way.
+      if (early_ && !feed_early()) return false;
       if (inbox_end_ - inbox_at_ < kHeaderBytes) return true;
       std::memcpy(&in_header_, inbox_.data() + inbox_at_, kHeaderBytes);
       if (!begin_frame()) {
