@@ -36,7 +36,7 @@ NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
 CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-serial test-mpi horovod lint format native clean distclean
+.PHONY: help venv train test test-serial test-mpi horovod lint format native fuzz-links stress-links clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -75,6 +75,20 @@ format: $(VENV)/.lint ## let ruff and clang-format rewrite the sources
 native: $(VENV)/.tools ## build the native module again, even if nothing changed
 	rm -f $(VENV)/.installed
 	$(MAKE) venv
+
+fuzz-links: ## a million spoiled frames to the links' engine, under AddressSanitizer and UndefinedBehaviorSanitizer
+	mkdir -p build
+	$(CXX) -O1 -g -std=c++17 -fsanitize=address,undefined -fno-sanitize-recover=all -fwrapv -ffp-contract=off -Wall -Wextra \
+	  -Wno-psabi -Ikernels tests/helpers/links/fuzz.cpp kernels/links/*.cpp kernels/cpu/reduce.cpp kernels/cpu/gather.cpp \
+	  kernels/cpu/isa.cpp -o build/fuzz-links -pthread
+	build/fuzz-links $(ARGS)
+
+stress-links: ## threads that start and await the links' operations, under ThreadSanitizer
+	mkdir -p build
+	$(CXX) -O1 -g -std=c++17 -fsanitize=thread -fwrapv -ffp-contract=off -Wall -Wextra -Wno-psabi -Ikernels \
+	  tests/helpers/links/stress.cpp kernels/links/*.cpp kernels/cpu/reduce.cpp kernels/cpu/gather.cpp kernels/cpu/isa.cpp \
+	  -o build/stress-links -pthread
+	build/stress-links $(ARGS)
 
 clean: ## remove what was built and cached, not the environments
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

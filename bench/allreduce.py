@@ -9,6 +9,7 @@ from statistics import median
 
 import commlab
 from commlab.job import launch
+from commlab.runtime.links import LINKS
 from commlab.runtime.world import TRANSPORTS, WINDOWS
 
 from .contestants import PEERS, floor
@@ -50,6 +51,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--transport", choices=TRANSPORTS, default="mpi")
     parser.add_argument("--window", choices=WINDOWS, default="auto", help="off: the ranks of a node send messages too")
+    parser.add_argument("--links", choices=LINKS, default="auto", help="what joins several nodes")
+    parser.add_argument("--links-check", choices=("on", "off"), default="on", help="off: frames carry no checksum")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for one turn; then the job ends")
 
@@ -72,7 +75,13 @@ def exact_up_to(options: argparse.Namespace) -> int:
 
 def connect(options: argparse.Namespace) -> commlab.Group:
     share_cores()
-    return commlab.init(options.transport, timeout_s=options.timeout, window=options.window)
+    return commlab.init(
+        options.transport,
+        timeout_s=options.timeout,
+        window=options.window,
+        links=options.links,
+        links_check=options.links_check == "on",
+    )
 
 
 def measure(session: Session) -> Iterator[Section]:

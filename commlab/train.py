@@ -71,7 +71,9 @@ def train(config: Config, started_s: float) -> int:
 
     if config.trace:
         trace.enable()
-    group = world.init(config.transport, config.nodes, config.timeout, window=config.window)
+    group = world.init(
+        config.transport, config.nodes, config.timeout, window=config.window, links=config.links, iface=config.iface
+    )
     raise_together(group, lambda: config.validate_for(group.size))
     raise_together(group, lambda: config.check_outputs() if group.rank == 0 else None)
 

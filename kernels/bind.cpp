@@ -142,6 +142,7 @@ void set_isa_by_name(const std::string& name) {
 #ifdef COMMLAB_WINDOW
 void register_window(nb::module_& m);    // bind_window.cpp
 void register_watchdog(nb::module_& m);  // bind_watchdog.cpp
+void register_links(nb::module_& m);     // bind_links.cpp
 #endif
 #ifdef COMMLAB_CUDA
 void register_cuda(nb::module_& m);  // bind_cuda.cpp
@@ -187,6 +188,7 @@ NB_MODULE(_native, m) {
 #ifdef COMMLAB_WINDOW
   register_window(m);
   register_watchdog(m);
+  register_links(m);
 #endif
 #ifdef COMMLAB_CUDA
   register_cuda(m);

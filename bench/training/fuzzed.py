@@ -23,7 +23,7 @@ from commlab.checkpoint import Checkpoints
 from commlab.strategies.engine import Engine
 
 from . import plain
-from .programs import Program, draw
+from .programs import TrainingProgram, draw
 from .small_models import make_model
 
 WIRE_ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -37,7 +37,7 @@ class Difference(AssertionError):
 class Fuzzed:
     """A program, trained through commlab; and by plain torch beside it, on every rank."""
 
-    def __init__(self, program: Program, group: commlab.Group, folder: Path):
+    def __init__(self, program: TrainingProgram, group: commlab.Group, folder: Path):
         self.program, self.group, self.folder = program, group, folder
         self.plain = plain.PlainTraining(program)
         self.phase = 0
@@ -215,7 +215,7 @@ class Fuzzed:
                         self._same(f"{key} of {name}", torch.as_tensor(found[key]), value, "close()")
 
 
-def run(seed: int, group: commlab.Group, folder: Path) -> Program:
+def run(seed: int, group: commlab.Group, folder: Path) -> TrainingProgram:
     """One program, on all ranks."""
     program = draw(seed, group.size)
     own = folder / str(seed)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from .programs import Program, ProgramStep
+from .programs import ProgramStep, TrainingProgram
 from .small_models import make_model, samples
 
 EDITED_TO = 0.01
@@ -16,7 +16,7 @@ GROWN = 2
 """So many of the model's first parameters come in with event "grow"."""
 
 
-def start_model(program: Program) -> torch.nn.Module:
+def start_model(program: TrainingProgram) -> torch.nn.Module:
     """The program's model, the same on every rank."""
     model = make_model(program.model, program.seed, getattr(torch, program.dtype))
     if any("grow" in step.events for step in program.steps):
@@ -25,7 +25,7 @@ def start_model(program: Program) -> torch.nn.Module:
     return model
 
 
-def start_optimizer(model: torch.nn.Module, program: Program) -> torch.optim.Optimizer:
+def start_optimizer(model: torch.nn.Module, program: TrainingProgram) -> torch.optim.Optimizer:
     """The program's optimizer, with groups that differ in their learning rates; all that is trainable is in it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [trained[index :: program.groups] for index in range(min(program.groups, len(trained)))]
@@ -37,7 +37,9 @@ def start_optimizer(model: torch.nn.Module, program: Program) -> torch.optim.Opt
     return made
 
 
-def start_scheduler(optimizer: torch.optim.Optimizer, program: Program) -> torch.optim.lr_scheduler.LRScheduler | None:
+def start_scheduler(
+    optimizer: torch.optim.Optimizer, program: TrainingProgram
+) -> torch.optim.lr_scheduler.LRScheduler | None:
     """The program's scheduler."""
     schedulers = torch.optim.lr_scheduler
     if program.scheduler == "StepLR":
@@ -53,7 +55,7 @@ def start_scheduler(optimizer: torch.optim.Optimizer, program: Program) -> torch
 
 
 def loss_of(
-    forward: Callable[[torch.Tensor], torch.Tensor], program: Program, number: int, rank: int, micro_batch: int
+    forward: Callable[[torch.Tensor], torch.Tensor], program: TrainingProgram, number: int, rank: int, micro_batch: int
 ) -> tuple[torch.Tensor, float]:
     """The loss of one micro-batch that is not empty, and what it counts: the mean of the samples' losses, or their sum,
     weighted in a step that is counted by weights."""
@@ -69,7 +71,7 @@ def loss_of(
     return (losses * weights[:, 0]).sum(), float(weights[:, 0].double().sum())
 
 
-def total_of(program: Program, number: int, trainers: int) -> float:
+def total_of(program: TrainingProgram, number: int, trainers: int) -> float:
     """What a step's losses count, all ranks and micro-batches together."""
     step, total = program.steps[number], 0.0
     for rank in range(trainers):
@@ -86,7 +88,7 @@ def total_of(program: Program, number: int, trainers: int) -> float:
 class PlainTraining:
     """The program, trained by plain torch."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: TrainingProgram):
         self.program = program
         self.model = start_model(program)
         self.optimizer = start_optimizer(self.model, program)

@@ -48,7 +48,7 @@ class ProgramStep:
 
 
 @dataclass(frozen=True)
-class Program:
+class TrainingProgram:
     """A training program."""
 
     seed: int
@@ -79,7 +79,7 @@ class Program:
         return asdict(self)
 
 
-def draw(seed: int, ranks: int) -> Program:
+def draw(seed: int, ranks: int) -> TrainingProgram:
     """The program of a seed and a number of ranks."""
     dice = random.Random(f"{seed} {ranks}")
     model = dice.choice(MODELS)
@@ -98,7 +98,7 @@ def draw(seed: int, ranks: int) -> Program:
     # torch's schedulers do not know groups that were added after them.
     happening = {event for step in steps for event in step.events}
     strategies = tuple(_strategy(dice, ranks, model, wire, happening, steps) for _ in range(1 + changes))
-    return Program(
+    return TrainingProgram(
         seed,
         ranks,
         model,

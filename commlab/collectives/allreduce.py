@@ -56,10 +56,11 @@ def start_allreduce(
     given, where they are at hand, the sum of squares of a share of the result; the shares of all ranks make up the
     whole. ``users``: the tensor that the user has given, of which ``tensor`` is the memory."""
     call = Call(group, plan, tensor, op, squares=squares)
+    call.awaited = awaited
     if users is None and group.size > 1:
         count_write((tensor,))  # nobody does it at the end
-    result = tensor if users is None else users
-    return group.submit(plan.signature, _body(call, users), result, partial(plan.route.attach, call), awaited)
+    result, launches = tensor if users is None else users, plan.launches(group)
+    return group.submit(plan.signature, _body(call, users), result, partial(plan.route.attach, call), awaited, launches)
 
 
 def _body(call: Call, users: torch.Tensor | None) -> Pending:

@@ -50,7 +50,8 @@ def reduce_chunks_async(
             yield from plan.route.reduce_chunks(call)
 
     result = flat[own.start : own.stop] if wide is None else wide
-    return group.submit(plan.signature, body(), result, partial(plan.route.attach, call), awaited)
+    attach, launches = partial(plan.route.attach, call), plan.launches(group)
+    return group.submit(plan.signature, body(), result, attach, awaited, launches)
 
 
 def gather_chunks_async(
@@ -75,4 +76,5 @@ def gather_chunks_async(
         if group.size > 1 and flat.numel():
             yield from plan.route.gather_chunks(call)
 
-    return group.submit(plan.signature, body(), flat, partial(plan.route.attach, call), awaited)
+    attach, launches = partial(plan.route.attach, call), plan.launches(group)
+    return group.submit(plan.signature, body(), flat, attach, awaited, launches)

@@ -15,7 +15,7 @@ from ..native.dtypes import DTYPES, HALVES, MOVED, WIRES, require_wire
 from ..native.norm import Squares
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
-from ..transport.base import Piggyback
+from ..transport.base import Offload, Piggyback
 from . import routes
 from .select import Conditions, choose
 from .staging import as_flat, put_back
@@ -85,13 +85,20 @@ class Plan(NamedTuple):
     few: Any = None
     """What a route for few numbers has worked out for a call of this shape."""
 
+    def launches(self, group: Group) -> bool:
+        """Whether the transport moves the whole operation by itself, from the moment that the operation is called."""
+        return group.transport.moves_itself and group.window is None and getattr(self.route, "LAUNCHES", False)
+
 
 class Call:
     """The ``op`` of ``plan`` on ``tensor``, on this rank of ``group``. ``chunks``: one per rank, for the two halves of
     an allreduce. ``wide``: where a reduction leaves its fp32 sums of 16-bit numbers. ``squares``: is given the sum of
     squares of the numbers that this rank reduces, where they are at hand, on all ranks or none."""
 
-    __slots__ = ("_flat", "chunks", "divisor", "group", "op", "piggyback", "plan", "squares", "tensor", "wide")
+    __slots__ = (
+        "_flat", "awaited", "chunks", "divisor", "group", "launch", "op", "piggyback", "plan", "squares", "tensor",
+        "wide",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -108,6 +115,10 @@ class Call:
         self.chunks, self.squares, self.wide = chunks, squares, wide
         self.piggyback: Piggyback | None = None
         """What travels with this rank's record, once the route has loaded it."""
+        self.awaited = False
+        """The caller goes on to wait for it."""
+        self.launch: Offload | None = None
+        """The operation as the transport moves it by itself, once the route has made it."""
         # The halves are given flat buffers.
         self._flat: torch.Tensor | None = tensor if chunks else None
 

@@ -41,6 +41,9 @@ class Preference(NamedTuple):
     reason: str
 
 
+DIRECT_LINKS_BYTES: Final = 512 * 1024
+"""Up to here the ring's steps, one after the other, cost more than the crowd of all senders at one receiver."""
+
 TABLE: tuple[Preference, ...] = (
     Preference(lambda case: case.window, "window", "on one node nobody sends: the cost of a copy, and one rounding"),
     Preference(
@@ -67,6 +70,16 @@ TABLE: tuple[Preference, ...] = (
         "direct",
         "a 16-bit wire is rounded once here and at every hop elsewhere; on a slow link its "
         "crowd costs 1.3 times the ring",
+    ),
+    Preference(
+        lambda case: (
+            case.transport == "tcp"
+            and case.size <= 8
+            and case.bytes <= DIRECT_LINKS_BYTES
+            and case.kind not in ("reduce", "broadcast")
+        ),
+        "direct",
+        "over links no rank waits for the one before it: two phases, whatever the number of ranks",
     ),
     Preference(
         lambda case: case.kind in ("reduce", "broadcast") and case.bytes <= 256 * 1024,

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 import torch
 
 from ..errors import AgreedError, DisagreementError, RefusedError, UsageError
-from ..transport.base import Exchange, Pending, Piggyback, Request, Transport
+from ..transport.base import Offload, Pending, Piggyback, Request, Transport
 from ..window.exchange import NOTHING, Attachment, WindowExchange
 from ..window.memory import Window
 
@@ -91,12 +92,12 @@ class Agreement:
         signature: Signature,
         sequence: int,
         body: Iterable[Request],
-        attached: Callable[[], Attachment | Piggyback | None],
+        attached: Callable[[], Attachment | Piggyback | Offload | None],
     ) -> Pending:
         """``body``, once all ranks are known to agree on ``signature``. ``attached()``: what this rank publishes in the
-        window, or what travels with its record; asked for just before the others are told. Where they do not agree,
-        DisagreementError on every rank; where a rank's signature is a refusal, or its ``attached()`` fails,
-        RefusedError on every rank, or AgreedError where all refuse for one reason."""
+        window, or what travels with its record, or follows it; asked for just before the others are told. Where they
+        do not agree, DisagreementError on every rank; where a rank's signature is a refusal, or its ``attached()``
+        fails, RefusedError on every rank, or AgreedError where all refuse for one reason."""
         checked = self.checks or signature.kind in ("barrier", "subgroup")
         if checked and self._transport.size > 1:
             cause: Exception | None = None
@@ -125,7 +126,16 @@ class Agreement:
                 raise AgreedError(f"rank {rank}: {signature.refusal}") from cause
         yield from body
 
-    def _announce(self, record: bytes, brought: Attachment | Piggyback | None) -> Exchange | WindowExchange:
+    def _announce(self, record: bytes, brought: Attachment | Piggyback | Offload | None) -> Any:
+        if self._transport.moves_itself and self.window is None:
+            # Launches keep the order of the calls, whatever is moved in Python: so every announcement is one.
+            launch = brought if isinstance(brought, Offload) else None
+            request = self._transport.launch(record, launch)  # type: ignore[attr-defined]
+            if launch is not None:
+                # Returns when the whole operation has ended: the body finds it done.
+                launch.request = request
+            return request
+        assert not isinstance(brought, Offload), "only a transport that moves itself is given one"
         if self.window is None or isinstance(brought, Piggyback):
             return self._transport.exchange(record, brought if isinstance(brought, Piggyback) else None)
         return WindowExchange(self.window, int.from_bytes(record, "little"), brought)

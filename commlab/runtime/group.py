@@ -18,7 +18,7 @@ from ..job.topology import Topology, usable_cores
 from ..job.watch import Watch
 from ..native import library
 from ..schedules.step import NodeStep
-from ..transport.base import Pending, Piggyback, Request, Transport
+from ..transport.base import Offload, Pending, Piggyback, Request, Transport
 from ..window.exchange import NOTHING, Attachment, Inline
 from ..window.memory import Window
 from .agreement import Agreement, Signature, refusal_of
@@ -65,9 +65,12 @@ class Group:
         free_core = self.cores > self.local_size and usable_cores() > 1 and self.size > 1
         self.crowded = self.cores < self.local_size
         """Whether the ranks of this node share cores."""
-        self.progress = Progress(self.rank, timeout_s, threaded=free_core and transport.threads)
+        moves_itself = transport.moves_itself
+        self.progress = Progress(self.rank, timeout_s, threaded=free_core and transport.threads and not moves_itself)
         self.progress_mode = (
-            "a thread of its own"
+            "the links' native thread"
+            if moves_itself
+            else "a thread of its own"
             if self.progress.threaded
             else "inline (the transport allows one thread only)"
             if free_core
@@ -81,6 +84,8 @@ class Group:
         """Memory shared with all other ranks of this group; None until :meth:`share`, or where it can't be had."""
         self.window_reason = "not asked for"
         """Why there is no window."""
+        self.links_reason = ""
+        """Why the ranks of several nodes use this transport; empty where nobody chose."""
         self.node: Group | None = None
         """The ranks of this rank's node, which share a window; None where the group has one node, or no windows."""
         self.across: Group | None = None
@@ -112,12 +117,14 @@ class Group:
         signature: Signature,
         body: Iterable[Request] = (),
         result: Any = None,
-        attached: Callable[[], Attachment | Piggyback] | None = None,
+        attached: Callable[[], Attachment | Piggyback | Offload] | None = None,
         awaited: bool = False,
+        launches: bool = False,
     ) -> Handle:
         """Queue ``body`` to run once all ranks are known to agree on ``signature``. Collective. ``attached()`` is asked
         for just before this rank tells the others: what it publishes in the window, or what travels with its record.
-        ``awaited``: the caller waits for it at once."""
+        ``awaited``: the caller waits for it at once. ``launches``: the transport is to move it by itself from now on,
+        even while this group still waits for something else."""
         ended = self.progress.ended
         if ended is not None:
             raise ended.error(signature.kind, self.rank)
@@ -132,7 +139,7 @@ class Group:
                 elif not signature.refusal:
                     return self.refuse(signature.kind, signature.name, _two_threads(self.rank, handle.describe()))
             self._sequence += 1
-            handle = self._queue(signature, body, result, attached or (lambda: NOTHING), awaited)
+            handle = self._queue(signature, body, result, attached or (lambda: NOTHING), awaited, launches)
             if awaited and not handle.finished:
                 self._awaited = handle, threading.get_ident()
                 handle.when_finished(self._no_longer_awaited)
@@ -162,12 +169,18 @@ class Group:
         signature: Signature,
         body: Iterable[Request],
         result: Any,
-        attached: Callable[[], Attachment | Piggyback | None],
+        attached: Callable[[], Attachment | Piggyback | Offload | None],
         awaited: bool,
+        launches: bool = False,
     ) -> Handle:
         checked = self.agreement.before(signature, self._sequence, body, attached)
         handle = Handle(self.progress, partial(signature.text, self._sequence), result)
-        return self.progress.submit(Operation(checked, handle, self.rank, self.departed), awaited)
+        operation = Operation(checked, handle, self.rank, self.departed)
+        if launches and self.progress.all_begun():
+            # What is launched shares no channel with what Python still moves on, and may begin before that has ended.
+            # Launches and announcements keep the order in which they were called.
+            operation.advance()
+        return self.progress.submit(operation, awaited)
 
     def allreduce_inline(
         self, signature: Signature, data: Inline, result: torch.Tensor, otherwise: Callable[[], Pending]

@@ -58,18 +58,18 @@ class Operation:
     """A computation under way, and the handle that its caller holds. ``rank`` is for messages; ``departed(rank)``: how
     a peer has left, empty while it is there."""
 
-    __slots__ = ("_begun", "_departed", "_pending", "_rank", "handle", "waits_for")
+    __slots__ = ("_departed", "_pending", "_rank", "begun", "handle", "waits_for")
 
     def __init__(self, pending: Pending, handle: Handle, rank: int, departed: Callable[[int], str] = lambda rank: ""):
         self._pending, self.handle, self._rank, self._departed = pending, handle, rank, departed
         self.waits_for: Any = None
         """The request that the computation waits for."""
-        self._begun = False
+        self.begun = False
 
     def advance(self) -> bool:
         """Go on as far as possible without waiting; returns whether the operation has ended."""
-        if not self._begun:
-            self._begun = True
+        if not self.begun:
+            self.begun = True
             if trace.enabled():
                 self.handle.begin()
         try:
@@ -157,6 +157,10 @@ class Progress:
         if not awaited:
             self._work.set()
         return operation.handle
+
+    def all_begun(self) -> bool:
+        """Whether every operation that was submitted has been announced to the others."""
+        return all(operation.begun for operation in self._queue)
 
     def _append(self, operation: Operation) -> None:
         self._queue.append(operation)

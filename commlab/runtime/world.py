@@ -16,6 +16,7 @@ from ..transport.base import Transport
 from .connect import connect
 from .control import gather_bytes
 from .group import Group
+from .links import LINKS, open_links
 from .nodes import open_nodes, open_window
 
 log = logging.getLogger("commlab")
@@ -23,7 +24,16 @@ log = logging.getLogger("commlab")
 TRANSPORTS = ("mpi", "torch")
 WINDOWS = ("auto", "on", "off")
 
-_DEFAULTS: dict[str, Any] = {"transport": "mpi", "nodes": None, "timeout_s": 300.0, "check": True, "window": "auto"}
+_DEFAULTS: dict[str, Any] = {
+    "transport": "mpi",
+    "nodes": None,
+    "timeout_s": 300.0,
+    "check": True,
+    "window": "auto",
+    "links": "auto",
+    "iface": None,
+    "links_check": True,
+}
 
 _world: Group | None = None
 _arguments: dict[str, Any] = {}
@@ -51,6 +61,9 @@ def init(
     timeout_s: float | None = None,
     check: bool | None = None,
     window: str | None = None,
+    links: str | None = None,
+    iface: str | None = None,
+    links_check: bool | None = None,
 ) -> Group:
     """Connect all ranks of the job and return their group. Collective. Where there is a group already it is returned;
     arguments that differ from those that it was made with are a UsageError then, and those that are left out (None)
@@ -61,12 +74,25 @@ def init(
     (:func:`commlab.job.topology.declared`); default: ranks with one host name. ``timeout_s``: how long a silent peer is
     waited for (default: 300), here too (5 s at least): PeerTimeoutError says which ranks have not come. ``check``:
     compare operations between ranks first (default: True; in a window always). ``window``: share memory between ranks
-    of a node: ``"auto"`` (where it can be had; the default), ``"on"`` (an error where not) or ``"off"``. From here on
-    an unhandled exception in one rank ends all of them, and a rank that leaves is missed by those that wait for it.
+    of a node: ``"auto"`` (where it can be had; the default), ``"on"`` (an error where not) or ``"off"``. ``links``:
+    what joins several nodes: ``"tcp"``, TCP connections of our own with a native engine; ``"mpi"``, the transport
+    itself; ``"auto"`` (the default) times both and takes the faster (docs/links.md). ``iface``: the network interfaces
+    that links use, by name, joined by commas. ``links_check``: what travels over links carries a checksum (default:
+    True). From here on an unhandled exception in one rank ends all of them, and a rank that leaves is missed by those
+    that wait for it.
     """
     global _world, _arguments
-    given = {"transport": transport, "nodes": nodes, "timeout_s": timeout_s, "check": check, "window": window}
-    given = {name: value for name, value in given.items() if value is not None}
+    everything = {
+        "transport": transport,
+        "nodes": nodes,
+        "timeout_s": timeout_s,
+        "check": check,
+        "window": window,
+        "links": links,
+        "iface": iface,
+        "links_check": links_check,
+    }
+    given = {name: value for name, value in everything.items() if value is not None}
     if _world is not None:
         other = [name for name, value in given.items() if value != _arguments[name]]
         if other:
@@ -100,6 +126,8 @@ def _require(arguments: dict[str, Any]) -> None:
         raise UsageError(f"unknown transport {arguments['transport']!r}; there are {', '.join(TRANSPORTS)}")
     if arguments["window"] not in WINDOWS:
         raise UsageError(f"unknown window {arguments['window']!r}; there are {', '.join(WINDOWS)}")
+    if arguments["links"] not in LINKS:
+        raise UsageError(f"unknown links {arguments['links']!r}; there are {', '.join(LINKS)}")
     timeout_s = arguments["timeout_s"]
     if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < float("inf")):
         raise UsageError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
@@ -107,13 +135,15 @@ def _require(arguments: dict[str, Any]) -> None:
 
 def _group(connected: Transport, arguments: dict[str, Any]) -> Group:
     """The group of all ranks: nodes found, cores counted, the watch begun, windows opened. Collective."""
-    timeout_s, check, window, nodes = (arguments[name] for name in ("timeout_s", "check", "window", "nodes"))
+    timeout_s, check, window, nodes, links, iface, links_check = (
+        arguments[name] for name in ("timeout_s", "check", "window", "nodes", "links", "iface", "links_check")
+    )
     alone = topology.Topology((tuple(range(connected.size)),))
     group = Group(connected, alone, timeout_s)
     if connected.size == 1:
         return group
     # Gathered even when the nodes are declared, and always checked: arguments that differ between ranks are seen here.
-    words = f"node keys, for init(nodes={nodes!r}, check={check}, window={window!r})"
+    words = f"node keys, for init({nodes=}, {check=}, {window=}, {links=}, {links_check=})"
     # A host's name is bytes, and may be text of no encoding.
     keys = gather_bytes(group, topology.node_key().encode(errors="surrogateescape"), words)
     hosts = topology.from_keys([key.decode(errors="surrogateescape") for key in keys])
@@ -123,9 +153,15 @@ def _group(connected: Transport, arguments: dict[str, Any]) -> Group:
         for cores in gather_bytes(group, topology.bound_cores().encode(errors="surrogateescape"), "cores")
     ]
     watched = _watch(group, hosts)
+    chosen, links_reason = connected, "as asked for" if links == "mpi" else "all ranks are on one node"
+    if links == "tcp" or (links == "auto" and len(found.nodes) > 1):
+        declared = Group(connected, found, timeout_s)
+        chosen, links_reason = open_links(declared, links, iface, links_check)
+        declared.progress.close()
     group.progress.close()
     cores = topology.cores_of_node(bound, found.nodes, connected.rank)
-    group = Group(connected, found, timeout_s, check, cores)
+    group = Group(chosen, found, timeout_s, check, cores)
+    group.links_reason = links_reason
     group.observe(watched, range(connected.size))
     if window != "off":
         open_window(group) if len(found.nodes) == 1 else open_nodes(group)

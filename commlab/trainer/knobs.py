@@ -33,6 +33,15 @@ class Knobs:
     )
     transport: str = knob("mpi", _HOW, "what moves bytes between ranks", choices=("mpi", "torch"))
     window: str = knob("auto", _HOW, "memory shared by the ranks of a node", choices=("auto", "on", "off"))
+    links: str = knob(
+        "auto",
+        _HOW,
+        "what joins several nodes: tcp = connections of our own, mpi = the transport itself, auto = the faster",
+        choices=("auto", "tcp", "mpi"),
+    )
+    iface: str | None = knob(
+        None, _HOW, "network interfaces that links use, as eth0 or eth0,eth1 (default: the first that answers)"
+    )
     nodes: str | None = knob(
         None,
         _HOW,

@@ -4,7 +4,7 @@ schedules."""
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,35 @@ class Piggyback:
         return start, min(self.share_bytes, self.size_bytes - start)
 
 
+class Offload:
+    """A whole operation of a group for a transport that moves it by itself, without Python: it announces the operation,
+    compares the announcements, and moves and reduces the numbers.
+
+    ``operand``: the native description of the buffer, and of what is done to its numbers. ``program``: the compiled
+    schedule; or ``few``: (bytes to each peer, whether each gets another share) of numbers that travel with the
+    announcement. ``keep``: the tensors that the native side reads and writes. ``bytes_sent``, ``messages_sent``: what
+    this rank sends.
+    """
+
+    __slots__ = ("awaited", "bytes_sent", "few", "keep", "messages_sent", "operand", "program", "request")
+
+    def __init__(
+        self,
+        operand: Any,
+        keep: Any,
+        program: Any = None,
+        few: tuple[int, bool] | None = None,
+        bytes_sent: int = 0,
+        messages_sent: int = 0,
+    ):
+        self.operand, self.keep, self.program, self.few = operand, keep, program, few
+        self.bytes_sent, self.messages_sent = bytes_sent, messages_sent
+        self.awaited = False
+        """The caller goes on to wait for it."""
+        self.request: Request | None = None
+        """Once it is under way."""
+
+
 class Request(Protocol):
     """A message, or a set of them, on its way. It may also have ``block(timeout_s)``, where it knows a better way to
     wait than to be asked again and again."""
@@ -115,6 +144,10 @@ class Transport(Protocol):
 
     contexts: Contexts
     """Numbers for transports that are split from this one."""
+    moves_itself: bool
+    """Whether a thread of the transport's own moves everything on, and takes a :class:`Offload`: then it has
+    ``launch(record, launch)``, which starts the operation behind those that were launched before (None: there is
+    nothing behind the announcement), and ``programs``, a table for what was compiled."""
 
     def isend(self, data: Bytes, to: int) -> Request: ...
 

@@ -212,6 +212,7 @@ class MpiTransport:
     """Ranks of an MPI communicator; the communicator is duplicated, so the caller's own messages never meet ours."""
 
     name = "mpi"
+    moves_itself = False
 
     def __init__(self, comm: MPI.Comm | None = None, *, owned: bool = False, timeout_s: float = math.inf):
         """``comm``: default COMM_WORLD. Collective over it. ``owned``: it was made for this transport, don't duplicate

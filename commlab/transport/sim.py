@@ -93,6 +93,7 @@ class SimTransport:
     """One rank of a :class:`SimNetwork`."""
 
     name = "sim"
+    moves_itself = False
     threads = False
     piggyback_bytes = 0
 

@@ -119,6 +119,7 @@ class TorchTransport:
     """Ranks of a gloo process group of its own, made from ``store``; torch's default process group is not touched."""
 
     name = "torch"
+    moves_itself = False
     threads = True
     piggyback_bytes = 0
 

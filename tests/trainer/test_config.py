@@ -41,6 +41,7 @@ def test_defaults() -> None:
 def test_every_field_can_be_given(tmp_path: Path) -> None:
     given = {
         "strategy": "allreduce", "algorithm": "ring", "transport": "torch", "window": "off", "nodes": "0-1,2-3",
+        "links": "tcp", "iface": "eth0",
         "bucket_mb": 0.5, "wire": "bf16", "precision": "bf16", "autocast": "on", "model": "gpt2", "data": "a.txt",
         "tokenizer": "tokenizer.json", "seq_len": 77, "dropout": 0.1, "batch_size": 24, "grad_accumulation": 3,
         "steps": 7, "lr": 1e-2, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0, "seed": 11,

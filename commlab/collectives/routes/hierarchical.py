@@ -13,7 +13,12 @@ equally many ranks, more than one, each. It is composed of what exists and adds 
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
+
 from ...errors import UsageError
+from ...runtime import programs
 from ...runtime.execute import Execution
 from ...runtime.group import Group
 from ...runtime.operand import Operand
@@ -67,12 +72,8 @@ def allreduce(call: Call) -> Pending:
 
     shard_bytes = shard.numel() * shard.element_size()
     case = Conditions("allreduce", across.size, shard_bytes, halves, group.transport.name, nodes=across.size)
-    algorithm = ALGORITHMS[choose("auto", case, tuple(ALGORITHMS))[0]]
-    owned = algorithm.owners(shard.numel(), across.size)[across.rank]
-    meets_at_owner = halves and algorithm.MEETS_AT_OWNER
-    operand = Operand(shard, call.op, 1 if halves else call.divisor, own=owned if meets_at_owner else None)
-    schedule = compose.allreduce(algorithm, across.rank, across.size, shard.numel())
-    yield from group.execute(Execution(schedule, operand, across.transport))
+    algorithm = choose("auto", case, tuple(ALGORITHMS))[0]
+    yield from _across(call, shard, algorithm)
 
     window.sync.publish(0, *Attachment(*place))
     yield from loops.wait(window)
@@ -80,6 +81,22 @@ def allreduce(call: Call) -> Pending:
     if memory is not None:
         flat.copy_(shared)
         window.free(memory)
+
+
+def _across(call: Call, shard: torch.Tensor, name: str) -> Pending:
+    """Allreduce this rank's shard with its counterparts on the other nodes by the algorithm ``name``."""
+    group, across, algorithm, halves = call.group, call.group.across, ALGORITHMS[name], shard.element_size() == 2
+    assert across is not None
+    owned = algorithm.owners(shard.numel(), across.size)[across.rank]
+    divisor = 1 if halves else call.divisor
+    schedule = partial(compose.allreduce, algorithm, across.rank, across.size, shard.numel())
+    if across.transport.moves_itself:
+        described = programs.operand_of(shard, call.op, divisor, algorithm.MEETS_AT_OWNER, owned)
+        launch = programs.program_launch(across.transport, (name, "allreduce"), schedule, shard, described)
+        yield from programs.finish(group, across.transport, launch)
+        return
+    operand = Operand(shard, call.op, divisor, own=owned if halves and algorithm.MEETS_AT_OWNER else None)
+    yield from group.execute(Execution(schedule(), operand, across.transport))
 
 
 def reduce_chunks(call: Call) -> Pending:

@@ -17,12 +17,14 @@ from typing import NamedTuple
 import torch
 
 from ... import native
+from ...runtime import programs
 from ...runtime.group import Group
-from ...transport.base import RECORD_BYTES, Pending, Piggyback
+from ...transport.base import RECORD_BYTES, Offload, Pending, Piggyback
 from ..plan import Call
 from . import schedule
 
 CASTS = False
+LAUNCHES = True
 
 EVERYTHING_BYTES = 4096
 """Up to here one message time counts for more than the bytes of sending everything to everyone."""
@@ -49,9 +51,14 @@ def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> Load | None
     return Load(share_bytes, to_each=True) if share_bytes <= room_bytes else None
 
 
-def attach(call: Call) -> Piggyback:
+def attach(call: Call) -> Piggyback | Offload:
     """The numbers, ready to travel with the record."""
     flat = call.flat
+    if call.group.transport.moves_itself:
+        share_bytes, to_each = call.plan.few
+        call.launch = programs.few_launch(flat, share_bytes, to_each, call.op, call.divisor, call.group.size)
+        call.launch.awaited = call.awaited
+        return call.launch
     call.piggyback = Piggyback(flat.data_ptr(), flat.numel() * flat.element_size(), *call.plan.few)
     return call.piggyback
 
@@ -59,6 +66,9 @@ def attach(call: Call) -> Piggyback:
 def allreduce(call: Call) -> Pending:
     """Reduce what has arrived with records that agree."""
     group, flat, piggyback = call.group, call.flat, call.piggyback
+    if call.launch is not None:
+        yield from programs.finish(group, group.transport, call.launch)
+        return
     if piggyback is None:  # the agreement check has been turned off since the plan was made
         yield from schedule.allreduce(call)
         return

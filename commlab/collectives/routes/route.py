@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from ...runtime.group import Group
-from ...transport.base import Pending, Piggyback
+from ...transport.base import Offload, Pending, Piggyback
 from ...window.exchange import Attachment
 from ..plan import Call
 
@@ -22,11 +22,14 @@ class Route(Protocol):
     CASTS: bool
     """Whether the route casts fp32 numbers to a 16-bit wire by itself; else it is given numbers in the wire's dtype."""
 
+    LAUNCHES: bool
+    """Whether :meth:`attach` gives a transport that moves itself the whole operation; False where it is missing."""
+
     def reason_against(self, group: Group, kind: str) -> str:
         """Why ``group`` can't do an operation of ``kind`` by this route; empty if it can. ``kind``: allreduce,
         reduce_scatter, allgather; reduce and broadcast where one rank owns everything."""
 
-    def attach(self, call: Call) -> Attachment | Piggyback:
+    def attach(self, call: Call) -> Attachment | Piggyback | Offload:
         """What this rank tells the others with its record of the agreement check."""
 
     def allreduce(self, call: Call) -> Pending:
@@ -48,7 +51,7 @@ class FewRoute(Protocol):
     def load_of(self, group: Group, numel: int, wire: torch.dtype, op: str) -> Any:
         """What is worth keeping of an allreduce of ``numel`` numbers; None where these numbers can't travel so."""
 
-    def attach(self, call: Call) -> Attachment | Piggyback:
+    def attach(self, call: Call) -> Attachment | Piggyback | Offload:
         """What this rank tells the others with its record: its numbers."""
 
     def allreduce(self, call: Call) -> Pending:

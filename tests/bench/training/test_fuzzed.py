@@ -11,14 +11,14 @@ from training import alone
 
 from bench.training import plain
 from bench.training.fuzzed import Difference, Fuzzed
-from bench.training.programs import Program, draw
+from bench.training.programs import TrainingProgram, draw
 
 
-def program(**changes: object) -> Program:
+def program(**changes: object) -> TrainingProgram:
     """A program of one rank, without events."""
     made = draw(5, 1)
     steps = tuple(replace(step, events=()) for step in made.steps)
-    changed: Program = replace(
+    changed: TrainingProgram = replace(
         made, model="mlp", optimizer="AdamW", dtype="float64", scheduler=None, max_grad_norm=1.0, steps=steps, **changes
     )
     return replace(changed, strategies=(("allreduce", {"bucket_bytes": 64}),))

@@ -1,0 +1,199 @@
+// The links' part of commlab._native: an engine, what it runs, and the addresses of this host.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "links/crc32c.h"
+#include "links/engine.h"
+#include "links/interfaces.h"
+
+namespace nb = nanobind;
+using namespace commlab;
+using namespace commlab::links;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+// What is sent in the caller's own time. More than that is left to the thread, or to whoever waits, without the GIL.
+constexpr std::size_t kHereBytes = 64 * 1024;
+
+template <class T>
+std::vector<T> numbers_of(nb::bytes data) {
+  if (data.size() % sizeof(T) != 0) throw std::invalid_argument("a table of whole numbers is needed");
+  std::vector<T> found(data.size() / sizeof(T));
+  if (!found.empty()) std::memcpy(found.data(), data.c_str(), data.size());
+  return found;
+}
+
+std::shared_ptr<const Program> make_program(nb::bytes rows, nb::bytes first, nb::bytes after, std::size_t numel,
+                                            std::size_t ranks) {
+  const auto table = numbers_of<std::uint64_t>(rows);
+  if (table.size() % 4 != 0) throw std::invalid_argument("a row has four numbers");
+  std::vector<Row> found;
+  for (std::size_t at = 0; at < table.size(); at += 4) {
+    if (table[at] > 3 || table[at + 1] >= ranks) throw std::invalid_argument("unknown opcode, or no such rank");
+    found.push_back(
+        {static_cast<Opcode>(table[at]), static_cast<std::uint32_t>(table[at + 1]), table[at + 2], table[at + 3]});
+  }
+  return std::make_shared<const Program>(std::move(found), numbers_of<std::uint32_t>(first),
+                                         numbers_of<std::uint32_t>(after), numel, ranks);
+}
+
+Operand make_operand(Address buffer, std::size_t numel, int dtype, int op, double divisor, bool divides_first,
+                     Address wide, std::size_t own_start, std::size_t own_numel, bool rounds) {
+  if (dtype < 0 || dtype > 5 || op < 0 || op > 3) throw std::invalid_argument("unknown dtype or op");
+  Operand operand;
+  operand.buffer = reinterpret_cast<char*>(buffer);
+  operand.numel = numel;
+  operand.dtype = static_cast<DType>(dtype);
+  operand.op = static_cast<Op>(op);
+  operand.divisor = divisor;
+  operand.divides_first = divides_first;
+  operand.wide = reinterpret_cast<float*>(wide);
+  operand.own_start = own_start;
+  operand.own_numel = own_numel;
+  operand.rounds = rounds;
+  return operand;
+}
+
+// A run as Python holds it. Dropped before it has ended, it is given up first, and only then is `keep`, which holds the
+// memory that it works on, let go.
+class HeldRun {
+ public:
+  HeldRun(std::shared_ptr<Engine> engine, std::shared_ptr<Run> run, nb::object keep)
+      : engine_(std::move(engine)), run_(std::move(run)), keep_(std::move(keep)) {}
+  HeldRun(HeldRun&&) = default;
+  ~HeldRun() {
+    if (run_) engine_->cancel(run_);
+  }
+
+  int status() const { return static_cast<int>(run_->status.load(std::memory_order_acquire)); }
+  bool wait(double timeout_s) const {
+    if (run_->ended()) return true;
+    nb::gil_scoped_release released;
+    return engine_->wait(*run_, timeout_s);
+  }
+  std::vector<std::uint32_t> peers() const { return engine_->awaited_peers(*run_); }
+  std::pair<std::uint32_t, std::string> failure() const { return {run_->failure.rank, run_->failure.text}; }
+  nb::bytes records() const { return nb::bytes(run_->records.data(), run_->records.size()); }
+
+ private:
+  std::shared_ptr<Engine> engine_;
+  std::shared_ptr<Run> run_;
+  nb::object keep_;
+};
+
+HeldRun started(std::shared_ptr<Engine> engine, std::shared_ptr<Run> run, nb::object keep, bool awaited,
+                std::size_t bytes) {
+  engine->post(run, awaited, bytes <= kHereBytes);
+  return HeldRun(std::move(engine), std::move(run), std::move(keep));
+}
+
+HeldRun message(std::shared_ptr<Engine> engine, std::uint32_t group, std::uint32_t peer, Address data,
+                std::size_t bytes, bool sends, nb::object keep) {
+  auto run = std::make_shared<Run>(Run::Kind::kMessage, group);
+  run->peer = peer;
+  run->data = reinterpret_cast<char*>(data);
+  run->bytes = bytes;
+  run->sends = sends;
+  return started(std::move(engine), std::move(run), std::move(keep), false, sends ? bytes : 0);
+}
+
+HeldRun exchange(std::shared_ptr<Engine> engine, std::uint32_t group, nb::bytes record, bool awaited) {
+  auto run = std::make_shared<Run>(Run::Kind::kExchange, group);
+  run->record.assign(record.c_str(), record.size());
+  return started(std::move(engine), std::move(run), nb::none(), awaited, record.size());
+}
+
+HeldRun launch(std::shared_ptr<Engine> engine, std::uint32_t group, nb::bytes record,
+               std::optional<std::pair<std::size_t, bool>> few, std::shared_ptr<const Program> program,
+               const Operand& operand, nb::object keep, bool awaited) {
+  auto run = std::make_shared<Run>(Run::Kind::kLaunch, group);
+  run->record.assign(record.c_str(), record.size());
+  if (few) run->few = std::make_unique<Few>(Few{few->first, few->second});
+  if (program) operand.require_fit(*program);
+  run->program = std::move(program);
+  run->operand = operand;
+  // Without an announcement the numbers are sent at once.
+  const std::size_t bytes = run->few || record.size() ? 0 : operand.numel * operand.item_bytes();
+  return started(std::move(engine), std::move(run), std::move(keep), awaited, bytes);
+}
+
+}  // namespace
+
+void register_links(nb::module_& m) {
+  m.attr("LINKS_FRAME_BYTES") = kFrameBytes;
+  m.def("links_interfaces", [] {
+    std::vector<std::tuple<std::string, std::string, bool>> found;
+    for (const Interface& each : interfaces()) found.emplace_back(each.name, each.address, each.loopback);
+    return found;
+  });
+  m.def("crc32c", [](nb::bytes data, bool by_table) {
+    return by_table ? crc32c_by_table(0, data.c_str(), data.size()) : crc32c(0, data.c_str(), data.size());
+  });
+
+  // Held by shared pointers here: a run outlives the Python object that made its program.
+  struct HeldProgram {
+    std::shared_ptr<const Program> program;
+  };
+  struct HeldEngine {
+    std::shared_ptr<Engine> engine;
+  };
+  nb::class_<HeldProgram>(m, "LinksProgram")
+      .def("__init__",
+           [](HeldProgram* self, nb::bytes rows, nb::bytes first, nb::bytes after, std::size_t numel,
+              std::size_t ranks) { new (self) HeldProgram{make_program(rows, first, after, numel, ranks)}; });
+  nb::class_<Operand>(m, "LinksOperand")
+      .def("__init__", [](Operand* self, Address buffer, std::size_t numel, int dtype, int op, double divisor,
+                          bool divides_first, Address wide, std::size_t own_start, std::size_t own_numel, bool rounds) {
+        new (self)
+            Operand(make_operand(buffer, numel, dtype, op, divisor, divides_first, wide, own_start, own_numel, rounds));
+      });
+  nb::class_<HeldRun>(m, "LinksRun")
+      .def("status", &HeldRun::status)
+      .def("wait", &HeldRun::wait)
+      .def("peers", &HeldRun::peers)
+      .def("failure", &HeldRun::failure)
+      .def("records", &HeldRun::records);
+  nb::class_<HeldEngine>(m, "LinksEngine")
+      .def("__init__",
+           [](HeldEngine* self, std::uint32_t rank, const std::vector<int>& fds, bool checks, double spin_us) {
+             new (self) HeldEngine{std::make_shared<Engine>(rank, fds, checks, spin_us)};
+           })
+      .def("add_group", [](HeldEngine& self, std::uint32_t id,
+                           const std::vector<std::uint32_t>& ranks) { self.engine->add_group(id, ranks); })
+      .def("remove_group", [](HeldEngine& self, std::uint32_t id) { self.engine->remove_group(id); })
+      .def("leave",
+           [](HeldEngine& self, double timeout_s) {
+             nb::gil_scoped_release released;
+             self.engine->leave(timeout_s);
+           })
+      .def("message",
+           [](HeldEngine& self, std::uint32_t group, std::uint32_t peer, Address data, std::size_t bytes, bool sends,
+              nb::object keep) { return message(self.engine, group, peer, data, bytes, sends, std::move(keep)); })
+      .def("exchange", [](HeldEngine& self, std::uint32_t group, nb::bytes record,
+                          bool awaited) { return exchange(self.engine, group, record, awaited); })
+      .def(
+          "launch",
+          [](HeldEngine& self, std::uint32_t group, nb::bytes record, std::optional<std::pair<std::size_t, bool>> few,
+             const HeldProgram* program, const Operand& operand, nb::object keep, bool awaited) {
+            return launch(self.engine, group, record, few, program ? program->program : nullptr, operand,
+                          std::move(keep), awaited);
+          },
+          nb::arg("group"), nb::arg("record"), nb::arg("few").none(), nb::arg("program").none(), nb::arg("operand"),
+          nb::arg("keep").none(), nb::arg("awaited"));
+}

@@ -1,0 +1,248 @@
+#include "engine.h"
+
+#include <pthread.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+#include "descriptors.h"
+
+namespace commlab::links {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+constexpr std::uint64_t kWakeUp = ~0ull;
+
+}  // namespace
+
+Engine::Engine(std::uint32_t rank, const std::vector<int>& fds, bool checks, double spin_us)
+    : rank_(rank), spin_us_(spin_us), lost_(fds.size(), false) {
+  if (rank >= fds.size()) throw std::invalid_argument("the rank is not among the connections");
+  epoll_ = epoll_create1(EPOLL_CLOEXEC);
+  wake_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  if (epoll_ < 0 || wake_ < 0) throw std::runtime_error("no epoll for the links");
+  remember(epoll_);
+  remember(wake_);
+  epoll_event event{};
+  event.events = EPOLLIN;
+  event.data.u64 = kWakeUp;
+  epoll_ctl(epoll_, EPOLL_CTL_ADD, wake_, &event);
+  for (std::uint32_t peer = 0; peer < fds.size(); ++peer) {
+    if (peer == rank) {
+      links_.push_back(nullptr);
+      continue;
+    }
+    links_.push_back(std::make_unique<Link>(*this, peer, fds[peer], checks));
+    event.events = links_.back()->interest = EPOLLIN | EPOLLRDHUP;
+    event.data.u64 = peer;
+    if (epoll_ctl(epoll_, EPOLL_CTL_ADD, fds[peer], &event) != 0)
+      throw std::runtime_error("epoll takes no connection to rank " + std::to_string(peer));
+  }
+}
+
+Engine::~Engine() {
+  {
+    const std::lock_guard<std::mutex> held(mutex_);
+    stopping_ = true;
+  }
+  thread_wanted_.notify_all();
+  poke();
+  if (thread_.joinable()) thread_.join();
+  links_.clear();
+  forget(epoll_);
+  forget(wake_);
+  ::close(epoll_);
+  ::close(wake_);
+}
+
+void Engine::poke() {
+  const std::uint64_t one = 1;
+  const ssize_t written = write(wake_, &one, sizeof(one));
+  (void)written;  // full: somebody has poked already
+}
+
+bool Engine::busy() const { return under_way_ > 0 || posted_count_ > 0; }
+
+void Engine::post(std::shared_ptr<Run> run, bool awaited, bool here) {
+  {
+    const std::lock_guard<std::mutex> held(posted_mutex_);
+    posted_.push_back(std::move(run));
+    ++posted_count_;
+  }
+  // Whoever is awake in the loop looks at posted_ once more before it sleeps.
+  if (awake_) return;
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (here)
+    work(lock);
+  else if (asleep_)
+    poke();
+  if (!awaited) hand_over(lock);
+}
+
+// Nobody waits any more: what is under way goes on in the engine's own thread.
+void Engine::hand_over(std::unique_lock<std::mutex>& lock) {
+  if (driving_ || waiting_ > 0 || stopping_ || !busy()) return;
+  if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
+  lock.unlock();
+  thread_wanted_.notify_one();
+}
+
+// Does everything that can be done without waiting.
+void Engine::work(std::unique_lock<std::mutex>&) {
+  for (;;) {
+    awake_ = true;
+    for (;;) {
+      std::shared_ptr<Run> run;
+      {
+        const std::lock_guard<std::mutex> held(posted_mutex_);
+        if (posted_.empty()) break;
+        run = std::move(posted_.front());
+        posted_.pop_front();
+        --posted_count_;
+      }
+      admit(run);
+    }
+    settle();
+    awake_ = false;
+    if (posted_count_ == 0) return;
+  }
+}
+
+// One round of the loop: work, sleep until something happens, work. `until`: comes back before sleeping once that run
+// has ended.
+void Engine::drive(std::unique_lock<std::mutex>& lock, double timeout_s, const Run* until) {
+  work(lock);
+  if (until && until->ended()) return;
+  asleep_ = true;
+  lock.unlock();
+  epoll_event events[64];
+  int found = 0;
+  if (spin_us_ > 0 && timeout_s != 0) {
+    const auto start = Clock::now();
+    do {
+      found = epoll_wait(epoll_, events, 64, 0);
+    } while (found == 0 && seconds_since(start) * 1e6 < spin_us_);
+  }
+  if (found == 0) {
+    const int timeout_ms = timeout_s < 0 ? -1 : static_cast<int>(std::min(timeout_s, 1e6) * 1e3 + 0.999);
+    found = epoll_wait(epoll_, events, 64, timeout_ms);
+  }
+  lock.lock();
+  asleep_ = false;
+  awake_ = true;
+  for (int at = 0; at < found; ++at) {
+    if (events[at].data.u64 == kWakeUp) {
+      std::uint64_t count;
+      const ssize_t got = read(wake_, &count, sizeof(count));
+      (void)got;
+      continue;
+    }
+    Link& link = *links_[events[at].data.u64];
+    const std::uint32_t what = events[at].events;
+    if (!link.open()) continue;
+    if (what & EPOLLOUT) link.pump_out();
+    if (link.open() && what & EPOLLIN) {
+      // Small frames that come too early wait in the link, and epoll is told nothing; more than those is not read.
+      if (link.blocked())
+        update_interest(link, /*quiet=*/true);
+      else
+        link.pump_in();
+    }
+    if (link.open() && what & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) link.drain();
+    look_at(link);
+  }
+  work(lock);
+}
+
+// Asks epoll for what the link waits for. `quiet`: not to be told of bytes that nobody wants yet.
+void Engine::update_interest(Link& link, bool quiet) {
+  if (!link.open()) return;
+  std::uint32_t wanted = EPOLLRDHUP;
+  if (!link.blocked() || (!quiet && link.interest & EPOLLIN)) wanted |= EPOLLIN;
+  if (link.wants_out()) wanted |= EPOLLOUT;
+  if (wanted == link.interest) return;
+  epoll_event event{};
+  event.events = link.interest = wanted;
+  event.data.u64 = link.peer();
+  epoll_ctl(epoll_, EPOLL_CTL_MOD, link.fd(), &event);
+}
+
+bool Engine::wait(const Run& run, double timeout_s) {
+  if (run.ended()) return true;
+  const auto start = Clock::now();
+  std::unique_lock<std::mutex> lock(mutex_);
+  ++waiting_;
+  for (;;) {
+    if (run.ended()) break;
+    const double left_s = timeout_s - seconds_since(start);
+    if (left_s <= 0) break;
+    if (!driving_) {
+      driving_ = true;
+      drive(lock, left_s, &run);
+      driving_ = false;
+    } else {
+      if (thread_drives_) poke();
+      changed_.wait_for(lock, std::chrono::duration<double>(left_s));
+    }
+  }
+  --waiting_;
+  if (waiting_ > 0)
+    changed_.notify_all();  // one of them takes the loop over
+  else if (run.ended())
+    hand_over(lock);  // who comes back before the end only looks for signals, and goes on to wait
+  return run.ended();
+}
+
+// The engine's own thread.
+void Engine::serve() {
+  pthread_setname_np(pthread_self(), "commlab links");
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!stopping_) {
+    if (waiting_ > 0 || driving_ || !busy()) {
+      thread_wanted_.wait(lock);
+      continue;
+    }
+    driving_ = thread_drives_ = true;
+    drive(lock, -1, nullptr);
+    driving_ = thread_drives_ = false;
+    if (waiting_ > 0) changed_.notify_all();
+  }
+}
+
+void Engine::leave(double timeout_s) {
+  const auto start = Clock::now();
+  std::unique_lock<std::mutex> lock(mutex_);
+  work(lock);
+  for (const auto& link : links_)
+    if (link && link->open()) {
+      link->post_control(kLeaving, nullptr, 0);
+      link->pump_out();
+      update_interest(*link);
+    }
+  const auto unsent = [&] {
+    return std::any_of(links_.begin(), links_.end(), [](const auto& link) { return link && link->wants_out(); });
+  };
+  ++waiting_;
+  while (unsent() && seconds_since(start) < timeout_s) {
+    if (driving_) {
+      if (thread_drives_) poke();
+      changed_.wait_for(lock, std::chrono::milliseconds(10));
+      continue;
+    }
+    driving_ = true;
+    drive(lock, std::max(0.001, timeout_s - seconds_since(start)), nullptr);
+    driving_ = false;
+  }
+  --waiting_;
+  for (const auto& link : links_)
+    if (link) link->close();
+}
+
+}  // namespace commlab::links

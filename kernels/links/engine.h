@@ -1,0 +1,121 @@
+// The engine of a process: the connections to all other ranks, and the operations of all groups that run over them.
+//
+// Whoever waits helps: a thread that waits for an operation runs the loop itself. Only while operations are under way
+// and nobody waits does the engine's own thread run it. Both sleep in epoll until there is something to do; neither
+// spins, and neither knows Python.
+//
+//   mutex_     held by whoever looks at runs, groups or links; never while asleep
+//   driving_   one thread at a time runs the loop; others sleep until their run has ended or the loop is free
+//   posted_    where a run is left for a thread that is busy in the loop, so that nobody waits to post
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "link.h"
+#include "run.h"
+
+namespace commlab::links {
+
+class Engine final : public Events {
+ public:
+  // `fds[r]`: a connected stream socket to rank r of the job, which the engine takes over; -1 for `rank` itself.
+  // `checks`: payloads carry a checksum. `spin_us`: so long the loop looks again at once before it sleeps.
+  Engine(std::uint32_t rank, const std::vector<int>& fds, bool checks, double spin_us);
+  ~Engine() override;
+
+  // A group of ranks of the job, with a number that no other group of any of its ranks has.
+  void add_group(std::uint32_t id, std::vector<std::uint32_t> ranks);
+  void remove_group(std::uint32_t id);
+
+  // Starts a run; launches of a group run one after the other. `awaited`: the caller goes on to wait for it. `here`:
+  // the caller has the time to send what can be sent now; else the thread does it.
+  void post(std::shared_ptr<Run> run, bool awaited, bool here);
+  // Helps until the run has ended, or for `timeout_s`, or until a signal arrives; whether it has ended.
+  bool wait(const Run& run, double timeout_s);
+  // The ranks of the group that the run waits for.
+  std::vector<std::uint32_t> awaited_peers(const Run& run);
+  // Gives up a run that has not ended: from now on its memory is not touched, and its group is of no more use.
+  void cancel(const std::shared_ptr<Run>& run);
+  // Tells the peers that this rank leaves in good order, and waits up to `timeout_s` for what is still to be sent.
+  void leave(double timeout_s);
+
+  std::size_t ranks() const { return links_.size(); }
+
+ private:
+  struct Group {
+    std::uint32_t id;
+    std::vector<std::uint32_t> ranks;
+    std::size_t me;
+    std::deque<std::shared_ptr<Run>> lane;
+    std::unordered_map<const Run*, std::shared_ptr<Run>> others;  // messages and exchanges
+    Failure broken;
+    std::vector<char> table;  // what everyone announced, a row for each rank
+    std::size_t row_bytes = 0;
+    bool has(std::uint32_t rank) const;
+  };
+
+  void completed(Item& item) override;
+  void disagrees(Link& link, Item& item, std::size_t sent_bytes) override;
+  void controlled(Link& link, std::uint32_t kind, const char* payload, std::size_t bytes) override;
+  void failed(Link& link, const std::string& reason) override;
+
+  // engine.cpp: who runs the loop
+  void drive(std::unique_lock<std::mutex>& lock, double timeout_s, const Run* until);
+  void work(std::unique_lock<std::mutex>& lock);
+  void serve();
+  void poke();
+  void hand_over(std::unique_lock<std::mutex>& lock);
+  void update_interest(Link& link, bool quiet = false);
+  bool busy() const;
+
+  // runs.cpp: what the loop does; all with mutex_ held
+  void admit(const std::shared_ptr<Run>& run);
+  void begin(const std::shared_ptr<Run>& run);
+  void announce(Run& run, Group& group);
+  void announced(Run& run, Group& group);
+  void share(Run& run, Group& group);
+  void move(Run& run, Group& group);
+  void next_phase(Run& run);
+  void row_done(Run& run, std::uint32_t row);
+  void settle();
+  void end(Run& run, Failure failure);
+  void break_group(Group& group, const Failure& failure);
+  void lose(std::uint32_t rank, const std::string& reason);
+  void tell(std::uint32_t kind, std::uint32_t number, const std::string& text);
+  Item& add(Run& run, Item::Kind kind, char* data, std::size_t bytes);
+  void post_item(const Run& run, Group& group, std::size_t peer, Item& item);
+  void look_at(Link& link);
+  Group& group_of(const Run& run) { return *groups_.at(run.group); }
+
+  const std::uint32_t rank_;
+  const double spin_us_;
+  std::vector<std::unique_ptr<Link>> links_;
+  std::vector<bool> lost_;
+  std::unordered_map<std::uint32_t, std::unique_ptr<Group>> groups_;
+  std::deque<std::pair<Run*, std::uint32_t>> rows_ready_;
+  std::deque<Link*> dirty_;
+  std::vector<std::shared_ptr<Run>> ended_;
+
+  std::mutex mutex_;
+  std::condition_variable changed_, thread_wanted_;
+  bool driving_ = false, thread_drives_ = false, stopping_ = false;
+  std::size_t waiting_ = 0, under_way_ = 0;
+  std::atomic<bool> awake_{false}, asleep_{false};
+  std::mutex posted_mutex_;
+  std::deque<std::shared_ptr<Run>> posted_;
+  std::atomic<std::size_t> posted_count_{0};
+  std::thread thread_;
+  int epoll_ = -1, wake_ = -1;
+};
+
+}  // namespace commlab::links

@@ -1,0 +1,57 @@
+"""Ranks of one process that are joined by links: an engine for each, over socket pairs instead of a network."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from commlab.job.topology import Topology
+from commlab.runtime.group import Group
+from commlab.transport.tcp import Links
+
+T = TypeVar("T")
+
+
+class Mesh:
+    """``size`` ranks, each with links to all others. ``sockets[a][b]``: rank a's end of the connection to rank b, as
+    the number of its descriptor, which belongs to the engine of rank a. ``narrow``: the sockets take few bytes at a
+    time, so that frames are cut anywhere and wait half-way, as on a slow link."""
+
+    def __init__(self, size: int, checks: bool = True, narrow: bool = False):
+        self.size = size
+        self.sockets = [[-1] * size for _ in range(size)]
+        for one in range(size):
+            for other in range(one):
+                for (mine, peer), end in zip(((one, other), (other, one)), socket.socketpair(), strict=True):
+                    if narrow:
+                        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                    self.sockets[mine][peer] = end.detach()
+        self.links = [Links(rank, self.sockets[rank], checks) for rank in range(size)]
+        self.transports = [links.world() for links in self.links]
+
+    def groups(self, check: bool = True, timeout_s: float = 20.0) -> list[Group]:
+        """A group of all ranks, each rank on a node of its own."""
+        nodes = Topology(tuple((rank,) for rank in range(self.size)))
+        return [Group(transport, nodes, timeout_s, check) for transport in self.transports]
+
+    def close(self) -> None:
+        for links in self.links:
+            links.engine.leave(0.0)
+
+
+def on_all(items: list[Any], call: Callable[[Any], T], timeout_s: float = 60.0) -> list[T | BaseException]:
+    """``call(item)`` for all items at once, a thread each; what each returned or raised."""
+    with ThreadPoolExecutor(len(items)) as pool:
+        futures = [pool.submit(call, item) for item in items]
+        return [future.exception(timeout_s) or future.result() for future in futures]
+
+
+def wait_for(request: Any, timeout_s: float = 20.0) -> None:
+    """Return once the request is done; AssertionError when it is not within ``timeout_s``."""
+    for _ in range(int(timeout_s / 0.1)):
+        if request.test():
+            return
+        request.block(0.1)
+    assert request.test(), f"still waiting for ranks {list(request.peers())}"
