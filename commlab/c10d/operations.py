@@ -1,0 +1,305 @@
+"""The collectives of torch.distributed by commlab's: each function returns the work, or None where the operation is left
+to gloo (:mod:`.fallback`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+
+from ..chunks import Range, whole_at
+from ..collectives.allreduce import allreduce as allreduce_now
+from ..collectives.allreduce import allreduce_async
+from ..collectives.delivery import bytes_of, deliver_async
+from ..collectives.halves import gather_chunks_async, reduce_chunks_async
+from ..native.dtypes import DTYPES
+from ..runtime.agreement import Signature
+from .work import CommlabWork
+
+if TYPE_CHECKING:
+    from .process_group import CommlabProcessGroup
+
+Work = CommlabWork | None
+Tensors = Sequence[torch.Tensor]
+
+_KINDS: Final = dist.ReduceOp.RedOpType
+OPS: Final = {
+    _KINDS.SUM: "sum",
+    _KINDS.AVG: "mean",
+    _KINDS.MIN: "min",
+    _KINDS.MAX: "max",
+    _KINDS.PRODUCT: "prod",
+}
+"""Reductions that commlab knows; what else there is (bitwise ones, PREMUL_SUM) is gloo's."""
+
+_SMALL_INTEGERS: Final = (torch.uint8, torch.int8, torch.int16)
+"""Reduced as int32, and cut back: sums and products are the same modulo 256 or 65536."""
+
+_DELIVERED_BYTES = 16 * 1024
+"""Up to here parts of one size go as one delivery, whose numbers travel with the agreement check."""
+
+
+def op_of(reduce_op: Any) -> str | None:
+    """commlab's name of a reduction."""
+    return OPS.get(getattr(reduce_op, "op", reduce_op))
+
+
+def movable(tensor: torch.Tensor) -> bool:
+    """Whether commlab moves this tensor's bytes."""
+    return tensor.is_cpu and tensor.layout is torch.strided
+
+
+def flat_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers in order, 1-D and contiguous: the tensor's own memory where that is so, else a copy. Ranks need not
+    agree on how a tensor lies in memory."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous():
+        tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    return tensor if tensor.dim() == 1 else tensor.view(-1)
+
+
+def write(target: torch.Tensor, flat: torch.Tensor) -> None:
+    """The numbers of ``flat`` into ``target``, unless they are there."""
+    if flat.data_ptr() == target.data_ptr() and flat.dtype is target.dtype and target.is_contiguous():
+        return
+    # Whoever ends an operation may be another thread than the one under inference mode that began it.
+    with torch.inference_mode(target.is_inference()):
+        target.detach().copy_(flat.view(target.shape))
+
+
+class _Reduced:
+    """A tensor as commlab reduces it: another dtype, and a division at the end, where torch's contract wants that."""
+
+    __slots__ = ("divisor", "flat", "op")
+
+    def __init__(self, tensor: torch.Tensor, op: str, size: int):
+        self.flat, self.op, self.divisor = flat_of(tensor), op, 1
+        if op == "mean" and not tensor.dtype.is_floating_point:
+            # What NCCL does, and what programs written for it rely on: a quotient that is cut to an integer.
+            self.op, self.divisor = "sum", size
+        if tensor.dtype in _SMALL_INTEGERS:
+            self.flat = self.flat.to(torch.int32)
+
+    def finish(self, reduced: torch.Tensor, target: torch.Tensor) -> None:
+        """Write what became of the numbers into ``target``."""
+        if self.divisor > 1:
+            reduced = reduced.div(self.divisor, rounding_mode="trunc")
+        write(target, reduced)
+
+    def lies_in(self, target: torch.Tensor) -> bool:
+        """Whether the numbers are reduced in place and nothing remains to be done."""
+        return self.divisor == 1 and self.flat.data_ptr() == target.data_ptr() and self.flat.dtype is target.dtype
+
+
+def reduced(tensor: torch.Tensor, op: str | None, size: int) -> _Reduced | None:
+    """None for what commlab does not reduce."""
+    if op is None or not movable(tensor) or not (tensor.dtype in DTYPES or tensor.dtype in _SMALL_INTEGERS):
+        return None
+    return _Reduced(tensor, op, size)
+
+
+def allreduce(pg: CommlabProcessGroup, tensors: Tensors, reduce_op: Any, awaited: bool) -> Work:
+    numbers = reduced(tensors[0], op_of(reduce_op), pg.size()) if len(tensors) == 1 else None
+    if numbers is None:
+        return None
+    tensor, group = tensors[0], pg.group
+    in_place = numbers.lies_in(tensor)
+    if awaited:
+        with torch.no_grad():
+            allreduce_now(numbers.flat, numbers.op, group=group)
+            if not in_place:
+                numbers.finish(numbers.flat, tensor)
+        return pg.work((), list(tensors))
+    handle = allreduce_async(numbers.flat, numbers.op, group=group)
+    return pg.work((handle,), list(tensors), None if in_place else lambda: numbers.finish(numbers.flat, tensor))
+
+
+def allreduce_coalesced(pg: CommlabProcessGroup, tensors: Tensors, reduce_op: Any) -> Work:
+    """All tensors of a dtype in one allreduce."""
+    op = op_of(reduce_op)
+    found = [reduced(tensor, op, pg.size()) for tensor in tensors]
+    if not tensors or any(numbers is None for numbers in found):
+        return None
+    by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, _Reduced]]] = {}
+    for tensor, numbers in zip(tensors, found, strict=True):
+        assert numbers is not None
+        by_dtype.setdefault(tensor.dtype, []).append((tensor, numbers))
+    handles, wholes = [], []
+    for pairs in by_dtype.values():
+        with torch.no_grad():
+            whole = torch.cat([numbers.flat for _, numbers in pairs])
+        handles.append(allreduce_async(whole, pairs[0][1].op, group=pg.group))
+        wholes.append((whole, pairs))
+
+    def after() -> None:
+        for whole, pairs in wholes:
+            pieces = whole.split([numbers.flat.numel() for _, numbers in pairs])
+            for (tensor, numbers), piece in zip(pairs, pieces, strict=True):
+                numbers.finish(piece, tensor)
+
+    return pg.work(handles, list(tensors), after)
+
+
+def reduce(pg: CommlabProcessGroup, tensors: Tensors, root: int, reduce_op: Any) -> Work:
+    numbers = reduced(tensors[0], op_of(reduce_op), pg.size()) if len(tensors) == 1 else None
+    if numbers is None:
+        return None
+    tensor, flat = tensors[0], numbers.flat
+    if flat.data_ptr() == tensor.data_ptr():
+        flat = flat.clone()
+    chunks = whole_at(root, flat.numel(), pg.size())
+    handle = reduce_chunks_async(flat, chunks, numbers.op, group=pg.group)
+    is_root = pg.rank() == root
+    return pg.work((handle,), list(tensors), (lambda: numbers.finish(handle.result, tensor)) if is_root else None)
+
+
+def reduce_scatter(pg: CommlabProcessGroup, out: torch.Tensor, parts: Tensors, reduce_op: Any) -> Work:
+    """``parts``: what every rank gets the sum of, in rank order; or one tensor that is cut into equal parts."""
+    size = pg.size()
+    if not all(movable(part) for part in parts) or not movable(out) or out.dtype is not parts[0].dtype:
+        return None
+    with torch.no_grad():
+        whole = torch.cat([flat_of(part) for part in parts]) if len(parts) > 1 else flat_of(parts[0])
+    numbers = reduced(whole, op_of(reduce_op), size)
+    if numbers is None:
+        return None
+    sizes = [part.numel() for part in parts] if len(parts) > 1 else [whole.numel() // size] * size
+    require(pg, "reduce_scatter", sum(sizes) == whole.numel() and sizes[pg.rank()] == out.numel(), out, parts, sizes)
+    flat = numbers.flat
+    if len(parts) == 1 and flat.data_ptr() == parts[0].data_ptr():
+        flat = flat.clone()
+    handle = reduce_chunks_async(flat, adjoining(sizes), numbers.op, group=pg.group)
+    return pg.work((handle,), [out], lambda: numbers.finish(handle.result, out))
+
+
+def require(pg: CommlabProcessGroup, kind: str, holds: bool, out: torch.Tensor, parts: Tensors, sizes: Any) -> None:
+    """ValueError that names this rank and both sizes."""
+    if not holds:
+        raise ValueError(
+            f"rank {pg.rank()}: {kind} among {pg.size()} ranks: the whole has {sum(part.numel() for part in parts)} "
+            f"numbers, parts of {sizes}; this rank's part has {out.numel()} numbers, {list(out.shape)} of {out.dtype}"
+        )
+
+
+def adjoining(sizes: Sequence[int]) -> tuple[Range, ...]:
+    """Ranges of these sizes, one behind the other."""
+    found, start = [], 0
+    for size in sizes:
+        found.append(Range(start, start + size))
+        start += size
+    return tuple(found)
+
+
+def broadcast(pg: CommlabProcessGroup, tensors: Tensors, root: int) -> Work:
+    if len(tensors) != 1 or not movable(tensors[0]):
+        return None
+    tensor = tensors[0]
+    flat = _aligned(flat_of(tensor))
+    after = None if flat.data_ptr() == tensor.data_ptr() else (lambda: write(tensor, flat))
+    moved = _as_moved(flat, flat.numel())
+    if moved is None:
+        size_bytes = flat.numel() * flat.element_size()
+        mine = Range(0, size_bytes if pg.rank() == root else 0)
+        outs = [bytes_of(flat) if rank == root else _NO_BYTES for rank in range(pg.size())]
+        detail = f"{size_bytes} bytes, root {root}"
+        return _delivered(pg, "broadcast", detail, [bytes_of(flat)], [mine] * pg.size(), outs, list(tensors), after)
+    handle = gather_chunks_async(moved, whole_at(root, moved.numel(), pg.size()), group=pg.group)
+    return pg.work((handle,), list(tensors), after)
+
+
+_NO_BYTES: Final = torch.empty(0, dtype=torch.uint8)
+_UNITS: Final = ((8, torch.int64), (4, torch.int32), (2, torch.float16))
+
+
+def _aligned(flat: torch.Tensor) -> torch.Tensor:
+    """``flat``, or a copy where its bytes can't be seen as larger units."""
+    if flat.dtype in DTYPES or flat.storage_offset() * flat.element_size() % _UNITS[0][0] == 0:
+        return flat
+    return flat.clone()
+
+
+def _as_moved(flat: torch.Tensor, part_numel: int) -> torch.Tensor | None:
+    """``flat``, which is aligned, in a dtype that commlab's halves move, for parts of ``part_numel`` numbers; None where
+    few or odd bytes are better delivered. The choice depends on sizes alone, so that all ranks choose alike."""
+    part_bytes = part_numel * flat.element_size()
+    if part_bytes <= _DELIVERED_BYTES:
+        return None
+    if flat.dtype in DTYPES:
+        return flat
+    unit = next((dtype for unit_bytes, dtype in _UNITS if part_bytes % unit_bytes == 0), None)
+    return None if unit is None else bytes_of(flat).view(unit)
+
+
+def _delivered(
+    pg: CommlabProcessGroup,
+    kind: str,
+    detail: str,
+    stream: Tensors,
+    ranges: Sequence[Range],
+    outs: Tensors,
+    value: Any,
+    after: Callable[[], None] | None = None,
+) -> CommlabWork:
+    handle = deliver_async(pg.group, Signature(kind, detail=detail), stream, ranges, outs)
+    return pg.work((handle,), value, after)
+
+
+def allgather_single(pg: CommlabProcessGroup, out: torch.Tensor, tensor: torch.Tensor) -> Work:
+    if not movable(out) or not movable(tensor) or out.dtype is not tensor.dtype:
+        return None
+    size, flat = pg.size(), flat_of(tensor)
+    whole = _aligned(flat_of(out))
+    require(pg, "all_gather", whole.numel() == size * flat.numel(), tensor, [out], [flat.numel()] * size)
+    after = None if whole.data_ptr() == out.data_ptr() else (lambda: write(out, whole))
+    moved = _as_moved(whole, flat.numel())
+    if moved is None:
+        return _gathered(pg, list(whole.view(size, -1)), flat, [out], after)
+    own = slice(pg.rank() * flat.numel(), (pg.rank() + 1) * flat.numel())
+    if whole[own].data_ptr() != flat.data_ptr():
+        write(whole[own], flat)
+    handle = gather_chunks_async(moved, adjoining([moved.numel() // size] * size), group=pg.group)
+    return pg.work((handle,), [out], after)
+
+
+def allgather(pg: CommlabProcessGroup, outs: Tensors, tensor: torch.Tensor) -> Work:
+    """Parts may be of different sizes."""
+    if not movable(tensor) or not all(movable(out) for out in outs) or len(outs) != pg.size():
+        return None
+    if any(out.dtype is not tensor.dtype for out in outs):
+        return None
+    flats = [_room_for(out) for out in outs]
+    return _gathered(pg, flats, flat_of(tensor), [list(outs)], lambda: _write_all(outs, flats))
+
+
+def _gathered(
+    pg: CommlabProcessGroup, flats: Tensors, flat: torch.Tensor, value: Any, after: Callable[[], None] | None
+) -> CommlabWork:
+    everything = Range(0, flat.numel() * flat.element_size())
+    outs = [bytes_of(part) for part in flats]
+    return _delivered(pg, "allgather", str(flat.dtype), [bytes_of(flat)], [everything] * pg.size(), outs, value, after)
+
+
+def _room_for(out: torch.Tensor) -> torch.Tensor:
+    """Where to write what goes to ``out``: its own memory where that is contiguous."""
+    out = out.detach()
+    return out.view(-1) if out.is_contiguous() else torch.empty(out.numel(), dtype=out.dtype)
+
+
+def _write_all(outs: Tensors, flats: Tensors) -> None:
+    for out, flat in zip(outs, flats, strict=True):
+        write(out, flat)
+
+
+def exchange(pg: CommlabProcessGroup, kind: str, detail: str, outs: Tensors, parts: Tensors, value: Any) -> Work:
+    """``parts[r]`` to rank r, and into ``outs[r]`` what r has for this rank: gather and scatter are alltoalls of which
+    most parts are empty."""
+    if not all(movable(tensor) for tensor in (*outs, *parts)):
+        return None
+    flats = [_room_for(out) for out in outs]
+    stream = [bytes_of(flat_of(part)) for part in parts]
+    ranges = adjoining([piece.numel() for piece in stream])
+    room = [bytes_of(flat) for flat in flats]
+    return _delivered(pg, kind, detail, stream, ranges, room, value, lambda: _write_all(outs, flats))

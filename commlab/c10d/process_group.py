@@ -1,0 +1,344 @@
+"""The process group: every method of torch.distributed's, by commlab's collectives where :mod:`.operations` has one, else
+by gloo."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..runtime.agreement import Signature
+from ..runtime.group import Group
+from ..runtime.handle import Handle
+from . import operations
+from .connect import connect
+from .fallback import connects_lazily, make_gloo
+from .monitor import monitored_barrier
+from .work import CommlabWork, Futures
+
+_kept: list[CommlabProcessGroup] = []
+"""All groups that were ever made. C++ holds the half of a group that is written there; if the half that is written here
+went first, DDP's reducer would find a group without a backend."""
+
+
+@atexit.register
+def _end_threads() -> None:
+    """The interpreter must not meet a thread of ours on its way out. Nobody is waited for."""
+    for group in _kept:
+        group.end_threads()
+
+
+class CommlabProcessGroup(dist.ProcessGroup):
+    """Ranks that share ``store``, in which no other keys are. Made by each member alone; the members meet when the first
+    operation is called. ``timeout``: how long a silent peer is waited for. ``name``: what get_backend() answers.
+    ``default``: whether these are all ranks of the job."""
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout: timedelta, name: str = "commlab", default: bool = True
+    ):
+        super().__init__(rank, size)
+        self._store, self._timeout, self._name, self._default = store, timeout, name, default
+        self._lock = threading.Lock()
+        self._group: Group | None = None
+        self._futures = Futures(threaded=False)
+        self._plain: dist.ProcessGroup | None = None
+        self._sequence = self._barriers = 0
+        self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
+        _kept.append(self)
+        if size > 1 and not connects_lazily():
+            self._gloo()
+
+    def __repr__(self) -> str:
+        return f"<CommlabProcessGroup {self._name}, rank {self.rank()} of {self.size()}>"
+
+    @property
+    def group(self) -> Group:
+        """commlab's group; opened by the first operation, of all members."""
+        if self._group is None:
+            with self._lock:
+                if self._group is None:
+                    timeout_s = self._timeout.total_seconds()
+                    group = connect(self._store, self.rank(), self.size(), timeout_s, self._default)
+                    self._futures.threaded = group.progress.threaded
+                    self._group = group
+        return self._group
+
+    def work(
+        self, handles: Sequence[Handle], value: Any, after: Callable[[], None] | None = None
+    ) -> CommlabWork:
+        self._sequence += 1
+        return CommlabWork(self._futures, handles, value, after)
+
+    def _gloo(self) -> Any:
+        if self._plain is None:
+            with self._lock:
+                if self._plain is None:
+                    self._plain = make_gloo(self._store, self.rank(), self.size(), self._timeout)
+        return self._plain
+
+    # --- Life
+
+    def end_threads(self) -> None:
+        """End what runs beside the program, once it has completed what it was given."""
+        self._futures.close()
+        if self._group is not None:
+            self._group.progress.close()
+
+    def shutdown(self) -> None:
+        """Release the window. Works that were started stay what they are. Not collective."""
+        self.end_threads()
+        if self._group is not None and self._group.window is not None:
+            self._group.window.close()
+
+    abort = shutdown
+
+    def getBackendName(self) -> str:
+        return self._name
+
+    _get_backend_name = name = getBackendName
+
+    def get_group_store(self) -> dist.Store:
+        return self._store
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    def _get_backend(self, device: Any) -> Any:
+        """This group is its own backend, for every device."""
+        return self
+
+    supports_splitting = supports_coalescing = supports_time_estimate = False
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+        if self._group is not None:
+            self._group.timeout_s = self._group.progress.timeout_s = timeout.total_seconds()
+
+    set_timeout = _set_default_timeout
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Nothing: a group begins to count at zero on all ranks."""
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._sequence
+
+    def _has_hooks(self) -> bool:
+        return False
+
+    def _wait_for_pending_works(self) -> None:
+        """Nothing waits for hooks."""
+
+    # --- Reductions
+
+    def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
+        tensors, opts = _listed(tensors), _with_op(opts, dist.AllreduceOptions)
+        with _profiled(self, "all_reduce"):
+            awaited = getattr(opts, "asyncOp", True) is False
+            work = operations.allreduce(self, tensors, opts.reduceOp, awaited)
+            return work or self._gloo().allreduce(tensors, opts)
+
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
+        opts = opts or dist.AllreduceCoalescedOptions()
+        with _profiled(self, "all_reduce"):
+            work = operations.allreduce_coalesced(self, tensors, opts.reduceOp)
+            return work or self._gloo().allreduce_coalesced(tensors, opts)
+
+    def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None) -> Any:
+        tensors, opts = _listed(tensors), _with_root(opts, dist.ReduceOptions, op)
+        with _profiled(self, "reduce"):
+            work = operations.reduce(self, tensors, opts.rootRank, opts.reduceOp)
+            return work or self._gloo().reduce(tensors, opts)
+
+    def reduce_scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
+        outs, opts = _listed(outs), _with_op(opts, dist.ReduceScatterOptions)
+        ins = ins if isinstance(ins[0], (list, tuple)) else [ins]
+        with _profiled(self, "reduce_scatter"):
+            work = operations.reduce_scatter(self, outs[0], ins[0], opts.reduceOp) if len(outs) == 1 else None
+            return work or self._gloo().reduce_scatter(outs, ins, opts)
+
+    def reduce_scatter_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
+        opts = _with_op(opts, dist.ReduceScatterOptions)
+        with _profiled(self, "_reduce_scatter_base"):
+            work = operations.reduce_scatter(self, out, [tensor], opts.reduceOp)
+            return work or self._gloo()._reduce_scatter_base(out, tensor, opts)
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter_single_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
+        return self._all([self.reduce_scatter_single(out, each, opts) for out, each in zip(outs, ins, strict=True)], outs)
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    # --- Moves
+
+    def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
+        tensors, opts = _listed(tensors), _with_root(opts, dist.BroadcastOptions)
+        with _profiled(self, "broadcast"):
+            return operations.broadcast(self, tensors, opts.rootRank) or self._gloo().broadcast(tensors, opts)
+
+    def allgather(self, outs: Any, ins: Any, opts: Any = None) -> Any:
+        outs, ins = outs if isinstance(outs[0], (list, tuple)) else [outs], _listed(ins)
+        with _profiled(self, "all_gather"):
+            work = operations.allgather(self, outs[0], ins[0]) if len(ins) == 1 else None
+            return work or self._gloo().allgather(outs, ins, *_given(opts))
+
+    def all_gather_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
+        with _profiled(self, "_allgather_base"):
+            work = operations.allgather_single(self, out, tensor)
+            return work or self._gloo()._allgather_base(out, tensor, *_given(opts))
+
+    _allgather_base = all_gather_single
+
+    def all_gather_single_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
+        return self._all([self.all_gather_single(out, each, opts) for out, each in zip(outs, ins, strict=True)], outs)
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def allgather_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
+        """``outs[r][k]`` gets tensor k of rank r."""
+        by_tensor = [[outs[rank][index] for rank in range(self.size())] for index in range(len(ins))]
+        works = [self.allgather([lists], [each], opts) for lists, each in zip(by_tensor, ins, strict=True)]
+        return self._all(works, outs)
+
+    def gather(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
+        ins, opts = _listed(ins), _with_root(opts, dist.GatherOptions)
+        outs = outs if not outs or isinstance(outs[0], (list, tuple)) else [outs]
+        with _profiled(self, "gather"):
+            root, room = opts.rootRank, [ins[0].new_empty(0)] * self.size()
+            nothing, detail = list(room), f"{ins[0].dtype}, to root {root}"
+            nothing[root] = ins[0]
+            lists = list(outs[0]) if self.rank() == root else room
+            work = operations.exchange(self, "gather", detail, lists, nothing, outs) if len(lists) == self.size() else None
+            return work or self._gloo().gather(outs, ins, opts)
+
+    def scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
+        outs, opts = _listed(outs), _with_root(opts, dist.ScatterOptions)
+        ins = ins if not ins or isinstance(ins[0], (list, tuple)) else [ins]
+        with _profiled(self, "scatter"):
+            root, nothing = opts.rootRank, [outs[0].new_empty(0)] * self.size()
+            room, detail = list(nothing), f"{outs[0].dtype}, from root {root}"
+            room[root] = outs[0]
+            parts = list(ins[0]) if self.rank() == root else nothing
+            work = operations.exchange(self, "scatter", detail, room, parts, outs) if len(parts) == self.size() else None
+            return work or self._gloo().scatter(outs, ins, opts)
+
+    def alltoall(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
+        with _profiled(self, "all_to_all"):
+            work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, list(outs))
+            return work or self._gloo().alltoall(outs, ins, *_given(opts))
+
+    def all_to_all_single(
+        self, out: torch.Tensor, tensor: torch.Tensor, out_splits: Any, in_splits: Any, opts: Any = None
+    ) -> Any:
+        with _profiled(self, "all_to_all"):
+            if operations.movable(out) and operations.movable(tensor) and out.is_contiguous():
+                outs, parts = _parts(self, out, out_splits), _parts(self, tensor, in_splits)
+                return operations.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out])
+            return self._gloo().alltoall_base(out, tensor, out_splits, in_splits, *_given(opts))
+
+    alltoall_base = all_to_all_single
+
+    def barrier(self, opts: Any = None, timeout: Any = None) -> Any:
+        with _profiled(self, "barrier"):
+            return self.work((self.group.submit(Signature("barrier")),), [])
+
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        """Return once every rank has called it; RuntimeError that names who has not within ``timeout``."""
+        self._barriers += 1
+        store = dist.PrefixStore(f"monitored/{self._barriers}", self._store)
+        monitored_barrier(store, self.rank(), self.size(), timeout or self._timeout, wait_all_ranks)
+
+    # --- Point to point
+
+    def send(self, tensors: Any, to: int, tag: int = 0) -> Any:
+        with _profiled(self, "send"):
+            return self._gloo().send(tensors, to, tag)
+
+    def recv(self, tensors: Any, frm: int, tag: int = 0) -> Any:
+        with _profiled(self, "recv"):
+            return self._gloo().recv(tensors, frm, tag)
+
+    def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
+        with _profiled(self, "recvAnySource"):
+            return self._gloo().recv_anysource(tensors, tag)
+
+    def _start_coalescing(self, device: Any) -> None:
+        """Nothing: what follows is started at once, in order."""
+
+    def _end_coalescing(self, device: Any) -> Any:
+        return self.work((), [])
+
+    def _all(self, works: Sequence[Any], value: Any) -> CommlabWork:
+        def after() -> None:
+            for work in works:
+                work.wait()
+
+        return self.work((), list(value), after)
+
+
+def _listed(tensors: Any) -> list[torch.Tensor]:
+    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+
+
+def _given(opts: Any) -> tuple[Any, ...]:
+    return () if opts is None else (opts,)
+
+
+def _with_op(given: Any, kind: Any) -> Any:
+    """Options, also where the caller gave a bare reduction or nothing."""
+    if hasattr(given, "timeout"):
+        return given
+    opts = kind()
+    if given is not None:
+        opts.reduceOp = given
+    return opts
+
+
+def _with_root(given: Any, kind: Any, op: Any = None) -> Any:
+    """Options, also where the caller gave a bare root or nothing."""
+    if hasattr(given, "timeout"):
+        return given
+    opts = kind()
+    opts.rootRank = given or 0
+    if op is not None:
+        opts.reduceOp = op
+    return opts
+
+
+def _parts(pg: CommlabProcessGroup, whole: torch.Tensor, splits: Sequence[int]) -> list[torch.Tensor]:
+    """``whole`` cut along its first dimension, as all_to_all_single does."""
+    size = pg.size()
+    rows = whole.shape[0] if whole.dim() else whole.numel()
+    even = not splits
+    splits = [rows // size] * size if even else list(splits)
+    if sum(splits) != rows or len(splits) != size:
+        raise ValueError(
+            f"rank {pg.rank()}: Tensor's dim 0 does not divide equally across group size: {rows} rows, {size} ranks"
+            if even
+            else f"rank {pg.rank()}: Split sizes don't match total dim 0 size: {splits} of {rows} rows, {size} ranks"
+        )
+    return list(whole.detach().split(splits)) if whole.dim() else [whole.detach()]
+
+
+class _Unprofiled:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_UNPROFILED = _Unprofiled()
+
+
+def _profiled(pg: CommlabProcessGroup, kind: str) -> Any:
+    """The span of an operation for torch's profiler, where one is on."""
+    if not torch.autograd._profiler_enabled():
+        return _UNPROFILED
+    return torch.profiler.record_function(f"{pg.getBackendName()}:{kind}")
