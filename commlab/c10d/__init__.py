@@ -50,8 +50,8 @@ def make_default() -> None:
 
 
 def replace_gloo() -> None:
-    """From now on groups of the backend ``"gloo"`` are commlab's, and still answer to that name. For programs that can't
-    be changed: it patches torch.distributed. ``"cpu:gloo,cuda:nccl"`` stays what it is."""
+    """From now on groups of the backend ``"gloo"`` are commlab's, and still answer to that name. For programs that
+    can't be changed: it patches torch.distributed. ``"cpu:gloo,cuda:nccl"`` stays what it is."""
     from .stand_in import install
 
     register()

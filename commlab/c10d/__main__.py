@@ -12,7 +12,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(
             "usage: python -m commlab.c10d SCRIPT [ARGUMENTS]\n       python -m commlab.c10d -m MODULE [ARGUMENTS]\n\n"
-            'Runs the program; torch.distributed\'s groups of backend "gloo" are commlab\'s.'
+            "Runs the program; torch.distributed's groups of backend \"gloo\" are commlab's."
         )
         sys.exit(0 if len(sys.argv) > 1 else 2)
     replace_gloo()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from ..transport.store import wait_for
 
 
 def monitored_barrier(store: dist.Store, rank: int, size: int, timeout: timedelta, wait_all_ranks: bool) -> None:
@@ -22,20 +23,18 @@ def monitored_barrier(store: dist.Store, rank: int, size: int, timeout: timedelt
             raise RuntimeError(f"[Rank 0]: {names} failed to pass monitoredBarrier in {limit_ms} ms")
         return
     store.set(f"here/{rank}", "yes")
-    try:
-        # Rank 0 may begin to wait as late as this rank's own limit allows, and then has its own.
-        store.wait(["verdict"], 2 * timeout)
-    except RuntimeError as error:
+    # Rank 0 may begin to wait as late as this rank's own limit allows, and then has its own.
+    if not wait_for(store, ["verdict"], 2 * timeout.total_seconds()):
         raise RuntimeError(
             f"[Rank {rank}]: Rank {rank} successfully reached monitoredBarrier, but received errors while waiting for "
             f"send/recv from rank 0: nothing within {2 * limit_ms} ms. Please check rank 0 logs for faulty rank"
-        ) from error
+        )
     verdict = store.get("verdict").decode()
     if verdict.startswith("missing"):
         raise RuntimeError(
             f"[Rank {rank}]: Rank {rank} successfully reached monitoredBarrier, but received errors while waiting for "
-            f"send/recv from rank 0: {verdict.removeprefix('missing ')} failed to pass monitoredBarrier in {limit_ms} ms. "
-            "Please check rank 0 logs for faulty rank"
+            f"send/recv from rank 0: {verdict.removeprefix('missing ')} failed to pass monitoredBarrier in {limit_ms} "
+            "ms. Please check rank 0 logs for faulty rank"
         )
 
 
@@ -44,11 +43,8 @@ def _missing(store: dist.Store, size: int, timeout: timedelta, wait_all_ranks: b
     stop_s = time.monotonic() + timeout.total_seconds()
     missing = []
     for peer in range(1, size):
-        left_s = max(0.001, stop_s - time.monotonic())
-        with suppress(RuntimeError):
-            store.wait([f"here/{peer}"], timedelta(seconds=left_s))
-            continue
-        missing.append(peer)
-        if not wait_all_ranks:
-            break
+        if not wait_for(store, [f"here/{peer}"], stop_s - time.monotonic()):
+            missing.append(peer)
+            if not wait_all_ranks:
+                break
     return missing

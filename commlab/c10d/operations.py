@@ -105,16 +105,17 @@ def allreduce(pg: CommlabProcessGroup, tensors: Tensors, reduce_op: Any, awaited
     numbers = reduced(tensors[0], op_of(reduce_op), pg.size()) if len(tensors) == 1 else None
     if numbers is None:
         return None
-    tensor, group = tensors[0], pg.group
+    tensor, group, span = tensors[0], pg.group, pg.begin("all_reduce", tensors)
     in_place = numbers.lies_in(tensor)
-    if awaited:
+    if awaited and span is None:
         with torch.no_grad():
             allreduce_now(numbers.flat, numbers.op, group=group)
             if not in_place:
                 numbers.finish(numbers.flat, tensor)
         return pg.work((), list(tensors))
     handle = allreduce_async(numbers.flat, numbers.op, group=group)
-    return pg.work((handle,), list(tensors), None if in_place else lambda: numbers.finish(numbers.flat, tensor))
+    after = None if in_place else (lambda: numbers.finish(numbers.flat, tensor))
+    return pg.work((handle,), list(tensors), after, span)
 
 
 def allreduce_coalesced(pg: CommlabProcessGroup, tensors: Tensors, reduce_op: Any) -> Work:
@@ -123,6 +124,7 @@ def allreduce_coalesced(pg: CommlabProcessGroup, tensors: Tensors, reduce_op: An
     found = [reduced(tensor, op, pg.size()) for tensor in tensors]
     if not tensors or any(numbers is None for numbers in found):
         return None
+    span = pg.begin("all_reduce", tensors)
     by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, _Reduced]]] = {}
     for tensor, numbers in zip(tensors, found, strict=True):
         assert numbers is not None
@@ -140,20 +142,21 @@ def allreduce_coalesced(pg: CommlabProcessGroup, tensors: Tensors, reduce_op: An
             for (tensor, numbers), piece in zip(pairs, pieces, strict=True):
                 numbers.finish(piece, tensor)
 
-    return pg.work(handles, list(tensors), after)
+    return pg.work(handles, list(tensors), after, span)
 
 
 def reduce(pg: CommlabProcessGroup, tensors: Tensors, root: int, reduce_op: Any) -> Work:
     numbers = reduced(tensors[0], op_of(reduce_op), pg.size()) if len(tensors) == 1 else None
     if numbers is None:
         return None
-    tensor, flat = tensors[0], numbers.flat
+    tensor, flat, span = tensors[0], numbers.flat, pg.begin("reduce", tensors)
     if flat.data_ptr() == tensor.data_ptr():
         flat = flat.clone()
     chunks = whole_at(root, flat.numel(), pg.size())
     handle = reduce_chunks_async(flat, chunks, numbers.op, group=pg.group)
     is_root = pg.rank() == root
-    return pg.work((handle,), list(tensors), (lambda: numbers.finish(handle.result, tensor)) if is_root else None)
+    after = (lambda: numbers.finish(handle.result, tensor)) if is_root else None
+    return pg.work((handle,), list(tensors), after, span)
 
 
 def reduce_scatter(pg: CommlabProcessGroup, out: torch.Tensor, parts: Tensors, reduce_op: Any) -> Work:
@@ -168,11 +171,11 @@ def reduce_scatter(pg: CommlabProcessGroup, out: torch.Tensor, parts: Tensors, r
         return None
     sizes = [part.numel() for part in parts] if len(parts) > 1 else [whole.numel() // size] * size
     require(pg, "reduce_scatter", sum(sizes) == whole.numel() and sizes[pg.rank()] == out.numel(), out, parts, sizes)
-    flat = numbers.flat
+    flat, span = numbers.flat, pg.begin("reduce_scatter" if len(parts) > 1 else "_reduce_scatter_base", parts)
     if len(parts) == 1 and flat.data_ptr() == parts[0].data_ptr():
         flat = flat.clone()
     handle = reduce_chunks_async(flat, adjoining(sizes), numbers.op, group=pg.group)
-    return pg.work((handle,), [out], lambda: numbers.finish(handle.result, out))
+    return pg.work((handle,), [out], lambda: numbers.finish(handle.result, out), span)
 
 
 def require(pg: CommlabProcessGroup, kind: str, holds: bool, out: torch.Tensor, parts: Tensors, sizes: Any) -> None:
@@ -196,7 +199,7 @@ def adjoining(sizes: Sequence[int]) -> tuple[Range, ...]:
 def broadcast(pg: CommlabProcessGroup, tensors: Tensors, root: int) -> Work:
     if len(tensors) != 1 or not movable(tensors[0]):
         return None
-    tensor = tensors[0]
+    tensor, span = tensors[0], pg.begin("broadcast", tensors)
     flat = _aligned(flat_of(tensor))
     after = None if flat.data_ptr() == tensor.data_ptr() else (lambda: write(tensor, flat))
     moved = _as_moved(flat, flat.numel())
@@ -205,9 +208,11 @@ def broadcast(pg: CommlabProcessGroup, tensors: Tensors, root: int) -> Work:
         mine = Range(0, size_bytes if pg.rank() == root else 0)
         outs = [bytes_of(flat) if rank == root else _NO_BYTES for rank in range(pg.size())]
         detail = f"{size_bytes} bytes, root {root}"
-        return _delivered(pg, "broadcast", detail, [bytes_of(flat)], [mine] * pg.size(), outs, list(tensors), after)
+        return _delivered(
+            pg, "broadcast", detail, [bytes_of(flat)], [mine] * pg.size(), outs, list(tensors), after, span
+        )
     handle = gather_chunks_async(moved, whole_at(root, moved.numel(), pg.size()), group=pg.group)
-    return pg.work((handle,), list(tensors), after)
+    return pg.work((handle,), list(tensors), after, span)
 
 
 _NO_BYTES: Final = torch.empty(0, dtype=torch.uint8)
@@ -242,9 +247,10 @@ def _delivered(
     outs: Tensors,
     value: Any,
     after: Callable[[], None] | None = None,
+    span: Any = None,
 ) -> CommlabWork:
     handle = deliver_async(pg.group, Signature(kind, detail=detail), stream, ranges, outs)
-    return pg.work((handle,), value, after)
+    return pg.work((handle,), value, after, span)
 
 
 def allgather_single(pg: CommlabProcessGroup, out: torch.Tensor, tensor: torch.Tensor) -> Work:
@@ -254,14 +260,15 @@ def allgather_single(pg: CommlabProcessGroup, out: torch.Tensor, tensor: torch.T
     whole = _aligned(flat_of(out))
     require(pg, "all_gather", whole.numel() == size * flat.numel(), tensor, [out], [flat.numel()] * size)
     after = None if whole.data_ptr() == out.data_ptr() else (lambda: write(out, whole))
+    span = pg.begin("_allgather_base", [tensor])
     moved = _as_moved(whole, flat.numel())
     if moved is None:
-        return _gathered(pg, list(whole.view(size, -1)), flat, [out], after)
+        return _gathered(pg, list(whole.view(size, -1)), flat, [out], after, span)
     own = slice(pg.rank() * flat.numel(), (pg.rank() + 1) * flat.numel())
     if whole[own].data_ptr() != flat.data_ptr():
         write(whole[own], flat)
     handle = gather_chunks_async(moved, adjoining([moved.numel() // size] * size), group=pg.group)
-    return pg.work((handle,), [out], after)
+    return pg.work((handle,), [out], after, span)
 
 
 def allgather(pg: CommlabProcessGroup, outs: Tensors, tensor: torch.Tensor) -> Work:
@@ -271,15 +278,42 @@ def allgather(pg: CommlabProcessGroup, outs: Tensors, tensor: torch.Tensor) -> W
     if any(out.dtype is not tensor.dtype for out in outs):
         return None
     flats = [_room_for(out) for out in outs]
-    return _gathered(pg, flats, flat_of(tensor), [list(outs)], lambda: _write_all(outs, flats))
+    span = pg.begin("all_gather", [tensor])
+    return _gathered(pg, flats, flat_of(tensor), [list(outs)], lambda: _write_all(outs, flats), span)
+
+
+def allgather_coalesced(pg: CommlabProcessGroup, outs: Sequence[Tensors], tensors: Tensors) -> Work:
+    """``outs[r][k]`` gets tensor k of rank r: all of a rank's tensors are one stream of bytes."""
+    everything = [*tensors, *(out for each in outs for out in each)]
+    if not all(movable(tensor) for tensor in everything) or len(outs) != pg.size():
+        return None
+    span = pg.begin("all_gather", tensors)
+    stream = [bytes_of(flat_of(tensor)) for tensor in tensors]
+    room = [torch.empty(sum(out.numel() * out.element_size() for out in each), dtype=torch.uint8) for each in outs]
+    own = Range(0, sum(piece.numel() for piece in stream))
+
+    def after() -> None:
+        for each, found in zip(outs, room, strict=True):
+            pieces = found.split([out.numel() * out.element_size() for out in each])
+            for out, piece in zip(each, pieces, strict=True):
+                write(out, piece.clone().view(out.dtype))
+
+    detail = ", ".join(str(tensor.dtype) for tensor in tensors)
+    return _delivered(pg, "allgather", detail, stream, [own] * pg.size(), room, list(outs), after, span)
 
 
 def _gathered(
-    pg: CommlabProcessGroup, flats: Tensors, flat: torch.Tensor, value: Any, after: Callable[[], None] | None
+    pg: CommlabProcessGroup,
+    flats: Tensors,
+    flat: torch.Tensor,
+    value: Any,
+    after: Callable[[], None] | None,
+    span: Any,
 ) -> CommlabWork:
     everything = Range(0, flat.numel() * flat.element_size())
     outs = [bytes_of(part) for part in flats]
-    return _delivered(pg, "allgather", str(flat.dtype), [bytes_of(flat)], [everything] * pg.size(), outs, value, after)
+    stream, ranges = [bytes_of(flat)], [everything] * pg.size()
+    return _delivered(pg, "allgather", str(flat.dtype), stream, ranges, outs, value, after, span)
 
 
 def _room_for(out: torch.Tensor) -> torch.Tensor:
@@ -293,13 +327,18 @@ def _write_all(outs: Tensors, flats: Tensors) -> None:
         write(out, flat)
 
 
+_TITLES: Final = {"alltoall": "all_to_all"}
+"""What gloo's spans are called in torch's profile."""
+
+
 def exchange(pg: CommlabProcessGroup, kind: str, detail: str, outs: Tensors, parts: Tensors, value: Any) -> Work:
     """``parts[r]`` to rank r, and into ``outs[r]`` what r has for this rank: gather and scatter are alltoalls of which
     most parts are empty."""
     if not all(movable(tensor) for tensor in (*outs, *parts)):
         return None
     flats = [_room_for(out) for out in outs]
+    span = pg.begin(_TITLES.get(kind, kind), [part for part in parts if part.numel()])
     stream = [bytes_of(flat_of(part)) for part in parts]
     ranges = adjoining([piece.numel() for piece in stream])
     room = [bytes_of(flat) for flat in flats]
-    return _delivered(pg, kind, detail, stream, ranges, room, value, lambda: _write_all(outs, flats))
+    return _delivered(pg, kind, detail, stream, ranges, room, value, lambda: _write_all(outs, flats), span)

@@ -48,9 +48,11 @@ class CommlabProcessGroup(dist.ProcessGroup):
         self._futures = Futures(threaded=False)
         self._plain: dist.ProcessGroup | None = None
         self._sequence = self._barriers = 0
+        self._group_name = self._group_desc = "undefined"
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
         _kept.append(self)
-        if size > 1 and not connects_lazily():
+        # C++ looks for gloo's own backend in a group that bears its name.
+        if name == "gloo" or (size > 1 and not connects_lazily()):
             self._gloo()
 
     def __repr__(self) -> str:
@@ -68,17 +70,28 @@ class CommlabProcessGroup(dist.ProcessGroup):
                     self._group = group
         return self._group
 
+    def begin(self, kind: str, tensors: Sequence[torch.Tensor]) -> Any:
+        """The span of an operation in torch's profile, where one is recorded: it ends with the operation."""
+        if not torch.autograd._profiler_enabled():
+            return None
+        return torch.autograd._record_function_with_args_enter(f"{self._name}:{kind}", *tensors)
+
     def work(
-        self, handles: Sequence[Handle], value: Any, after: Callable[[], None] | None = None
+        self, handles: Sequence[Handle], value: Any, after: Callable[[], None] | None = None, span: Any = None
     ) -> CommlabWork:
         self._sequence += 1
-        return CommlabWork(self._futures, handles, value, after)
+        return CommlabWork(self._futures, handles, value, after, span)
 
     def _gloo(self) -> Any:
         if self._plain is None:
             with self._lock:
                 if self._plain is None:
-                    self._plain = make_gloo(self._store, self.rank(), self.size(), self._timeout)
+                    plain: Any = make_gloo(self._store, self.rank(), self.size(), self._timeout)
+                    cpu, kinds = torch.device("cpu"), dist.ProcessGroup.BackendType
+                    # For methods that C++ calls and Python can't override.
+                    for kind in (kinds.CUSTOM, *([kinds.GLOO] if self._name == "gloo" else [])):
+                        self._register_backend(cpu, kind, plain._get_backend(cpu))
+                    self._plain = plain
         return self._plain
 
     # --- Life
@@ -100,7 +113,31 @@ class CommlabProcessGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return self._name
 
-    _get_backend_name = name = getBackendName
+    _get_backend_name = name = getBackendName  # type: ignore[assignment]
+
+    # C++ keeps a group's name in its backends, of which this one has none until gloo is needed.
+
+    def _set_group_name(self, name: str) -> None:
+        self._group_name = name
+
+    def _set_group_desc(self, desc: str) -> None:
+        self._group_desc = desc
+
+    setGroupName, setGroupDesc = _set_group_name, _set_group_desc
+
+    @property
+    def group_name(self) -> str:
+        return self._group_name
+
+    @property
+    def group_desc(self) -> str:
+        return self._group_desc
+
+    def getGroupName(self) -> str:
+        return self._group_name
+
+    def getGroupDesc(self) -> str:
+        return self._group_desc
 
     def get_group_store(self) -> dist.Store:
         return self._store
@@ -138,40 +175,37 @@ class CommlabProcessGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
         tensors, opts = _listed(tensors), _with_op(opts, dist.AllreduceOptions)
-        with _profiled(self, "all_reduce"):
-            awaited = getattr(opts, "asyncOp", True) is False
-            work = operations.allreduce(self, tensors, opts.reduceOp, awaited)
-            return work or self._gloo().allreduce(tensors, opts)
+        awaited = getattr(opts, "asyncOp", True) is False
+        work = operations.allreduce(self, tensors, opts.reduceOp, awaited)
+        return work or self._gloo().allreduce(tensors, opts)
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts or dist.AllreduceCoalescedOptions()
-        with _profiled(self, "all_reduce"):
-            work = operations.allreduce_coalesced(self, tensors, opts.reduceOp)
-            return work or self._gloo().allreduce_coalesced(tensors, opts)
+        work = operations.allreduce_coalesced(self, tensors, opts.reduceOp)
+        return work or self._gloo().allreduce_coalesced(tensors, opts)
 
     def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None) -> Any:
         tensors, opts = _listed(tensors), _with_root(opts, dist.ReduceOptions, op)
-        with _profiled(self, "reduce"):
-            work = operations.reduce(self, tensors, opts.rootRank, opts.reduceOp)
-            return work or self._gloo().reduce(tensors, opts)
+        work = operations.reduce(self, tensors, opts.rootRank, opts.reduceOp)
+        return work or self._gloo().reduce(tensors, opts)
 
     def reduce_scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, opts = _listed(outs), _with_op(opts, dist.ReduceScatterOptions)
         ins = ins if isinstance(ins[0], (list, tuple)) else [ins]
-        with _profiled(self, "reduce_scatter"):
-            work = operations.reduce_scatter(self, outs[0], ins[0], opts.reduceOp) if len(outs) == 1 else None
-            return work or self._gloo().reduce_scatter(outs, ins, opts)
+        work = operations.reduce_scatter(self, outs[0], ins[0], opts.reduceOp) if len(outs) == 1 else None
+        return work or self._gloo().reduce_scatter(outs, ins, opts)
 
     def reduce_scatter_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
         opts = _with_op(opts, dist.ReduceScatterOptions)
-        with _profiled(self, "_reduce_scatter_base"):
-            work = operations.reduce_scatter(self, out, [tensor], opts.reduceOp)
-            return work or self._gloo()._reduce_scatter_base(out, tensor, opts)
+        work = operations.reduce_scatter(self, out, [tensor], opts.reduceOp)
+        return work or self._gloo()._reduce_scatter_base(out, tensor, opts)
 
     _reduce_scatter_base = reduce_scatter_single
 
     def reduce_scatter_single_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
-        return self._all([self.reduce_scatter_single(out, each, opts) for out, each in zip(outs, ins, strict=True)], outs)
+        return self._all(
+            [self.reduce_scatter_single(out, each, opts) for out, each in zip(outs, ins, strict=True)], outs
+        )
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
@@ -179,19 +213,16 @@ class CommlabProcessGroup(dist.ProcessGroup):
 
     def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
         tensors, opts = _listed(tensors), _with_root(opts, dist.BroadcastOptions)
-        with _profiled(self, "broadcast"):
-            return operations.broadcast(self, tensors, opts.rootRank) or self._gloo().broadcast(tensors, opts)
+        return operations.broadcast(self, tensors, opts.rootRank) or self._gloo().broadcast(tensors, opts)
 
     def allgather(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         outs, ins = outs if isinstance(outs[0], (list, tuple)) else [outs], _listed(ins)
-        with _profiled(self, "all_gather"):
-            work = operations.allgather(self, outs[0], ins[0]) if len(ins) == 1 else None
-            return work or self._gloo().allgather(outs, ins, *_given(opts))
+        work = operations.allgather(self, outs[0], ins[0]) if len(ins) == 1 else None
+        return work or self._gloo().allgather(outs, ins, *_given(opts))
 
     def all_gather_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
-        with _profiled(self, "_allgather_base"):
-            work = operations.allgather_single(self, out, tensor)
-            return work or self._gloo()._allgather_base(out, tensor, *_given(opts))
+        work = operations.allgather_single(self, out, tensor)
+        return work or self._gloo()._allgather_base(out, tensor, *_given(opts))
 
     _allgather_base = all_gather_single
 
@@ -202,51 +233,46 @@ class CommlabProcessGroup(dist.ProcessGroup):
 
     def allgather_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         """``outs[r][k]`` gets tensor k of rank r."""
-        by_tensor = [[outs[rank][index] for rank in range(self.size())] for index in range(len(ins))]
-        works = [self.allgather([lists], [each], opts) for lists, each in zip(by_tensor, ins, strict=True)]
-        return self._all(works, outs)
+        work = operations.allgather_coalesced(self, outs, _listed(ins))
+        return work or self._gloo().allgather_coalesced(outs, ins, *_given(opts))
 
     def gather(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         ins, opts = _listed(ins), _with_root(opts, dist.GatherOptions)
         outs = outs if not outs or isinstance(outs[0], (list, tuple)) else [outs]
-        with _profiled(self, "gather"):
-            root, room = opts.rootRank, [ins[0].new_empty(0)] * self.size()
-            nothing, detail = list(room), f"{ins[0].dtype}, to root {root}"
-            nothing[root] = ins[0]
-            lists = list(outs[0]) if self.rank() == root else room
-            work = operations.exchange(self, "gather", detail, lists, nothing, outs) if len(lists) == self.size() else None
-            return work or self._gloo().gather(outs, ins, opts)
+        root, room = opts.rootRank, [ins[0].new_empty(0)] * self.size()
+        nothing, detail = list(room), f"{ins[0].dtype}, to root {root}"
+        nothing[root] = ins[0]
+        lists = list(outs[0]) if self.rank() == root else room
+        work = operations.exchange(self, "gather", detail, lists, nothing, outs) if len(lists) == self.size() else None
+        return work or self._gloo().gather(outs, ins, opts)
 
     def scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, opts = _listed(outs), _with_root(opts, dist.ScatterOptions)
         ins = ins if not ins or isinstance(ins[0], (list, tuple)) else [ins]
-        with _profiled(self, "scatter"):
-            root, nothing = opts.rootRank, [outs[0].new_empty(0)] * self.size()
-            room, detail = list(nothing), f"{outs[0].dtype}, from root {root}"
-            room[root] = outs[0]
-            parts = list(ins[0]) if self.rank() == root else nothing
-            work = operations.exchange(self, "scatter", detail, room, parts, outs) if len(parts) == self.size() else None
-            return work or self._gloo().scatter(outs, ins, opts)
+        root, nothing = opts.rootRank, [outs[0].new_empty(0)] * self.size()
+        room, detail = list(nothing), f"{outs[0].dtype}, from root {root}"
+        room[root] = outs[0]
+        parts = list(ins[0]) if self.rank() == root else nothing
+        work = operations.exchange(self, "scatter", detail, room, parts, outs) if len(parts) == self.size() else None
+        return work or self._gloo().scatter(outs, ins, opts)
 
     def alltoall(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
-        with _profiled(self, "all_to_all"):
-            work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, list(outs))
-            return work or self._gloo().alltoall(outs, ins, *_given(opts))
+        work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, list(outs))
+        return work or self._gloo().alltoall(outs, ins, *_given(opts))
 
     def all_to_all_single(
         self, out: torch.Tensor, tensor: torch.Tensor, out_splits: Any, in_splits: Any, opts: Any = None
     ) -> Any:
-        with _profiled(self, "all_to_all"):
-            if operations.movable(out) and operations.movable(tensor) and out.is_contiguous():
-                outs, parts = _parts(self, out, out_splits), _parts(self, tensor, in_splits)
-                return operations.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out])
-            return self._gloo().alltoall_base(out, tensor, out_splits, in_splits, *_given(opts))
+        if operations.movable(out) and operations.movable(tensor) and out.is_contiguous():
+            outs, parts = _parts(self, out, out_splits), _parts(self, tensor, in_splits)
+            return operations.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out])
+        return self._gloo().alltoall_base(out, tensor, out_splits, in_splits, *_given(opts))
 
     alltoall_base = all_to_all_single
 
     def barrier(self, opts: Any = None, timeout: Any = None) -> Any:
-        with _profiled(self, "barrier"):
-            return self.work((self.group.submit(Signature("barrier")),), [])
+        span = self.begin("barrier", [])
+        return self.work((self.group.submit(Signature("barrier")),), [], span=span)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """Return once every rank has called it; RuntimeError that names who has not within ``timeout``."""
@@ -257,16 +283,13 @@ class CommlabProcessGroup(dist.ProcessGroup):
     # --- Point to point
 
     def send(self, tensors: Any, to: int, tag: int = 0) -> Any:
-        with _profiled(self, "send"):
-            return self._gloo().send(tensors, to, tag)
+        return self._gloo().send(tensors, to, tag)
 
     def recv(self, tensors: Any, frm: int, tag: int = 0) -> Any:
-        with _profiled(self, "recv"):
-            return self._gloo().recv(tensors, frm, tag)
+        return self._gloo().recv(tensors, frm, tag)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
-        with _profiled(self, "recvAnySource"):
-            return self._gloo().recv_anysource(tensors, tag)
+        return self._gloo().recv_anysource(tensors, tag)
 
     def _start_coalescing(self, device: Any) -> None:
         """Nothing: what follows is started at once, in order."""
@@ -324,21 +347,3 @@ def _parts(pg: CommlabProcessGroup, whole: torch.Tensor, splits: Sequence[int]) 
             else f"rank {pg.rank()}: Split sizes don't match total dim 0 size: {splits} of {rows} rows, {size} ranks"
         )
     return list(whole.detach().split(splits)) if whole.dim() else [whole.detach()]
-
-
-class _Unprofiled:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_UNPROFILED = _Unprofiled()
-
-
-def _profiled(pg: CommlabProcessGroup, kind: str) -> Any:
-    """The span of an operation for torch's profiler, where one is on."""
-    if not torch.autograd._profiler_enabled():
-        return _UNPROFILED
-    return torch.profiler.record_function(f"{pg.getBackendName()}:{kind}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..errors import PeerTimeoutError
 from ..runtime.handle import Handle
 
 
@@ -49,7 +50,8 @@ class Futures:
 
 class CommlabWork(dist._Work):
     """An operation of a process group. ``handles``: what it consists of, in order; ``after()``: what remains to be done
-    here when all of them have ended, once. ``value``: the tensors that :meth:`result` and the future give."""
+    here when all of them have ended, once. ``value``: the tensors that :meth:`result` and the future give. ``span``: of
+    torch's profile, which ends with the operation."""
 
     def __init__(
         self,
@@ -57,12 +59,12 @@ class CommlabWork(dist._Work):
         handles: Sequence[Handle],
         value: Any,
         after: Callable[[], None] | None = None,
-        source: int = -1,
+        span: Any = None,
     ):
         super().__init__()
         self._futures, self._handles, self._value, self._after = futures, tuple(handles), value, after
-        self._source = source
-        self._ended = not handles and after is None
+        self._span = span
+        self._ended = not handles and after is None and span is None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._future: Any = None
@@ -81,12 +83,23 @@ class CommlabWork(dist._Work):
                     handle.wait(timeout_s)
                 if self._after is not None:
                     self._after()
+            except PeerTimeoutError as error:
+                # The operation may still end.
+                raise PeerTimeoutError(f"{error} of init_process_group, new_group or wait()") from error
             except BaseException as error:
-                # An operation that timed out may still end; one that has failed has ended.
                 if all(handle.finished for handle in self._handles):
                     self._error, self._ended = error, True
                 raise
+            if self._span is not None:
+                self._end_span()
             self._handles, self._after, self._ended = (), None, True
+
+    def _end_span(self) -> None:
+        """In another thread, which makes the span an asynchronous one: others begin in it and end after it."""
+        span, self._span = self._span, None
+        thread = threading.Thread(target=torch.autograd._record_function_with_args_exit, args=(span,))
+        thread.start()
+        thread.join()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """True once the operation has ended; raises what went wrong. ``timeout``: none or zero is the group's."""
@@ -112,7 +125,8 @@ class CommlabWork(dist._Work):
         self.wait()
 
     def source_rank(self) -> int:
-        return self._source
+        """Of a receive from anybody; none of those is a work of this class."""
+        return -1
 
     _source_rank = source_rank
 

@@ -31,7 +31,8 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    return tensor.view(-1).view(torch.uint8)
+    # A dimension of one number may have any stride and be contiguous, but not be seen as bytes.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def deliver_async(
@@ -95,7 +96,9 @@ def _compare(group: Group, signature: Signature, tables: Sequence[delivery.Table
         )
 
 
-def _send(group: Group, stream: Sequence[torch.Tensor], ranges: Sequence[Range], outs: Sequence[torch.Tensor]) -> Pending:
+def _send(
+    group: Group, stream: Sequence[torch.Tensor], ranges: Sequence[Range], outs: Sequence[torch.Tensor]
+) -> Pending:
     """One message per pair; nobody's own."""
     whole = stream[0] if len(stream) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8), *stream])
     own = ranges[group.rank]

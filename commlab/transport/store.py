@@ -4,15 +4,31 @@ made."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from contextlib import suppress
-from datetime import timedelta
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from ..errors import PeerLostError, PeerTimeoutError
 from .base import Bytes, Exchange, Piggyback, Request
+
+_PAUSE_S, _LONGEST_PAUSE_S = 50e-6, 5e-3
+
+
+def wait_for(store: dist.Store, keys: Sequence[str], timeout_s: float) -> bool:
+    """Whether all ``keys`` are there within ``timeout_s``.
+
+    Asks again and again, because a store's own wait keeps the connection, of which a process has one: two threads that
+    open two groups, in another order on another rank, would wait for each other for ever.
+    """
+    stop_s, pause_s = time.monotonic() + timeout_s, _PAUSE_S
+    while not store.check(list(keys)):
+        if time.monotonic() > stop_s:
+            return False
+        time.sleep(pause_s)
+        pause_s = min(_LONGEST_PAUSE_S, 1.2 * pause_s)
+    return True
 
 
 class StoreExchange(Exchange):
@@ -32,8 +48,7 @@ class StoreExchange(Exchange):
 
     def block(self, timeout_s: float) -> None:
         """Wait for the records of all, or for ``timeout_s``."""
-        with suppress(RuntimeError):
-            self._store.wait(list(self._keys), timedelta(seconds=timeout_s))
+        wait_for(self._store, self._keys, timeout_s)
 
     def peers(self) -> Sequence[int]:
         if self._found or self._store.check(list(self._keys)):
@@ -74,21 +89,15 @@ class StoreTransport:
         # A store keeps no empty values apart from missing ones.
         self._store.set(keys[self.rank], b"." + data)  # type: ignore[arg-type]
         try:
-            self._store.wait(keys, timedelta(seconds=self._timeout_s))
-            return [bytes(self._store.get(key))[1:] for key in keys]
+            if wait_for(self._store, keys, self._timeout_s):
+                return [bytes(self._store.get(key))[1:] for key in keys]
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
         except RuntimeError as error:
-            missing = self._missing(keys)
-            if not missing:
-                raise PeerLostError(f"rank {self.rank}: the store is gone, with {name}: {error}") from error
-            raise PeerTimeoutError(
-                f"rank {self.rank} has waited {self._timeout_s:.0f} s for ranks {missing} in {name}; they may be stuck, or "
-                "never have started: see their own output, or raise the timeout"
-            ) from error
-
-    def _missing(self, keys: Sequence[str]) -> list[int]:
-        with suppress(RuntimeError):
-            return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-        return []
+            raise PeerLostError(f"rank {self.rank}: the store is gone, with {name}: {error}") from error
+        raise PeerTimeoutError(
+            f"rank {self.rank} has waited {self._timeout_s:.0f} s for ranks {missing} in {name}; they may be stuck, or "
+            "never have started: see their own output, or raise the timeout of init_process_group or new_group"
+        )
 
     def isend(self, data: Bytes, to: int) -> Request:
         self._no_messages()

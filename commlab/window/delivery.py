@@ -58,7 +58,9 @@ def tables_of(window: Window) -> list[Table]:
     """Every rank's table, once the exchange has brought them; copies."""
     size = window.size
     pages = (window.sync.inline_address(peer) for peer in range(size))
-    return [np.ctypeslib.as_array((c_int64 * (ROWS * size)).from_address(page)).reshape(ROWS, size).copy() for page in pages]
+    return [
+        np.ctypeslib.as_array((c_int64 * (ROWS * size)).from_address(page)).reshape(ROWS, size).copy() for page in pages
+    ]
 
 
 def deliver(
@@ -73,7 +75,9 @@ def deliver(
         if inline[peer] and outs[peer].numel():
             source = window.sync.inline_address(peer) + table_bytes + int(table[0, window.rank])
             memmove(outs[peer].data_ptr(), source, outs[peer].numel())
-    rounds = max((-(-length // _HALF_BYTES) for length, fits in zip(lengths, inline, strict=True) if not fits), default=0)
+    rounds = max(
+        (-(-length // _HALF_BYTES) for length, fits in zip(lengths, inline, strict=True) if not fits), default=0
+    )
     for count in range(rounds):
         # Two halves, used alternately: what this round writes was read in the round before the last one, and everyone
         # has left that. The operation before may still be read when this one begins, so its exchange comes first.
