@@ -1,5 +1,5 @@
-"""The collectives of torch.distributed by commlab's: each function returns the work, or None where the operation is left
-to gloo (:mod:`.fallback`)."""
+"""The collectives of torch.distributed by commlab's: each function returns the work, or None where the operation is
+left to gloo (:mod:`.fallback`)."""
 
 from __future__ import annotations
 
@@ -227,8 +227,8 @@ def _aligned(flat: torch.Tensor) -> torch.Tensor:
 
 
 def _as_moved(flat: torch.Tensor, part_numel: int) -> torch.Tensor | None:
-    """``flat``, which is aligned, in a dtype that commlab's halves move, for parts of ``part_numel`` numbers; None where
-    few or odd bytes are better delivered. The choice depends on sizes alone, so that all ranks choose alike."""
+    """``flat``, which is aligned, in a dtype that commlab's halves move, for parts of ``part_numel`` numbers; None
+    where few or odd bytes are better delivered. The choice depends on sizes alone, so that all ranks choose alike."""
     part_bytes = part_numel * flat.element_size()
     if part_bytes <= _DELIVERED_BYTES:
         return None

@@ -1,5 +1,5 @@
-"""The process group: every method of torch.distributed's, by commlab's collectives where :mod:`.operations` has one, else
-by gloo."""
+"""The process group: every method of torch.distributed's, by commlab's collectives where :mod:`.operations` has one,
+else by gloo."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _end_threads() -> None:
 
 
 class CommlabProcessGroup(dist.ProcessGroup):
-    """Ranks that share ``store``, in which no other keys are. Made by each member alone; the members meet when the first
-    operation is called. ``timeout``: how long a silent peer is waited for. ``name``: what get_backend() answers.
+    """Ranks that share ``store``, in which no other keys are. Made by each member alone; the members meet when the
+    first operation is called. ``timeout``: how long a silent peer is waited for. ``name``: what get_backend() answers.
     ``default``: whether these are all ranks of the job."""
 
     def __init__(
@@ -242,8 +242,8 @@ class CommlabProcessGroup(dist.ProcessGroup):
         root, room = opts.rootRank, [ins[0].new_empty(0)] * self.size()
         nothing, detail = list(room), f"{ins[0].dtype}, to root {root}"
         nothing[root] = ins[0]
-        lists = list(outs[0]) if self.rank() == root else room
-        work = operations.exchange(self, "gather", detail, lists, nothing, outs) if len(lists) == self.size() else None
+        lists = self._of_each("gather", outs[0]) if self.rank() == root else room
+        work = operations.exchange(self, "gather", detail, lists, nothing, outs)
         return work or self._gloo().gather(outs, ins, opts)
 
     def scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
@@ -252,12 +252,13 @@ class CommlabProcessGroup(dist.ProcessGroup):
         root, nothing = opts.rootRank, [outs[0].new_empty(0)] * self.size()
         room, detail = list(nothing), f"{outs[0].dtype}, from root {root}"
         room[root] = outs[0]
-        parts = list(ins[0]) if self.rank() == root else nothing
-        work = operations.exchange(self, "scatter", detail, room, parts, outs) if len(parts) == self.size() else None
+        parts = self._of_each("scatter", ins[0]) if self.rank() == root else nothing
+        work = operations.exchange(self, "scatter", detail, room, parts, outs)
         return work or self._gloo().scatter(outs, ins, opts)
 
     def alltoall(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
-        work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, list(outs))
+        outs, ins = self._of_each("alltoall", outs), self._of_each("alltoall", ins)
+        work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, outs)
         return work or self._gloo().alltoall(outs, ins, *_given(opts))
 
     def all_to_all_single(
@@ -296,6 +297,12 @@ class CommlabProcessGroup(dist.ProcessGroup):
 
     def _end_coalescing(self, device: Any) -> Any:
         return self.work((), [])
+
+    def _of_each(self, kind: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """``tensors``, of which there has to be one per rank."""
+        if len(tensors) != self.size():
+            raise ValueError(f"rank {self.rank()}: {kind} of {len(tensors)} tensors among {self.size()} ranks")
+        return list(tensors)
 
     def _all(self, works: Sequence[Any], value: Any) -> CommlabWork:
         def after() -> None:

@@ -1,4 +1,4 @@
-"""Under plain mpirun there is no RANK and no MASTER_ADDR: torch's ``env://`` would give up. There ranks meet over MPI."""
+"""Under plain mpirun there is no RANK and no MASTER_ADDR, and torch's ``env://`` would give up: ranks meet over MPI."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """Records over a torch.distributed store, for ranks that share a window: their numbers need no messages, and what is
-left, the window's opening and the texts of a disagreement, may take a store's 0.2 ms. No connection between two ranks is
-made."""
+left, the window's opening and the texts of a disagreement, may take a store's 0.2 ms. No two ranks are connected."""
 
 from __future__ import annotations
 
@@ -83,8 +82,8 @@ class StoreTransport:
         return StoreExchange(self._store, self._keys(), self.rank, record)
 
     def gather(self, data: bytes, name: str) -> list[bytes]:
-        """Every rank's ``data``, of any length, on every rank, in rank order; ``name`` is for messages. Collective; waits.
-        PeerTimeoutError with the ranks that did not come. Cost: one round trip to the store, and P reads."""
+        """Every rank's ``data``, of any length, on every rank, in rank order; ``name`` is for messages. Collective;
+        waits. PeerTimeoutError with the ranks that did not come. Cost: one round trip to the store, and P reads."""
         keys = self._keys()
         # A store keeps no empty values apart from missing ones.
         self._store.set(keys[self.rank], b"." + data)  # type: ignore[arg-type]

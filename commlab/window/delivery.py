@@ -67,7 +67,8 @@ def deliver(
     window: Window, tables: Sequence[Table], stream: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]
 ) -> Generator[Request, None, NodeStep]:
     """Copy what every rank has for this one into ``outs`` (uint8, 1-D, one per rank, of the sizes that its table
-    expects). ``tables``: everyone's, on which all agree. Runs after the exchange that has published :func:`inline_page`."""
+    expects). ``tables``: everyone's, on which all agree. Runs after the exchange that has published
+    :func:`inline_page`."""
     table_bytes = tables[0].nbytes
     lengths = [int(table[1].max(initial=0)) for table in tables]
     inline = [table_bytes + length <= INLINE_BYTES for length in lengths]
