@@ -7,9 +7,22 @@ This file is loaded by every ``import torch`` of an environment in which commlab
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ddp_hook import DDPHook
+
+__all__ = ["DDPHook", "make_default", "register", "replace_gloo"]
 
 NAME = "commlab"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "DDPHook":
+        raise AttributeError(f"module 'commlab.c10d' has no attribute {name!r}")
+    from .ddp_hook import DDPHook
+
+    return DDPHook
 
 
 def register() -> None:

@@ -38,19 +38,19 @@ def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> di
     """A group of gloo alone. It is a ``ProcessGroup`` of exactly that type, whose methods let go of the GIL; those that
     a Python subclass inherits don't, and would lock out the thread that gloo needs."""
     gloo_store = dist.PrefixStore("gloo", store)
-    gloo: Any
+    make_group: Any = dist.ProcessGroup
+    make_backend: Any = dist.ProcessGroupGloo
     try:
-        options: Any = dist.ProcessGroupGloo._Options()
+        options = make_backend._Options()
         options._timeout, options._devices, options._threads = timeout, _lazy_devices(), 2
-        gloo = dist.ProcessGroupGloo(gloo_store, rank, size, options)
+        gloo = make_backend(gloo_store, rank, size, options)
     except (TypeError, AttributeError):
-        gloo = dist.ProcessGroupGloo(gloo_store, rank, size, timeout)
-    kind = dist.ProcessGroup.BackendType.GLOO
-    plain: Any
+        gloo = make_backend(gloo_store, rank, size, timeout)
+    kind = make_group.BackendType.GLOO
     try:
-        plain = dist.ProcessGroup(gloo_store, rank, size)
+        plain = make_group(gloo_store, rank, size)
     except TypeError:
-        plain = dist.ProcessGroup(rank, size)
+        plain = make_group(rank, size)
     plain._set_default_backend(kind)
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         plain._register_backend(torch.device(device), kind, gloo)

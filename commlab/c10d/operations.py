@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Work = CommlabWork | None
 Tensors = Sequence[torch.Tensor]
 
-_KINDS: Final = dist.ReduceOp.RedOpType
+_KINDS: Final[Any] = dist.ReduceOp.RedOpType
 OPS: Final = {
     _KINDS.SUM: "sum",
     _KINDS.AVG: "mean",

@@ -19,6 +19,7 @@ from . import operations
 from .connect import connect
 from .fallback import connects_lazily, make_gloo
 from .monitor import monitored_barrier
+from .window_tensor import tensor_in
 from .work import CommlabWork, Futures
 
 _kept: list[CommlabProcessGroup] = []
@@ -33,7 +34,11 @@ def _end_threads() -> None:
         group.end_threads()
 
 
-class CommlabProcessGroup(dist.ProcessGroup):
+# The stubs have every version's names and overloads at once, which no class could satisfy.
+_ProcessGroup: Any = dist.ProcessGroup
+
+
+class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
     """Ranks that share ``store``, in which no other keys are. Made by each member alone; the members meet when the
     first operation is called. ``timeout``: how long a silent peer is waited for. ``name``: what get_backend() answers.
     ``default``: whether these are all ranks of the job."""
@@ -113,7 +118,7 @@ class CommlabProcessGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return self._name
 
-    _get_backend_name = name = getBackendName  # type: ignore[assignment]
+    _get_backend_name = name = getBackendName
 
     # C++ keeps a group's name in its backends, of which this one has none until gloo is needed.
 
@@ -151,6 +156,18 @@ class CommlabProcessGroup(dist.ProcessGroup):
         return self
 
     supports_splitting = supports_coalescing = supports_time_estimate = False
+
+    def supports_tensor_alloc(self, device: torch.device) -> bool:
+        """Whether :meth:`allocate_tensor` has memory for this device. Opens the group, so all members must ask."""
+        return torch.device(device).type == "cpu" and self.group.window is not None
+
+    def allocate_tensor(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A 1-D tensor in the window, with whatever it held before; collectives on it copy nothing. FSDP2 asks for it
+        (``set_allocate_memory_from_process_group_for_comm``). The memory is given back when the tensor is gone."""
+        window = self.group.window
+        if window is None:
+            return torch.empty(numel, dtype=dtype, device=device)
+        return tensor_in(window, numel, dtype)
 
     def _set_default_timeout(self, timeout: timedelta) -> None:
         self._timeout = timeout

@@ -45,9 +45,10 @@ def refuse_mixed(call: GroupCall, rank: int) -> None:
     others = {device: name for device, name in call.devices.items() if name != "commlab"}
     if others:
         asked = ",".join(f"{device}:{name}" for device, name in call.devices.items())
+        names = ", ".join(sorted(set(others.values())))
         raise UsageError(
-            f"rank {rank}: backend {asked!r}: commlab can't share a group with "
-            f"{', '.join(sorted(set(others.values())))}; give each its own group: init_process_group for one, new_group(backend=...) for the other"
+            f"rank {rank}: backend {asked!r}: commlab can't share a group with {names}"
+            "; give each its own group: init_process_group for one, new_group(backend=...) for the other"
         )
 
 

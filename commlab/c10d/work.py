@@ -70,14 +70,15 @@ class CommlabWork(dist._Work):
         self._future: Any = None
 
     def _finish(self, timeout_s: float | None = None) -> None:
-        if self._ended:
-            if self._error is not None:
-                raise self._error
-            return
-        # An inference tensor may only be written under inference mode, by whichever thread comes here.
-        with self._lock, torch.no_grad():
-            if self._ended:
-                return
+        if not self._ended:
+            with self._lock, torch.no_grad():
+                self._end(timeout_s)
+        elif self._error is not None:
+            raise self._error
+
+    def _end(self, timeout_s: float | None) -> None:
+        """Wait, and do what remains; one thread at a time."""
+        if not self._ended:
             try:
                 for handle in self._handles:
                     handle.wait(timeout_s)

@@ -51,8 +51,8 @@ class Forked:
         whole_exit: bool = False,
     ) -> list[Any]:
         """``function(rank, size, *arguments)`` on every rank of a group of ``backend`` (None: none is made); the
-        results, through JSON, in rank order. ``method``: how they meet, tcp, file or env. ``silent_s``: the group's timeout.
-        ``whole_exit``: ranks leave as the interpreter does, and their exit codes are returned beside."""
+        results, through JSON, in rank order. ``method``: how they meet, tcp, file or env. ``silent_s``: the group's
+        timeout. ``whole_exit``: ranks leave as the interpreter does, and their exit codes are returned beside."""
         request = {
             "file": function.__code__.co_filename,
             "function": function.__name__,
