@@ -73,7 +73,7 @@ class CommlabWork(dist._Work):
         if not self._ended:
             with self._lock, torch.no_grad():
                 self._end(timeout_s)
-        elif self._error is not None:
+        if self._error is not None:
             raise self._error
 
     def _end(self, timeout_s: float | None) -> None:

@@ -23,6 +23,9 @@ from ..transport.base import Pending, Request
 from ..window import delivery
 from ..window.exchange import NOTHING, Attachment
 
+_ANY = -1
+"""What a rank expects that takes what comes."""
+
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous CPU tensor of any dtype, 1-D, without a copy."""
@@ -40,7 +43,7 @@ def deliver_async(
     signature: Signature,
     stream: Sequence[torch.Tensor],
     ranges: Sequence[Range],
-    outs: Sequence[torch.Tensor],
+    outs: Sequence[torch.Tensor] | Callable[[Sequence[int]], Sequence[torch.Tensor]],
     result: Any = None,
     finish: Callable[[], None] | None = None,
 ) -> Handle:
@@ -48,13 +51,14 @@ def deliver_async(
     what r has for this rank. Collective.
 
     ``stream``: pieces that lie one behind the other; ``outs``: one per rank, of the size that is expected from it. Both
-    uint8, 1-D, contiguous, on the CPU; neither may be touched before the handle is done. ``finish()`` runs at the end;
-    ``result`` is what ``wait()`` returns. DisagreementError on all ranks where the two sizes of a pair differ.
+    uint8, 1-D, contiguous, on the CPU; neither may be touched before the handle is done. Who can't know the sizes gives
+    a function that is called with them, and makes the room. ``finish()`` runs at the end; ``result`` is what ``wait()``
+    returns. DisagreementError on all ranks where the two sizes of a pair differ.
     """
     table = np.empty((delivery.ROWS, group.size), np.int64)
     table[0] = [span.start for span in ranges]
     table[1] = [span.stop for span in ranges]
-    table[2] = [out.numel() for out in outs]
+    table[2] = _ANY if callable(outs) else [out.numel() for out in outs]
     page = delivery.inline_page(table, stream) if group.window is not None else None
 
     def attached() -> Attachment:
@@ -72,10 +76,13 @@ def deliver_async(
                 yield exchange
             tables = [np.frombuffer(record, np.int64).reshape(table.shape) for record in exchange.records()]
         _compare(group, signature, tables)
+        sizes = [int(each[1, group.rank] - each[0, group.rank]) for each in tables]
+        room = outs(sizes) if callable(outs) else outs
         if page is not None:
-            group.account((yield from delivery.deliver(group.window, tables, stream, outs)))  # type: ignore[arg-type]
+            assert group.window is not None
+            group.account((yield from delivery.deliver(group.window, tables, stream, room)))
         else:
-            yield from _send(group, stream, ranges, outs)
+            yield from _send(group, stream, ranges, room)
         if finish is not None:
             finish()
 
@@ -85,7 +92,7 @@ def deliver_async(
 def _compare(group: Group, signature: Signature, tables: Sequence[delivery.Table]) -> None:
     sent = np.stack([table[1] - table[0] for table in tables])
     expected = np.stack([table[2] for table in tables]).T
-    wrong = np.argwhere(sent != expected)
+    wrong = np.argwhere((sent != expected) & (expected != _ANY))
     if len(wrong):
         frm, to = (int(rank) for rank in wrong[0])
         more = f" (and {len(wrong) - 1} more pairs of ranks)" if len(wrong) > 1 else ""
