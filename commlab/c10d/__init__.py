@@ -45,12 +45,16 @@ def register() -> None:
 
 def _create(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     """What init_process_group and new_group call, on members alone."""
+    import torch.distributed as dist
+
+    from .connect import Member
     from .process_group import CommlabProcessGroup
     from .stand_in import call_of, refuse_mixed
 
     call = call_of()
     refuse_mixed(call, rank)
-    return CommlabProcessGroup(store, rank, size, timeout, call.name, call.default)
+    here = Member(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Member(rank, size)
+    return CommlabProcessGroup(store, rank, size, timeout, call.name, here)
 
 
 def make_default() -> None:

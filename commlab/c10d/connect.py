@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -19,28 +19,43 @@ from ..transport.store import StoreTransport
 from ..transport.torchdist import TorchTransport
 
 NODES = "COMMLAB_NODES"
-"""Declares which ranks of the default group share a node, as ``commlab.init(nodes=...)`` does."""
+"""Declares which ranks of the job share a node, as ``commlab.init(nodes=...)`` does."""
 WINDOW = "COMMLAB_WINDOW"
 """``off``: ranks of a node send messages instead of sharing memory."""
 
 
-def connect(store: dist.Store, rank: int, size: int, timeout_s: float, default: bool) -> Group:
-    """The group of ``size`` ranks that share ``store``, in which no other keys are. Collective over them. ``default``:
-    whether these are all ranks of the job, of whom NODES speaks."""
+class Member(NamedTuple):
+    """Where this process stands in the job."""
+
+    rank: int
+    size: int
+
+
+def _node_key(here: Member) -> str:
+    """Equal on two ranks exactly when they share a node."""
+    text = os.environ.get(NODES)
+    if not text:
+        return topology.node_key()
+    return f"declared {topology.declared(text, here.size).node_of(here.rank)}"
+
+
+def connect(store: dist.Store, rank: int, size: int, timeout_s: float, here: Member) -> Group:
+    """The group of ``size`` ranks that share ``store``, in which no other keys are. Collective over them."""
     if size == 1:
         return Group(SimNetwork(1).transports()[0], Topology(((0,),)), timeout_s)
     transport = StoreTransport(dist.PrefixStore("meet", store), rank, size, timeout_s)
-    declared, window = os.environ.get(NODES, "") if default else "", os.environ.get(WINDOW, "auto")
+    window = os.environ.get(WINDOW, "auto")
     if window not in ("auto", "off"):
         raise UsageError(f"rank {rank}: {WINDOW}={window!r}; there are auto and off")
-    card = {"node": topology.node_key(), "cores": topology.bound_cores(), "nodes": declared, "window": window}
+    nodes = os.environ.get(NODES, "")
+    card = {"node": _node_key(here), "cores": topology.bound_cores(), "nodes": nodes, "window": window}
     cards: list[dict[str, Any]] = [
         json.loads(found) for found in transport.gather(json.dumps(card).encode(), "the members' addresses")
     ]
     for variable, word in ((NODES, "nodes"), (WINDOW, "window")):
         if len({str(found[word]) for found in cards}) > 1:
             raise UsageError(f"rank {rank}: {variable} differs between ranks: {[found[word] for found in cards]}")
-    found = topology.declared(declared, size) if declared else topology.from_keys([card["node"] for card in cards])
+    found = topology.from_keys([card["node"] for card in cards])
     cores = topology.cores_of_node([card["cores"] for card in cards], found.nodes, rank)
     if len(found.nodes) == 1 and window != "off":
         group = Group(transport, found, timeout_s, True, cores)

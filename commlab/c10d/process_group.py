@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..errors import UsageError
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from . import operations
-from .connect import connect
+from .connect import Member, connect
 from .fallback import connects_lazily, make_gloo
 from .monitor import monitored_barrier
 from .window_tensor import tensor_in
@@ -41,13 +42,20 @@ _ProcessGroup: Any = dist.ProcessGroup
 class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
     """Ranks that share ``store``, in which no other keys are. Made by each member alone; the members meet when the
     first operation is called. ``timeout``: how long a silent peer is waited for. ``name``: what get_backend() answers.
-    ``default``: whether these are all ranks of the job."""
+    ``here``: this process in the job; default: the group has all ranks of the job."""
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, timeout: timedelta, name: str = "commlab", default: bool = True
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        name: str = "commlab",
+        here: Member | None = None,
     ):
         super().__init__(rank, size)
-        self._store, self._timeout, self._name, self._default = store, timeout, name, default
+        self._store, self._timeout, self._name = store, timeout, name
+        self._here, self._destroyed = here or Member(rank, size), False
         self._lock = threading.Lock()
         self._group: Group | None = None
         self._futures = Futures(threaded=False)
@@ -70,7 +78,9 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
             with self._lock:
                 if self._group is None:
                     timeout_s = self._timeout.total_seconds()
-                    group = connect(self._store, self.rank(), self.size(), timeout_s, self._default)
+                    if self._destroyed:
+                        raise UsageError(f"rank {self.rank()}: an operation on a process group that was destroyed")
+                    group = connect(self._store, self.rank(), self.size(), timeout_s, self._here)
                     self._futures.threaded = group.progress.threaded
                     self._group = group
         return self._group
@@ -110,8 +120,10 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
     def shutdown(self) -> None:
         """Release the window. Works that were started stay what they are. Not collective."""
         self.end_threads()
-        if self._group is not None and self._group.window is not None:
-            self._group.window.close()
+        group, self._group, self._destroyed = self._group, None, True
+        # The memory goes with the last work that needs it.
+        if group is not None and group.window is not None:
+            group.window.close()
 
     abort = shutdown
 
@@ -326,7 +338,8 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
             for work in works:
                 work.wait()
 
-        return self.work((), list(value), after)
+        handles = [handle for work in works for handle in getattr(work, "handles", ())]
+        return self.work(handles, list(value), after)
 
 
 def _listed(tensors: Any) -> list[torch.Tensor]:

@@ -46,11 +46,10 @@ def _over_mpi(timeout: timedelta) -> tuple[Any, int, int]:
     from ..transport.rendezvous import store_for
 
     launch = detect()
+    # Every launcher ends the others when one leaves with an error, and passes on what that one has written; MPI's abort
+    # may cut it off.
     install_exception_hook(os._exit)
     store = store_for(launch, timeout.total_seconds())
-    from mpi4py import MPI
-
-    install_exception_hook(MPI.COMM_WORLD.Abort)
     # Programs read these under torchrun; set last, so that a meeting that failed can be repeated.
     variables = {
         "RANK": launch.rank,

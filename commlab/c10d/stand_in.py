@@ -18,25 +18,23 @@ class GroupCall(NamedTuple):
 
     name: str
     """The backend's name, by which the group answers."""
-    default: bool
-    """Whether the group has all ranks of the job."""
     devices: dict[str, str]
     """Which backend the caller wants for which kind of device."""
 
 
 def call_of() -> GroupCall:
-    """The call under way. A creator of a backend is told neither the group's devices nor whether it is the default one,
-    so they are read off the caller's frame."""
+    """The call under way. A creator of a backend is not told the group's devices, so they are read off the
+    caller's frame."""
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != _HELPER:
         frame = frame.f_back
     name = _standing_in[-1] if _standing_in else "commlab"
     if frame is None:
-        return GroupCall(name, False, {})
+        return GroupCall(name, {})
     found = frame.f_locals
     config = found.get("backend_config")
     devices = dict(config.get_device_backend_map()) if config is not None else {}
-    return GroupCall(name, not found.get("global_ranks_in_group"), {key: str(value) for key, value in devices.items()})
+    return GroupCall(name, {key: str(value) for key, value in devices.items()})
 
 
 def refuse_mixed(call: GroupCall, rank: int) -> None:

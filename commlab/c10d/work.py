@@ -62,7 +62,7 @@ class CommlabWork(dist._Work):
         span: Any = None,
     ):
         super().__init__()
-        self._futures, self._handles, self._value, self._after = futures, tuple(handles), value, after
+        self._futures, self.handles, self._value, self._after = futures, tuple(handles), value, after
         self._span = span
         self._ended = not handles and after is None and span is None
         self._error: BaseException | None = None
@@ -80,7 +80,7 @@ class CommlabWork(dist._Work):
         """Wait, and do what remains; one thread at a time."""
         if not self._ended:
             try:
-                for handle in self._handles:
+                for handle in self.handles:
                     handle.wait(timeout_s)
                 if self._after is not None:
                     self._after()
@@ -88,12 +88,12 @@ class CommlabWork(dist._Work):
                 # The operation may still end.
                 raise PeerTimeoutError(f"{error} of init_process_group, new_group or wait()") from error
             except BaseException as error:
-                if all(handle.finished for handle in self._handles):
+                if all(handle.finished for handle in self.handles):
                     self._error, self._ended = error, True
                 raise
             if self._span is not None:
                 self._end_span()
-            self._handles, self._after, self._ended = (), None, True
+            self.handles, self._after, self._ended = (), None, True
 
     def _end_span(self) -> None:
         """In another thread, which makes the span an asynchronous one: others begin in it and end after it."""
@@ -109,7 +109,7 @@ class CommlabWork(dist._Work):
         return True
 
     def is_completed(self) -> bool:
-        if not self._ended and all(handle.done() for handle in self._handles):
+        if not self._ended and all(handle.done() for handle in self.handles):
             try:
                 self._finish()
             except Exception:

@@ -1,7 +1,7 @@
 """``python tests/helpers/torch_suite.py RANKS [WORDS]``: torch's own tests of torch.distributed, with commlab's groups
 under gloo's name.
 
-They are in torch's wheel (``torch.testing._internal``) and want ``expecttest``. Ranks are forked, because 285 tests that
+They are in torch's wheel (``torch.testing._internal``) and want ``expecttest``. Ranks are forked: 285 tests that
 each import torch anew would take an hour. WORDS: only tests whose names have one of them. ``--plain``: gloo itself.
 """
 
