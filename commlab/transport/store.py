@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from ..errors import PeerLostError, PeerTimeoutError
 from .base import Bytes, Exchange, Piggyback, Request
 
 _PAUSE_S, _LONGEST_PAUSE_S = 50e-6, 5e-3
+_OTHERS_READ_S = 1.0
 
 
 def wait_for(store: dist.Store, keys: Sequence[str], timeout_s: float) -> bool:
@@ -33,17 +35,25 @@ def wait_for(store: dist.Store, keys: Sequence[str], timeout_s: float) -> bool:
 class StoreExchange(Exchange):
     """Everyone's records as values of the store, one key per rank."""
 
-    __slots__ = ("_found", "_keys", "_store")
+    __slots__ = ("_found", "_keys", "_rank", "_store")
 
     def __init__(self, store: dist.Store, keys: Sequence[str], rank: int, record: bytes):
-        self._store, self._keys, self.size = store, keys, len(keys)
+        self._store, self._keys, self._rank, self.size = store, keys, rank, len(keys)
         self._found: list[bytes] = []
         store.set(keys[rank], record)  # type: ignore[arg-type]
 
     def test(self) -> bool:
         if not self._found and not self.peers():
             self._found = [bytes(self._store.get(key)) for key in self._keys]
+            self._let_others_read()
         return bool(self._found)
+
+    def _let_others_read(self) -> None:
+        """Wait a little for those who have not read yet: one of these ranks may be the store's home, and end with the
+        error that it has just read."""
+        with suppress(RuntimeError):
+            self._store.set(f"{self._keys[self._rank]}/read", "yes")
+            wait_for(self._store, [f"{key}/read" for key in self._keys], _OTHERS_READ_S)
 
     def block(self, timeout_s: float) -> None:
         """Wait for the records of all, or for ``timeout_s``."""

@@ -163,19 +163,31 @@ def functional(rank: int, size: int) -> list[str]:
     return bits([*waited, leaf.grad])
 
 
-@pytest.mark.parametrize(
-    "body",
-    [ddp, ddp_hooks, fsdp2, fsdp1, zero, join, tensor_parallel, checkpoint, functional],
-    ids=lambda f: f.__name__,
+PRELOAD = (
+    "torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.parallel",
 )
+
+
+def on(forked: Forked, body: Any, backend: str, size: int) -> list[Any]:
+    return forked(body, size, backend=backend, limit_s=100, preload=PRELOAD)
+
+
+PROGRAMS = (ddp, ddp_hooks, fsdp2, fsdp1, zero, join, tensor_parallel, checkpoint, functional)
+
+
+@pytest.mark.parametrize("body", PROGRAMS, ids=lambda body: body.__name__)
 def test_as_gloo(forked: Forked, body: Any) -> None:
-    assert forked(body, 2, limit_s=100) == forked(body, 2, backend="gloo", limit_s=100)
+    assert on(forked, body, "commlab", 2) == on(forked, body, "gloo", 2)
 
 
-@pytest.mark.parametrize("body", [ddp, fsdp2, zero, join, checkpoint], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("body", [ddp, fsdp2, zero, join, checkpoint], ids=lambda body: body.__name__)
 def test_three_ranks_agree(forked: Forked, body: Any) -> None:
     """Sums of three may be rounded otherwise than gloo's; all ranks have the same bits."""
-    found, reference = forked(body, 3, limit_s=100), forked(body, 3, backend="gloo", limit_s=100)
+    found, reference = on(forked, body, "commlab", 3), on(forked, body, "gloo", 3)
     assert found[0] == found[1] == found[2]
     ours, theirs = ([float.fromhex(value) for value in each[0]] for each in (found, reference))
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
@@ -212,9 +224,9 @@ def hook_that_fails(rank: int, size: int) -> str:
     model = nn.parallel.DistributedDataParallel(net(), bucket_cap_mb=0.001)
     DDPHook().attach(model)
     loss = model(batch(rank, 0)).sum()
-    if rank == 1:
-        dist.all_reduce(torch.ones(5), async_op=True)
     try:
+        if rank == 1:
+            dist.all_reduce(torch.ones(5))
         loss.backward()
     except RuntimeError as error:
         return str(error)
@@ -250,4 +262,4 @@ def without_allocation(rank: int, size: int) -> list[str]:
 
 
 def test_memory_of_the_window(forked: Forked) -> None:
-    assert forked(allocated, 2) == forked(without_allocation, 2, backend="gloo")
+    assert on(forked, allocated, "commlab", 2) == on(forked, without_allocation, "gloo", 2)

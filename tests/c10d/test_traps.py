@@ -78,7 +78,8 @@ def fallbacks_beside_python(rank: int, size: int) -> None:
             dist.all_reduce_coalesced(tensors := [torch.ones(3), torch.ones(2)])
             assert tensors[1].tolist() == [size, size]
             outs = [torch.empty(size, 1)]
-            dist.all_gather_into_tensor(outs[0], torch.full((1,), rank + count))
+            dist.all_gather_into_tensor(outs[0], torch.full((1, 1), float(rank + count)))
+            assert outs[0][-1] == size - 1 + count
     finally:
         stop.set()
         for thread in threads:
@@ -135,9 +136,9 @@ def ddp_fails_by_name(rank: int, size: int, threaded: bool) -> str:
     group: Any = dist.group.WORLD
     group._futures.threaded = threaded
     loss = model(torch.ones(2, 4)).sum()
-    if rank == 1:
-        dist.all_reduce(torch.ones(5), async_op=True)  # one operation too many
     try:
+        if rank == 1:
+            dist.all_reduce(torch.ones(5))  # one operation too many
         loss.backward()
     except RuntimeError as error:
         return str(error)
@@ -265,10 +266,9 @@ def monitored(rank: int, size: int) -> str:
     group: Any = dist.group.WORLD
     group.monitored_barrier()
     if rank == 1:
-        time.sleep(1.5)
         return ""
     try:
-        group.monitored_barrier(timedelta(seconds=0.5), wait_all_ranks=True)
+        group.monitored_barrier(timedelta(seconds=2), wait_all_ranks=True)
     except RuntimeError as error:
         return str(error)
     return "no error"
@@ -276,7 +276,7 @@ def monitored(rank: int, size: int) -> str:
 
 def test_monitored_barrier(forked: Forked) -> None:
     texts = forked(monitored, 3)
-    assert "Ranks 1 failed to pass monitoredBarrier in 500 ms" in texts[0]
+    assert "Ranks 1 failed to pass monitoredBarrier in 2000 ms" in texts[0]
     assert "Rank 2 successfully reached monitoredBarrier" in texts[2] and "[1]" in texts[2]
 
 
@@ -357,7 +357,7 @@ def fallback_agrees(rank: int, size: int) -> None:
         own = torch.ones(2 * numel, dtype=torch.uint8)[::2] if rank else torch.ones(numel, dtype=torch.uint8)
         dist.all_reduce(own)
         dist.broadcast(own, 0)
-        shifted = torch.ones(40_001, dtype=torch.uint8)[rank:][:40_000]
+        shifted = torch.ones(40_003, dtype=torch.uint8)[rank:][:40_000]
         dist.broadcast(shifted, 0)
         assert (own == size).all()
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -49,10 +50,12 @@ class Forked:
         environ: dict[str, str] | None = None,
         arguments: tuple[Any, ...] = (),
         whole_exit: bool = False,
+        preload: tuple[str, ...] = (),
     ) -> list[Any]:
         """``function(rank, size, *arguments)`` on every rank of a group of ``backend`` (None: none is made); the
         results, through JSON, in rank order. ``method``: how they meet, tcp, file or env. ``silent_s``: the group's
-        timeout. ``whole_exit``: ranks leave as the interpreter does, and their exit codes are returned beside."""
+        timeout. ``preload``: modules that the ranks need, imported once, before they are forked. ``whole_exit``: ranks
+        leave as the interpreter does, and their exit codes are returned beside."""
         request = {
             "file": function.__code__.co_filename,
             "function": function.__name__,
@@ -64,6 +67,7 @@ class Forked:
             "environ": environ or {},
             "arguments": arguments,
             "whole_exit": whole_exit,
+            "preload": preload,
         }
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -101,6 +105,8 @@ def _serve() -> None:
 
 def _job(request: dict[str, Any]) -> dict[str, Any]:
     size = request["size"]
+    for name in request["preload"]:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         children: list[tuple[int, int]] = []
