@@ -19,6 +19,10 @@ def monitored_barrier(store: dist.Store, rank: int, size: int, timeout: timedelt
         missing = _missing(store, size, timeout, wait_all_ranks)
         store.set("verdict", f"missing {missing}" if missing else "all are here")
         if missing:
+            # This rank may be the store's home, and end with this error before the others have read why they end.
+            reads = [f"read/{peer}" for peer in range(1, size) if peer not in missing]
+            if reads:
+                wait_for(store, reads, 1.0)
             names = f"Ranks {', '.join(map(str, missing))}" if wait_all_ranks else f"Rank {missing[0]}"
             raise RuntimeError(f"[Rank 0]: {names} failed to pass monitoredBarrier in {limit_ms} ms")
         return
@@ -30,6 +34,7 @@ def monitored_barrier(store: dist.Store, rank: int, size: int, timeout: timedelt
             f"send/recv from rank 0: nothing within {2 * limit_ms} ms. Please check rank 0 logs for faulty rank"
         )
     verdict = store.get("verdict").decode()
+    store.set(f"read/{rank}", "yes")
     if verdict.startswith("missing"):
         raise RuntimeError(
             f"[Rank {rank}]: Rank {rank} successfully reached monitoredBarrier, but received errors while waiting for "

@@ -28,7 +28,7 @@ def operations(rank: int, size: int) -> dict[str, Callable[[Any], Any]]:
 
     return {
         "all_reduce": lambda group: dist.all_reduce(x, group=group),
-        "all_reduce_coalesced": lambda group: dist.all_reduce_coalesced([x, x.double()], group=group),
+        "all_reduce_coalesced": lambda group: dist.all_reduce_coalesced([x, x + 1], group=group),
         "reduce": lambda group: dist.reduce(x, 0, group=group),
         "broadcast": lambda group: dist.broadcast(x, 0, group=group),
         "all_gather": lambda group: dist.all_gather(each, x, group=group),

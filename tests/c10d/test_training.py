@@ -164,6 +164,7 @@ def functional(rank: int, size: int) -> list[str]:
 
 
 PRELOAD = (
+    "torch._dynamo",  # an optimizer's first step would load it, in every rank
     "torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",

@@ -92,7 +92,8 @@ def _serve() -> None:
     import pytest  # noqa: F401
     import torch
 
-    import commlab.c10d
+    import commlab.c10d.ddp_hook
+    import commlab.c10d.process_group
 
     commlab.c10d.register()
     torch.set_num_threads(1)
