@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -83,7 +84,7 @@ def one_size(size_bytes: int, groups: dict[str, Any], session: Session) -> Secti
         wrong[name] = int(ranks.total([float((whole != expected).any())])[0])
     whole.zero_()
     ways: dict[str, Callable[[], None]] = {
-        name: (lambda group=group: dist.all_reduce(whole, group=group)) for name, group in groups.items()
+        name: partial(dist.all_reduce, whole, group=group) for name, group in groups.items()
     }
     samples = interleaved(ranks, ways, session.options.rounds, show)
     show("")
