@@ -114,7 +114,7 @@ def _record(op: str, name: str, samples: Samples, wrong: int, ranks: Ranks, **mo
     return record
 
 
-class Stepper:
+class DDPStepper:
     """A model under DDP, from the same parameters on all ranks, and its own batch on each."""
 
     def __init__(self, options: argparse.Namespace, group: Any, hook: Any, ranks: Ranks):
@@ -143,10 +143,10 @@ def steps(groups: dict[str, Any], session: Session) -> Section:
     options, ranks = session.options, session.ranks
     ddp_hook = commlab.c10d.DDPHook
     steppers = {
-        "gloo": Stepper(options, groups["gloo"], None, ranks),
-        "commlab": Stepper(options, groups["commlab"], None, ranks),
-        "commlab, DDPHook": Stepper(options, groups["commlab"], ddp_hook(), ranks),
-        "commlab, DDPHook(bf16)": Stepper(options, groups["commlab"], ddp_hook("bf16"), ranks),
+        "gloo": DDPStepper(options, groups["gloo"], None, ranks),
+        "commlab": DDPStepper(options, groups["commlab"], None, ranks),
+        "commlab, DDPHook": DDPStepper(options, groups["commlab"], ddp_hook(), ranks),
+        "commlab, DDPHook(bf16)": DDPStepper(options, groups["commlab"], ddp_hook("bf16"), ranks),
     }
     ways: dict[str, Callable[[], None]] = {name: stepper.step for name, stepper in steppers.items()}
     ways["alone"] = steppers["gloo"].step_alone

@@ -15,7 +15,7 @@ from ..job.topology import Topology
 from ..runtime.group import Group
 from ..runtime.nodes import open_nodes, open_window
 from ..transport.sim import SimNetwork
-from ..transport.store import StoreTransport
+from ..transport.torchstore import StoreTransport
 from ..transport.torchdist import TorchTransport
 
 NODES = "COMMLAB_NODES"

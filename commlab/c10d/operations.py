@@ -4,7 +4,7 @@ left to gloo (:mod:`.fallback`)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,32 @@ from ..collectives.delivery import bytes_of, deliver_async
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
 from ..native.dtypes import DTYPES
 from ..runtime.agreement import Signature
+from ..runtime.group import Group
+from ..runtime.handle import Handle
 from .work import CommlabWork
-
-if TYPE_CHECKING:
-    from .process_group import CommlabProcessGroup
 
 Work = CommlabWork | None
 Tensors = Sequence[torch.Tensor]
+
+
+class Members(Protocol):
+    """What an operation needs of its process group."""
+
+    @property
+    def group(self) -> Group: ...
+
+    def rank(self) -> int: ...
+
+    def size(self) -> int: ...
+
+    def begin(self, kind: str, tensors: Tensors) -> Any:
+        """The span of an operation in torch's profile; None where nothing is recorded."""
+
+    def work(
+        self, handles: Sequence[Handle], value: Any, after: Callable[[], None] | None = None, span: Any = None
+    ) -> CommlabWork:
+        """What the caller is given."""
+
 
 _KINDS: Final[Any] = dist.ReduceOp.RedOpType
 OPS: Final = {
@@ -101,7 +120,7 @@ def reduced(tensor: torch.Tensor, op: str | None, size: int) -> _Reduced | None:
     return _Reduced(tensor, op, size)
 
 
-def allreduce(pg: CommlabProcessGroup, tensors: Tensors, reduce_op: Any, awaited: bool) -> Work:
+def allreduce(pg: Members, tensors: Tensors, reduce_op: Any, awaited: bool) -> Work:
     numbers = reduced(tensors[0], op_of(reduce_op), pg.size()) if len(tensors) == 1 else None
     if numbers is None:
         return None
@@ -118,7 +137,7 @@ def allreduce(pg: CommlabProcessGroup, tensors: Tensors, reduce_op: Any, awaited
     return pg.work((handle,), list(tensors), after, span)
 
 
-def allreduce_coalesced(pg: CommlabProcessGroup, tensors: Tensors, reduce_op: Any) -> Work:
+def allreduce_coalesced(pg: Members, tensors: Tensors, reduce_op: Any) -> Work:
     """All tensors of a dtype in one allreduce."""
     op = op_of(reduce_op)
     found = [reduced(tensor, op, pg.size()) for tensor in tensors]
@@ -145,7 +164,7 @@ def allreduce_coalesced(pg: CommlabProcessGroup, tensors: Tensors, reduce_op: An
     return pg.work(handles, list(tensors), after, span)
 
 
-def reduce(pg: CommlabProcessGroup, tensors: Tensors, root: int, reduce_op: Any) -> Work:
+def reduce(pg: Members, tensors: Tensors, root: int, reduce_op: Any) -> Work:
     numbers = reduced(tensors[0], op_of(reduce_op), pg.size()) if len(tensors) == 1 else None
     if numbers is None:
         return None
@@ -159,7 +178,7 @@ def reduce(pg: CommlabProcessGroup, tensors: Tensors, root: int, reduce_op: Any)
     return pg.work((handle,), list(tensors), after, span)
 
 
-def reduce_scatter(pg: CommlabProcessGroup, out: torch.Tensor, parts: Tensors, reduce_op: Any) -> Work:
+def reduce_scatter(pg: Members, out: torch.Tensor, parts: Tensors, reduce_op: Any) -> Work:
     """``parts``: what every rank gets the sum of, in rank order; or one tensor that is cut into equal parts."""
     size = pg.size()
     if not all(movable(part) for part in parts) or not movable(out) or out.dtype is not parts[0].dtype:
@@ -178,7 +197,7 @@ def reduce_scatter(pg: CommlabProcessGroup, out: torch.Tensor, parts: Tensors, r
     return pg.work((handle,), [out], lambda: numbers.finish(handle.result, out), span)
 
 
-def require(pg: CommlabProcessGroup, kind: str, holds: bool, out: torch.Tensor, parts: Tensors, sizes: Any) -> None:
+def require(pg: Members, kind: str, holds: bool, out: torch.Tensor, parts: Tensors, sizes: Any) -> None:
     """ValueError that names this rank and both sizes."""
     if not holds:
         raise ValueError(
@@ -196,7 +215,7 @@ def adjoining(sizes: Sequence[int]) -> tuple[Range, ...]:
     return tuple(found)
 
 
-def broadcast(pg: CommlabProcessGroup, tensors: Tensors, root: int) -> Work:
+def broadcast(pg: Members, tensors: Tensors, root: int) -> Work:
     if len(tensors) != 1 or not movable(tensors[0]):
         return None
     tensor, span = tensors[0], pg.begin("broadcast", tensors)
@@ -239,7 +258,7 @@ def _as_moved(flat: torch.Tensor, part_numel: int) -> torch.Tensor | None:
 
 
 def _delivered(
-    pg: CommlabProcessGroup,
+    pg: Members,
     kind: str,
     detail: str,
     stream: Tensors,
@@ -253,7 +272,7 @@ def _delivered(
     return pg.work((handle,), value, after, span)
 
 
-def allgather_single(pg: CommlabProcessGroup, out: torch.Tensor, tensor: torch.Tensor) -> Work:
+def allgather_single(pg: Members, out: torch.Tensor, tensor: torch.Tensor) -> Work:
     if not movable(out) or not movable(tensor) or out.dtype is not tensor.dtype:
         return None
     size, flat = pg.size(), flat_of(tensor)
@@ -271,7 +290,7 @@ def allgather_single(pg: CommlabProcessGroup, out: torch.Tensor, tensor: torch.T
     return pg.work((handle,), [out], after, span)
 
 
-def allgather(pg: CommlabProcessGroup, outs: Tensors, tensor: torch.Tensor) -> Work:
+def allgather(pg: Members, outs: Tensors, tensor: torch.Tensor) -> Work:
     """Parts may be of different sizes."""
     if not movable(tensor) or not all(movable(out) for out in outs) or len(outs) != pg.size():
         return None
@@ -282,7 +301,7 @@ def allgather(pg: CommlabProcessGroup, outs: Tensors, tensor: torch.Tensor) -> W
     return _gathered(pg, flats, flat_of(tensor), [list(outs)], lambda: _write_all(outs, flats), span)
 
 
-def allgather_coalesced(pg: CommlabProcessGroup, outs: Sequence[Tensors], tensors: Tensors) -> Work:
+def allgather_coalesced(pg: Members, outs: Sequence[Tensors], tensors: Tensors) -> Work:
     """``outs[r][k]`` gets tensor k of rank r: all of a rank's tensors are one stream of bytes."""
     everything = [*tensors, *(out for each in outs for out in each)]
     if not all(movable(tensor) for tensor in everything) or len(outs) != pg.size():
@@ -303,7 +322,7 @@ def allgather_coalesced(pg: CommlabProcessGroup, outs: Sequence[Tensors], tensor
 
 
 def _gathered(
-    pg: CommlabProcessGroup,
+    pg: Members,
     flats: Tensors,
     flat: torch.Tensor,
     value: Any,
@@ -331,7 +350,7 @@ _TITLES: Final = {"alltoall": "all_to_all"}
 """What gloo's spans are called in torch's profile."""
 
 
-def exchange(pg: CommlabProcessGroup, kind: str, detail: str, outs: Tensors, parts: Tensors, value: Any) -> Work:
+def exchange(pg: Members, kind: str, detail: str, outs: Tensors, parts: Tensors, value: Any) -> Work:
     """``parts[r]`` to rank r, and into ``outs[r]`` what r has for this rank: gather and scatter are alltoalls of which
     most parts are empty."""
     if not all(movable(tensor) for tensor in (*outs, *parts)):

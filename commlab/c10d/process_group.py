@@ -247,11 +247,11 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
     def allgather(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         outs, ins = outs if isinstance(outs[0], (list, tuple)) else [outs], _listed(ins)
         work = operations.allgather(self, outs[0], ins[0]) if len(ins) == 1 else None
-        return work or self._gloo().allgather(outs, ins, *_given(opts))
+        return work or self._gloo().allgather(outs, ins, *_present(opts))
 
     def all_gather_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
         work = operations.allgather_single(self, out, tensor)
-        return work or self._gloo()._allgather_base(out, tensor, *_given(opts))
+        return work or self._gloo()._allgather_base(out, tensor, *_present(opts))
 
     _allgather_base = all_gather_single
 
@@ -263,7 +263,7 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
     def allgather_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         """``outs[r][k]`` gets tensor k of rank r."""
         work = operations.allgather_coalesced(self, outs, _listed(ins))
-        return work or self._gloo().allgather_coalesced(outs, ins, *_given(opts))
+        return work or self._gloo().allgather_coalesced(outs, ins, *_present(opts))
 
     def gather(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         ins, opts = _listed(ins), _with_root(opts, dist.GatherOptions)
@@ -288,7 +288,7 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
     def alltoall(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, ins = self._of_each("alltoall", outs), self._of_each("alltoall", ins)
         work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, outs)
-        return work or self._gloo().alltoall(outs, ins, *_given(opts))
+        return work or self._gloo().alltoall(outs, ins, *_present(opts))
 
     def all_to_all_single(
         self, out: torch.Tensor, tensor: torch.Tensor, out_splits: Any, in_splits: Any, opts: Any = None
@@ -296,7 +296,7 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         if operations.movable(out) and operations.movable(tensor) and out.is_contiguous():
             outs, parts = _parts(self, out, out_splits), _parts(self, tensor, in_splits)
             return operations.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out])
-        return self._gloo().alltoall_base(out, tensor, out_splits, in_splits, *_given(opts))
+        return self._gloo().alltoall_base(out, tensor, out_splits, in_splits, *_present(opts))
 
     alltoall_base = all_to_all_single
 
@@ -346,26 +346,26 @@ def _listed(tensors: Any) -> list[torch.Tensor]:
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
-def _given(opts: Any) -> tuple[Any, ...]:
+def _present(opts: Any) -> tuple[Any, ...]:
     return () if opts is None else (opts,)
 
 
-def _with_op(given: Any, kind: Any) -> Any:
+def _with_op(asked: Any, kind: Any) -> Any:
     """Options, also where the caller gave a bare reduction or nothing."""
-    if hasattr(given, "timeout"):
-        return given
+    if hasattr(asked, "timeout"):
+        return asked
     opts = kind()
-    if given is not None:
-        opts.reduceOp = given
+    if asked is not None:
+        opts.reduceOp = asked
     return opts
 
 
-def _with_root(given: Any, kind: Any, op: Any = None) -> Any:
+def _with_root(asked: Any, kind: Any, op: Any = None) -> Any:
     """Options, also where the caller gave a bare root or nothing."""
-    if hasattr(given, "timeout"):
-        return given
+    if hasattr(asked, "timeout"):
+        return asked
     opts = kind()
-    opts.rootRank = given or 0
+    opts.rootRank = asked or 0
     if op is not None:
         opts.reduceOp = op
     return opts
