@@ -15,8 +15,8 @@ from ..job.topology import Topology
 from ..runtime.group import Group
 from ..runtime.nodes import open_nodes, open_window
 from ..transport.sim import SimNetwork
-from ..transport.torchstore import StoreTransport
 from ..transport.torchdist import TorchTransport
+from ..transport.torchstore import StoreTransport
 
 NODES = "COMMLAB_NODES"
 """Declares which ranks of the job share a node, as ``commlab.init(nodes=...)`` does."""

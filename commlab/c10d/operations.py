@@ -18,10 +18,10 @@ from ..native.dtypes import DTYPES
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
+from .tensors import Tensors, adjoining, aligned, as_moved, flat_of, movable, require, room_for, write, write_all
 from .work import CommlabWork
 
 Work = CommlabWork | None
-Tensors = Sequence[torch.Tensor]
 
 
 class Members(Protocol):
@@ -56,37 +56,10 @@ OPS: Final = {
 _SMALL_INTEGERS: Final = (torch.uint8, torch.int8, torch.int16)
 """Reduced as int32, and cut back: sums and products are the same modulo 256 or 65536."""
 
-_DELIVERED_BYTES = 16 * 1024
-"""Up to here parts of one size go as one delivery, whose numbers travel with the agreement check."""
-
 
 def op_of(reduce_op: Any) -> str | None:
     """commlab's name of a reduction."""
     return OPS.get(getattr(reduce_op, "op", reduce_op))
-
-
-def movable(tensor: torch.Tensor) -> bool:
-    """Whether commlab moves this tensor's bytes."""
-    return tensor.is_cpu and tensor.layout is torch.strided
-
-
-def flat_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers in order, 1-D and contiguous: the tensor's own memory where that is so, else a copy. Ranks need not
-    agree on how a tensor lies in memory."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous():
-        tensor = tensor.resolve_conj().resolve_neg().contiguous()
-    return tensor if tensor.dim() == 1 else tensor.view(-1)
-
-
-def write(target: torch.Tensor, flat: torch.Tensor) -> None:
-    """The numbers of ``flat`` into ``target``, unless they are there."""
-    if flat.data_ptr() == target.data_ptr() and flat.dtype is target.dtype and target.is_contiguous():
-        return
-    # Whoever ends an operation may be another thread than the one under inference mode that began it.
-    with torch.inference_mode(target.is_inference()):
-        target.detach().copy_(flat.view(target.shape))
 
 
 class _Reduced:
@@ -189,7 +162,15 @@ def reduce_scatter(pg: Members, out: torch.Tensor, parts: Tensors, reduce_op: An
     if numbers is None:
         return None
     sizes = [part.numel() for part in parts] if len(parts) > 1 else [whole.numel() // size] * size
-    require(pg, "reduce_scatter", sum(sizes) == whole.numel() and sizes[pg.rank()] == out.numel(), out, parts, sizes)
+    require(
+        pg.rank(),
+        size,
+        "reduce_scatter",
+        sum(sizes) == whole.numel() and sizes[pg.rank()] == out.numel(),
+        out,
+        parts,
+        sizes,
+    )
     flat, span = numbers.flat, pg.begin("reduce_scatter" if len(parts) > 1 else "_reduce_scatter_base", parts)
     if len(parts) == 1 and flat.data_ptr() == parts[0].data_ptr():
         flat = flat.clone()
@@ -197,31 +178,13 @@ def reduce_scatter(pg: Members, out: torch.Tensor, parts: Tensors, reduce_op: An
     return pg.work((handle,), [out], lambda: numbers.finish(handle.result, out), span)
 
 
-def require(pg: Members, kind: str, holds: bool, out: torch.Tensor, parts: Tensors, sizes: Any) -> None:
-    """ValueError that names this rank and both sizes."""
-    if not holds:
-        raise ValueError(
-            f"rank {pg.rank()}: {kind} among {pg.size()} ranks: the whole has {sum(part.numel() for part in parts)} "
-            f"numbers, parts of {sizes}; this rank's part has {out.numel()} numbers, {list(out.shape)} of {out.dtype}"
-        )
-
-
-def adjoining(sizes: Sequence[int]) -> tuple[Range, ...]:
-    """Ranges of these sizes, one behind the other."""
-    found, start = [], 0
-    for size in sizes:
-        found.append(Range(start, start + size))
-        start += size
-    return tuple(found)
-
-
 def broadcast(pg: Members, tensors: Tensors, root: int) -> Work:
     if len(tensors) != 1 or not movable(tensors[0]):
         return None
     tensor, span = tensors[0], pg.begin("broadcast", tensors)
-    flat = _aligned(flat_of(tensor))
+    flat = aligned(flat_of(tensor))
     after = None if flat.data_ptr() == tensor.data_ptr() else (lambda: write(tensor, flat))
-    moved = _as_moved(flat, flat.numel())
+    moved = as_moved(flat, flat.numel())
     if moved is None:
         size_bytes = flat.numel() * flat.element_size()
         mine = Range(0, size_bytes if pg.rank() == root else 0)
@@ -235,26 +198,6 @@ def broadcast(pg: Members, tensors: Tensors, root: int) -> Work:
 
 
 _NO_BYTES: Final = torch.empty(0, dtype=torch.uint8)
-_UNITS: Final = ((8, torch.int64), (4, torch.int32), (2, torch.float16))
-
-
-def _aligned(flat: torch.Tensor) -> torch.Tensor:
-    """``flat``, or a copy where its bytes can't be seen as larger units."""
-    if flat.dtype in DTYPES or flat.storage_offset() * flat.element_size() % _UNITS[0][0] == 0:
-        return flat
-    return flat.clone()
-
-
-def _as_moved(flat: torch.Tensor, part_numel: int) -> torch.Tensor | None:
-    """``flat``, which is aligned, in a dtype that commlab's halves move, for parts of ``part_numel`` numbers; None
-    where few or odd bytes are better delivered. The choice depends on sizes alone, so that all ranks choose alike."""
-    part_bytes = part_numel * flat.element_size()
-    if part_bytes <= _DELIVERED_BYTES:
-        return None
-    if flat.dtype in DTYPES:
-        return flat
-    unit = next((dtype for unit_bytes, dtype in _UNITS if part_bytes % unit_bytes == 0), None)
-    return None if unit is None else bytes_of(flat).view(unit)
 
 
 def _delivered(
@@ -276,11 +219,11 @@ def allgather_single(pg: Members, out: torch.Tensor, tensor: torch.Tensor) -> Wo
     if not movable(out) or not movable(tensor) or out.dtype is not tensor.dtype:
         return None
     size, flat = pg.size(), flat_of(tensor)
-    whole = _aligned(flat_of(out))
-    require(pg, "all_gather", whole.numel() == size * flat.numel(), tensor, [out], [flat.numel()] * size)
+    whole = aligned(flat_of(out))
+    require(pg.rank(), size, "all_gather", whole.numel() == size * flat.numel(), tensor, [out], [flat.numel()] * size)
     after = None if whole.data_ptr() == out.data_ptr() else (lambda: write(out, whole))
     span = pg.begin("_allgather_base", [tensor])
-    moved = _as_moved(whole, flat.numel())
+    moved = as_moved(whole, flat.numel())
     if moved is None:
         return _gathered(pg, list(whole.view(size, -1)), flat, [out], after, span)
     own = slice(pg.rank() * flat.numel(), (pg.rank() + 1) * flat.numel())
@@ -296,9 +239,9 @@ def allgather(pg: Members, outs: Tensors, tensor: torch.Tensor) -> Work:
         return None
     if any(out.dtype is not tensor.dtype for out in outs):
         return None
-    flats = [_room_for(out) for out in outs]
+    flats = [room_for(out) for out in outs]
     span = pg.begin("all_gather", [tensor])
-    return _gathered(pg, flats, flat_of(tensor), [list(outs)], lambda: _write_all(outs, flats), span)
+    return _gathered(pg, flats, flat_of(tensor), [list(outs)], lambda: write_all(outs, flats), span)
 
 
 def allgather_coalesced(pg: Members, outs: Sequence[Tensors], tensors: Tensors) -> Work:
@@ -335,17 +278,6 @@ def _gathered(
     return _delivered(pg, "allgather", str(flat.dtype), stream, ranges, outs, value, after, span)
 
 
-def _room_for(out: torch.Tensor) -> torch.Tensor:
-    """Where to write what goes to ``out``: its own memory where that is contiguous."""
-    out = out.detach()
-    return out.view(-1) if out.is_contiguous() else torch.empty(out.numel(), dtype=out.dtype)
-
-
-def _write_all(outs: Tensors, flats: Tensors) -> None:
-    for out, flat in zip(outs, flats, strict=True):
-        write(out, flat)
-
-
 _TITLES: Final = {"alltoall": "all_to_all"}
 """What gloo's spans are called in torch's profile."""
 
@@ -355,9 +287,9 @@ def exchange(pg: Members, kind: str, detail: str, outs: Tensors, parts: Tensors,
     most parts are empty."""
     if not all(movable(tensor) for tensor in (*outs, *parts)):
         return None
-    flats = [_room_for(out) for out in outs]
+    flats = [room_for(out) for out in outs]
     span = pg.begin(_TITLES.get(kind, kind), [part for part in parts if part.numel()])
     stream = [bytes_of(flat_of(part)) for part in parts]
     ranges = adjoining([piece.numel() for piece in stream])
     room = [bytes_of(flat) for flat in flats]
-    return _delivered(pg, kind, detail, stream, ranges, room, value, lambda: _write_all(outs, flats), span)
+    return _delivered(pg, kind, detail, stream, ranges, room, value, lambda: write_all(outs, flats), span)

@@ -17,9 +17,11 @@ from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from . import operations
+from .arguments import listed, present, rows_of, with_op, with_root
 from .connect import Member, connect
 from .fallback import connects_lazily, make_gloo
 from .monitor import monitored_barrier
+from .tensors import movable
 from .window_tensor import tensor_in
 from .work import CommlabWork, Futures
 
@@ -203,7 +205,7 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
     # --- Reductions
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
-        tensors, opts = _listed(tensors), _with_op(opts, dist.AllreduceOptions)
+        tensors, opts = listed(tensors), with_op(opts, dist.AllreduceOptions)
         awaited = getattr(opts, "asyncOp", True) is False
         work = operations.allreduce(self, tensors, opts.reduceOp, awaited)
         return work or self._gloo().allreduce(tensors, opts)
@@ -214,18 +216,18 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         return work or self._gloo().allreduce_coalesced(tensors, opts)
 
     def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None) -> Any:
-        tensors, opts = _listed(tensors), _with_root(opts, dist.ReduceOptions, op)
+        tensors, opts = listed(tensors), with_root(opts, dist.ReduceOptions, op)
         work = operations.reduce(self, tensors, opts.rootRank, opts.reduceOp)
         return work or self._gloo().reduce(tensors, opts)
 
     def reduce_scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
-        outs, opts = _listed(outs), _with_op(opts, dist.ReduceScatterOptions)
+        outs, opts = listed(outs), with_op(opts, dist.ReduceScatterOptions)
         ins = ins if isinstance(ins[0], (list, tuple)) else [ins]
         work = operations.reduce_scatter(self, outs[0], ins[0], opts.reduceOp) if len(outs) == 1 else None
         return work or self._gloo().reduce_scatter(outs, ins, opts)
 
     def reduce_scatter_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
-        opts = _with_op(opts, dist.ReduceScatterOptions)
+        opts = with_op(opts, dist.ReduceScatterOptions)
         work = operations.reduce_scatter(self, out, [tensor], opts.reduceOp)
         return work or self._gloo()._reduce_scatter_base(out, tensor, opts)
 
@@ -241,17 +243,17 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
     # --- Moves
 
     def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
-        tensors, opts = _listed(tensors), _with_root(opts, dist.BroadcastOptions)
+        tensors, opts = listed(tensors), with_root(opts, dist.BroadcastOptions)
         return operations.broadcast(self, tensors, opts.rootRank) or self._gloo().broadcast(tensors, opts)
 
     def allgather(self, outs: Any, ins: Any, opts: Any = None) -> Any:
-        outs, ins = outs if isinstance(outs[0], (list, tuple)) else [outs], _listed(ins)
+        outs, ins = outs if isinstance(outs[0], (list, tuple)) else [outs], listed(ins)
         work = operations.allgather(self, outs[0], ins[0]) if len(ins) == 1 else None
-        return work or self._gloo().allgather(outs, ins, *_present(opts))
+        return work or self._gloo().allgather(outs, ins, *present(opts))
 
     def all_gather_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
         work = operations.allgather_single(self, out, tensor)
-        return work or self._gloo()._allgather_base(out, tensor, *_present(opts))
+        return work or self._gloo()._allgather_base(out, tensor, *present(opts))
 
     _allgather_base = all_gather_single
 
@@ -262,11 +264,11 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
 
     def allgather_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         """``outs[r][k]`` gets tensor k of rank r."""
-        work = operations.allgather_coalesced(self, outs, _listed(ins))
-        return work or self._gloo().allgather_coalesced(outs, ins, *_present(opts))
+        work = operations.allgather_coalesced(self, outs, listed(ins))
+        return work or self._gloo().allgather_coalesced(outs, ins, *present(opts))
 
     def gather(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
-        ins, opts = _listed(ins), _with_root(opts, dist.GatherOptions)
+        ins, opts = listed(ins), with_root(opts, dist.GatherOptions)
         outs = outs if not outs or isinstance(outs[0], (list, tuple)) else [outs]
         root, room = opts.rootRank, [ins[0].new_empty(0)] * self.size()
         nothing, detail = list(room), f"{ins[0].dtype}, to root {root}"
@@ -276,7 +278,7 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         return work or self._gloo().gather(outs, ins, opts)
 
     def scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
-        outs, opts = _listed(outs), _with_root(opts, dist.ScatterOptions)
+        outs, opts = listed(outs), with_root(opts, dist.ScatterOptions)
         ins = ins if not ins or isinstance(ins[0], (list, tuple)) else [ins]
         root, nothing = opts.rootRank, [outs[0].new_empty(0)] * self.size()
         room, detail = list(nothing), f"{outs[0].dtype}, from root {root}"
@@ -288,15 +290,15 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
     def alltoall(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, ins = self._of_each("alltoall", outs), self._of_each("alltoall", ins)
         work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, outs)
-        return work or self._gloo().alltoall(outs, ins, *_present(opts))
+        return work or self._gloo().alltoall(outs, ins, *present(opts))
 
     def all_to_all_single(
         self, out: torch.Tensor, tensor: torch.Tensor, out_splits: Any, in_splits: Any, opts: Any = None
     ) -> Any:
-        if operations.movable(out) and operations.movable(tensor) and out.is_contiguous():
-            outs, parts = _parts(self, out, out_splits), _parts(self, tensor, in_splits)
+        if movable(out) and movable(tensor) and out.is_contiguous():
+            outs, parts = self._rows(out, out_splits), self._rows(tensor, in_splits)
             return operations.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out])
-        return self._gloo().alltoall_base(out, tensor, out_splits, in_splits, *_present(opts))
+        return self._gloo().alltoall_base(out, tensor, out_splits, in_splits, *present(opts))
 
     alltoall_base = all_to_all_single
 
@@ -333,6 +335,9 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
             raise ValueError(f"rank {self.rank()}: {kind} of {len(tensors)} tensors among {self.size()} ranks")
         return list(tensors)
 
+    def _rows(self, whole: torch.Tensor, splits: Sequence[int]) -> list[torch.Tensor]:
+        return rows_of(self.rank(), self.size(), whole, splits)
+
     def _all(self, works: Sequence[Any], value: Any) -> CommlabWork:
         def after() -> None:
             for work in works:
@@ -340,47 +345,3 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
 
         handles = [handle for work in works for handle in getattr(work, "handles", ())]
         return self.work(handles, list(value), after)
-
-
-def _listed(tensors: Any) -> list[torch.Tensor]:
-    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-
-
-def _present(opts: Any) -> tuple[Any, ...]:
-    return () if opts is None else (opts,)
-
-
-def _with_op(asked: Any, kind: Any) -> Any:
-    """Options, also where the caller gave a bare reduction or nothing."""
-    if hasattr(asked, "timeout"):
-        return asked
-    opts = kind()
-    if asked is not None:
-        opts.reduceOp = asked
-    return opts
-
-
-def _with_root(asked: Any, kind: Any, op: Any = None) -> Any:
-    """Options, also where the caller gave a bare root or nothing."""
-    if hasattr(asked, "timeout"):
-        return asked
-    opts = kind()
-    opts.rootRank = asked or 0
-    if op is not None:
-        opts.reduceOp = op
-    return opts
-
-
-def _parts(pg: CommlabProcessGroup, whole: torch.Tensor, splits: Sequence[int]) -> list[torch.Tensor]:
-    """``whole`` cut along its first dimension, as all_to_all_single does."""
-    size = pg.size()
-    rows = whole.shape[0] if whole.dim() else whole.numel()
-    even = not splits
-    splits = [rows // size] * size if even else list(splits)
-    if sum(splits) != rows or len(splits) != size:
-        raise ValueError(
-            f"rank {pg.rank()}: Tensor's dim 0 does not divide equally across group size: {rows} rows, {size} ranks"
-            if even
-            else f"rank {pg.rank()}: Split sizes don't match total dim 0 size: {splits} of {rows} rows, {size} ranks"
-        )
-    return list(whole.detach().split(splits)) if whole.dim() else [whole.detach()]
