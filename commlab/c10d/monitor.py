@@ -23,6 +23,8 @@ def monitored_barrier(store: dist.Store, rank: int, size: int, timeout: timedelt
             reads = [f"read/{peer}" for peer in range(1, size) if peer not in missing]
             if reads:
                 wait_for(store, reads, 1.0)
+            if limit_ms <= 0:
+                raise RuntimeError(f"[Rank 0]: Rank 0 timed out in monitoredBarrier after {limit_ms} ms")
             names = f"Ranks {', '.join(map(str, missing))}" if wait_all_ranks else f"Rank {missing[0]}"
             raise RuntimeError(f"[Rank 0]: {names} failed to pass monitoredBarrier in {limit_ms} ms")
         return

@@ -310,7 +310,8 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         """Return once every rank has called it; RuntimeError that names who has not within ``timeout``."""
         self._barriers += 1
         store = dist.PrefixStore(f"monitored/{self._barriers}", self._store)
-        monitored_barrier(store, self.rank(), self.size(), timeout or self._timeout, wait_all_ranks)
+        limit = self._timeout if timeout is None else timeout
+        monitored_barrier(store, self.rank(), self.size(), limit, wait_all_ranks)
 
     # --- Point to point
 

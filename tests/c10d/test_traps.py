@@ -274,6 +274,20 @@ def monitored(rank: int, size: int) -> str:
     return "no error"
 
 
+def no_time(rank: int, size: int) -> str:
+    group: Any = dist.group.WORLD
+    try:
+        if rank == 0:
+            group.monitored_barrier(timedelta(0))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_monitored_barrier_without_time(forked: Forked) -> None:
+    assert "Rank 0 timed out in monitoredBarrier after 0 ms" in forked(no_time, 2)[0]
+
+
 def test_monitored_barrier(forked: Forked) -> None:
     texts = forked(monitored, 3)
     assert "Ranks 1 failed to pass monitoredBarrier in 2000 ms" in texts[0]
