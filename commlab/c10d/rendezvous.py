@@ -37,6 +37,18 @@ def meet_under_mpirun() -> None:
     handlers["env"] = meet
 
 
+def _leave(code: int) -> None:
+    """End this process at once; every launcher ends the others when one leaves with an error. init_process_group wraps
+    the exception hook in one of its own, which keeps what is written until the hook returns, and this one does not."""
+    import io
+    import os
+    import sys
+
+    if isinstance(sys.stderr, io.StringIO):
+        os.write(2, sys.stderr.getvalue().encode())
+    os._exit(code)
+
+
 def _over_mpi(timeout: timedelta) -> tuple[Any, int, int]:
     """The store, rank and size. Collective over the job. From here on an unhandled exception of one rank ends all of
     them: nobody else does it under mpirun, where a rank that fails waits for the others in MPI_Finalize."""
@@ -46,9 +58,7 @@ def _over_mpi(timeout: timedelta) -> tuple[Any, int, int]:
     from ..transport.rendezvous import store_for
 
     launch = detect()
-    # Every launcher ends the others when one leaves with an error, and passes on what that one has written; MPI's abort
-    # may cut it off.
-    install_exception_hook(os._exit)
+    install_exception_hook(_leave)
     store = store_for(launch, timeout.total_seconds())
     # Programs read these under torchrun; set last, so that a meeting that failed can be repeated.
     variables = {
