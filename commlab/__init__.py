@@ -19,6 +19,13 @@ _HOME = {
     "allgather": "collectives.operations",
     "broadcast": "collectives.operations",
     "reduce": "collectives.operations",
+    "alltoall": "collectives.exchanges",
+    "gather": "collectives.exchanges",
+    "scatter": "collectives.exchanges",
+    "allgather_parts": "collectives.exchanges",
+    "grouped_allreduce": "collectives.grouped",
+    "broadcast_object": "checkpoint.objects",
+    "allgather_object": "checkpoint.objects",
     "barrier": "collectives.operations",
     "empty": "collectives.operations",
     "Group": "runtime.group",
@@ -49,20 +56,30 @@ __all__ = [
     "UsageError",
     "__version__",
     "allgather",
+    "allgather_object",
+    "allgather_parts",
     "allreduce",
     "allreduce_async",
+    "alltoall",
     "barrier",
     "broadcast",
+    "broadcast_object",
     "empty",
+    "gather",
+    "grouped_allreduce",
     "init",
     "reduce",
     "reduce_scatter",
+    "scatter",
     "shutdown",
     "strategy",
 ]
 
 if TYPE_CHECKING:
+    from .checkpoint.objects import allgather_object, broadcast_object
     from .collectives.allreduce import allreduce, allreduce_async
+    from .collectives.exchanges import allgather_parts, alltoall, gather, scatter
+    from .collectives.grouped import grouped_allreduce
     from .collectives.operations import allgather, barrier, broadcast, empty, reduce, reduce_scatter
     from .errors import (
         CommlabError,

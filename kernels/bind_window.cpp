@@ -132,6 +132,11 @@ void register_window(nb::module_& m) {
           "wait", [](NodeSync& self, double timeout_us) { return self.wait(timeout_us); },
           nb::call_guard<nb::gil_scoped_release>())
       .def("agreed", &agreed)
+      .def("inline_address",
+           [](const NodeSync& self, std::size_t rank) {
+             if (rank >= self.size()) throw std::invalid_argument("no such rank in this window");
+             return reinterpret_cast<Address>(self.inline_data(rank));
+           })
       .def("places",
            [](const NodeSync& self) {
              std::vector<std::pair<std::uint64_t, std::uint64_t>> places;

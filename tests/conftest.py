@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,16 @@ def pytest_configure(config: pytest.Config) -> None:
         # A test must not depend on how busy the machine is, nor on what an earlier run has found.
         settings.register_profile("commlab", derandomize=True, deadline=None, database=None)
         settings.load_profile("commlab")
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Any]:
+    """Runs a function on the ranks of a job of torch.distributed; see :class:`forked.Forked`."""
+    from forked import Forked
+
+    ranks = Forked()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,9 @@ class Fuzzed:
             self._checkpoints().save(number)
         self.engine.close()
         self.phase += 1
+        if self.serves and self.scheduler is not None and self.plain.scheduler is not None:
+            # A rank that has served made no steps: its scheduler is the one thing that nobody gives it.
+            self.scheduler.load_state_dict(self.plain.scheduler.state_dict())
         if event == "checkpoint":
             self.model = make_model(self.program.model, self.program.seed + 1, getattr(torch, self.program.dtype))
             for name, parameter in self.plain.model.named_parameters():

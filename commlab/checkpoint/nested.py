@@ -43,9 +43,10 @@ class _Memory:
         return tensor
 
 
-def pack(state: Any) -> tuple[str, dict[str, torch.Tensor]]:
+def pack(state: Any, holder: str = "a checkpoint") -> tuple[str, dict[str, torch.Tensor]]:
     """``state`` (None, numbers, text, tensors; dicts, lists and tuples of them) as JSON text and its tensors, on the
-    CPU, under names that the text refers to. Floats keep all their bits. UsageError for a value of any other type."""
+    CPU, under names that the text refers to. Floats keep all their bits. UsageError for a value of any other type;
+    ``holder``: what can't hold it."""
     tensors: dict[str, torch.Tensor] = {}
     memory = _Memory()
 
@@ -69,7 +70,7 @@ def pack(state: Any) -> tuple[str, dict[str, torch.Tensor]]:
         if isinstance(value, dict) and all(isinstance(key, _PLAIN) for key in value):
             return {"dict": [[key, walk(item, f"{where}[{key!r}]")] for key, item in value.items()]}
         raise UsageError(
-            f"a checkpoint cannot hold {where}, a {type(value).__name__}: it holds tensors, numbers, text, None, and "
+            f"{holder} cannot hold {where}, a {type(value).__name__}: it holds tensors, numbers, text, None, and "
             "lists, tuples and dicts of them"
         )
 

@@ -12,7 +12,8 @@ from ..transport.base import Bytes
 
 def byte_view(tensor: torch.Tensor) -> Bytes:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return tensor.view(-1).view(torch.uint8).numpy()
+    # A dimension of one number may have any stride and be contiguous, but not be seen as bytes.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 class Operand:

@@ -1,0 +1,239 @@
+"""``mpirun -n P python -m bench.c10d``: torch.distributed on commlab's backend against torch.distributed on gloo.
+
+Both backends live in one process, in groups of their own; their operations are interleaved by round. Three tables:
+all_reduce by size, a step of DistributedDataParallel, and how long a new group takes to its first operation. A step is
+forward, backward with the exchange, and SGD; ``exposed`` is what the exchange adds to a step without one (no_sync).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import commlab
+import commlab.c10d
+from commlab.trainer.model import build_model, loss_sum
+
+from .contestants import gloo
+from .core import table
+from .core.arguments import count, sizes
+from .core.harness import progress_line
+from .core.program import AsWritten, RankProgram, Section, Session
+from .core.ranks import Ranks, share_cores
+from .core.results import Record
+from .core.stats import format_bytes, format_ratio, format_us, ratio
+
+HEAD = ("contestant", "p50 us", "wrong", "/ gloo")
+STEP_HEAD = ("contestant", "p50 ms", "exposed ms", "wrong", "/ gloo", "exposed / gloo's")
+_SAMPLE_S = 2e-3
+_VOCABULARY = 257
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sizes", type=sizes, default="4B,64KB,1MB,100MB", metavar="LIST", help="of all_reduce")
+    parser.add_argument("--rounds", type=count, default=15, help="samples of each, interleaved (default: %(default)s)")
+    parser.add_argument("--model", default="gpt2-tiny", help="of the DDP step, or none (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=4, help="sequences of a rank's step (default: %(default)s)")
+    parser.add_argument("--seq-len", type=count, default=64, help="tokens of a sequence (default: %(default)s)")
+
+
+def connect(options: argparse.Namespace) -> commlab.Group:
+    share_cores()
+    return commlab.init()
+
+
+Samples = dict[str, list[float]]
+
+
+def interleaved(ranks: Ranks, ways: dict[str, Callable[[], None]], rounds: int, show: Callable[[str], None]) -> Samples:
+    """Seconds of each way, by round: of the slowest rank, and so often in a row that a sample lasts 2 ms."""
+    samples: Samples = {name: [] for name in ways}
+    repeats = dict.fromkeys(ways, 1)
+    order = random.Random(0)
+    for round_ in range(-2, rounds):
+        for name in order.sample(list(ways), len(ways)):
+            show(f"round {max(0, round_) + 1} of {rounds}: {name}")
+            ranks.barrier()
+            started_s = time.perf_counter()
+            for _ in range(repeats[name]):
+                ways[name]()
+            spent_s = ranks.maximum([time.perf_counter() - started_s])[0] / repeats[name]
+            if round_ == -1:  # the first makes what is made on first use
+                repeats[name] = max(1, min(200, int(_SAMPLE_S / max(spent_s, 1e-7))))
+            elif round_ >= 0:
+                samples[name].append(spent_s)
+    return samples
+
+
+def one_size(size_bytes: int, groups: dict[str, Any], session: Session) -> Section:
+    ranks, numel = session.ranks, max(1, size_bytes // 4)
+    whole = torch.empty(numel)
+    show = progress_line(ranks, f"all_reduce {format_bytes(4 * numel)}")
+    expected, wrong = float(ranks.size), {}
+    for name, group in groups.items():
+        dist.all_reduce(whole.fill_(1.0), group=group)
+        wrong[name] = int(ranks.total([float((whole != expected).any())])[0])
+    whole.zero_()
+    ways: dict[str, Callable[[], None]] = {
+        name: partial(dist.all_reduce, whole, group=group) for name, group in groups.items()
+    }
+    samples = interleaved(ranks, ways, session.options.rounds, show)
+    show("")
+    found = [_record("all_reduce", name, samples, wrong[name], ranks, bytes=4 * numel) for name in samples]
+    cells = [
+        [each["contestant"], format_us(each["p50_us"] / 1e6), str(each["wrong"]), format_ratio(each.get("ratio_gloo"))]
+        for each in found
+    ]
+    title = f"all_reduce, {format_bytes(4 * numel)} of float32, {ranks.size} ranks"
+    return Section(f"{title}\n{table.render(HEAD, cells)}\n", found)
+
+
+def _record(op: str, name: str, samples: Samples, wrong: int, ranks: Ranks, **more: Any) -> Record:
+    record: Record = {
+        "type": "row",
+        "op": op,
+        "ranks": ranks.size,
+        "contestant": name,
+        "p50_us": round(median(samples[name]) * 1e6, 2),
+        "wrong": wrong,
+        "rounds": len(samples[name]),
+        "samples_us": [round(sample * 1e6, 2) for sample in samples[name]],
+        **more,
+    }
+    if name != "gloo":
+        record["ratio_gloo"] = [float(f"{value:.4g}") for value in ratio(samples[name], samples["gloo"])]
+    return record
+
+
+class DDPStepper:
+    """A model under DDP, from the same parameters on all ranks, and its own batch on each."""
+
+    def __init__(self, options: argparse.Namespace, group: Any, hook: Any, ranks: Ranks):
+        model = build_model(options.model, seq_len=options.seq_len, vocab_size=_VOCABULARY, dropout=0.0, seed=0)
+        self.model = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+        if hook is not None:
+            hook.attach(self.model)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        generator = torch.Generator().manual_seed(ranks.rank)
+        self.ids = torch.randint(0, _VOCABULARY, (options.batch, options.seq_len), generator=generator)
+        self.labels = self.ids.roll(-1, dims=1)
+
+    def step(self) -> None:
+        loss, tokens = loss_sum(self.model, self.ids, self.labels)
+        (loss / tokens).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step_alone(self) -> None:
+        """The same without an exchange."""
+        with self.model.no_sync():
+            self.step()
+
+
+def steps(groups: dict[str, Any], session: Session) -> Section:
+    options, ranks = session.options, session.ranks
+    ddp_hook = commlab.c10d.DDPHook
+    steppers = {
+        "gloo": DDPStepper(options, groups["gloo"], None, ranks),
+        "commlab": DDPStepper(options, groups["commlab"], None, ranks),
+        "commlab, DDPHook": DDPStepper(options, groups["commlab"], ddp_hook(), ranks),
+        "commlab, DDPHook(bf16)": DDPStepper(options, groups["commlab"], ddp_hook("bf16"), ranks),
+    }
+    ways: dict[str, Callable[[], None]] = {name: stepper.step for name, stepper in steppers.items()}
+    ways["alone"] = steppers["gloo"].step_alone
+    show = progress_line(ranks, "DDP step")
+    samples = interleaved(ranks, ways, options.rounds, show)
+    show("")
+    # All ranks must hold the same numbers after all those steps; the one that stepped alone in between does not.
+    wrong = {}
+    for name, stepper in steppers.items():
+        digest = float(sum(p.detach().double().sum() for p in stepper.model.parameters()))
+        differs = ranks.maximum([digest])[0] != -ranks.maximum([-digest])[0]
+        wrong[name] = int(differs and name != "gloo")
+    exposed = {
+        name: [with_s - alone_s for with_s, alone_s in zip(samples[name], samples["alone"], strict=True)]
+        for name in steppers
+    }
+    found = [
+        _record("ddp step", name, samples, wrong[name], ranks, exposed_us=round(median(exposed[name]) * 1e6, 1))
+        for name in steppers
+    ]
+    cells = [
+        [
+            each["contestant"],
+            f"{each['p50_us'] / 1e3:.1f}",
+            f"{each['exposed_us'] / 1e3:.1f}",
+            str(each["wrong"]),
+            format_ratio(each.get("ratio_gloo")),
+            f"{each['exposed_us'] / found[0]['exposed_us']:.2f}" if each is not found[0] else "",
+        ]
+        for each in found
+    ]
+    title = f"a DDP step of {options.model}, {options.batch} x {options.seq_len} tokens a rank, {ranks.size} ranks"
+    return Section(
+        f"{title}; {median(samples['alone']) * 1e3:.1f} ms without exchange\n{table.render(STEP_HEAD, cells)}\n", found
+    )
+
+
+def new_groups(session: Session) -> Section:
+    """From new_group to the end of its first all_reduce."""
+    ranks = session.ranks
+    ones = torch.ones(4)
+
+    def first(backend: str) -> Callable[[], None]:
+        def make() -> None:
+            group = dist.new_group(backend=backend)
+            dist.all_reduce(ones.fill_(1.0), group=group)
+            made.append(group)
+
+        return make
+
+    made: list[Any] = []
+    samples: Samples = {"gloo": [], "commlab": []}
+    for _ in range(min(9, session.options.rounds)):
+        for backend in samples:
+            ranks.barrier()
+            started_s = time.perf_counter()
+            first(backend)()
+            samples[backend].append(ranks.maximum([time.perf_counter() - started_s])[0])
+            dist.destroy_process_group(made.pop())
+    found = [_record("new_group", name, samples, int(ones[0] != ranks.size), ranks) for name in samples]
+    cells = [
+        [each["contestant"], format_us(each["p50_us"] / 1e6), str(each["wrong"]), format_ratio(each.get("ratio_gloo"))]
+        for each in found
+    ]
+    return Section(f"new_group and a first all_reduce, {ranks.size} ranks\n{table.render(HEAD, cells)}\n", found)
+
+
+def measure(session: Session) -> Iterator[Section]:
+    gloo.connect()
+    commlab.c10d.register()
+    groups: dict[str, Any] = {"gloo": dist.group.WORLD, "commlab": dist.new_group(backend="commlab")}
+    for size_bytes in session.options.sizes:
+        yield one_size(size_bytes, groups, session)
+    yield new_groups(session)
+    if session.options.model != "none":
+        yield steps(groups, session)
+    dist.destroy_process_group()
+
+
+PROGRAM = RankProgram(
+    "bench.c10d", __doc__, arguments, measure, connect, "one rank exchanges nothing", formatter=AsWritten
+)
+
+
+def main() -> int:
+    return PROGRAM.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What commlab leaves to gloo: point-to-point, other devices than the CPU, sparse tensors, bitwise reductions.
+
+Whether an operation goes there depends on its kind, reduction, dtype, device and layout alone, so that all ranks choose
+alike. The gloo group is made by its first use, and connects a pair of ranks by their first message: so a rank may make
+it alone, as a receive from one peer does.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def _lazy_devices() -> list[Any]:
+    interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if interfaces:
+        return [
+            dist.ProcessGroupGloo.create_device(interface=interface, lazy_init=True)
+            for interface in interfaces.split(",")
+        ]
+    return [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
+
+
+def connects_lazily() -> bool:
+    """Whether this torch's gloo can connect two ranks by their first message; else all ranks make the group at once."""
+    return "lazy_init" in (dist.ProcessGroupGloo.create_default_device.__doc__ or "")
+
+
+def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
+    """A group of gloo alone. It is a ``ProcessGroup`` of exactly that type, whose methods let go of the GIL; those that
+    a Python subclass inherits don't, and would lock out the thread that gloo needs."""
+    gloo_store = dist.PrefixStore("gloo", store)
+    make_group: Any = dist.ProcessGroup
+    make_backend: Any = dist.ProcessGroupGloo
+    try:
+        options = make_backend._Options()
+        options._timeout, options._devices, options._threads = timeout, _lazy_devices(), 2
+        gloo = make_backend(gloo_store, rank, size, options)
+    except (TypeError, AttributeError):
+        gloo = make_backend(gloo_store, rank, size, timeout)
+    kind = make_group.BackendType.GLOO
+    try:
+        plain = make_group(gloo_store, rank, size)
+    except TypeError:
+        plain = make_group(rank, size)
+    plain._set_default_backend(kind)
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        plain._register_backend(torch.device(device), kind, gloo)
+    return plain  # type: ignore[no-any-return]

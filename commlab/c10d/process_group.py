@@ -1,0 +1,348 @@
+"""The process group: every method of torch.distributed's, by commlab's collectives where :mod:`.operations` has one,
+else by gloo."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UsageError
+from ..runtime.agreement import Signature
+from ..runtime.group import Group
+from ..runtime.handle import Handle
+from . import operations
+from .arguments import listed, present, rows_of, with_op, with_root
+from .connect import Member, connect
+from .fallback import connects_lazily, make_gloo
+from .monitor import monitored_barrier
+from .tensors import movable
+from .window_tensor import tensor_in
+from .work import CommlabWork, Futures
+
+_kept: list[CommlabProcessGroup] = []
+"""All groups that were ever made. C++ holds the half of a group that is written there; if the half that is written here
+went first, DDP's reducer would find a group without a backend."""
+
+
+@atexit.register
+def _end_threads() -> None:
+    """The interpreter must not meet a thread of ours on its way out. Nobody is waited for."""
+    for group in _kept:
+        group.end_threads()
+
+
+# The stubs have every version's names and overloads at once, which no class could satisfy.
+_ProcessGroup: Any = dist.ProcessGroup
+
+
+class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
+    """Ranks that share ``store``, in which no other keys are. Made by each member alone; the members meet when the
+    first operation is called. ``timeout``: how long a silent peer is waited for. ``name``: what get_backend() answers.
+    ``here``: this process in the job; default: the group has all ranks of the job."""
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        name: str = "commlab",
+        here: Member | None = None,
+    ):
+        super().__init__(rank, size)
+        self._store, self._timeout, self._name = store, timeout, name
+        self._here, self._destroyed = here or Member(rank, size), False
+        self._lock = threading.Lock()
+        self._group: Group | None = None
+        self._futures = Futures(threaded=False)
+        self._plain: dist.ProcessGroup | None = None
+        self._sequence = self._barriers = 0
+        self._group_name = self._group_desc = "undefined"
+        self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
+        _kept.append(self)
+        # C++ looks for gloo's own backend in a group that bears its name.
+        if name == "gloo" or (size > 1 and not connects_lazily()):
+            self._gloo()
+
+    def __repr__(self) -> str:
+        return f"<CommlabProcessGroup {self._name}, rank {self.rank()} of {self.size()}>"
+
+    @property
+    def group(self) -> Group:
+        """commlab's group; opened by the first operation, of all members."""
+        if self._group is None:
+            with self._lock:
+                if self._group is None:
+                    timeout_s = self._timeout.total_seconds()
+                    if self._destroyed:
+                        raise UsageError(f"rank {self.rank()}: an operation on a process group that was destroyed")
+                    group = connect(self._store, self.rank(), self.size(), timeout_s, self._here)
+                    self._futures.threaded = group.progress.threaded
+                    self._group = group
+        return self._group
+
+    def begin(self, kind: str, tensors: Sequence[torch.Tensor]) -> Any:
+        """The span of an operation in torch's profile, where one is recorded: it ends with the operation."""
+        if not torch.autograd._profiler_enabled():
+            return None
+        return torch.autograd._record_function_with_args_enter(f"{self._name}:{kind}", *tensors)
+
+    def work(
+        self, handles: Sequence[Handle], value: Any, after: Callable[[], None] | None = None, span: Any = None
+    ) -> CommlabWork:
+        self._sequence += 1
+        return CommlabWork(self._futures, handles, value, after, span)
+
+    def _gloo(self) -> Any:
+        if self._plain is None:
+            with self._lock:
+                if self._plain is None:
+                    plain: Any = make_gloo(self._store, self.rank(), self.size(), self._timeout)
+                    cpu, kinds = torch.device("cpu"), dist.ProcessGroup.BackendType
+                    # For methods that C++ calls and Python can't override.
+                    for kind in (kinds.CUSTOM, *([kinds.GLOO] if self._name == "gloo" else [])):
+                        self._register_backend(cpu, kind, plain._get_backend(cpu))
+                    self._plain = plain
+        return self._plain
+
+    # --- Life
+
+    def end_threads(self) -> None:
+        """End what runs beside the program, once it has completed what it was given."""
+        self._futures.close()
+        if self._group is not None:
+            self._group.progress.close()
+
+    def shutdown(self) -> None:
+        """Release the window. Works that were started stay what they are. Not collective."""
+        self.end_threads()
+        group, self._group, self._destroyed = self._group, None, True
+        # The memory goes with the last work that needs it.
+        if group is not None and group.window is not None:
+            group.window.close()
+
+    abort = shutdown
+
+    def getBackendName(self) -> str:
+        return self._name
+
+    _get_backend_name = name = getBackendName
+
+    # C++ keeps a group's name in its backends, of which this one has none until gloo is needed.
+
+    def _set_group_name(self, name: str) -> None:
+        self._group_name = name
+
+    def _set_group_desc(self, desc: str) -> None:
+        self._group_desc = desc
+
+    setGroupName, setGroupDesc = _set_group_name, _set_group_desc
+
+    @property
+    def group_name(self) -> str:
+        return self._group_name
+
+    @property
+    def group_desc(self) -> str:
+        return self._group_desc
+
+    def getGroupName(self) -> str:
+        return self._group_name
+
+    def getGroupDesc(self) -> str:
+        return self._group_desc
+
+    def get_group_store(self) -> dist.Store:
+        return self._store
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    def _get_backend(self, device: Any) -> Any:
+        """This group is its own backend, for every device."""
+        return self
+
+    supports_splitting = supports_coalescing = supports_time_estimate = False
+
+    def supports_tensor_alloc(self, device: torch.device) -> bool:
+        """Whether :meth:`allocate_tensor` has memory for this device. Opens the group, so all members must ask."""
+        return torch.device(device).type == "cpu" and self.group.window is not None
+
+    def allocate_tensor(self, numel: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A 1-D tensor in the window, with whatever it held before; collectives on it copy nothing. FSDP2 asks for it
+        (``set_allocate_memory_from_process_group_for_comm``). The memory is given back when the tensor is gone."""
+        window = self.group.window
+        if window is None:
+            return torch.empty(numel, dtype=dtype, device=device)
+        return tensor_in(window, numel, dtype)
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+        if self._group is not None:
+            self._group.timeout_s = self._group.progress.timeout_s = timeout.total_seconds()
+
+    set_timeout = _set_default_timeout
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Nothing: a group begins to count at zero on all ranks."""
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._sequence
+
+    def _has_hooks(self) -> bool:
+        return False
+
+    def _wait_for_pending_works(self) -> None:
+        """Nothing waits for hooks."""
+
+    # --- Reductions
+
+    def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
+        tensors, opts = listed(tensors), with_op(opts, dist.AllreduceOptions)
+        awaited = getattr(opts, "asyncOp", True) is False
+        work = operations.allreduce(self, tensors, opts.reduceOp, awaited)
+        return work or self._gloo().allreduce(tensors, opts)
+
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
+        opts = opts or dist.AllreduceCoalescedOptions()
+        work = operations.allreduce_coalesced(self, tensors, opts.reduceOp)
+        return work or self._gloo().allreduce_coalesced(tensors, opts)
+
+    def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None) -> Any:
+        tensors, opts = listed(tensors), with_root(opts, dist.ReduceOptions, op)
+        work = operations.reduce(self, tensors, opts.rootRank, opts.reduceOp)
+        return work or self._gloo().reduce(tensors, opts)
+
+    def reduce_scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
+        outs, opts = listed(outs), with_op(opts, dist.ReduceScatterOptions)
+        ins = ins if isinstance(ins[0], (list, tuple)) else [ins]
+        work = operations.reduce_scatter(self, outs[0], ins[0], opts.reduceOp) if len(outs) == 1 else None
+        return work or self._gloo().reduce_scatter(outs, ins, opts)
+
+    def reduce_scatter_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
+        opts = with_op(opts, dist.ReduceScatterOptions)
+        work = operations.reduce_scatter(self, out, [tensor], opts.reduceOp)
+        return work or self._gloo()._reduce_scatter_base(out, tensor, opts)
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter_single_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
+        return self._all(
+            [self.reduce_scatter_single(out, each, opts) for out, each in zip(outs, ins, strict=True)], outs
+        )
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    # --- Moves
+
+    def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
+        tensors, opts = listed(tensors), with_root(opts, dist.BroadcastOptions)
+        return operations.broadcast(self, tensors, opts.rootRank) or self._gloo().broadcast(tensors, opts)
+
+    def allgather(self, outs: Any, ins: Any, opts: Any = None) -> Any:
+        outs, ins = outs if isinstance(outs[0], (list, tuple)) else [outs], listed(ins)
+        work = operations.allgather(self, outs[0], ins[0]) if len(ins) == 1 else None
+        return work or self._gloo().allgather(outs, ins, *present(opts))
+
+    def all_gather_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
+        work = operations.allgather_single(self, out, tensor)
+        return work or self._gloo()._allgather_base(out, tensor, *present(opts))
+
+    _allgather_base = all_gather_single
+
+    def all_gather_single_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
+        return self._all([self.all_gather_single(out, each, opts) for out, each in zip(outs, ins, strict=True)], outs)
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def allgather_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
+        """``outs[r][k]`` gets tensor k of rank r."""
+        work = operations.allgather_coalesced(self, outs, listed(ins))
+        return work or self._gloo().allgather_coalesced(outs, ins, *present(opts))
+
+    def gather(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
+        ins, opts = listed(ins), with_root(opts, dist.GatherOptions)
+        outs = outs if not outs or isinstance(outs[0], (list, tuple)) else [outs]
+        root, room = opts.rootRank, [ins[0].new_empty(0)] * self.size()
+        nothing, detail = list(room), f"{ins[0].dtype}, to root {root}"
+        nothing[root] = ins[0]
+        lists = self._of_each("gather", outs[0]) if self.rank() == root else room
+        work = operations.exchange(self, "gather", detail, lists, nothing, outs)
+        return work or self._gloo().gather(outs, ins, opts)
+
+    def scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
+        outs, opts = listed(outs), with_root(opts, dist.ScatterOptions)
+        ins = ins if not ins or isinstance(ins[0], (list, tuple)) else [ins]
+        root, nothing = opts.rootRank, [outs[0].new_empty(0)] * self.size()
+        room, detail = list(nothing), f"{outs[0].dtype}, from root {root}"
+        room[root] = outs[0]
+        parts = self._of_each("scatter", ins[0]) if self.rank() == root else nothing
+        work = operations.exchange(self, "scatter", detail, room, parts, outs)
+        return work or self._gloo().scatter(outs, ins, opts)
+
+    def alltoall(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
+        outs, ins = self._of_each("alltoall", outs), self._of_each("alltoall", ins)
+        work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, outs)
+        return work or self._gloo().alltoall(outs, ins, *present(opts))
+
+    def all_to_all_single(
+        self, out: torch.Tensor, tensor: torch.Tensor, out_splits: Any, in_splits: Any, opts: Any = None
+    ) -> Any:
+        if movable(out) and movable(tensor) and out.is_contiguous():
+            outs, parts = self._rows(out, out_splits), self._rows(tensor, in_splits)
+            return operations.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out])
+        return self._gloo().alltoall_base(out, tensor, out_splits, in_splits, *present(opts))
+
+    alltoall_base = all_to_all_single
+
+    def barrier(self, opts: Any = None, timeout: Any = None) -> Any:
+        span = self.begin("barrier", [])
+        return self.work((self.group.submit(Signature("barrier")),), [], span=span)
+
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        """Return once every rank has called it; RuntimeError that names who has not within ``timeout``."""
+        self._barriers += 1
+        store = dist.PrefixStore(f"monitored/{self._barriers}", self._store)
+        limit = self._timeout if timeout is None else timeout
+        monitored_barrier(store, self.rank(), self.size(), limit, wait_all_ranks)
+
+    # --- Point to point
+
+    def send(self, tensors: Any, to: int, tag: int = 0) -> Any:
+        return self._gloo().send(tensors, to, tag)
+
+    def recv(self, tensors: Any, frm: int, tag: int = 0) -> Any:
+        return self._gloo().recv(tensors, frm, tag)
+
+    def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
+        return self._gloo().recv_anysource(tensors, tag)
+
+    def _start_coalescing(self, device: Any) -> None:
+        """Nothing: what follows is started at once, in order."""
+
+    def _end_coalescing(self, device: Any) -> Any:
+        return self.work((), [])
+
+    def _of_each(self, kind: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """``tensors``, of which there has to be one per rank."""
+        if len(tensors) != self.size():
+            raise ValueError(f"rank {self.rank()}: {kind} of {len(tensors)} tensors among {self.size()} ranks")
+        return list(tensors)
+
+    def _rows(self, whole: torch.Tensor, splits: Sequence[int]) -> list[torch.Tensor]:
+        return rows_of(self.rank(), self.size(), whole, splits)
+
+    def _all(self, works: Sequence[Any], value: Any) -> CommlabWork:
+        def after() -> None:
+            for work in works:
+                work.wait()
+
+        handles = [handle for work in works for handle in getattr(work, "handles", ())]
+        return self.work(handles, list(value), after)
