@@ -89,6 +89,10 @@ void reduce_inline(const NodeSync& sync, Address data, std::size_t numel, int dt
 // How allreduce_inline ended. Late: it is announced, but not all ranks have arrived.
 constexpr int kDone = 0, kLate = 1, kDisagree = 2;
 
+// Signature.number() of commlab/runtime/agreement.py: there it would take whole numbers of more than 64 bits.
+constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15;
+std::uint64_t record_of(std::uint64_t signature, std::uint64_t sequence) { return signature ^ sequence * kOdd; }
+
 }  // namespace
 
 void register_window(nb::module_& m) {
@@ -172,8 +176,9 @@ void register_window(nb::module_& m) {
              return std::make_tuple(entry.fd, entry.bytes);
            })
       .def("reduce_inline", &reduce_inline)
-      .def("allreduce_inline", [](NodeSync& self, std::uint64_t record, Address data, std::size_t numel, int dtype,
-                                  int op, double divisor, double timeout_us) {
+      .def("allreduce_inline", [](NodeSync& self, std::uint64_t signature, std::uint64_t sequence, Address data,
+                                  std::size_t numel, int dtype, int op, double divisor, double timeout_us) {
+        const std::uint64_t record = record_of(signature, sequence);
         self.publish(record, ~0ull, 0, reinterpret_cast<const void*>(data), numel * dtype_bytes(dtype_of(dtype)));
         self.arrive();
         int late;

@@ -80,8 +80,9 @@ def allreduce(
     group: Group | None = None,
 ) -> torch.Tensor:
     """Reduce ``tensor`` in place over all ranks and return it; see :func:`allreduce_async`."""
-    group = resolve(group)
-    sent = None
+    if type(group) is not Group:
+        group = resolve(group)
+    sent, address = None, 0
     try:
         plan = plan_of(group, "allreduce", tensor, op, name, algorithm, wire)
         if (
@@ -90,20 +91,22 @@ def allreduce(
             and tensor.is_cpu
             and tensor.is_contiguous()
             and not tensor.is_neg()
-            and (tensor.data_ptr() >> PAGE_BITS in writable_pages or may_write_at(tensor.data_ptr()))
+            and ((address := tensor.data_ptr()) >> PAGE_BITS in writable_pages or may_write_at(address))
         ):
-            sent = tensor if wire is None else as_flat(tensor, plan.wire)
+            sent = tensor
+            if wire is not None:
+                sent = as_flat(tensor, plan.wire)
+                address = sent.data_ptr()
         else:
             memory = writable(tensor, where_of(group, "allreduce", tensor))
     except Exception as error:
         group.refuse("allreduce", name, error).wait()
         raise
     if sent is not None:
-
-        def otherwise() -> Pending:
-            return inline.allreduce(Call(group, plan, sent, op))
-
-        if group.allreduce_inline(plan.signature, plan.few, sent, otherwise):
+        done = group.allreduce_inline(plan.signature, plan.few, address)
+        if done is not None:
+            if not done:
+                group.go_on(plan.signature, inline.allreduce(Call(group, plan, sent, op)), sent)
             if sent is not tensor:
                 put_back(sent, tensor)
             count_write((tensor,))

@@ -4,7 +4,7 @@ do before anything is reduced, eight bytes each way when they agree."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -38,17 +38,19 @@ class Signature:
     """What else must agree: the reduction, root, algorithm and wire."""
     refusal: str = ""
     """Why this rank can't do the operation, for the other ranks to know; empty where it can."""
+    hash: int = field(init=False, compare=False, repr=False)
+    """64 bits of all of it."""
 
     def __post_init__(self) -> None:
         digest = blake2b(
             repr((self.kind, self.shape, self.dtype, self.name, self.detail, self.refusal)).encode(), digest_size=8
         )
-        object.__setattr__(self, "_hash", int.from_bytes(digest.digest(), "little"))
+        object.__setattr__(self, "hash", int.from_bytes(digest.digest(), "little"))
 
     def number(self, sequence: int) -> int:
         """64 bits that are equal exactly (but for a hash collision, 2^-64) when the signature and the place in order
         are."""
-        mixed: int = self._hash ^ (sequence * _ODD)  # type: ignore[attr-defined]
+        mixed: int = self.hash ^ (sequence * _ODD)
         return mixed & 0xFFFFFFFFFFFFFFFF
 
     def record(self, sequence: int) -> bytes:

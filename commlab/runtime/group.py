@@ -182,35 +182,35 @@ class Group:
             operation.advance()
         return self.progress.submit(operation, awaited)
 
-    def allreduce_inline(
-        self, signature: Signature, data: Inline, result: torch.Tensor, otherwise: Callable[[], Pending]
-    ) -> bool:
-        """The shortest way through the window for an allreduce of a few numbers: agreement, wait and reduction in one
-        native call, where nothing else is under way. Collective with :meth:`submit`: ranks may differ in which of the
-        two they take. False: not possible now, nothing was done. ``otherwise()`` makes the body that goes on when a
-        peer lets this rank wait, or disagrees."""
+    def allreduce_inline(self, signature: Signature, data: Inline, address: int) -> bool | None:
+        """The shortest way through the window for an allreduce of a few numbers, which lie at ``address``: agreement,
+        wait and reduction in one native call, where nothing else is under way. Collective with :meth:`submit`: ranks
+        may differ in which of the two they take. None: not possible now, nothing was done. False: it is announced, but
+        a peer lets this rank wait, or disagrees; then the caller goes on with :meth:`go_on`."""
         progress = self.progress
         if trace.enabled() or not progress.take():
-            return False
+            return None
         assert self.window is not None
+        self._sequence = sequence = self._sequence + 1
         try:
             self._inline = True
-            self._sequence += 1
-            number = signature.number(self._sequence)
             patience_us = _INLINE_WAIT_FOR_OTHERS_US if others_under_way else _INLINE_WAIT_US
-            ended = self.window.sync.allreduce_inline(number, result.data_ptr(), *data.arguments, patience_us)
+            ended = self.window.sync.allreduce_inline(signature.hash, sequence, address, *data.arguments, patience_us)
         except BaseException as error:
-            progress.end(ended_by(error, signature.text(self._sequence)))
+            progress.end(ended_by(error, signature.text(sequence)))
             raise
         finally:
             self._inline = False
             progress.leave()
-        if ended == _INLINE_DONE:
-            self.node_bytes_read += data.size_bytes * self.size
-            self.node_bytes_written += data.size_bytes
-        else:
-            self._queue(signature, otherwise(), result, lambda: None, awaited=True).wait()
+        if ended != _INLINE_DONE:
+            return False
+        self.node_bytes_read += data.size_bytes * self.size
+        self.node_bytes_written += data.size_bytes
         return True
+
+    def go_on(self, signature: Signature, body: Pending, result: torch.Tensor) -> None:
+        """Wait for what :meth:`allreduce_inline` has announced, and then for ``body``."""
+        self._queue(signature, body, result, lambda: None, awaited=True).wait()
 
     def execute(self, execution: Execution) -> Pending:
         """Run an execution and count what it sent."""
