@@ -1,20 +1,26 @@
-"""From the store that torch.distributed hands over to a group of commlab: who shares a node, and the window of those
-who do. Only the members take part, and no connection is made where all of them are on one node."""
+"""From the store that torch.distributed hands over to a group of commlab: who shares a node, the window of those who
+do, and links between nodes. Only the members take part, and no connection is made where all of them are on one node."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from ..errors import UsageError
+from ..errors import PeerTimeoutError, UsageError
 from ..job import topology
 from ..job.topology import Topology
 from ..runtime.group import Group
+from ..runtime.links import CONNECT_S
 from ..runtime.nodes import open_nodes, open_window
+from ..transport import handshake
+from ..transport.base import Transport
 from ..transport.sim import SimNetwork
+from ..transport.tcp import Links, missing_reason
 from ..transport.torchdist import TorchTransport
 from ..transport.torchstore import StoreTransport
 
@@ -22,6 +28,14 @@ NODES = "COMMLAB_NODES"
 """Declares which ranks of the job share a node, as ``commlab.init(nodes=...)`` does."""
 WINDOW = "COMMLAB_WINDOW"
 """``off``: ranks of a node send messages instead of sharing memory."""
+LINKS = "COMMLAB_LINKS"
+"""What joins ranks that share no window: ``auto``, links where they can be had and else gloo; ``tcp``, an error where
+they can't; ``gloo``."""
+IFACE = "COMMLAB_IFACE"
+"""The network interfaces that links use, by name, joined by commas."""
+
+_job_links: Links | None = None
+"""Links between all ranks of the job, once a group of all of them was opened: groups of fewer use them too."""
 
 
 class Member(NamedTuple):
@@ -48,11 +62,21 @@ def connect(store: dist.Store, rank: int, size: int, timeout_s: float, here: Mem
     if window not in ("auto", "off"):
         raise UsageError(f"rank {rank}: {WINDOW}={window!r}; there are auto and off")
     nodes = os.environ.get(NODES, "")
-    card = {"node": _node_key(here), "cores": topology.bound_cores(), "nodes": nodes, "window": window}
+    card = {
+        "rank": here.rank,
+        "node": _node_key(here),
+        "cores": topology.bound_cores(),
+        "nodes": nodes,
+        "window": window,
+        "links": os.environ.get(LINKS, "auto"),
+        "iface": os.environ.get(IFACE, ""),
+        "against": missing_reason(),
+        "context": -1 if _job_links is None or _job_links.closed else _job_links.contexts.offered,
+    }
     cards: list[dict[str, Any]] = [
         json.loads(found) for found in transport.gather(json.dumps(card).encode(), "the members' addresses")
     ]
-    for variable, word in ((NODES, "nodes"), (WINDOW, "window")):
+    for variable, word in ((NODES, "nodes"), (WINDOW, "window"), (LINKS, "links"), (IFACE, "iface")):
         if len({str(found[word]) for found in cards}) > 1:
             raise UsageError(f"rank {rank}: {variable} differs between ranks: {[found[word] for found in cards]}")
     found = topology.from_keys([card["node"] for card in cards])
@@ -66,9 +90,41 @@ def connect(store: dist.Store, rank: int, size: int, timeout_s: float, here: Mem
         reason = group.window_reason
     else:
         reason = f"{WINDOW}=off"
-    messages = TorchTransport(dist.PrefixStore("links", store), rank, size, timeout_s)
+    messages, links_reason = _messages(store, transport, cards, here, timeout_s)
     group = Group(messages, found, timeout_s, True, cores)
-    group.window_reason = reason
+    group.window_reason, group.links_reason = reason, links_reason
     if len(found.nodes) > 1 and window != "off":
         open_nodes(group)
     return group
+
+
+def _messages(
+    store: dist.Store, transport: StoreTransport, cards: Sequence[dict[str, Any]], here: Member, timeout_s: float
+) -> tuple[Transport, str]:
+    """What carries messages between the members, and why."""
+    global _job_links
+    rank, size, wanted = transport.rank, transport.size, cards[0]["links"]
+    if wanted not in ("auto", "tcp", "gloo"):
+        raise UsageError(f"rank {rank}: {LINKS}={wanted!r}; there are auto, tcp and gloo")
+    against = next((f"rank {at}: {card['against']}" for at, card in enumerate(cards) if card["against"]), "")
+    if wanted == "gloo":
+        against = "as asked for"
+    elif against and wanted == "tcp":
+        raise UsageError(f"links between ranks can't be had: {against}")
+    if not against:
+        contexts = [card["context"] for card in cards]
+        if size < here.size and min(contexts) >= 0:
+            assert _job_links is not None
+            return _job_links.among([card["rank"] for card in cards], max(contexts)), "links of the job"
+        gather = partial(transport.gather, name="cards of the links")
+        try:
+            ends = handshake.connect(rank, gather, True, cards[0]["iface"] or None, min(CONNECT_S, timeout_s))
+            links = Links(rank, ends, launched=transport)
+            if size == here.size:
+                _job_links = links
+            return links.world(), "links"
+        except (UsageError, PeerTimeoutError) as error:
+            if wanted == "tcp":
+                raise
+            against = str(error)
+    return TorchTransport(dist.PrefixStore("links", store), rank, size, timeout_s), f"no links: {against}"

@@ -83,7 +83,8 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
                     if self._destroyed:
                         raise UsageError(f"rank {self.rank()}: an operation on a process group that was destroyed")
                     group = connect(self._store, self.rank(), self.size(), timeout_s, self._here)
-                    self._futures.threaded = group.progress.threaded
+                    # A thread that waits for links sleeps, and takes no core from the computation.
+                    self._futures.threaded = group.progress.threaded or group.transport.moves_itself
                     self._group = group
         return self._group
 
@@ -120,12 +121,14 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
             self._group.progress.close()
 
     def shutdown(self) -> None:
-        """Release the window. Works that were started stay what they are. Not collective."""
+        """Release the window and the links. Works that were started stay what they are. Not collective."""
         self.end_threads()
         group, self._group, self._destroyed = self._group, None, True
         # The memory goes with the last work that needs it.
         if group is not None and group.window is not None:
             group.window.close()
+        if group is not None and group.transport.moves_itself:
+            group.transport.close()
 
     abort = shutdown
 

@@ -111,10 +111,17 @@ class Links:
         self.engine = built.LinksEngine(rank, list(descriptors), checks, spin_s * 1e6)
         self.rank, self.size, self._launched = rank, len(descriptors), launched
         self.contexts = Contexts(2**30)
+        self.closed = False
 
     def world(self) -> TcpTransport:
         """The transport of all ranks."""
         return TcpTransport(self, range(self.size), 0)
+
+    def among(self, ranks: Sequence[int], context: int) -> TcpTransport:
+        """The transport of ``ranks`` of the job, this one among them; ``context``: as in :meth:`TcpTransport.split`,
+        agreed on by these ranks alone."""
+        self.contexts.take(context, self.rank)
+        return TcpTransport(self, ranks, context)
 
     def abort(self, code: int) -> None:
         if self._launched is not None:
@@ -130,6 +137,7 @@ class Links:
     def close(self, orderly: bool) -> None:
         """Leave in good order: what was sent still arrives, and peers that wait for more are told. Not ``orderly``:
         nobody is waited for."""
+        self.closed = True
         self.engine.leave(1.0 if orderly else 0.0)
         if self._launched is not None:
             self._launched.close(orderly)
