@@ -35,7 +35,7 @@ IFACE = "COMMLAB_IFACE"
 """The network interfaces that links use, by name, joined by commas."""
 
 _job_links: Links | None = None
-"""Links between all ranks of the job, once a group of all of them was opened: groups of fewer use them too."""
+"""Links between all ranks of the job, once a group of all of them was opened: later groups use them too."""
 
 
 class Member(NamedTuple):
@@ -113,13 +113,13 @@ def _messages(
         raise UsageError(f"links between ranks can't be had: {against}")
     if not against:
         contexts = [card["context"] for card in cards]
-        if size < here.size and min(contexts) >= 0:
+        if min(contexts) >= 0:
             assert _job_links is not None
             return _job_links.among([card["rank"] for card in cards], max(contexts)), "links of the job"
         gather = partial(transport.gather, name="cards of the links")
         try:
             ends = handshake.connect(rank, gather, True, cards[0]["iface"] or None, min(CONNECT_S, timeout_s))
-            links = Links(rank, ends, launched=transport)
+            links = Links(rank, ends, launched=transport, shared=size == here.size)
             if size == here.size:
                 _job_links = links
             return links.world(), "links"

@@ -96,7 +96,8 @@ class Links:
 
     ``descriptors``: a connected socket to each rank, -1 for ``rank`` itself; they belong to the engine from now on.
     ``checks``: payloads carry a CRC32C, on all ranks or none. ``spin_s``: so long a rank looks again at once before it
-    sleeps. ``launched``: the transport of the launcher, which ends the job and is closed with the links.
+    sleeps. ``launched``: the transport of the launcher, which ends the job and is closed with the links. ``shared``:
+    they end with the last of their transports; else with the transport of all ranks.
     """
 
     def __init__(
@@ -106,16 +107,30 @@ class Links:
         checks: bool = True,
         spin_s: float = 0.0,
         launched: Transport | None = None,
+        shared: bool = False,
     ):
         assert built is not None
         self.engine = built.LinksEngine(rank, list(descriptors), checks, spin_s * 1e6)
         self.rank, self.size, self._launched = rank, len(descriptors), launched
         self.contexts = Contexts(2**30)
         self.closed = False
+        self._open: set[int] | None = set() if shared else None
 
     def world(self) -> TcpTransport:
         """The transport of all ranks."""
         return TcpTransport(self, range(self.size), 0)
+
+    def opened(self, group: int) -> None:
+        """A transport uses the links from now on."""
+        if self._open is not None:
+            self._open.add(group)
+
+    def released(self, group: int, orderly: bool) -> None:
+        """A transport is closed."""
+        if self._open is not None:
+            self._open.discard(group)
+        if not self.closed and (group == 0 if self._open is None else not self._open):
+            self.close(orderly)
 
     def among(self, ranks: Sequence[int], context: int) -> TcpTransport:
         """The transport of ``ranks`` of the job, this one among them; ``context``: as in :meth:`TcpTransport.split`,
@@ -160,6 +175,7 @@ class TcpTransport:
         self._nothing = built.LinksOperand(0, 0, 0, 0, 1.0, False, 0, 0, 0, False)
         self.contexts = links.contexts
         self._engine.add_group(group, list(self._ranks))
+        links.opened(group)
         self._removed = weakref.finalize(self, self._engine.remove_group, group)
         self._removed.atexit = False
 
@@ -207,7 +223,6 @@ class TcpTransport:
         self._links.let_go()
 
     def close(self, orderly: bool = True) -> None:
-        """Release the group; with the group of all ranks the links are closed."""
+        """Release the group; with the group of all ranks, or the last, the links are closed."""
         self._removed()
-        if self._group == 0:
-            self._links.close(orderly)
+        self._links.released(self._group, orderly)

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -102,10 +103,10 @@ def test_a_dead_interface_and_127_0_1_1(monkeypatch: pytest.MonkeyPatch) -> None
     talk(connect_all(3))
 
 
-def rest_of(connection: socket.socket) -> bytes:
+def rest_of(connection: socket.socket, size_bytes: int = 1) -> bytes:
     """What still arrives before the other end closes; one that was not read to the end is reset."""
     try:
-        return connection.recv(1)
+        return connection.recv(size_bytes)
     except ConnectionResetError:
         return b""
 
@@ -129,8 +130,9 @@ def test_strangers_and_half_open_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
             def watch() -> None:
                 strangers[3].settimeout(10)
-                said = strangers[3].recv(48)
-                strangers[3].sendall(bytes(32))  # a wrong proof
+                said = rest_of(strangers[3], 48)
+                with suppress(OSError):
+                    strangers[3].sendall(bytes(32))  # a wrong proof
                 dropped.append(said + rest_of(strangers[3]))
                 dropped.append(rest_of(strangers[1]))
 
@@ -143,7 +145,10 @@ def test_strangers_and_half_open_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     deadline_s = time.monotonic() + 10
     while len(dropped) < 2 and time.monotonic() < deadline_s:
         time.sleep(0.01)
-    assert [len(each) for each in dropped] == [48, 0], "a challenge, then nothing; and nothing at all"
+    assert len(dropped) == 2
+    # On a busy machine all ranks may be connected before the stranger is looked at.
+    assert len(dropped[0]) in (0, 48), "at most a challenge, and nothing after a wrong proof"
+    assert dropped[1] == b"", "nothing at all"
     for stranger in kept:
         stranger.close()
     with pytest.raises(OSError):
