@@ -24,6 +24,10 @@ _HOME = {
     "scatter": "collectives.exchanges",
     "allgather_parts": "collectives.exchanges",
     "grouped_allreduce": "collectives.grouped",
+    "send": "collectives.messages",
+    "send_async": "collectives.messages",
+    "recv": "collectives.messages",
+    "recv_async": "collectives.messages",
     "broadcast_object": "checkpoint.objects",
     "allgather_object": "checkpoint.objects",
     "barrier": "collectives.operations",
@@ -68,9 +72,13 @@ __all__ = [
     "gather",
     "grouped_allreduce",
     "init",
+    "recv",
+    "recv_async",
     "reduce",
     "reduce_scatter",
     "scatter",
+    "send",
+    "send_async",
     "shutdown",
     "strategy",
 ]
@@ -80,6 +88,7 @@ if TYPE_CHECKING:
     from .collectives.allreduce import allreduce, allreduce_async
     from .collectives.exchanges import allgather_parts, alltoall, gather, scatter
     from .collectives.grouped import grouped_allreduce
+    from .collectives.messages import recv, recv_async, send, send_async
     from .collectives.operations import allgather, barrier, broadcast, empty, reduce, reduce_scatter
     from .errors import (
         CommlabError,

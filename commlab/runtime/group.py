@@ -22,6 +22,7 @@ from ..transport.base import Offload, Pending, Piggyback, Request, Transport
 from ..window.exchange import NOTHING, Attachment, Inline
 from ..window.memory import Window
 from .agreement import Agreement, Signature, refusal_of
+from .direct import Direct
 from .ending import ended_by
 from .execute import Execution
 from .handle import Handle
@@ -95,6 +96,7 @@ class Group:
         self.endings: list[tuple[Callable[[], None], Callable[[], None]]] = []
         """Of those who use this group: what ends their work with other ranks, and, once all have done that, what
         releases it."""
+        self._direct: Direct | None = None
         self._subgroups: weakref.WeakSet[Group] = weakref.WeakSet()
         self.watch: Watch | None = None
         """Who has left the job; None where nobody watches."""
@@ -237,6 +239,16 @@ class Group:
         collective; costs no message."""
         return "" if self.watch is None else self.watch.departed(self.members[rank])
 
+    @property
+    def direct(self) -> Direct:
+        """Messages between two ranks, which the others need not know of. UsageError where the group's transport has
+        none."""
+        if self._direct is None:
+            if self._closed:
+                raise UsageError(f"rank {self.rank}: a message on a group that was shut down")
+            self._direct = Direct(self.transport.beside(), self.timeout_s, self.departed, self.progress)
+        return self._direct
+
     def barrier(self) -> None:
         """Return once every rank has called it. Cost: one round trip."""
         self.submit(Signature("barrier"), awaited=True).wait()
@@ -298,6 +310,8 @@ class Group:
                 if level is not None:
                     level.close()
             self.progress.close()
+            if self._direct is not None:
+                self._direct.close(orderly)
             if self.window is not None:
                 self.window.close()
                 self.window = self.agreement.window = None

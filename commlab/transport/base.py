@@ -114,10 +114,15 @@ Pending: TypeAlias = Generator[Request, None, None]
 class Contexts:
     """The numbers by which this rank tells the messages of its transports apart. A new transport has the largest number
     that any of the ranks offers that it is split from, so no two transports that share two ranks ever have the same
-    one. Numbers are not used again."""
+    one. Numbers are not used again. ``limit``: the largest number that the transport can carry; half of the numbers are
+    for what goes beside a transport (:meth:`Transport.beside`)."""
 
     def __init__(self, limit: int):
-        self.offered, self._limit = 1, limit
+        self.offered, self._limit = 1, max(0, limit // 2 - 1)
+
+    def beside(self, context: int) -> int:
+        """The number of what goes beside the transport that has ``context``."""
+        return self._limit + 1 + context
 
     def take(self, context: int, rank: int) -> None:
         """The ranks have agreed on ``context``. UsageError, on all of them, where the transport has no more numbers."""
@@ -162,6 +167,10 @@ class Transport(Protocol):
         ``context``, the largest that any rank's :attr:`contexts` offers. Every rank of this transport makes the call;
         nobody waits, and nothing is taken that would have to be given back. None on the ranks that are not in the list.
         ``any_order``: messages of different peers may come in another order than that in which they are waited for."""
+
+    def beside(self) -> Transport:
+        """A transport among the same ranks, messages of which never meet this one's, nor those of any that was split
+        from it. Local, and the same one for every call, as far as peers can tell. UsageError where there is none."""
 
     def abort(self, code: int) -> None:
         """End the whole job."""

@@ -271,6 +271,11 @@ class MpiTransport:
         made._begin(self._shared, [self._ranks[rank] for rank in ranks], list(ranks).index(self.rank), context)
         return made
 
+    def beside(self) -> MpiTransport:
+        made = MpiTransport.__new__(MpiTransport)
+        made._begin(self._shared, self._ranks, self.rank, self.contexts.beside(self._context))
+        return made
+
     def abort(self, code: int) -> None:
         if self._shared.against or MPI.Is_finalized():
             os._exit(code)

@@ -110,6 +110,7 @@ class SimTransport:
         self._ranks = range(network.size) if ranks is None else ranks
         self.size = len(self._ranks)
         self.contexts = Contexts(2**30) if contexts is None else contexts
+        self._context = context
         # Mailboxes of a context have numbers of their own.
         self._boxes = [context * network.size + at for at in self._ranks]
 
@@ -133,6 +134,10 @@ class SimTransport:
             return None
         mine = [self._ranks[rank] for rank in ranks]
         return SimTransport(self._network, list(ranks).index(self.rank), mine, context, self.contexts)
+
+    def beside(self) -> SimTransport:
+        context = self.contexts.beside(self._context)
+        return SimTransport(self._network, self.rank, self._ranks, context, self.contexts)
 
     def abort(self, code: int) -> None:
         raise SystemExit(code)

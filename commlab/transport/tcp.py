@@ -206,6 +206,9 @@ class TcpTransport:
         self.contexts.take(context, self.rank)
         return TcpTransport(self._links, [self._ranks[rank] for rank in ranks], context) if self.rank in ranks else None
 
+    def beside(self) -> TcpTransport:
+        return TcpTransport(self._links, self._ranks, self.contexts.beside(self._group))
+
     def failure_of(self, status: int, job_rank: int, text: str) -> CommlabError:
         """The error for a run that ended with ``status``."""
         if status == _LOST:

@@ -178,6 +178,11 @@ class TorchTransport:
         made._begin(self._connections, mine, list(ranks).index(self.rank), context, any_order=any_order)
         return made
 
+    def beside(self) -> TorchTransport:
+        made = TorchTransport.__new__(TorchTransport)
+        made._begin(self._connections, self._ranks, self.rank, self.contexts.beside(self._context), any_order=True)
+        return made
+
     def abort(self, code: int) -> None:
         # torchrun and mpirun both end the other ranks when one leaves with an exit code other than 0; the interpreter's
         # own exit would wait for gloo's threads.

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from ..errors import PeerLostError, PeerTimeoutError
+from ..errors import PeerLostError, PeerTimeoutError, UsageError
 from .base import Bytes, Contexts, Exchange, Piggyback, Request
 
 _PAUSE_S, _LONGEST_PAUSE_S = 50e-6, 5e-3
@@ -118,6 +118,12 @@ class StoreTransport:
 
     def split(self, ranks: Sequence[int], context: int, *, any_order: bool = False) -> StoreTransport | None:
         self._no_messages()
+
+    def beside(self) -> StoreTransport:
+        raise UsageError(
+            f"rank {self.rank}: ranks that meet in a torch.distributed store have no messages of commlab's; use "
+            "torch.distributed's send and recv"
+        )
 
     def _no_messages(self) -> NoReturn:
         raise NotImplementedError("ranks that meet in a store have a window, or another transport, for their numbers")
