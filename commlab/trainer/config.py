@@ -10,7 +10,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -196,23 +195,6 @@ class Config(Knobs):
         communicate, and when to stop, may change."""
         names = ("model", "tokenizer", "seq_len", "dropout", "lr", "warmup_steps", "weight_decay", "max_grad_norm")
         return {name: getattr(self, name) for name in names}
-
-    def check_outputs(self) -> None:
-        """UsageError for an output path that can't be written: before training, on the rank that writes."""
-        if Path(self.output).exists() and not Path(self.output).is_dir():
-            raise UsageError(
-                f"--output {self.output!r} is a file; give a folder, which is made where it does not exist"
-            )
-        if self.tensorboard is not None and find_spec("tensorboard") is None:
-            raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out")
-        for flag, path in (("--metrics", self.metrics), ("--trace", self.trace)):
-            if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-                what = (
-                    "is a folder"
-                    if Path(path).is_dir()
-                    else f"lies in {str(Path(path).parent)!r}, which is not a folder"
-                )
-                raise UsageError(f"{flag} {path!r} {what}; give the name of a file in a folder that exists")
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, for the metrics file."""

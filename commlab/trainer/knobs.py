@@ -12,6 +12,7 @@ from ..strategies.options import KNOWN
 from .data import bpe
 from .flags import knob
 from .model import PRESETS
+from .progress import MODES as PROGRESS
 
 _HOW, _NUMBERS, _WHAT, _TRAIN, _SHOW, _MACHINE = (
     "strategy and communication",
@@ -197,6 +198,14 @@ class Knobs:
         False, _SHOW, "go on from the newest whole checkpoint; with none at all, start at the beginning", bool
     )
     trace: str | None = knob(None, _SHOW, "file for the timeline of all ranks, for Perfetto (default: none)")
+    progress: str = knob(
+        "auto",
+        _SHOW,
+        "how progress is shown on standard error: bar; lines = one every --progress-every; none; auto = a bar on a"
+        " terminal, otherwise lines",
+        choices=PROGRESS,
+    )
+    progress_every: float = knob(10.0, _SHOW, "seconds between two lines of progress", float, above=0)
     timeout: float = knob(300.0, _MACHINE, "seconds of silence after which a peer counts as lost", float, above=0)
     device: str = knob(
         "auto", _MACHINE, "where the model is; auto = a GPU where torch sees one", choices=("auto", "cpu", "cuda")

@@ -217,5 +217,8 @@ def save_model(model: torch.nn.Module, folder: str) -> None:
 
 
 def bits_per_byte(loss_sum_nats: float, byte_count: int) -> float:
-    """Bits per byte of text, which can be compared between tokenizers, as losses per token cannot."""
+    """Bits per byte of text, which can be compared between tokenizers, as losses per token cannot. UsageError for no
+    bytes."""
+    if not byte_count:
+        raise UsageError("the held-out text that was evaluated has no bytes; give more text")
     return loss_sum_nats / math.log(2) / byte_count

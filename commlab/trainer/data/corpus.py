@@ -18,6 +18,8 @@ from .tokenizer import Tokenizer, open_tokenizer
 
 _BATCH = 64
 """How many pieces of text are encoded in one call, where the library's threads have the machine to themselves."""
+_LONG_TOKEN_BYTES = 100
+"""Where tokens stand for more bytes than this, it is the tokenizer that is at fault, and not a short text."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,23 @@ def encode_with_bytes(
 def assemble(
     text: Text, tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, held_out_bytes: np.ndarray
 ) -> Corpus:
-    """The corpus of ids that were encoded from ``text``. UsageError where the text is too short to be trained on."""
-    if len(train) < 2 or len(held_out) < 2:
+    """The corpus of ids that were encoded from ``text``. UsageError where there are too few of them to train on, with
+    the reason: the text is too short, or the tokenizer takes nearly all of the text for one token."""
+    ids = len(train) + len(held_out)
+    held_out_text = len(held_out) >= 2 and bool(held_out_bytes[1:].any())
+    if len(train) >= 2 and held_out_text:
+        origin = text.source, text.documents, text.text_bytes, text.skipped_files
+        return Corpus(train, held_out, held_out_bytes, tokenizer, *origin)
+    if text.text_bytes > _LONG_TOKEN_BYTES * max(ids, 1):
         raise UsageError(
-            f"{text.source} is too short: {text.text_bytes} bytes make {len(train)} tokens to train on and"
-            f" {len(held_out)} held out, and each part needs 2 at least; give more text"
+            f"--tokenizer {tokenizer.name!r} makes {ids} token{'s' * (ids != 1)} of the {text.text_bytes:,} bytes of"
+            f" {text.source}: it cuts the text nowhere (has it a pre_tokenizer?), or knows none of its words; give"
+            " another tokenizer"
         )
-    origin = text.source, text.documents, text.text_bytes, text.skipped_files
-    return Corpus(train, held_out, held_out_bytes, tokenizer, *origin)
+    raise UsageError(
+        f"{text.source} is too short: {text.text_bytes} bytes make {len(train)} tokens to train on and"
+        f" {len(held_out)} held out, and each part needs 2 at least, the second for text; give more text"
+    )
 
 
 def dtype_for(tokenizer: Tokenizer) -> np.dtype:

@@ -45,7 +45,8 @@ def read_text(path: str | None = None) -> Text:
 
     ``path``: a file, a folder (recursively, in the order of relative paths; files that are not UTF-8 text are skipped
     and counted), a .json file holding an array of texts, or None for the running Python's library sources without their
-    tests (12 MB in Python 3.11). Of 40 documents or more every 20th is held out; of fewer, the last twentieth of each.
+    tests (12 MB in Python 3.11). Of 40 documents or more every 20th is held out; of fewer, the last twentieth of each
+    or, where each is too short for that, one document of 20 (of all, where there are fewer).
     Errors: UsageError for a missing or empty path, text that is not UTF-8, a .json of another form.
     """
     source = f"--data {path!r}" if path is not None else "the running Python's library sources"
@@ -140,7 +141,12 @@ def _split(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
         held_out = [text for index, text in enumerate(documents) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         return [text for index, text in enumerate(documents) if index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
     cuts = [(text, _cut(text)) for text in documents]
-    return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
+    if any(cut < len(text) for text, cut in cuts) or len(documents) < 2:
+        return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
+    # Texts so short that a twentieth of each is nothing.
+    every = min(len(documents), HELD_OUT_EVERY)
+    held_out = list(documents[every - 1 :: every])
+    return [text for index, text in enumerate(documents) if index % every != every - 1], held_out
 
 
 def _cut(text: bytes) -> int:

@@ -98,10 +98,12 @@ def test_split_keeps_every_byte_and_every_character(documents: list[bytes]) -> N
     if len(documents) >= 2 * HELD_OUT_EVERY:
         assert sorted(train + held_out) == sorted(documents)
         assert len(held_out) == len(documents) // HELD_OUT_EVERY
-    else:
+    elif any(map(len, held_out)) and len(train) == len(documents):
         assert [a + b for a, b in zip(train, held_out, strict=True)] == documents
         for part in train + held_out:
             part.decode()  # cut between characters
+    else:
+        assert sorted([*train, *held_out]) == sorted(documents) or train == documents
 
 
 def test_bpe_tokens_stand_for_every_byte(tokenizer_file: Path, tmp_path: Path) -> None:
@@ -144,6 +146,7 @@ def test_bytes_are_their_own_tokens() -> None:
         ("gone.txt", None, ["no such file"]),
         ("empty.txt", b"", ["holds no text"]),
         ("short.txt", b"abc", ["too short", "3 bytes", "each part needs 2"]),
+        ("26.txt", bytes(range(97, 123)), ["too short", "26 bytes", "give more text"]),
         ("binary.txt", b"a\0b", ["not UTF-8 text"]),
         ("latin.txt", "é".encode("latin-1"), ["not UTF-8 text"]),
         ("object.json", b'{"text": "a"}', ["JSON dict", "array of texts"]),
@@ -159,6 +162,27 @@ def test_data_that_cannot_be_used(tmp_path: Path, name: str, content: bytes | No
     with pytest.raises(UsageError) as caught:
         load_corpus(str(path))
     assert all(word in str(caught.value) for word in [str(path), *words]), str(caught.value)
+
+
+@pytest.mark.parametrize("count", [2, 12, 39])
+def test_short_texts_are_held_out_whole(tmp_path: Path, count: int) -> None:
+    """Short data: texts of which a twentieth is nothing."""
+    texts = [f"text {index}" for index in range(count)]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    corpus = load_corpus(str(tmp_path / "texts.json"))
+    train, held_out = texts_of(corpus.train), texts_of(corpus.held_out)
+    assert sorted(train + held_out) == sorted(text.encode() for text in texts)
+    assert len(held_out) == max(1, count // HELD_OUT_EVERY)
+
+
+def test_a_tokenizer_that_cuts_nowhere_is_the_one_at_fault(tmp_path: Path) -> None:
+    """Tokenizers: 1 token for 60 kB is no short text."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"[UNK]": 0, "word": 1}, unk_token="[UNK]")).save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("word word\n" * 6000)
+    with pytest.raises(UsageError, match=r"words.json' makes 2 tokens of the 60,000 bytes .*another tokenizer"):
+        load_corpus(str(tmp_path / "a.txt"), str(tmp_path / "words.json"))
 
 
 def test_folder_without_text(tmp_path: Path) -> None:
