@@ -77,9 +77,9 @@ def _plainly_named(state: dict[str, Any]) -> dict[str, Any]:
 class Checkpoints:
     """Saves and restores ``model``, ``engine`` (its optimizer, loss scale, counters), ``scheduler`` and random state.
 
-    ``folder``: on a file system that all ranks see. From :meth:`claim` or the first :meth:`save` on no other program may
-    write there, nor another object. ``keep``: how many of the newest checkpoints stay, at least 1; with 2 there is one
-    to fall back to. All ranks of the engine's group make the same calls, between steps. Errors: UsageError, on all
+    ``folder``: on a file system that all ranks see. From :meth:`claim` or the first :meth:`save` on no other program
+    may write there, nor another object. ``keep``: how many of the newest checkpoints stay, at least 1; with 2 there is
+    one to fall back to. All ranks of the engine's group make the same calls, between steps. Errors: UsageError, on all
     ranks.
     """
 

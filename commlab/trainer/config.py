@@ -34,8 +34,8 @@ class Config(Knobs):
     """What one run does. Made by :meth:`from_argv` or directly, and checked either way.
 
     None stands for a default that depends on other knobs, and is replaced when the object is made: ``seq_len``, ``lr``,
-    ``max_grad_norm``, ``eval_every`` and ``sample`` are never None afterwards, and ``wire`` is None (numbers travel as
-    they are), "fp16" or "bf16".
+    ``tokenizer``, ``max_grad_norm``, ``eval_every`` and ``sample`` are never None afterwards, and ``wire`` is None
+    (numbers travel as they are), "fp16" or "bf16".
     Errors: UsageError, with what was given, what is allowed, and what to do.
     """
 
@@ -56,16 +56,17 @@ class Config(Knobs):
                 f" the nearest that can: {_multiples_around(self.batch_size, self.grad_accumulation)}"
             )
         lockstep = parse_consistency(self.consistency).averages
-        entries = bpe.size_of(self.tokenizer)
+        tokenizer = (shape.tokenizer or "bytes") if self.tokenizer is None else self.tokenizer
+        entries = bpe.size_of(tokenizer)
         own_wire = self.precision if self.precision in ("fp16", "bf16") and self.strategy != "single" else None
         derived = {
             "seq_len": shape.seq_len if self.seq_len is None else self.seq_len,
             # In full, so that a checkpoint does not depend on a default.
-            "tokenizer": self.tokenizer if entries is None else f"bpe:{entries}",
+            "tokenizer": tokenizer if entries is None else f"bpe:{entries}",
             "lr": shape.learning_rate if self.lr is None else self.lr,
             "max_grad_norm": float(lockstep) if self.max_grad_norm is None else self.max_grad_norm,
             "eval_every": 100 * lockstep if self.eval_every is None else self.eval_every,
-            "sample": (200 if self.tokenizer == "bytes" else 60) if self.sample is None else self.sample,
+            "sample": (200 if tokenizer == "bytes" else 60) if self.sample is None else self.sample,
             "steps": 200 if self.steps is None and self.epochs is None else self.steps,
             "wire": own_wire if self.wire is None else None if self.wire == "none" else self.wire,
         }

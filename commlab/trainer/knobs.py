@@ -124,17 +124,22 @@ class Knobs:
     autocast: str = knob(
         "auto", _NUMBERS, "16-bit matrix products; auto = where they are fast", choices=KNOWN["autocast"]
     )
-    model: str = knob("gpt2-tiny", _WHAT, f"{', '.join(PRESETS)}, or the path of a transformers GPT-2 config.json")
+    model: str = knob(
+        "gpt2-tiny",
+        _WHAT,
+        f"{', '.join(PRESETS)}; or the path of a transformers GPT-2 config.json, or of a model folder, whose weights"
+        " training starts from",
+    )
     data: str | None = knob(
         None,
         _WHAT,
         "a text file, a folder of them, or a .json array of texts (default: this Python's own library sources)",
     )
     tokenizer: str = knob(
-        "bytes",
+        None,
         _WHAT,
         f"bytes; bpe or bpe:SIZE = learned from the text, SIZE entries ({bpe.DEFAULT_SIZE}); or the path of a"
-        " tokenizer.json or tokenizer folder",
+        " tokenizer.json or tokenizer folder (default: the model folder's own, otherwise bytes)",
     )
     seq_len: int = knob(None, _WHAT, "tokens in a sequence (default: the model's; gpt2-tiny 128)", int, least=1)
     dropout: float | None = knob(

@@ -25,6 +25,7 @@ from ..strategies.engine import Engine, Times
 from .config import Config
 from .data.batches import Batch
 from .metrics import Metrics, versions
+from .model import describe_model
 from .progress import Progress
 from .sample import Sample
 from .summary import Totals, exchanges_by_library, gather, rows
@@ -118,7 +119,10 @@ class Report:
         device = engine.parameters[0].tensor.device  # ddp's engine.model is a front without parameters of its own
         if device.type == "cuda":
             self._print(f"device: {torch.cuda.get_device_name(device)}, packing {native.cuda_backend()}")
-        self._print(f"model {config.model}: {numel / 1e6:.2f} M parameters, sequences of {config.seq_len} tokens")
+        start = "its own weights" if describe_model(config.model).weights else f"weights drawn by seed {config.seed}"
+        self._print(
+            f"model {config.model}: {numel / 1e6:.2f} M parameters, {start}, sequences of {config.seq_len} tokens"
+        )
         self._print(f"data: {corpus}")
         self._print(
             f"batch: {config.batch_size} sequences in all, {per_rank:g} per rank"
