@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from . import trace
 from .errors import AgreedError, NotFiniteError, UsageError
 from .job.launch import detect, end_job
-from .trainer.build import device_of, make_optimizer
+from .trainer.build import compiled, device_of, make_optimizer
 from .trainer.config import Config
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def train(config: Config, started_s: float) -> int:
     torch.set_num_threads(threads)
     device = raise_together(group, lambda: device_of(config, group))
 
-    corpus = load_together(group, config.data, config.tokenizer, config.tokenizer_cache)
+    corpus = load_together(group, config.data, config.tokenizer, config.tokenizer_cache, config.text_field)
     blocks = Blocks(corpus.train, config.seq_len)
     held_out = Blocks(corpus.held_out, config.seq_len, token_bytes=corpus.held_out_bytes)
     raise_together(group, lambda: require_held_out(held_out, config.batch_size, config.eval_batches or None))
@@ -118,7 +118,8 @@ def train(config: Config, started_s: float) -> int:
     model_bytes = sum(tensor.nbytes for tensor in [*bare_model.parameters(), *bare_model.buffers()])
     torch.manual_seed(config.seed * 1_000_003 + group.rank)  # dropout differs between ranks, weights do not
     optimizer = raise_together(group, lambda: make_optimizer(config, bare_model))
-    engine = strategy(config.strategy, bare_model, optimizer, group, **vars(config.options))
+    model = raise_together(group, lambda: compiled(bare_model, device)) if config.compile else bare_model
+    engine = strategy(config.strategy, model, optimizer, group, **vars(config.options))
     if engine.role == "server":  # strategy() has returned because all workers are done
         end(config, group)
         return 0

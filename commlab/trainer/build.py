@@ -29,6 +29,29 @@ def device_of(config: Config, group: Group) -> torch.device:
     return device
 
 
+def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """``model`` through torch.compile. UsageError where nothing can be compiled here: a small function is tried,
+    before the first step. Cost: seconds; torch's cache saves a later run a part of them."""
+    import torch
+
+    try:
+        total = torch.compile(_sum_of_squares)(torch.ones(3, device=device))
+    except Exception as error:  # torch's compilers raise of many kinds; the cause stays attached
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UsageError(
+            f"--compile needs a compiler for torch.compile on {device.type}, and a small function could not be"
+            f" compiled: {type(error.__cause__ or error).__name__}: {cause}; install g++ and Python's headers (for a GPU:"
+            " triton), or leave it out"
+        ) from error
+    if float(total) != 3.0:
+        raise UsageError(f"--compile: a compiled sum of three ones is {float(total)}; this compiler can't be used")
+    return torch.compile(model)  # type: ignore[return-value]
+
+
+def _sum_of_squares(values: torch.Tensor) -> torch.Tensor:
+    return (values * values).sum()
+
+
 def make_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
     """torch's AdamW, or Apex's under precision apex; groups as :func:`decay_groups` makes them."""
     import torch

@@ -19,6 +19,7 @@ from ..job.topology import declared, usable_cores
 from ..precision.loss_scale import LossScale
 from ..ps.consistency import parse as parse_consistency
 from ..strategies.options import Options
+from . import config_file
 from .data import bpe
 from .flags import Flags, check_fields, parse
 from .knobs import Knobs
@@ -40,6 +41,8 @@ class Config(Knobs):
     """
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", (self.data,))
         check_fields(self)
         shape = describe_model(self.model)
         if self.seq_len is not None and self.seq_len > shape.positions:
@@ -89,16 +92,28 @@ class Config(Knobs):
 
     @classmethod
     def from_argv(cls, argv: Sequence[str] | None = None, *, speak: bool = True) -> Config:
-        """Read the flags (sys.argv's where None). --help and --version print, where ``speak``, and leave with exit code
-        0."""
-        values = parse(
+        """Read the flags (sys.argv's where None), and the file of --config. --help, --version and --print-config print,
+        where ``speak``, and leave with exit code 0."""
+        given = parse(
             cls,
             argv,
             usage="mpirun -n RANKS python -m commlab.train [flags]",
             description="Train GPT-2 on real text, data-parallel over all ranks of mpirun or torchrun.",
             speak=speak,
         )
-        return cls(**values)
+        if given.config is None:
+            config = cls(**given.values)
+        else:
+            values = config_file.merged(config_file.read(given.config, cls), given.values)
+            try:
+                config = cls(**values)
+            except UsageError as error:
+                raise UsageError(f"{error} (flags, and --config {given.config!r})") from error
+        if given.print_config:
+            if speak:
+                print(config_file.rendered(config))
+            raise SystemExit(0)
+        return config
 
     def validate_for(self, size: int) -> None:
         """Check what depends on the number of ranks; the same on every rank, so all of them raise."""
@@ -199,7 +214,8 @@ class Config(Knobs):
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, for the metrics file."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def _multiples_around(value: int, unit: int) -> str:

@@ -130,10 +130,15 @@ class Knobs:
         f"{', '.join(PRESETS)}; or the path of a transformers GPT-2 config.json, or of a model folder, whose weights"
         " training starts from",
     )
-    data: str | None = knob(
+    data: str | tuple[str, ...] | None = knob(
         None,
         _WHAT,
-        "a text file, a folder of them, or a .json array of texts (default: this Python's own library sources)",
+        "text: files (plain, .json, .jsonl, also compressed), folders of them, datasets saved on disk; one or several"
+        " (default: this Python's own library sources)",
+        many=True,
+    )
+    text_field: str | None = knob(
+        None, _WHAT, "field of JSON lines or column of a dataset that has the text (default: text, or the only one)"
     )
     tokenizer: str = knob(
         None,
@@ -214,5 +219,8 @@ class Knobs:
     timeout: float = knob(300.0, _MACHINE, "seconds of silence after which a peer counts as lost", float, above=0)
     device: str = knob(
         "auto", _MACHINE, "where the model is; auto = a GPU where torch sees one", choices=("auto", "cpu", "cuda")
+    )
+    compile: bool = knob(
+        False, _MACHINE, "run the model through torch.compile, where this machine has a compiler", bool
     )
     threads: int | None = knob(None, _MACHINE, "torch threads per rank (default: cores / local ranks)", int, least=1)

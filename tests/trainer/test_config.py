@@ -53,7 +53,17 @@ def test_every_field_can_be_given(tmp_path: Path) -> None:
         "overlap": "off", "overlap_pulls": "off", "nonfinite": "skip", "buffers": "mean", "check_replicas": 7,
     }  # fmt: skip
     argv = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
-    wanted = {**given, "epochs": None, "resume": True, "servers": None, "consistency": "bsp", "apex_level": None}
+    wanted = {
+        **given,
+        "data": ["a.txt"],
+        "text_field": None,
+        "compile": False,
+        "epochs": None,
+        "resume": True,
+        "servers": None,
+        "consistency": "bsp",
+        "apex_level": None,
+    }
     assert Config.from_argv([*argv, "--resume"]).as_dict() == wanted
     assert json.loads(json.dumps(Config.from_argv([*argv, "--resume"]).as_dict())) == wanted
     assert flags("--epochs 2").steps is None

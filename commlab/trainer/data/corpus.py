@@ -41,6 +41,7 @@ class Corpus:
     documents: int
     text_bytes: int
     skipped_files: int
+    notes: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -58,6 +59,7 @@ class Corpus:
         """One line for the log: where the text is from, how much text there is, and what was left out."""
         held_out_bytes = int(self.held_out_bytes.sum())
         skipped = f", {self.skipped_files} files that are not UTF-8 text skipped" if self.skipped_files else ""
+        skipped += "".join(f", {note}" for note in self.notes)
         return (
             f"{self.source}: {self.documents} documents, {self.text_bytes / 1e6:.2f} MB{skipped};"
             f" {len(self.train):,} tokens to train on, {len(self.held_out):,} held out ({held_out_bytes:,} bytes,"
@@ -65,15 +67,20 @@ class Corpus:
         )
 
 
-def load_corpus(path: str | None = None, tokenizer: str = "bytes", cache: Path | None = None) -> Corpus:
+def load_corpus(
+    paths: str | Sequence[str] | None = None,
+    tokenizer: str = "bytes",
+    cache: Path | None = None,
+    text_field: str | None = None,
+) -> Corpus:
     """Read a text, tokenize it, and hold out a twentieth, all in this process.
 
-    ``path``: as for :func:`commlab.trainer.data.text.read_text`. ``cache``: the folder of learned tokenizers, None for
-    none.
+    ``paths`` and ``text_field``: as for :func:`commlab.trainer.data.text.read_text`. ``cache``: the folder of learned
+    tokenizers, None for none.
     Errors: UsageError, also for a tokenizer that cannot be had.
     Cost: the text once in memory, plus its tokens; less than 0.1 s of CPU for the default with the bytes tokenizer.
     """
-    text = read_text(path)
+    text = read_text(paths, text_field)
     size = size_of(tokenizer)
     opened = open_tokenizer(tokenizer) if size is None else learned(text.train, size, cache)
     return assemble(text, opened, encode(text.train, opened), *encode_with_bytes(text.held_out, opened))
@@ -138,7 +145,7 @@ def assemble(
     ids = len(train) + len(held_out)
     held_out_text = len(held_out) >= 2 and bool(held_out_bytes[1:].any())
     if len(train) >= 2 and held_out_text:
-        origin = text.source, text.documents, text.text_bytes, text.skipped_files
+        origin = text.source, text.documents, text.text_bytes, text.skipped_files, text.notes
         return Corpus(train, held_out, held_out_bytes, tokenizer, *origin)
     if text.text_bytes > _LONG_TOKEN_BYTES * max(ids, 1):
         raise UsageError(
