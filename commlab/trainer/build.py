@@ -39,8 +39,8 @@ def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     except Exception as error:  # torch's compilers raise of many kinds; the cause stays attached
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         raise UsageError(
-            f"--compile needs a compiler for torch.compile on {device.type}, and a small function could not be"
-            f" compiled: {type(error.__cause__ or error).__name__}: {cause}; install g++ and Python's headers (for a GPU:"
+            f"--compile needs a compiler for {device.type}; a small function could not be"
+            f" compiled: {type(error.__cause__ or error).__name__}: {cause}; install g++ and Python's headers (GPU:"
             " triton), or leave it out"
         ) from error
     if float(total) != 3.0:

@@ -19,7 +19,7 @@ class Progress:
     """
 
     def __init__(self, mode: str, every_s: float):
-        self.mode = ("bar" if _is_terminal(sys.stderr) else "lines") if mode == "auto" else mode
+        self.mode = ("bar" if is_terminal(sys.stderr) else "lines") if mode == "auto" else mode
         self._every_s = every_s
         self._bar: Any = None
         self._dead: set[int] = set()
@@ -100,7 +100,7 @@ def silence(stream: IO[str]) -> None:
         pass
 
 
-def _is_terminal(stream: IO[str]) -> bool:
+def is_terminal(stream: IO[str]) -> bool:
     try:
         return stream.isatty()
     except (ValueError, AttributeError):

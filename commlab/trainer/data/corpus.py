@@ -3,7 +3,8 @@ rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import UsageError
+from ..progress import is_terminal
 from .bpe import learned, size_of
 from .text import Text, read_text
 from .tokenizer import Tokenizer, open_tokenizer
 
-_BATCH = 64
-"""How many pieces of text are encoded in one call, where the library's threads have the machine to themselves."""
+_BATCH_BYTES = 4 << 20
+"""How much text is encoded in one call, at most, where the library's threads have the machine to themselves: while it
+works, the library takes about a hundred times as much."""
 _LONG_TOKEN_BYTES = 100
 """Where tokens stand for more bytes than this, it is the tokenizer that is at fault, and not a short text."""
 
@@ -113,11 +116,9 @@ def encode(
     """Ids of the index-th of ``shares`` shares of ``texts``, with a separator after each document; all shares, in
     order, are the whole. ``show``: a progress bar, should encoding take some seconds."""
     pieces = _share(texts, tokenizer, index, shares)
-    size = _BATCH if shares == 1 else 1
     end = _end(tokenizer)
     rows: list[np.ndarray] = []
-    for at in _shown(range(0, len(pieces), size), show):
-        batch = pieces[at : at + size]
+    for batch in _shown(list(_batches(pieces, _BATCH_BYTES if shares == 1 else 1)), show):
         for piece, ids in zip(batch, tokenizer.encode_all([piece.text for piece in batch]), strict=True):
             rows += [ids, end] if piece.ends_document else [ids]
     return _joined(rows, dtype_for(tokenizer))
@@ -173,8 +174,22 @@ def _joined(rows: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
     return np.concatenate([row.astype(dtype, copy=False) for row in rows]) if rows else np.zeros(0, dtype)
 
 
-def _shown(batches: range, show: bool) -> Iterable[int]:
-    if not show:
+def _batches(pieces: Sequence[_Piece], size_bytes: int) -> Iterator[list[_Piece]]:
+    """The pieces, in order, as batches of at most ``size_bytes`` or of one piece."""
+    batch: list[_Piece] = []
+    total = 0
+    for piece in pieces:
+        if batch and total + len(piece.text) > size_bytes:
+            yield batch
+            batch, total = [], 0
+        batch.append(piece)
+        total += len(piece.text)
+    if batch:
+        yield batch
+
+
+def _shown(batches: list[list[_Piece]], show: bool) -> Iterable[list[_Piece]]:
+    if not (show and is_terminal(sys.stderr)):
         return batches
     from tqdm import tqdm
 

@@ -103,8 +103,7 @@ def read_dataset(folder: Path, field: TextField) -> list[bytes]:
     name = field.choose(of_text, where)
     if name not in of_text:
         raise UsageError(f"{where} has no texts in {name!r}; columns of texts: {', '.join(of_text) or 'none'}")
-    texts = (text for batch in loaded.select_columns([name]).iter(batch_size=1000) for text in batch[name])
-    return [_encoded(text) for text in texts if text]
+    return [_encoded(text) for text in loaded[name] if text]
 
 
 def _plain(path: Path) -> bytes | None:

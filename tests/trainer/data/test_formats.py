@@ -9,6 +9,7 @@ import lzma
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +178,8 @@ class Dataset:
             for name, values in columns.items()
         }
 
-    def select_columns(self, names: list[str]) -> Dataset:
-        return Dataset({name: self.columns[name] for name in names})
-
-    def iter(self, batch_size: int) -> Any:
-        name = next(iter(self.columns))
-        for at in range(0, len(self.columns[name]), batch_size):
-            yield {name: self.columns[name][at : at + batch_size]}
+    def __getitem__(self, name: str) -> Iterator[Any]:
+        return iter(self.columns[name])
 
 
 @pytest.mark.parametrize("files", [["dataset_dict.json"], ["dataset_info.json", "state.json"]])
