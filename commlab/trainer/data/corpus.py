@@ -145,6 +145,12 @@ def assemble(
     the reason: the text is too short, or the tokenizer takes nearly all of the text for one token."""
     ids = len(train) + len(held_out)
     held_out_text = len(held_out) >= 2 and bool(held_out_bytes[1:].any())
+    unknown = 0.0 if tokenizer.unknown is None or not len(train) else float((train == tokenizer.unknown).mean())
+    if unknown > 0.5 and text.text_bytes <= _LONG_TOKEN_BYTES * ids:
+        raise UsageError(
+            f"--tokenizer {tokenizer.name!r} lacks the words of {text.source}: {unknown:.0%} of the tokens are the one"
+            " for unknown words; give a tokenizer of this kind of text"
+        )
     if len(train) >= 2 and held_out_text:
         origin = text.source, text.documents, text.text_bytes, text.skipped_files, text.notes
         return Corpus(train, held_out, held_out_bytes, tokenizer, *origin)

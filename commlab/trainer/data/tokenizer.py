@@ -14,6 +14,8 @@ import numpy as np
 from ...errors import UsageError
 
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+"""A tokenizer folder has at least one of them."""
 _PIECE_CHARACTERS = 1 << 18
 _LONGEST_CHARACTERS = 1 << 20
 """A text is cut after the first end of a word behind so many characters, and after the most in any case: the library
@@ -30,6 +32,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     separator: int | None
     """The token that ends every document; None where the vocabulary has no such token."""
+    unknown: int | None
+    """The token for words that the vocabulary lacks; None: it lacks none, or none is known."""
     slow: bool
     """Whether encoding is so slow that ranks had better share the work."""
 
@@ -69,6 +73,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 256
     separator: int | None = 0
+    unknown: int | None = None
     slow = False
 
     def pieces(self, text: bytes) -> list[bytes]:
@@ -106,6 +111,7 @@ class TrainedTokenizer:
         # Ids may have gaps, so the largest one counts, not how many there are.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.separator = next((vocabulary[token] for token in _END_OF_TEXT if token in vocabulary), None)
+        self.unknown = vocabulary.get(getattr(self._tokenizer.model, "unk_token", None) or "")
 
     def pieces(self, text: bytes) -> list[bytes]:
         """For a byte-level BPE that commlab has learned the pieces have the tokens of the whole, but in a text that has
@@ -163,22 +169,51 @@ class TrainedTokenizer:
 def _open_file(path: Path) -> Any:
     """The ``tokenizers.Tokenizer`` of a file or folder; transformers is imported only for folders without a
     tokenizer.json."""
+    where = f"--tokenizer {str(path)!r}"
     if not path.exists():
         raise UsageError(
-            f"--tokenizer {str(path)!r}: no such file or folder; give 'bytes', 'bpe' for one that is trained on the"
-            " text, or the path of a tokenizer.json or of a folder that transformers' AutoTokenizer can open"
+            f"{where}: no such file or folder; give 'bytes', 'bpe' for one that is trained on the text, or the path of"
+            " a tokenizer.json or of a folder that transformers' AutoTokenizer can open (nothing is downloaded)"
         )
     file = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir() and not any((path / name).is_file() for name in _FILES):
+        there = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        raise UsageError(
+            f"{where} cannot be read as a tokenizer: the folder has none of {', '.join(_FILES)}; it has {there}"
+        )
     try:
-        if file.is_file():
+        if file.exists():
             from tokenizers import Tokenizer as FastTokenizer
 
             return FastTokenizer.from_file(str(file))
-        from transformers import AutoTokenizer
-
-        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return _of_vocabulary(path) or _of_transformers(path)
+    except UsageError:
+        raise
     except Exception as error:  # both libraries raise bare Exceptions of many kinds; the cause stays attached
-        raise UsageError(f"--tokenizer {str(path)!r} cannot be read as a tokenizer: {error}") from error
+        cause = " ".join(str(error).split())[:300]
+        raise UsageError(f"{where} cannot be read as a tokenizer: {cause}") from error
+
+
+def _of_vocabulary(path: Path) -> Any:
+    """The tokenizer of a folder that has nothing but its vocabulary: a byte-level BPE, as GPT-2's, or WordPiece, as
+    BERT's. None for other folders."""
+    if any((path / name).exists() for name in ("config.json", "tokenizer_config.json")):
+        return None
+    from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
+
+    if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+        return ByteLevelBPETokenizer(str(path / "vocab.json"), str(path / "merges.txt"))._tokenizer
+    if (path / "vocab.txt").exists():
+        words = (path / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        lower = all(word.islower() or not word.isalpha() for word in words)
+        return BertWordPieceTokenizer(str(path / "vocab.txt"), lowercase=lower)._tokenizer
+    return None
+
+
+def _of_transformers(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     if not getattr(loaded, "is_fast", False):
         raise UsageError(f"--tokenizer {str(path)!r} has no fast version; convert it to a tokenizer.json first")
     return loaded.backend_tokenizer
@@ -187,4 +222,9 @@ def _open_file(path: Path) -> Any:
 def open_tokenizer(name: str) -> Tokenizer:
     """The tokenizer ``name``: 'bytes', or the path of a tokenizer.json or tokenizer folder. UsageError where there is
     none."""
-    return ByteTokenizer() if name == "bytes" else TrainedTokenizer(name, _open_file(Path(name)))
+    if name == "bytes":
+        return ByteTokenizer()
+    opened = TrainedTokenizer(name, _open_file(Path(name)))
+    if opened.vocab_size < 2:
+        raise UsageError(f"--tokenizer {name!r} has a vocabulary of {opened.vocab_size}; give one with its words")
+    return opened

@@ -198,8 +198,41 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read as a tokenizer"):
         open_tokenizer(str(tmp_path))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match="cannot be read as a tokenizer"):
+    with pytest.raises(UsageError, match=r"none of tokenizer.json, .*; it has nothing"):
         open_tokenizer(str(tmp_path / "folder"))
+    with pytest.raises(UsageError, match=r"nothing is downloaded"):
+        open_tokenizer("gpt2")
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"cannot be read as a tokenizer: .{10,300}$"):
+        open_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_of_other_words_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "word": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("another text\n" * 60 + "word\n" * 40)
+    with pytest.raises(UsageError, match=r"lacks the words of .*: 80% of the tokens"):
+        load_corpus(str(tmp_path / "a.txt"), str(tmp_path / "words.json"))
+
+
+def test_folders_of_a_vocabulary_alone(tmp_path: Path) -> None:
+    """Tokenizer folders: as the tokenizers library saves a model."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([MIXED * 3], vocab_size=270, special_tokens=["<|endoftext|>"])
+    (tmp_path / "bpe").mkdir()
+    trained.save_model(str(tmp_path / "bpe"))
+    opened = open_tokenizer(str(tmp_path / "bpe"))
+    assert opened.separator == 0
+    assert opened.encode(MIXED.encode()).tolist() == trained.encode(MIXED).ids
+    for words, text in ((["hello", "##s"], "Hellos"), (["Hello", "##s"], "Hellos")):
+        (tmp_path / words[0]).mkdir()
+        (tmp_path / words[0] / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]))
+        assert open_tokenizer(str(tmp_path / words[0])).encode(text.encode()).tolist() == [4, 5]
 
 
 def test_corpus_is_small_in_memory(tmp_path: Path) -> None:
