@@ -94,22 +94,22 @@ class Config(Knobs):
     def from_argv(cls, argv: Sequence[str] | None = None, *, speak: bool = True) -> Config:
         """Read the flags (sys.argv's where None), and the file of --config. --help, --version and --print-config print,
         where ``speak``, and leave with exit code 0."""
-        given = parse(
+        line = parse(
             cls,
             argv,
             usage="mpirun -n RANKS python -m commlab.train [flags]",
             description="Train GPT-2 on real text, data-parallel over all ranks of mpirun or torchrun.",
             speak=speak,
         )
-        if given.config is None:
-            config = cls(**given.values)
+        if line.config is None:
+            config = cls(**line.values)
         else:
-            values = config_file.merged(config_file.read(given.config, cls), given.values)
+            values = config_file.merged(config_file.read(line.config, cls), line.values)
             try:
                 config = cls(**values)
             except UsageError as error:
-                raise UsageError(f"{error} (flags, and --config {given.config!r})") from error
-        if given.print_config:
+                raise UsageError(f"{error} (flags, and --config {line.config!r})") from error
+        if line.print_config:
             if speak:
                 print(config_file.rendered(config))
             raise SystemExit(0)

@@ -49,7 +49,7 @@ class Knob:
     many: bool = False
 
 
-class Given(NamedTuple):
+class CommandLine(NamedTuple):
     """What stands on the command line."""
 
     values: dict[str, Any]
@@ -75,7 +75,7 @@ def knobs_of(cls: type) -> dict[str, Knob]:
     return {field.name: field.metadata["knob"] for field in dataclasses.fields(cls)}
 
 
-def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str, speak: bool) -> Given:
+def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str, speak: bool) -> CommandLine:
     """The fields given in ``argv`` (sys.argv's where None), as values. --help and --version print, where ``speak``, and
     end with exit code 0."""
     parser = _Parser(usage=usage, description=description, allow_abbrev=False, add_help=False)
@@ -115,7 +115,7 @@ def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str
     given = vars(texts)
     config, print_config = given.pop("config"), given.pop("print_config")
     values = {name: _value(name, knobs[name], text) for name, text in given.items() if text is not None}
-    return Given(values, config, print_config)
+    return CommandLine(values, config, print_config)
 
 
 def check_fields(config: Any) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from ..strategies.options import KNOWN
 from .data import bpe
+from .display import MODES as PROGRESS
 from .flags import knob
 from .model import PRESETS
-from .progress import MODES as PROGRESS
 
 _HOW, _NUMBERS, _WHAT, _TRAIN, _SHOW, _MACHINE = (
     "strategy and communication",

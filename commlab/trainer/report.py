@@ -24,9 +24,9 @@ from ..runtime.handle import Handle
 from ..strategies.engine import Engine, Times
 from .config import Config
 from .data.batches import Batch
+from .display import Display
 from .metrics import Metrics, versions
 from .model import describe_model
-from .progress import Progress
 from .sample import Sample
 from .summary import Totals, exchanges_by_library, gather, rows
 
@@ -52,7 +52,7 @@ class Report:
         self.config, self.group, self.engine, self.total_steps = config, group, engine, total_steps
         self._started_s = started_s
         self._on_rank_0 = group.rank == 0
-        self._progress = Progress(config.progress, config.progress_every)
+        self._display = Display(config.progress, config.progress_every)
         self._metrics = Metrics(None, None, False)
         self._totals = Totals()
         self._phases: dict[str, float] = {}
@@ -70,11 +70,11 @@ class Report:
 
     def _print(self, text: str) -> None:
         if self._on_rank_0:
-            self._progress.line(text)
+            self._display.line(text)
 
     def failed(self, text: str) -> None:
         """Show what went wrong without ending the run; on the rank that it happened on."""
-        self._progress.error(f"commlab: {text}")
+        self._display.error(f"commlab: {text}")
 
     def opening(
         self, corpus: str, threads: int, why: str, samples: int, start_step: int = 0, refused: Sequence[str] = ()
@@ -149,7 +149,7 @@ class Report:
             }
         )
         if self._on_rank_0:
-            self._progress.start(self.total_steps, start_step)
+            self._display.start(self.total_steps, start_step)
 
     def step_begins(self) -> None:
         self._phases = dict.fromkeys(("forward", "backward", "step"), 0.0)
@@ -246,7 +246,7 @@ class Report:
         if self._on_rank_0:
             exchanging = row["exchange_s"] / row["step_s"]
             speed = row["tokens"] / row["step_s"]
-            self._progress.update(
+            self._display.update(
                 batch.step + 1, f"loss {loss:.3f}, {speed:,.0f} tokens/s, {exchanging:.0%} communicating"
             )
 
@@ -286,7 +286,7 @@ class Report:
 
     def sampled(self, sample: Sample) -> None:
         """Show how the trained model continues a line of held-out text."""
-        self._progress.close()
+        self._display.close()
         self._print(sample.shown(self.config.sample, self.config.seed))
         self._write({"sample": {"prompt": sample.prompt, "generated": sample.generated}})
         self._metrics.text("sample", f"{sample.prompt}\n\n{sample.generated}")
@@ -296,7 +296,7 @@ class Report:
         not be saved. Collective."""
         self._finish_step()
         summary = gather(self.group, self.engine, self._totals, self._memory_bytes)
-        self._progress.close()
+        self._display.close()
         first_loss = float("nan") if self._first_loss is None else self._first_loss
         learned = {"first_loss": first_loss, "last_loss": self._last_loss, "held_out_bits_per_byte": self._held_out}
         took_s = time.perf_counter() - self._started_s

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ..progress import is_terminal
+from ..display import is_terminal
 
 if TYPE_CHECKING:
     from .tokenizer import TrainedTokenizer

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import UsageError
-from ..progress import is_terminal
+from ..display import is_terminal
 from .bpe import learned, size_of
 from .text import Text, read_text
 from .tokenizer import Tokenizer, open_tokenizer

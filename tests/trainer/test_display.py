@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, lines elsewhere, and a run that goes on when nobody reads any more."""
+"""Display: a bar on a terminal, lines elsewhere, and a run that goes on when nobody reads any more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from commlab.trainer.progress import Progress
+from commlab.trainer.display import Display
 
 
 class Terminal(io.StringIO):
@@ -16,11 +16,11 @@ class Terminal(io.StringIO):
 
 
 def test_lines_without_carriage_returns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Progress in a log: a line every some seconds."""
+    """Display in a log: a line every some seconds."""
     clock = iter([0.0, 4.0, 10.0, 19.9, 20.0, 7260.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("commlab.trainer.display.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    progress = Progress("auto", 10)
+    progress = Display("auto", 10)
     progress.start(100, 20)
     for done in range(21, 26):
         progress.update(done, f"loss {done}")
@@ -34,9 +34,9 @@ def test_lines_without_carriage_returns(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert Progress("auto", 10).mode == "bar"
-    assert Progress("lines", 10).mode == "lines"
-    bar = Progress("bar", 10)
+    assert Display("auto", 10).mode == "bar"
+    assert Display("lines", 10).mode == "lines"
+    bar = Display("bar", 10)
     bar.start(4, 0)
     bar.update(4, "loss 1")
     bar.close()
@@ -47,7 +47,7 @@ def test_a_reader_that_has_left_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> 
     with open("/dev/full", "w", encoding="ascii") as full:
         monkeypatch.setattr(sys, "stdout", full)
         monkeypatch.setattr(sys, "stderr", io.StringIO())
-        progress = Progress("none", 10)
+        progress = Display("none", 10)
         progress.line("one")
         progress.line("two")
     errors = sys.stderr.getvalue()  # type: ignore[attr-defined]
@@ -57,5 +57,5 @@ def test_a_reader_that_has_left_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> 
 def test_any_character_on_any_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
-    Progress("none", 10).line("naïve")
+    Display("none", 10).line("naïve")
     assert stream.buffer.getvalue() == b"na\\xefve\n"  # type: ignore[attr-defined]

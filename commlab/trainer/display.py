@@ -10,7 +10,7 @@ from typing import IO, Any
 MODES = ("auto", "bar", "lines", "none")
 
 
-class Progress:
+class Display:
     """The progress of ``total`` steps on standard error, and the lines of a run on standard output, of one rank.
 
     ``mode``: "bar", "lines" (one line, without carriage returns, every ``every_s`` seconds), "none", or "auto": the bar
