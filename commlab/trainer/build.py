@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
@@ -34,10 +36,15 @@ def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     before the first step. Cost: seconds; torch's cache saves a later run a part of them."""
     import torch
 
+    compiler = os.environ.get("CXX") or "g++"
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UsageError(
+            f"--compile needs a C++ compiler, and there is no {compiler!r} (CXX); install one, or leave it out"
+        )
     try:
         total = torch.compile(_sum_of_squares)(torch.ones(3, device=device))
     except Exception as error:  # torch's compilers raise of many kinds; the cause stays attached
-        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        cause = " ".join(str(error.__cause__ or error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
         raise UsageError(
             f"--compile needs a compiler for {device.type}; a small function could not be"
             f" compiled: {type(error.__cause__ or error).__name__}: {cause}; install g++ and Python's headers (GPU:"

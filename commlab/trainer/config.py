@@ -21,6 +21,7 @@ from ..ps.consistency import parse as parse_consistency
 from ..strategies.options import Options
 from . import config_file
 from .data import bpe
+from .display import show
 from .flags import Flags, check_fields, parse
 from .knobs import Knobs
 from .model import describe_model
@@ -111,7 +112,7 @@ class Config(Knobs):
                 raise UsageError(f"{error} (flags, and --config {line.config!r})") from error
         if line.print_config:
             if speak:
-                print(config_file.rendered(config))
+                show(config_file.rendered(config))
             raise SystemExit(0)
         return config
 

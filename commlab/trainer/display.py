@@ -90,6 +90,14 @@ class Display:
                 )
 
 
+def show(text: str) -> None:
+    """Print a line, where standard output can still be written."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        silence(sys.stdout)
+
+
 def silence(stream: IO[str]) -> None:
     """What is left in the buffer of a stream that can't be written would be an error again at exit."""
     try:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ..errors import UsageError
 from ..strategies.options import require_known
+from .display import show
 
 _OFF = {"max_grad_norm": "0", "wire": "none"}
 """The values by which flags turn off what the options of a strategy turn off with None."""
@@ -178,7 +179,7 @@ class _Print(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         if self.const:
-            print(parser.format_help() if self.dest == "help" else f"commlab {_version()}")
+            show(parser.format_help() if self.dest == "help" else f"commlab {_version()}")
         parser.exit()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ..display import is_terminal
+from .. import display
 
 if TYPE_CHECKING:
     from .tokenizer import TrainedTokenizer
@@ -96,13 +96,13 @@ def vocabulary(texts: Sequence[bytes], size: int, cache: Path | None, show: bool
     if kept is not None:
         return kept
     if show:
-        print(f"tokenizer: learning bpe:{size} from the training text", flush=True)
+        display.show(f"tokenizer: learning bpe:{size} from the training text")
     made = _learn(texts, size, show)
     if cache is not None:
         try:
             _write(cache, key, made)
         except OSError as error:
-            print(f"tokenizer: not kept for the next run, {cache} cannot be written: {error}", flush=True)
+            display.show(f"tokenizer: not kept for the next run, {cache} cannot be written: {error}")
     return made
 
 
@@ -121,7 +121,7 @@ def _learn(texts: Sequence[bytes], size: int, show: bool) -> str:
         show_progress=False,
     )
     pieces: Iterable[str] = _pieces(texts)
-    if show and is_terminal(sys.stderr):
+    if show and display.is_terminal(sys.stderr):
         from tqdm import tqdm
 
         pieces = tqdm(pieces, desc="tokenizer", unit="piece", delay=1, leave=False)
@@ -174,7 +174,7 @@ def _read(cache: Path, key: str) -> str | None:
             content = path.read_bytes()
             if path.name == f"{key}-{_digest(content)}.json":
                 return content.decode()
-            print(f"tokenizer: {path} was altered; it is learned anew", flush=True)
+            display.show(f"tokenizer: {path} was altered; it is learned anew")
             path.unlink()
     return None
 
