@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "train":
         from .train import main as train
 
+        sys.argv = ["commlab train", *rest]  # as a trace keeps it
         return train(rest)
     if command in ("bench", "report"):
         return _bench(["report", *rest] if command == "report" else rest)
