@@ -7,6 +7,7 @@ memory), so that a bad input ends the job on all ranks with one message.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from . import trace
 from .errors import AgreedError, NotFiniteError, UsageError
 from .job.launch import detect, end_job
-from .trainer.build import device_of, make_optimizer
+from .trainer.build import compiled, device_of, make_optimizer
 from .trainer.config import Config
 
 if TYPE_CHECKING:
@@ -31,10 +32,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one training job; returns the exit code. Called on every rank by the launcher."""
     started_s = time.perf_counter()
-    for stream in (sys.stdout, sys.stderr):
-        # Samples of text are not all of them text of this locale.
-        with suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    prepare_streams()
     try:
         launch = detect()
     except UsageError as error:
@@ -63,11 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def prepare_streams() -> None:
+    """Standard output and error that any text can be written to: some are closed, and some are of a character set that
+    samples of text do not fit into."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        with suppress(AttributeError, ValueError, OSError):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 def train(config: Config, started_s: float) -> int:
     """Train one model on all ranks; returns the exit code. ``started_s``: when the process began, by
     ``time.perf_counter()``. Collective."""
     from .runtime import world
-    from .runtime.control import raise_together
+    from .runtime.control import gather_int, raise_together
+    from .trainer.outputs import Outputs, save_somewhere
 
     if config.trace:
         trace.enable()
@@ -75,13 +84,13 @@ def train(config: Config, started_s: float) -> int:
         config.transport, config.nodes, config.timeout, window=config.window, links=config.links, iface=config.iface
     )
     raise_together(group, lambda: config.validate_for(group.size))
-    raise_together(group, lambda: config.check_outputs() if group.rank == 0 else None)
+    outputs = raise_together(group, lambda: Outputs(config) if group.rank == 0 else None)
 
     import torch
 
     from .checkpoint import Checkpoints
     from .strategies import strategy
-    from .trainer.data.batches import BatchSampler, Blocks
+    from .trainer.data.batches import BatchSampler, Blocks, require_held_out
     from .trainer.data.loading import load_together
     from .trainer.model import build_model, loss_sum, save_model
     from .trainer.report import Report
@@ -91,9 +100,10 @@ def train(config: Config, started_s: float) -> int:
     torch.set_num_threads(threads)
     device = raise_together(group, lambda: device_of(config, group))
 
-    corpus = load_together(group, config.data, config.tokenizer, config.tokenizer_cache)
+    corpus = load_together(group, config.data, config.tokenizer, config.tokenizer_cache, config.text_field)
     blocks = Blocks(corpus.train, config.seq_len)
     held_out = Blocks(corpus.held_out, config.seq_len, token_bytes=corpus.held_out_bytes)
+    raise_together(group, lambda: require_held_out(held_out, config.batch_size, config.eval_batches or None))
     bare_model = raise_together(
         group,
         lambda: build_model(
@@ -105,9 +115,11 @@ def train(config: Config, started_s: float) -> int:
             separator=corpus.separator,
         ).to(device),
     )
+    model_bytes = sum(tensor.nbytes for tensor in [*bare_model.parameters(), *bare_model.buffers()])
     torch.manual_seed(config.seed * 1_000_003 + group.rank)  # dropout differs between ranks, weights do not
     optimizer = raise_together(group, lambda: make_optimizer(config, bare_model))
-    engine = strategy(config.strategy, bare_model, optimizer, group, **vars(config.options))
+    model = raise_together(group, lambda: compiled(bare_model, device)) if config.compile else bare_model
+    engine = strategy(config.strategy, model, optimizer, group, **vars(config.options))
     if engine.role == "server":  # strategy() has returned because all workers are done
         end(config, group)
         return 0
@@ -127,6 +139,9 @@ def train(config: Config, started_s: float) -> int:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.lr_factor(step, total_steps))
     report = Report(config, group, engine, total_steps, started_s)
     checkpoints = Checkpoints(config.checkpoint_folder, bare_model, engine, schedule, config.checkpoint_keep)
+    if config.checkpoint_every:
+        checkpoints.claim()
+    raise_together(group, lambda: outputs.require_room(model_bytes, total_steps) if outputs else None)
     cursor = {**sampler.state_dict(0), "text": corpus.digest(), **config.shaping()}
     start_step = resume(config, group, checkpoints, cursor, total_steps)
     report.opening(corpus.summary(), threads, why, len(blocks), start_step, checkpoints.refused)
@@ -168,30 +183,50 @@ def train(config: Config, started_s: float) -> int:
 
     engine.settle(last=True)
     report.evaluated(total_steps, held_out_bits(config, group, bare_model, held_out))
+    folder = trouble = ""
     if group.rank == 0:
-        save_model(bare_model, config.output)
-        corpus.tokenizer.save(config.output)
+
+        def write(into: str) -> None:
+            save_model(bare_model, into)
+            corpus.tokenizer.save(into)
+
+        folder, trouble = save_somewhere(config.output, write)
+        if trouble:
+            report.failed(trouble)
         if config.sample:
             with trace.span("sample"):
                 report.sampled(generate(bare_model, corpus, config.sample, seed=config.seed, limit_s=config.sample_s))
-    report.closing()
+    report.closing(folder)
+    code = 2 if any(gather_int(group, bool(trouble or report.trouble), "what could not be written")) else 0
     engine.close(state=False)
+    checkpoints.close()
     end(config, everyone)
-    return 0
+    if outputs is not None:
+        outputs.close()
+    return code
 
 
 def end(config: Config, group: Group) -> None:
     """The last steps of every rank, servers included: write the trace and disconnect. Collective."""
     from .runtime import world
-    from .runtime.control import gather_bytes
+    from .runtime.control import gather_bytes, raise_together
 
     if config.trace:
         dumps = gather_bytes(group, trace.dump(), "trace")
-        if group.rank == 0:
-            command = shlex.join(["python", "-m", "commlab.train", *sys.argv[1:]])
-            about = {"command": command, "ranks": group.size, "nodes": len(group.nodes), "config": config.as_dict()}
-            trace.write(config.trace, dumps, about)
+        raise_together(group, lambda: write_trace(config, group, dumps) if group.rank == 0 else None)
     world.shutdown()
+
+
+def write_trace(config: Config, group: Group, dumps: Sequence[bytes]) -> None:
+    """Write the file of ``--trace``. UsageError where that fails: the model is saved by then."""
+    command = shlex.join(["python", "-m", "commlab.train", *sys.argv[1:]])
+    about = {"command": command, "ranks": group.size, "nodes": len(group.nodes), "config": config.as_dict()}
+    try:
+        trace.write(str(config.trace), dumps, about)
+    except OSError as error:
+        raise UsageError(
+            f"--trace {config.trace!r} can't be written: {error.strerror or error}; the model is saved"
+        ) from error
 
 
 def resume(config: Config, group: Group, checkpoints: Checkpoints, cursor: dict[str, object], total_steps: int) -> int:

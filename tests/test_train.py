@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +149,51 @@ def test_every_strategy_gets_through_the_trainer(strategy: str) -> None:
     assert run("--output", strategy, "--strategy", strategy, "--metrics", "other.jsonl") == 0
     losses = [row["loss"] for row in rows("other.jsonl")]
     assert losses == pytest.approx([row["loss"] for row in rows()], rel=1e-4)
+
+
+def test_a_model_that_cannot_be_saved_is_saved_elsewhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Outputs: the folder is gone, and a file is there, when the run ends; and metrics that nobody takes."""
+    from commlab.trainer.report import Report
+
+    closing = Report.evaluated
+
+    def spoil(self: Report, step: int, bits: float) -> None:
+        closing(self, step, bits)
+        shutil.rmtree("o")
+        Path("o").write_text("")
+
+    monkeypatch.setattr(Report, "evaluated", spoil)
+    assert run("--output", "o") == 2
+    shown = capsys.readouterr()
+    folder = next(tmp_path.glob("commlab-model-*"))
+    assert f"commlab: --output 'o': the model can't be saved there (File exists); it was saved to {folder}" in shown.err
+    assert weights(str(folder)) and f"{folder} (transformers" in shown.out
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert run("--output", "p", "--metrics", "/dev/full") == 2
+    shown = capsys.readouterr()
+    assert "commlab: the metrics are not whole: from step none on they can't be written" in shown.err
+    assert weights("p") == weights(str(folder))
+
+
+def test_a_second_run_into_the_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs: before the first step, and nothing of the first is touched."""
+    from commlab.trainer.config import Config
+    from commlab.trainer.outputs import Outputs
+
+    first = Outputs(Config(output="o"))
+    assert run("--output", "o") == 2
+    assert f"--output 'o': another run of this process (pid {os.getpid()} on " in capsys.readouterr().err
+    first.close()
+
+
+def test_an_evaluation_without_a_byte_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Short data: said before the first step, and not by a division by zero after the last."""
+    Path("text.txt").write_text("a" * 100 + "\n")
+    short = ["--batch-size", "1", "--seq-len", "4"]
+    assert run("--output", "o", *short) == 0
+    Path("text.txt").write_text("abcdefghijklmnopqrstuvwxyz")
+    assert run("--output", "o", *short) == 2
+    assert "is too short: 26 bytes make 26 tokens to train on and 2 held out" in capsys.readouterr().err

@@ -77,9 +77,10 @@ def _plainly_named(state: dict[str, Any]) -> dict[str, Any]:
 class Checkpoints:
     """Saves and restores ``model``, ``engine`` (its optimizer, loss scale, counters), ``scheduler`` and random state.
 
-    ``folder``: on a file system that all ranks see. From the first :meth:`save` on no other program may write there,
-    nor another object. ``keep``: how many of the newest checkpoints stay, at least 1; with 2 there is one to fall back
-    to. All ranks of the engine's group make the same calls, between steps. Errors: UsageError, on all ranks.
+    ``folder``: on a file system that all ranks see. From :meth:`claim` or the first :meth:`save` on no other program
+    may write there, nor another object. ``keep``: how many of the newest checkpoints stay, at least 1; with 2 there is
+    one to fall back to. All ranks of the engine's group make the same calls, between steps. Errors: UsageError, on all
+    ranks.
     """
 
     def __init__(
@@ -162,8 +163,17 @@ class Checkpoints:
             self._writer.close()
             self._writer = None
 
+    def claim(self) -> None:
+        """Take the right to write into the folder now, and not at the first :meth:`save`, so that a program that may
+        not write there knows before its first step. Collective."""
+        raise_together(self._group, lambda: self._claimed() if self._group.rank == 0 else None)
+
+    def _claimed(self) -> Writer:
+        self._writer = self._writer or files.claim(self.folder)
+        return self._writer
+
     def _begin(self, step: int) -> None:
-        self._writer = files.begin(self.folder, step, self._writer)
+        files.begin(self.folder, step, self._claimed())
 
     def require_none(self) -> None:
         """UsageError where the folder holds checkpoints: those of another run would be mixed with those of this one.

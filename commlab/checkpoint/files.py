@@ -50,17 +50,20 @@ def aside(folder: Path, step: int) -> Path:
     return folder / f".step-{step:010d}.partial"
 
 
-def begin(folder: Path, step: int, writer: Writer | None) -> Writer:
-    """Make the folder aside, and remove what writers that died have left. One rank. Returns the right to write, which
-    is taken where ``writer`` is None: UsageError where another program has it."""
+def claim(folder: Path) -> Writer:
+    """Make the folder, and take the right to write there: UsageError where another program has it. One rank."""
     with _reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        writer = writer or Writer(folder)
+        return Writer(folder)
+
+
+def begin(folder: Path, step: int, writer: Writer) -> None:
+    """Make the folder aside, and remove what writers that died have left. One rank, which has the right to write."""
+    with _reported(folder):
         own = aside(folder, step)
         for left in folder.glob(".step-*") if writer.locked else filter(Path.is_dir, [own]):
             shutil.rmtree(left)
-        own.mkdir()
-    return writer
+        own.mkdir(parents=True)
 
 
 def write_state(folder: Path, name: str, state: Any) -> StateFile:

@@ -1,4 +1,4 @@
-"""One writer for a folder of checkpoints: a lock that ends with the process that has it, however it ends.
+"""One writer for a folder of checkpoints, or of a model: a lock that ends with the process that has it, in any way.
 
 The lock is a POSIX record lock on the file ``.writer``, not flock: worker processes that were forked do not inherit it,
 so that a program killed with workers can be started again at once, and NFS passes it to its server, so that it holds
@@ -28,16 +28,17 @@ _here: dict[str, tuple[int, weakref.ref[Writer]]] = {}
 
 
 class Writer:
-    """The right to write checkpoints into ``folder``, which exists. UsageError, which names host and process, where
-    another program or another object of this process has it. It lasts until :meth:`close`, or until nobody has the
-    object any longer."""
+    """The right to write checkpoints, or ``what`` else is named in errors, into ``folder``, which exists. UsageError,
+    which names host and process, where another program or another object of this process has it. It lasts until
+    :meth:`close`, or until nobody has the object any longer."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, what: str = ""):
         self.folder, self._key = folder, str(folder.resolve())
+        self._what = what or f"checkpoints in {folder}"
         process, other = _here.get(self._key, (0, None))
         if process == os.getpid() and other is not None and other() is not None:
             raise UsageError(
-                f"checkpoints in {folder}: another Checkpoints object of this process (pid {process} on "
+                f"{self._what}: another {'run' if what else 'Checkpoints object'} of this process (pid {process} on "
                 f"{socket.gethostname()}) writes there; close() that one first, or give each a folder of its own"
             )
         self._file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -60,8 +61,8 @@ class Writer:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise UsageError(
-                f"checkpoints in {self.folder}: another program writes there ({_described(self._file)}); wait for its "
-                "end, or give another folder"
+                f"{self._what}: another program writes there ({_described(self._file)}); wait for its end, or give "
+                "another folder"
             ) from None
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)

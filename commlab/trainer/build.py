@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
@@ -27,6 +29,34 @@ def device_of(config: Config, group: Group) -> torch.device:
     device = torch.device("cuda", group.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """``model`` through torch.compile. UsageError where nothing can be compiled here: a small function is tried,
+    before the first step. Cost: seconds; torch's cache saves a later run a part of them."""
+    import torch
+
+    compiler = os.environ.get("CXX") or "g++"
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UsageError(
+            f"--compile needs a C++ compiler, and there is no {compiler!r} (CXX); install one, or leave it out"
+        )
+    try:
+        total = torch.compile(_sum_of_squares)(torch.ones(3, device=device))
+    except Exception as error:  # torch's compilers raise of many kinds; the cause stays attached
+        cause = " ".join(str(error.__cause__ or error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
+        raise UsageError(
+            f"--compile needs a compiler for {device.type}; a small function could not be"
+            f" compiled: {type(error.__cause__ or error).__name__}: {cause}; install g++ and Python's headers (GPU:"
+            " triton), or leave it out"
+        ) from error
+    if float(total) != 3.0:
+        raise UsageError(f"--compile: a compiled sum of three ones is {float(total)}; this compiler can't be used")
+    return torch.compile(model)  # type: ignore[return-value]
+
+
+def _sum_of_squares(values: torch.Tensor) -> torch.Tensor:
+    return (values * values).sum()
 
 
 def make_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -10,7 +10,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from ..job.topology import declared, usable_cores
 from ..precision.loss_scale import LossScale
 from ..ps.consistency import parse as parse_consistency
 from ..strategies.options import Options
+from . import config_file
 from .data import bpe
+from .display import show
 from .flags import Flags, check_fields, parse
 from .knobs import Knobs
 from .model import describe_model
@@ -35,12 +36,14 @@ class Config(Knobs):
     """What one run does. Made by :meth:`from_argv` or directly, and checked either way.
 
     None stands for a default that depends on other knobs, and is replaced when the object is made: ``seq_len``, ``lr``,
-    ``max_grad_norm``, ``eval_every`` and ``sample`` are never None afterwards, and ``wire`` is None (numbers travel as
-    they are), "fp16" or "bf16".
+    ``tokenizer``, ``max_grad_norm``, ``eval_every`` and ``sample`` are never None afterwards, and ``wire`` is None
+    (numbers travel as they are), "fp16" or "bf16".
     Errors: UsageError, with what was given, what is allowed, and what to do.
     """
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", (self.data,))
         check_fields(self)
         shape = describe_model(self.model)
         if self.seq_len is not None and self.seq_len > shape.positions:
@@ -57,16 +60,17 @@ class Config(Knobs):
                 f" the nearest that can: {_multiples_around(self.batch_size, self.grad_accumulation)}"
             )
         lockstep = parse_consistency(self.consistency).averages
-        entries = bpe.size_of(self.tokenizer)
+        tokenizer = (shape.tokenizer or "bytes") if self.tokenizer is None else self.tokenizer
+        entries = bpe.size_of(tokenizer)
         own_wire = self.precision if self.precision in ("fp16", "bf16") and self.strategy != "single" else None
         derived = {
             "seq_len": shape.seq_len if self.seq_len is None else self.seq_len,
             # In full, so that a checkpoint does not depend on a default.
-            "tokenizer": self.tokenizer if entries is None else f"bpe:{entries}",
+            "tokenizer": tokenizer if entries is None else f"bpe:{entries}",
             "lr": shape.learning_rate if self.lr is None else self.lr,
             "max_grad_norm": float(lockstep) if self.max_grad_norm is None else self.max_grad_norm,
             "eval_every": 100 * lockstep if self.eval_every is None else self.eval_every,
-            "sample": (200 if self.tokenizer == "bytes" else 60) if self.sample is None else self.sample,
+            "sample": (200 if tokenizer == "bytes" else 60) if self.sample is None else self.sample,
             "steps": 200 if self.steps is None and self.epochs is None else self.steps,
             "wire": own_wire if self.wire is None else None if self.wire == "none" else self.wire,
         }
@@ -89,16 +93,28 @@ class Config(Knobs):
 
     @classmethod
     def from_argv(cls, argv: Sequence[str] | None = None, *, speak: bool = True) -> Config:
-        """Read the flags (sys.argv's where None). --help and --version print, where ``speak``, and leave with exit code
-        0."""
-        values = parse(
+        """Read the flags (sys.argv's where None), and the file of --config. --help, --version and --print-config print,
+        where ``speak``, and leave with exit code 0."""
+        line = parse(
             cls,
             argv,
             usage="mpirun -n RANKS python -m commlab.train [flags]",
             description="Train GPT-2 on real text, data-parallel over all ranks of mpirun or torchrun.",
             speak=speak,
         )
-        return cls(**values)
+        if line.config is None:
+            config = cls(**line.values)
+        else:
+            values = config_file.merged(config_file.read(line.config, cls), line.values)
+            try:
+                config = cls(**values)
+            except UsageError as error:
+                raise UsageError(f"{error} (flags, and --config {line.config!r})") from error
+        if line.print_config:
+            if speak:
+                show(config_file.rendered(config))
+            raise SystemExit(0)
+        return config
 
     def validate_for(self, size: int) -> None:
         """Check what depends on the number of ranks; the same on every rank, so all of them raise."""
@@ -197,26 +213,10 @@ class Config(Knobs):
         names = ("model", "tokenizer", "seq_len", "dropout", "lr", "warmup_steps", "weight_decay", "max_grad_norm")
         return {name: getattr(self, name) for name in names}
 
-    def check_outputs(self) -> None:
-        """UsageError for an output path that can't be written: before training, on the rank that writes."""
-        if Path(self.output).exists() and not Path(self.output).is_dir():
-            raise UsageError(
-                f"--output {self.output!r} is a file; give a folder, which is made where it does not exist"
-            )
-        if self.tensorboard is not None and find_spec("tensorboard") is None:
-            raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out")
-        for flag, path in (("--metrics", self.metrics), ("--trace", self.trace)):
-            if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-                what = (
-                    "is a folder"
-                    if Path(path).is_dir()
-                    else f"lies in {str(Path(path).parent)!r}, which is not a folder"
-                )
-                raise UsageError(f"{flag} {path!r} {what}; give the name of a file in a folder that exists")
-
     def as_dict(self) -> dict[str, Any]:
         """Every field, for the metrics file."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def _multiples_around(value: int, unit: int) -> str:

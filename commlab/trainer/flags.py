@@ -9,13 +9,17 @@ import importlib.metadata
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ..errors import UsageError
 from ..strategies.options import require_known
+from .display import show
 
 _OFF = {"max_grad_norm": "0", "wire": "none"}
 """The values by which flags turn off what the options of a strategy turn off with None."""
+
+
+_OTHER = ("--config", "--print-config", "--help", "--version")
 
 
 class Flags:
@@ -33,7 +37,9 @@ class Flags:
 
 
 @dataclass(frozen=True)
-class _Knob:
+class Knob:
+    """The flag of a field, as :func:`knob` describes it."""
+
     group: str
     help: str
     kind: type
@@ -41,6 +47,17 @@ class _Knob:
     least: float | None = None
     above: float | None = None
     below: float | None = None
+    many: bool = False
+
+
+class CommandLine(NamedTuple):
+    """What stands on the command line."""
+
+    values: dict[str, Any]
+    """The fields that were given."""
+    config: str | None
+    """The file of --config."""
+    print_config: bool
 
 
 def knob(default: Any, group: str, help: str, kind: type = str, **limits: Any) -> Any:
@@ -48,16 +65,22 @@ def knob(default: Any, group: str, help: str, kind: type = str, **limits: Any) -
     takes no value and is False by default.
 
     ``limits``: ``choices`` of a text; ``least`` (itself allowed), ``above`` and ``below`` (themselves not) of a number.
+    ``many``: the field is a tuple of texts.
     ``help`` describes a default of None; any other default is added to the help.
     """
-    return dataclasses.field(default=default, metadata={"knob": _Knob(group, help, kind, **limits)})
+    return dataclasses.field(default=default, metadata={"knob": Knob(group, help, kind, **limits)})
 
 
-def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str, speak: bool) -> dict[str, Any]:
+def knobs_of(cls: type) -> dict[str, Knob]:
+    """The flag of each field."""
+    return {field.name: field.metadata["knob"] for field in dataclasses.fields(cls)}
+
+
+def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str, speak: bool) -> CommandLine:
     """The fields given in ``argv`` (sys.argv's where None), as values. --help and --version print, where ``speak``, and
     end with exit code 0."""
     parser = _Parser(usage=usage, description=description, allow_abbrev=False, add_help=False)
-    knobs: dict[str, _Knob] = {field.name: field.metadata["knob"] for field in dataclasses.fields(cls)}
+    knobs = knobs_of(cls)
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(knob.group for knob in knobs.values())}
     for field in dataclasses.fields(cls):
         knob = knobs[field.name]
@@ -71,8 +94,15 @@ def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str
             continue
         metavar = "|".join(knob.choices) or {int: "N", float: "X", str: field.name.upper()}[knob.kind]
         # Values stay text here: errors of _value and check_fields are better than argparse's.
-        groups[knob.group].add_argument(_flag(field.name), metavar=metavar, help=knob.help.replace("%", "%%") + shown)
+        several: dict[str, Any] = {"nargs": "+", "action": "extend"} if knob.many else {}
+        groups[knob.group].add_argument(
+            _flag(field.name), metavar=metavar, help=knob.help.replace("%", "%%") + shown, **several
+        )
     other = parser.add_argument_group("other")
+    other.add_argument(
+        "--config", metavar="FILE", help="TOML file of flags, batch-size = 8 and so on; flags beside it win"
+    )
+    other.add_argument("--print-config", action="store_true", help="show all values as a file for --config, and stop")
     other.add_argument(
         "--help", "-h", action=_Print, nargs=0, const=speak, default=argparse.SUPPRESS, help="show this and stop"
     )
@@ -81,9 +111,12 @@ def parse(cls: type, argv: Sequence[str] | None, *, usage: str, description: str
     )
     texts, rest = parser.parse_known_args(argv)
     if rest:
-        hint = _near(rest[0].split("=")[0], [*map(_flag, knobs), "--help", "--version"])
+        hint = near_name(rest[0].split("=")[0], [*map(_flag, knobs), *_OTHER])
         raise UsageError(f"unknown flag {rest[0]!r}{hint}; --help lists all")
-    return {name: _value(name, knobs[name], text) for name, text in vars(texts).items() if text is not None}
+    given = vars(texts)
+    config, print_config = given.pop("config"), given.pop("print_config")
+    values = {name: _value(name, knobs[name], text) for name, text in given.items() if text is not None}
+    return CommandLine(values, config, print_config)
 
 
 def check_fields(config: Any) -> None:
@@ -94,12 +127,12 @@ def check_fields(config: Any) -> None:
             _check(field.name, field.metadata["knob"], value)
 
 
-def _check(name: str, knob: _Knob, value: Any) -> None:
+def _check(name: str, knob: Knob, value: Any) -> None:
     flag = _flag(name)
     if knob.choices:
         require_known(name, value, knob.choices)
     if knob.kind is str:
-        if not value:
+        if not value or (knob.many and "" in value):
             raise UsageError(f"{flag} is empty; leave it out, or give a value")
         return
     if knob.kind is bool:
@@ -115,7 +148,9 @@ def _check(name: str, knob: _Knob, value: Any) -> None:
             raise UsageError(f"{flag} must be {text} {limit}, got {value}")
 
 
-def _value(name: str, knob: _Knob, text: str) -> Any:
+def _value(name: str, knob: Knob, text: Any) -> Any:
+    if knob.many:
+        return tuple(text)
     try:
         return knob.kind(text)
     except ValueError:
@@ -128,7 +163,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _near(name: str, names: Iterable[str]) -> str:
+def near_name(name: str, names: Iterable[str]) -> str:
+    """The known name nearest to ``name``, as the end of a sentence; "" where none is near."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -143,7 +179,7 @@ class _Print(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         if self.const:
-            print(parser.format_help() if self.dest == "help" else f"commlab {_version()}")
+            show(parser.format_help() if self.dest == "help" else f"commlab {_version()}")
         parser.exit()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..strategies.options import KNOWN
 from .data import bpe
+from .display import MODES as PROGRESS
 from .flags import knob
 from .model import PRESETS
 
@@ -123,17 +124,27 @@ class Knobs:
     autocast: str = knob(
         "auto", _NUMBERS, "16-bit matrix products; auto = where they are fast", choices=KNOWN["autocast"]
     )
-    model: str = knob("gpt2-tiny", _WHAT, f"{', '.join(PRESETS)}, or the path of a transformers GPT-2 config.json")
-    data: str | None = knob(
+    model: str = knob(
+        "gpt2-tiny",
+        _WHAT,
+        f"{', '.join(PRESETS)}; or the path of a transformers GPT-2 config.json, or of a model folder, whose weights"
+        " training starts from",
+    )
+    data: str | tuple[str, ...] | None = knob(
         None,
         _WHAT,
-        "a text file, a folder of them, or a .json array of texts (default: this Python's own library sources)",
+        "text: files (plain, .json, .jsonl, also compressed), folders of them, datasets saved on disk; one or several"
+        " (default: this Python's own library sources)",
+        many=True,
+    )
+    text_field: str | None = knob(
+        None, _WHAT, "field of JSON lines or column of a dataset that has the text (default: text, or the only one)"
     )
     tokenizer: str = knob(
-        "bytes",
+        None,
         _WHAT,
         f"bytes; bpe or bpe:SIZE = learned from the text, SIZE entries ({bpe.DEFAULT_SIZE}); or the path of a"
-        " tokenizer.json or tokenizer folder",
+        " tokenizer.json or tokenizer folder (default: the model folder's own, otherwise bytes)",
     )
     seq_len: int = knob(None, _WHAT, "tokens in a sequence (default: the model's; gpt2-tiny 128)", int, least=1)
     dropout: float | None = knob(
@@ -197,8 +208,19 @@ class Knobs:
         False, _SHOW, "go on from the newest whole checkpoint; with none at all, start at the beginning", bool
     )
     trace: str | None = knob(None, _SHOW, "file for the timeline of all ranks, for Perfetto (default: none)")
+    progress: str = knob(
+        "auto",
+        _SHOW,
+        "how progress is shown on standard error: bar; lines = one every --progress-every; none; auto = a bar on a"
+        " terminal, otherwise lines",
+        choices=PROGRESS,
+    )
+    progress_every: float = knob(10.0, _SHOW, "seconds between two lines of progress", float, above=0)
     timeout: float = knob(300.0, _MACHINE, "seconds of silence after which a peer counts as lost", float, above=0)
     device: str = knob(
         "auto", _MACHINE, "where the model is; auto = a GPU where torch sees one", choices=("auto", "cpu", "cuda")
+    )
+    compile: bool = knob(
+        False, _MACHINE, "run the model through torch.compile, where this machine has a compiler", bool
     )
     threads: int | None = knob(None, _MACHINE, "torch threads per rank (default: cores / local ranks)", int, least=1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import sys
+from contextlib import suppress
 from typing import IO, Any
 
 import torch
 
 from .. import native
+from ..errors import UsageError
 from ..job.version import __version__
 
 _SHOWN = {
@@ -38,8 +41,10 @@ class Metrics:
     def __init__(self, path: str | None, tensorboard: str | None, append: bool):
         self._file: IO[str] | None = None
         self._board: Any = None
+        self.trouble = ""
+        """Why metrics are missing; empty: none are."""
         if path:
-            self._file = open(path, "a" if append else "w", encoding="utf-8")  # noqa: SIM115 - as long as the run
+            self._file = _opened(path, append)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -47,17 +52,27 @@ class Metrics:
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one line of the file. Of a row with a step, TensorBoard gets the numbers that have a title there, at
-        the number of steps done."""
-        if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        if self._board is not None and "step" in row:
-            done = row["step"] + ("loss" in row)
-            for name, title in _SHOWN.items():
-                if row.get(name) is not None:
-                    self._board.add_scalar(title, row[name], done)
-            if "loss" in row:
-                self._board.add_scalar("step/tokens per s", row["tokens"] / row["step_s"], done)
+        the number of steps done. Where something can't be written any more, the run goes on without metrics, and
+        ``trouble`` has the reason."""
+        try:
+            if self._file is not None:
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+            if self._board is not None and "step" in row:
+                self._show(row)
+        except OSError as error:
+            self.trouble = (
+                f"the metrics are not whole: from step {row.get('step', 'none')} on they can't be written ({error})"
+            )
+            self.close()
+
+    def _show(self, row: dict[str, Any]) -> None:
+        done = row["step"] + ("loss" in row)
+        for name, title in _SHOWN.items():
+            if row.get(name) is not None:
+                self._board.add_scalar(title, row[name], done)
+        if "loss" in row:
+            self._board.add_scalar("step/tokens per s", row["tokens"] / row["step_s"], done)
 
     def text(self, title: str, text: str) -> None:
         """Show a text in TensorBoard; the file does not get it."""
@@ -65,10 +80,33 @@ class Metrics:
             self._board.add_text(title, f"```\n{text}\n```")
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """Close what is open; nothing is written afterwards."""
+        file, board, self._file, self._board = self._file, self._board, None, None
+        for opened in (file, board):
+            with suppress(OSError):  # what can't be written was reported by write()
+                if opened is not None:
+                    opened.close()
+
+
+def _opened(path: str, append: bool) -> IO[str]:
+    """The file, locked for as long as it is open: two runs would write into each other's lines."""
+    try:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
+    except OSError as error:
+        raise UsageError(
+            f"--metrics {path!r} can't be written: {error.strerror or error}; give another file"
+        ) from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UsageError(f"--metrics {path!r}: another run writes there; give each run a file of its own") from error
+    except OSError:
+        pass  # a pipe, a device, a file system without locks
+    if not append:
+        with suppress(OSError):
+            file.truncate(0)
+    return file
 
 
 def versions() -> dict[str, str]:

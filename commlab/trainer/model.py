@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import difflib
 import gc
-import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..job.limits import available_memory
+from . import gpt2_config
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,10 @@ class ModelShape:
     """Default peak of the learning rate."""
     config: dict[str, Any]
     """The arguments of transformers' GPT2Config."""
+    weights: str | None = None
+    """The model folder of transformers whose weights training starts from; None: they are drawn by the seed."""
+    tokenizer: str | None = None
+    """The model folder whose tokenizer belongs to the model, if it has one."""
 
 
 def _shape(name: str, seq_len: int, vocab_size: int | None, learning_rate: float, **config: Any) -> ModelShape:
@@ -57,33 +62,21 @@ PRESETS = {
 
 
 def describe_model(name: str) -> ModelShape:
-    """The shape behind a preset's name or the path of a transformers config file. UsageError for anything else."""
+    """The shape behind a preset's name or the path of a transformers config file or model folder. UsageError for
+    anything else."""
     if name in PRESETS:
         return PRESETS[name]
-    path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(name) and not os.path.isdir(name):
         near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "; nothing is downloaded"
         raise UsageError(
-            f"unknown model {name!r}: give one of {', '.join(PRESETS)}, or the path of a GPT-2 config.json{hint}"
+            f"unknown model {name!r}: give one of {', '.join(PRESETS)}, or the path of a GPT-2 config.json or"
+            f" model folder{hint}"
         )
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model config {name!r} cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type", "gpt2") != "gpt2":
-        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise UsageError(f"model config {name!r} describes {kind!r}; commlab trains GPT-2 (model_type 'gpt2')")
-    defaults = {"n_positions": 1024, "vocab_size": 50257}
-    for key, default in defaults.items():
-        value = config.get(key, default)
-        if not isinstance(value, int) or value < 1:
-            raise UsageError(f"model config {name!r}: {key} must be a positive whole number, got {value!r}")
-        config[key] = value
-    positions: int = config["n_positions"]
-    return ModelShape(
-        name, min(config.get("n_ctx", positions), positions), positions, config["vocab_size"], 1.5e-4, config
-    )
+    found = gpt2_config.read(name)
+    config, positions = found.config, found.config["n_positions"]
+    seq_len = min(config.get("n_ctx", positions), positions)
+    return ModelShape(name, seq_len, positions, config["vocab_size"], 1.5e-4, config, found.weights, found.tokenizer)
 
 
 def build_model(
@@ -114,6 +107,12 @@ def build_model(
             f"the tokenizer has {vocab_size} ids, more than the {model_vocab_size} of model {name!r};"
             f" take a smaller tokenizer, or a config file with vocab_size {vocab_size}"
         )
+    needed, (left, limit) = 4 * gpt2_config.numel({**shape.config, "vocab_size": model_vocab_size}), available_memory()
+    if needed > left:
+        raise UsageError(
+            f"model {name!r} takes {needed / 1e9:,.1f} GB, and {left / 1e9:,.1f} GB of memory are left"
+            f"{f' ({limit})' if limit else ''}; take a smaller model, or another machine"
+        )
     GPT2Config, GPT2LMHeadModel = import_gpt2()
     import torch
 
@@ -129,10 +128,42 @@ def build_model(
         config = GPT2Config(**arguments)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: torch.nn.Module = GPT2LMHeadModel(config)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"transformers cannot build model {name!r}: {error}") from error
+            model: torch.nn.Module = (
+                GPT2LMHeadModel(config) if shape.weights is None else _loaded(shape.weights, config)
+            )
+    except UsageError:
+        raise
+    except Exception as error:  # transformers, torch and safetensors raise of many kinds; the cause stays attached
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(
+            f"transformers cannot {'build' if shape.weights is None else 'load'} model {name!r}: {text}"
+        ) from error
     return model.train()
+
+
+def _loaded(folder: str, config: Any) -> torch.nn.Module:
+    """The model of a folder, in float32. UsageError where its weights are not exactly those of the config."""
+    from transformers.utils import logging
+
+    _, GPT2LMHeadModel = import_gpt2()
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of is an error below
+    try:
+        model, report = GPT2LMHeadModel.from_pretrained(
+            folder, config=config, local_files_only=True, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    for kind, text in (("missing_keys", "lack"), ("unexpected_keys", "have an unknown"), ("mismatched_keys", "misfit")):
+        if report.get(kind):
+            found = sorted(map(str, report[kind]))
+            raise UsageError(
+                f"the weights of {folder!r} {text} {found[0]!r} and {len(found) - 1} more; they are not those of its"
+                " config.json, or of a GPT-2 with a language-model head"
+            )
+    float32: torch.nn.Module = model.float()
+    return float32
 
 
 def import_gpt2() -> tuple[Any, Any]:
@@ -217,5 +248,8 @@ def save_model(model: torch.nn.Module, folder: str) -> None:
 
 
 def bits_per_byte(loss_sum_nats: float, byte_count: int) -> float:
-    """Bits per byte of text, which can be compared between tokenizers, as losses per token cannot."""
+    """Bits per byte of text, which can be compared between tokenizers, as losses per token cannot. UsageError for no
+    bytes."""
+    if not byte_count:
+        raise UsageError("the held-out text that was evaluated has no bytes; give more text")
     return loss_sum_nats / math.log(2) / byte_count

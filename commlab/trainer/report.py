@@ -4,7 +4,6 @@ prints."""
 from __future__ import annotations
 
 import math
-import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from .. import native, trace
 from ..collectives.allreduce import allreduce_async
@@ -26,7 +24,9 @@ from ..runtime.handle import Handle
 from ..strategies.engine import Engine, Times
 from .config import Config
 from .data.batches import Batch
+from .display import Display
 from .metrics import Metrics, versions
+from .model import describe_model
 from .sample import Sample
 from .summary import Totals, exchanges_by_library, gather, rows
 
@@ -52,7 +52,7 @@ class Report:
         self.config, self.group, self.engine, self.total_steps = config, group, engine, total_steps
         self._started_s = started_s
         self._on_rank_0 = group.rank == 0
-        self._bar: Any = None
+        self._display = Display(config.progress, config.progress_every)
         self._metrics = Metrics(None, None, False)
         self._totals = Totals()
         self._phases: dict[str, float] = {}
@@ -70,8 +70,11 @@ class Report:
 
     def _print(self, text: str) -> None:
         if self._on_rank_0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            self._display.line(text)
+
+    def failed(self, text: str) -> None:
+        """Show what went wrong without ending the run; on the rank that it happened on."""
+        self._display.error(f"commlab: {text}")
 
     def opening(
         self, corpus: str, threads: int, why: str, samples: int, start_step: int = 0, refused: Sequence[str] = ()
@@ -116,7 +119,10 @@ class Report:
         device = engine.parameters[0].tensor.device  # ddp's engine.model is a front without parameters of its own
         if device.type == "cuda":
             self._print(f"device: {torch.cuda.get_device_name(device)}, packing {native.cuda_backend()}")
-        self._print(f"model {config.model}: {numel / 1e6:.2f} M parameters, sequences of {config.seq_len} tokens")
+        start = "its own weights" if describe_model(config.model).weights else f"weights drawn by seed {config.seed}"
+        self._print(
+            f"model {config.model}: {numel / 1e6:.2f} M parameters, {start}, sequences of {config.seq_len} tokens"
+        )
         self._print(f"data: {corpus}")
         self._print(
             f"batch: {config.batch_size} sequences in all, {per_rank:g} per rank"
@@ -133,7 +139,7 @@ class Report:
         if config.resume:
             where = f"from step {start_step}" if start_step else "at the beginning: there is no checkpoint"
             self._print(f"resume: {where} in {config.checkpoint_folder}")
-        self._metrics.write(
+        self._write(
             {
                 "config": config.as_dict(),
                 "start_step": start_step,
@@ -143,15 +149,7 @@ class Report:
             }
         )
         if self._on_rank_0:
-            # Under mpirun standard error is a pipe, for which tqdm would choose no width.
-            self._bar = tqdm(
-                total=self.total_steps,
-                initial=start_step,
-                unit="step",
-                mininterval=1.0,
-                dynamic_ncols=True,
-                file=sys.stderr,
-            )
+            self._display.start(self.total_steps, start_step)
 
     def step_begins(self) -> None:
         self._phases = dict.fromkeys(("forward", "backward", "step"), 0.0)
@@ -244,14 +242,25 @@ class Report:
         if self._first_loss is None:
             self._first_loss = loss
         self._last_loss = loss
-        self._metrics.write(row)
-        if self._bar is not None:
-            self._bar.update(batch.step + 1 - self._bar.n)
+        self._write(row)
+        if self._on_rank_0:
             exchanging = row["exchange_s"] / row["step_s"]
-            self._bar.set_postfix_str(
-                f"loss {loss:.3f}, {row['tokens'] / row['step_s']:,.0f} tokens/s, {exchanging:.0%} communicating",
-                refresh=False,
+            speed = row["tokens"] / row["step_s"]
+            self._display.update(
+                batch.step + 1, f"loss {loss:.3f}, {speed:,.0f} tokens/s, {exchanging:.0%} communicating"
             )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """Write to the metrics, and show where that has failed for the first time."""
+        known = self._metrics.trouble
+        self._metrics.write(row)
+        if self._metrics.trouble != known:
+            self.failed(self._metrics.trouble)
+
+    @property
+    def trouble(self) -> str:
+        """What this rank could not write; empty: nothing."""
+        return self._metrics.trouble
 
     def _require_finite(self, what: str, value: float) -> None:
         """NotFiniteError for a value that is not, where the run is to end then; equal on all ranks in lockstep."""
@@ -264,7 +273,7 @@ class Report:
     def saved(self, step: int, path: Path, took_s: float) -> None:
         """Show that the checkpoint after ``step`` steps is on disk."""
         self._finish_step()
-        self._metrics.write({"step": step, "checkpoint_s": took_s})
+        self._write({"step": step, "checkpoint_s": took_s})
         self._print(f"checkpoint {path} ({took_s:.2f} s)")
 
     def evaluated(self, step: int, bits: float) -> None:
@@ -272,31 +281,27 @@ class Report:
         self._finish_step()
         self._require_finite(f"the held-out loss after step {step}", bits)
         self._held_out = bits
-        self._metrics.write({"step": step, "held_out_bits_per_byte": bits})
+        self._write({"step": step, "held_out_bits_per_byte": bits})
         self._print(f"after step {step}: held-out {bits:.3f} bits per byte")
 
     def sampled(self, sample: Sample) -> None:
         """Show how the trained model continues a line of held-out text."""
-        if self._bar is not None:
-            self._bar.close()
-        # A model may generate characters that the terminal's character set lacks.
-        code = sys.stdout.encoding or "utf-8"
-        shown = sample.shown(self.config.sample, self.config.seed)
-        self._print(shown.encode(code, "replace").decode(code))
-        self._metrics.write({"sample": {"prompt": sample.prompt, "generated": sample.generated}})
+        self._display.close()
+        self._print(sample.shown(self.config.sample, self.config.seed))
+        self._write({"sample": {"prompt": sample.prompt, "generated": sample.generated}})
         self._metrics.text("sample", f"{sample.prompt}\n\n{sample.generated}")
 
-    def closing(self) -> None:
-        """Show the summary table, with peaks and sums over all ranks. Collective."""
+    def closing(self, folder: str) -> None:
+        """Show the summary table, with peaks and sums over all ranks. ``folder``: where the model is; "" where it could
+        not be saved. Collective."""
         self._finish_step()
         summary = gather(self.group, self.engine, self._totals, self._memory_bytes)
-        if self._bar is not None:
-            self._bar.close()
+        self._display.close()
         first_loss = float("nan") if self._first_loss is None else self._first_loss
         learned = {"first_loss": first_loss, "last_loss": self._last_loss, "held_out_bits_per_byte": self._held_out}
         took_s = time.perf_counter() - self._started_s
-        table = rows(self.config, self.engine, summary, learned, took_s)
+        table = rows(self.config, self.engine, summary, learned, took_s, folder)
         width = max(map(len, table))
         self._print("\n".join(f"{name:<{width}}  {value}" for name, value in table.items()))
-        self._metrics.write({"summary": {**summary.as_dict(), **learned}})
+        self._write({"summary": {**summary.as_dict(), **learned}})
         self._metrics.close()

@@ -74,9 +74,11 @@ def gather(group: Group, engine: Engine, totals: Totals, memory_bytes: int) -> S
     return Summary(speed, engine.serving_report(), step_ms, *counted)
 
 
-def rows(config: Config, engine: Engine, summary: Summary, learned: dict[str, float], took_s: float) -> dict[str, str]:
+def rows(
+    config: Config, engine: Engine, summary: Summary, learned: dict[str, float], took_s: float, folder: str
+) -> dict[str, str]:
     """The closing table: titles and texts. ``learned``: ``first_loss``, ``last_loss``, ``held_out_bits_per_byte``.
-    ``took_s``: seconds since the start of the process."""
+    ``took_s``: seconds since the start of the process. ``folder``: where the model is, "" where it is nowhere."""
     ranks, ms = engine.group.size, summary.step_ms
     hidden = exchanges_by_library(engine)
     known = ranks > 1 and engine.averages and not hidden
@@ -106,6 +108,6 @@ def rows(config: Config, engine: Engine, summary: Summary, learned: dict[str, fl
         table["skipped steps"] = f"{engine.skipped_steps}, loss scale {engine.precision.scale:g} at the end"
     return table | {
         "held-out": f"{learned['held_out_bits_per_byte']:.3f} bits per byte",
-        "model": f"{config.output} (transformers.GPT2LMHeadModel.from_pretrained opens it)",
+        "model": f"{folder} (transformers.GPT2LMHeadModel.from_pretrained opens it)" if folder else "NOT SAVED",
         "time": f"{took_s:.1f} s in all",
     }

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from commlab.errors import UsageError
+from commlab.trainer.config import Config
 from commlab.trainer.data import batches
 from commlab.trainer.model import (
     IGNORED,
@@ -195,16 +196,80 @@ def test_config_file(tmp_path: Path) -> None:
         ("{", ["cannot be read"]),
         ([], ["describes 'list'", "GPT-2"]),
         ({"model_type": "bert"}, ["'bert'", "GPT-2"]),
+        ({}, ["no model_type", "GPT-2"]),
+        ("[" * 100_000, ["nested too deeply"]),
+        ("{}" + " " * (1 << 20), ["larger than 1 MiB"]),
         ({"n_positions": 0}, ["n_positions", "got 0"]),
         ({"vocab_size": "many"}, ["vocab_size", "'many'"]),
-        ({"n_embd": 10, "n_head": 3, "n_layer": 1}, ["transformers cannot build"]),
+        ({"n_embd": 10, "n_head": 3, "n_layer": 1}, ["n_embd 10 can't be cut into n_head 3"]),
+        *(({"n_ctx": value}, ["n_ctx", f"got {value!r}"]) for value in (None, "many", 0, True, 1.5)),
+        *(({key: 0}, [key, "got 0"]) for key in ("n_embd", "n_layer", "n_head", "vocab_size", "n_inner")),
+        ({"n_layer": -1}, ["n_layer", "got -1"]),
+        ({"num_hidden_layers": -1}, ["n_layer", "got -1"]),
+        ({"n_layer": 3, "num_hidden_layers": 2}, ["num_hidden_layers 2 and n_layer 3"]),
+        ({"n_layers": 3}, ["unknown key 'n_layers'", "did you mean 'n_layer'"]),
+        *(({"initializer_range": value}, ["initializer_range", "above 0"]) for value in (-1, 0, "0.02", None)),
+        *(({"resid_pdrop": value}, ["resid_pdrop", f"got {value!r}"]) for value in ("0.1", 1, -0.1, None, True)),
+        ('{"model_type": "gpt2", "attn_pdrop": NaN}', ["attn_pdrop", "got nan"]),
+        ({"tie_word_embeddings": 1}, ["tie_word_embeddings", "true or false"]),
+        ({"eos_token_id": "end"}, ["eos_token_id", "'end'"]),
+        ({"activation_function": 3}, ["activation_function", "got 3"]),
+        (
+            {"activation_function": "gelux", "n_layer": 1, "n_embd": 2, "n_head": 1},
+            ["transformers cannot build", "gelux"],
+        ),
+        ({"add_cross_attention": True}, ["add_cross_attention"]),
+        ({"n_layer": 10**6, "n_embd": 10**4, "n_head": 1}, ["takes 4,80", "GB", "of memory are left"]),
     ],
 )
 def test_config_files_that_cannot_be_used(tmp_path: Path, content: object, words: list[str]) -> None:
+    """Config of a model: one sentence for each wrong value, and not another library's error."""
+    if isinstance(content, dict) and content and "model_type" not in content:
+        content["model_type"] = "gpt2"
     name = config_file(tmp_path, content)
     with pytest.raises(UsageError) as caught:
-        build_model(name, seq_len=8, vocab_size=256)
+        build_model(name, seq_len=8, vocab_size=1)
     assert all(word in str(caught.value) for word in [name, *words]), str(caught.value)
+
+
+def test_a_model_folder_gives_its_weights(tmp_path: Path) -> None:
+    """A folder of transformers: also one in 16 bits, and one that was saved without the head."""
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "vocab_size": 300, "model_type": "gpt2"}
+    built = build_model(config_file(tmp_path, sizes), seq_len=64, vocab_size=256, seed=3)
+    values = [value.half().float() for value in built.parameters()]
+    for number, saved in enumerate((built.half(), built.transformer)):
+        folder = str(tmp_path / str(number))
+        saved.save_pretrained(folder)
+        shape = describe_model(folder)
+        assert (shape.weights, shape.tokenizer, shape.positions, shape.vocab_size) == (folder, None, 64, 300)
+        again = build_model(folder, seq_len=64, vocab_size=256)
+        assert again.training
+        for value, other in zip(values, again.parameters(), strict=True):
+            assert other.dtype == torch.float32
+            assert torch.equal(value, other)
+    Path(folder, "tokenizer.json").touch()
+    assert Config(model=folder).tokenizer == folder
+    assert Config(model=folder, tokenizer="bytes").tokenizer == "bytes"
+    config = json.loads(Path(folder, "config.json").read_text())
+    Path(folder, "config.json").write_text(json.dumps({**config, "n_layer": 2}))
+    with pytest.raises(UsageError, match=r"the weights of .*lack 'h.1.*|the weights of .* lack 'transformer.h.1"):
+        build_model(folder, seq_len=64, vocab_size=256)
+    Path(folder, "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UsageError, match="transformers cannot load model"):
+        build_model(folder, seq_len=64, vocab_size=256)
+
+
+def test_folders_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no config.json \(it is empty\)"):
+        describe_model(str(tmp_path))
+    (tmp_path / "tf_model.h5").touch()
+    with pytest.raises(UsageError, match=r"has no config.json \(it has tf_model.h5\)"):
+        describe_model(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UsageError, match=r"has weights in tf_model.h5 alone"):
+        describe_model(str(tmp_path))
+    (tmp_path / "tf_model.h5").unlink()
+    assert describe_model(str(tmp_path)).weights is None
 
 
 @pytest.mark.parametrize(

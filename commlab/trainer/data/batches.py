@@ -190,13 +190,27 @@ def held_out_batches(
     ``limit``: how many global batches at most; their samples are evenly spaced over all held-out samples, so that they
     stand for the whole. Ranks may get different numbers of batches, and none: exchange nothing inside the loop.
     """
-    wanted = len(blocks) if limit is None else min(len(blocks), limit * batch_size)
-    own = _share(np.arange(wanted) * len(blocks) // max(wanted, 1), rank, size)
+    own = _share(_held_out_samples(blocks, batch_size, limit), rank, size)
     step = max(1, batch_size // size)
     for begin in range(0, len(own), step):
         indices = own[begin : begin + step]
         input_ids, labels, _ = blocks.batch(indices)
         yield input_ids, labels, blocks.byte_count(indices)
+
+
+def require_held_out(blocks: Blocks, batch_size: int, limit: int | None = None) -> None:
+    """UsageError where the samples of :func:`held_out_batches`, over all ranks, stand for no byte of text: there would
+    be nothing to divide by."""
+    if not blocks.byte_count(_held_out_samples(blocks, batch_size, limit)):
+        raise UsageError(
+            "the text is too short: what an evaluation would take of the held-out text has not one byte that is"
+            " predicted; give more text"
+        )
+
+
+def _held_out_samples(blocks: Blocks, batch_size: int, limit: int | None) -> np.ndarray:
+    wanted = len(blocks) if limit is None else min(len(blocks), limit * batch_size)
+    return np.arange(wanted) * len(blocks) // max(wanted, 1)
 
 
 def _share(samples: np.ndarray, index: int, shares: int) -> np.ndarray:

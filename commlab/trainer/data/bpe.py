@@ -6,15 +6,19 @@ in GPT-2. Importing this loads neither torch nor numpy: flags are checked with i
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
+from .. import display
 
 if TYPE_CHECKING:
     from .tokenizer import TrainedTokenizer
@@ -28,7 +32,15 @@ LEARN_BYTES = 64 << 20
 """The most text that is learned from; of more text, the beginning of every document, in proportion, because the other
 ranks wait."""
 
+LONGEST_WORD = 64
+"""Longer runs of characters without a space, or of spaces, are cut for learning. A merge costs the library the length
+of each word that has the pair, so a text without spaces (DNA) would cost its length times the number of entries; cut,
+it costs 64 times the pairs that are merged. Text of ordinary words is learned from as it is."""
+LONG_CHARACTERS = 8 << 20
+"""The most characters of such runs that are learned from."""
+
 _PIECE_CHARACTERS = 1 << 16
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)|\s{{{LONGEST_WORD}}}(?=\s)")
 
 
 def size_of(name: str) -> int | None:
@@ -61,7 +73,7 @@ def opened(text: str, size: int) -> TrainedTokenizer:
     found = Tokenizer.from_str(text)
     # A text that spells the end of a text does not end there.
     found.encode_special_tokens = True
-    return TrainedTokenizer(f"bpe:{size}", found, byte_level=True)
+    return TrainedTokenizer(f"bpe:{size}", found)
 
 
 def vocabulary(texts: Sequence[bytes], size: int, cache: Path | None, show: bool = False) -> str:
@@ -84,13 +96,13 @@ def vocabulary(texts: Sequence[bytes], size: int, cache: Path | None, show: bool
     if kept is not None:
         return kept
     if show:
-        print(f"tokenizer: learning bpe:{size} from the training text", flush=True)
+        display.show(f"tokenizer: learning bpe:{size} from the training text")
     made = _learn(texts, size, show)
     if cache is not None:
         try:
             _write(cache, key, made)
         except OSError as error:
-            print(f"tokenizer: not kept for the next run, {cache} cannot be written: {error}", flush=True)
+            display.show(f"tokenizer: not kept for the next run, {cache} cannot be written: {error}")
     return made
 
 
@@ -108,27 +120,42 @@ def _learn(texts: Sequence[bytes], size: int, show: bool) -> str:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    pieces = list(_pieces(texts))
-    if show:
+    pieces: Iterable[str] = _pieces(texts)
+    if show and display.is_terminal(sys.stderr):
         from tqdm import tqdm
 
-        tokenizer.train_from_iterator(tqdm(pieces, desc="tokenizer", unit="piece", delay=1, leave=False), trainer)
-    else:
-        tokenizer.train_from_iterator(pieces, trainer)
+        pieces = tqdm(pieces, desc="tokenizer", unit="piece", delay=1, leave=False)
+    tokenizer.train_from_iterator(pieces, trainer)
     return str(tokenizer.to_str())
 
 
-def _pieces(texts: Sequence[bytes]) -> Iterator[str]:
+def _pieces(texts: Sequence[bytes]) -> list[str]:
+    """What is learned from: ordinary text, and of the rest an equal share that makes ``LONG_CHARACTERS`` at most."""
+    cut = list(_cut(texts))
+    every = -(-sum(len(piece) for piece, is_long in cut if is_long) // LONG_CHARACTERS)
+    ranks = itertools.count()
+    return [piece for piece, is_long in cut if not is_long or next(ranks) % every == 0]
+
+
+def _cut(texts: Sequence[bytes]) -> Iterator[tuple[str, bool]]:
+    """The texts' beginnings in pieces, each with whether it was cut from a run that is longer than LONGEST_WORD."""
     total = sum(map(len, texts))
     for text in texts:
         beginning = text if total <= LEARN_BYTES else text[: len(text) * LEARN_BYTES // total]
         characters = beginning.decode(errors="ignore")  # the beginning may end inside a character
         for at in range(0, len(characters), _PIECE_CHARACTERS):
-            yield characters[at : at + _PIECE_CHARACTERS]
+            piece, begin = characters[at : at + _PIECE_CHARACTERS], 0
+            for run in _LONG_RUN.finditer(piece):
+                if begin < run.start():
+                    yield piece[begin : run.start()], False
+                yield run.group(), True
+                begin = run.end()
+            if begin < len(piece):
+                yield piece[begin:], False
 
 
 def _key(texts: Sequence[bytes], size: int, version: str) -> str:
-    found = sha256(f"commlab bpe 1, {size} entries, {LEARN_BYTES}, tokenizers {version}".encode())
+    found = sha256(f"commlab bpe 2, {size} entries, {LEARN_BYTES}, tokenizers {version}".encode())
     for text in texts:
         found.update(len(text).to_bytes(8, "little"))
         found.update(text)
@@ -147,7 +174,7 @@ def _read(cache: Path, key: str) -> str | None:
             content = path.read_bytes()
             if path.name == f"{key}-{_digest(content)}.json":
                 return content.decode()
-            print(f"tokenizer: {path} was altered; it is learned anew", flush=True)
+            display.show(f"tokenizer: {path} was altered; it is learned anew")
             path.unlink()
     return None
 

@@ -3,7 +3,8 @@ rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import UsageError
+from ..display import is_terminal
 from .bpe import learned, size_of
 from .text import Text, read_text
 from .tokenizer import Tokenizer, open_tokenizer
 
-_BATCH = 64
-"""How many pieces of text are encoded in one call, where the library's threads have the machine to themselves."""
+_BATCH_BYTES = 4 << 20
+"""How much text is encoded in one call, at most, where the library's threads have the machine to themselves: while it
+works, the library takes about a hundred times as much."""
+_LONG_TOKEN_BYTES = 100
+"""Where tokens stand for more bytes than this, it is the tokenizer that is at fault, and not a short text."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Corpus:
     documents: int
     text_bytes: int
     skipped_files: int
+    notes: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -56,6 +62,7 @@ class Corpus:
         """One line for the log: where the text is from, how much text there is, and what was left out."""
         held_out_bytes = int(self.held_out_bytes.sum())
         skipped = f", {self.skipped_files} files that are not UTF-8 text skipped" if self.skipped_files else ""
+        skipped += "".join(f", {note}" for note in self.notes)
         return (
             f"{self.source}: {self.documents} documents, {self.text_bytes / 1e6:.2f} MB{skipped};"
             f" {len(self.train):,} tokens to train on, {len(self.held_out):,} held out ({held_out_bytes:,} bytes,"
@@ -63,15 +70,20 @@ class Corpus:
         )
 
 
-def load_corpus(path: str | None = None, tokenizer: str = "bytes", cache: Path | None = None) -> Corpus:
+def load_corpus(
+    paths: str | Sequence[str] | None = None,
+    tokenizer: str = "bytes",
+    cache: Path | None = None,
+    text_field: str | None = None,
+) -> Corpus:
     """Read a text, tokenize it, and hold out a twentieth, all in this process.
 
-    ``path``: as for :func:`commlab.trainer.data.text.read_text`. ``cache``: the folder of learned tokenizers, None for
-    none.
+    ``paths`` and ``text_field``: as for :func:`commlab.trainer.data.text.read_text`. ``cache``: the folder of learned
+    tokenizers, None for none.
     Errors: UsageError, also for a tokenizer that cannot be had.
     Cost: the text once in memory, plus its tokens; less than 0.1 s of CPU for the default with the bytes tokenizer.
     """
-    text = read_text(path)
+    text = read_text(paths, text_field)
     size = size_of(tokenizer)
     opened = open_tokenizer(tokenizer) if size is None else learned(text.train, size, cache)
     return assemble(text, opened, encode(text.train, opened), *encode_with_bytes(text.held_out, opened))
@@ -104,11 +116,9 @@ def encode(
     """Ids of the index-th of ``shares`` shares of ``texts``, with a separator after each document; all shares, in
     order, are the whole. ``show``: a progress bar, should encoding take some seconds."""
     pieces = _share(texts, tokenizer, index, shares)
-    size = _BATCH if shares == 1 else 1
     end = _end(tokenizer)
     rows: list[np.ndarray] = []
-    for at in _shown(range(0, len(pieces), size), show):
-        batch = pieces[at : at + size]
+    for batch in _shown(list(_batches(pieces, _BATCH_BYTES if shares == 1 else 1)), show):
         for piece, ids in zip(batch, tokenizer.encode_all([piece.text for piece in batch]), strict=True):
             rows += [ids, end] if piece.ends_document else [ids]
     return _joined(rows, dtype_for(tokenizer))
@@ -131,14 +141,29 @@ def encode_with_bytes(
 def assemble(
     text: Text, tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, held_out_bytes: np.ndarray
 ) -> Corpus:
-    """The corpus of ids that were encoded from ``text``. UsageError where the text is too short to be trained on."""
-    if len(train) < 2 or len(held_out) < 2:
+    """The corpus of ids that were encoded from ``text``. UsageError where there are too few of them to train on, with
+    the reason: the text is too short, or the tokenizer takes nearly all of the text for one token."""
+    ids = len(train) + len(held_out)
+    held_out_text = len(held_out) >= 2 and bool(held_out_bytes[1:].any())
+    unknown = 0.0 if tokenizer.unknown is None or not len(train) else float((train == tokenizer.unknown).mean())
+    if unknown > 0.5 and text.text_bytes <= _LONG_TOKEN_BYTES * ids:
         raise UsageError(
-            f"{text.source} is too short: {text.text_bytes} bytes make {len(train)} tokens to train on and"
-            f" {len(held_out)} held out, and each part needs 2 at least; give more text"
+            f"--tokenizer {tokenizer.name!r} lacks the words of {text.source}: {unknown:.0%} of the tokens are the one"
+            " for unknown words; give a tokenizer of this kind of text"
         )
-    origin = text.source, text.documents, text.text_bytes, text.skipped_files
-    return Corpus(train, held_out, held_out_bytes, tokenizer, *origin)
+    if len(train) >= 2 and held_out_text:
+        origin = text.source, text.documents, text.text_bytes, text.skipped_files, text.notes
+        return Corpus(train, held_out, held_out_bytes, tokenizer, *origin)
+    if text.text_bytes > _LONG_TOKEN_BYTES * max(ids, 1):
+        raise UsageError(
+            f"--tokenizer {tokenizer.name!r} makes {ids} token{'s' * (ids != 1)} of the {text.text_bytes:,} bytes of"
+            f" {text.source}: it cuts the text nowhere (has it a pre_tokenizer?), or knows none of its words; give"
+            " another tokenizer"
+        )
+    raise UsageError(
+        f"{text.source} is too short: {text.text_bytes} bytes make {len(train)} tokens to train on and"
+        f" {len(held_out)} held out, and each part needs 2 at least, the second for text; give more text"
+    )
 
 
 def dtype_for(tokenizer: Tokenizer) -> np.dtype:
@@ -155,8 +180,22 @@ def _joined(rows: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
     return np.concatenate([row.astype(dtype, copy=False) for row in rows]) if rows else np.zeros(0, dtype)
 
 
-def _shown(batches: range, show: bool) -> Iterable[int]:
-    if not show:
+def _batches(pieces: Sequence[_Piece], size_bytes: int) -> Iterator[list[_Piece]]:
+    """The pieces, in order, as batches of at most ``size_bytes`` or of one piece."""
+    batch: list[_Piece] = []
+    total = 0
+    for piece in pieces:
+        if batch and total + len(piece.text) > size_bytes:
+            yield batch
+            batch, total = [], 0
+        batch.append(piece)
+        total += len(piece.text)
+    if batch:
+        yield batch
+
+
+def _shown(batches: list[list[_Piece]], show: bool) -> Iterable[list[_Piece]]:
+    if not (show and is_terminal(sys.stderr)):
         return batches
     from tqdm import tqdm
 

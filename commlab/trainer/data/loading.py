@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from .text import Text, read_text
 from .tokenizer import Tokenizer, open_tokenizer
 
 
-def load_together(group: Group, path: str | None, tokenizer: str, cache: Path) -> Corpus:
+def load_together(
+    group: Group, paths: Sequence[str] | None, tokenizer: str, cache: Path, text_field: str | None = None
+) -> Corpus:
     """:func:`commlab.trainer.data.corpus.load_corpus` by all ranks of a group. Collective.
 
     Every rank reads the text by itself. With a slow tokenizer each rank encodes a share of the text, and ranks exchange
@@ -28,7 +31,7 @@ def load_together(group: Group, path: str | None, tokenizer: str, cache: Path) -
     Errors: AgreedError on all ranks for a text or tokenizer that any of them can't read, and for texts or tokenizers
     that differ between ranks.
     """
-    text = raise_together(group, lambda: read_text(path))
+    text = raise_together(group, lambda: read_text(paths, text_field))
     _require_same(
         group, text.digest(), "text", "give the same --data on all hosts; without it, they need the same Python"
     )

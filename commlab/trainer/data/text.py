@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
+import stat
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from ...errors import UsageError
+from .formats import TextField, is_dataset, not_text, read_dataset, read_file
 
 HELD_OUT_EVERY = 20
 """One twentieth of the text is held out."""
@@ -28,6 +30,9 @@ class Text:
     documents: int
     text_bytes: int
     skipped_files: int
+    """Files that are not UTF-8 text."""
+    notes: tuple[str, ...] = ()
+    """What else was left out."""
 
     def digest(self) -> bytes:
         """Equal exactly for equal documents, held out or not; 15 ms for 12 MB."""
@@ -40,98 +45,168 @@ class Text:
         return digest.digest()
 
 
-def read_text(path: str | None = None) -> Text:
+def read_text(paths: str | Sequence[str] | None = None, text_field: str | None = None) -> Text:
     """Read documents and hold out a twentieth.
 
-    ``path``: a file, a folder (recursively, in the order of relative paths; files that are not UTF-8 text are skipped
-    and counted), a .json file holding an array of texts, or None for the running Python's library sources without their
-    tests (12 MB in Python 3.11). Of 40 documents or more every 20th is held out; of fewer, the last twentieth of each.
-    Errors: UsageError for a missing or empty path, text that is not UTF-8, a .json of another form.
+    ``paths``: what to read, in this order: files (plain text, a .json array of texts or of records, .jsonl; also with
+    .gz, .bz2 or .xz), folders of such files (recursively, in the order of relative paths; links are followed, files
+    that are not UTF-8 text are skipped and counted), folders that Hugging Face's datasets has saved. None: the running
+    Python's library sources without their tests (12 MB in Python 3.11). ``text_field``: of records; None: it is found.
+    Of 40 documents or more every 20th is held out; of fewer, the last twentieth of each or, where each is too short for
+    that, one document of 20 (of all, where there are fewer).
+    Errors: UsageError for a missing or empty path, text that is not UTF-8, JSON of another form.
     """
-    source = f"--data {path!r}" if path is not None else "the running Python's library sources"
-    documents, skipped_files = _read_library() if path is None else _read(Path(path))
-    text_bytes = sum(map(len, documents))
+    if paths is None:
+        source, found = "the running Python's library sources", _read_library()
+        field = TextField(None)
+    else:
+        paths = [paths] if isinstance(paths, str) else list(paths)
+        source = f"--data {paths[0]!r}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        field, found, known = TextField(text_field), _Found([]), dict[str, str]()
+        for path in paths:
+            same = known.setdefault(os.path.realpath(path), path)
+            if same is not path:
+                raise UsageError(f"--data {path!r} and {same!r} are the same; give each text once")
+            found.add(_read(Path(path), field))
+    if text_field is not None and not field.used:
+        raise UsageError(
+            f"--text-field {text_field!r} is for JSON lines and datasets, and {source} has none; leave it out"
+        )
+    text_bytes = sum(map(len, found.documents))
     if not text_bytes:
-        raise UsageError(
-            f"{source} holds no text ({skipped_files} files skipped that are not UTF-8); give a file or folder of text"
-        )
-    train, held_out = _split(documents)
-    return Text(train, held_out, source, len(documents), text_bytes, skipped_files)
+        others = ", ".join([f"{found.skipped_files} files skipped that are not UTF-8", *found.notes])
+        raise UsageError(f"{source} holds no text ({others}); give a file or folder of text")
+    train, held_out = _split(found.documents)
+    return Text(train, held_out, source, len(found.documents), text_bytes, found.skipped_files, tuple(found.notes))
 
 
-def _read(path: Path) -> tuple[list[bytes], int]:
-    """(documents, number of files skipped) of a file or folder."""
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        raise UsageError(f"--data {str(path)!r}: no such file or folder (looked in {os.getcwd()})")
-    content = _read_bytes(path)
-    if path.suffix == ".json":
-        return _read_json(path, content), 0
-    if not _is_text(content):
-        raise UsageError(
-            f"--data {str(path)!r} is not UTF-8 text; give text, a folder of text files, or a .json array of texts"
-        )
-    return [content], 0
+@dataclass
+class _Found:
+    """What one path of --data holds."""
+
+    documents: list[bytes]
+    skipped_files: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: _Found) -> None:
+        self.documents += other.documents
+        self.skipped_files += other.skipped_files
+        self.notes += other.notes
 
 
-def _read_json(path: Path, content: bytes) -> list[bytes]:
-    """The documents of a file in the paper's format: a JSON array of strings, one document each."""
-    wanted = 'a .json file must hold an array of texts, ["first text", "second text", ...]'
+def _read(path: Path, field: TextField) -> _Found:
     try:
-        texts = json.loads(content)
-    except ValueError as error:
-        raise UsageError(f"--data {str(path)!r} is not valid JSON ({error}); {wanted}") from error
-    if not isinstance(texts, list):
-        raise UsageError(f"--data {str(path)!r} holds a JSON {type(texts).__name__}; {wanted}")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
+        found = path.stat()
+    except OSError as error:
+        if path.is_symlink():
             raise UsageError(
-                f"--data {str(path)!r}: item {index} of the array is of type {type(text).__name__}; {wanted}"
-            )
-    # JSON can spell half of a surrogate pair, which no UTF-8 can hold.
-    return [text.encode(errors="replace") for text in texts if text]
+                f"--data {str(path)!r} is a link to {os.readlink(path)!r}, which does not exist"
+            ) from error
+        raise UsageError(f"--data {str(path)!r}: no such file or folder (looked in {os.getcwd()})") from error
+    if stat.S_ISDIR(found.st_mode):
+        return _Found(read_dataset(path, field)) if is_dataset(path) else _read_folder(path, field)
+    if not stat.S_ISREG(found.st_mode):
+        raise UsageError(f"--data {str(path)!r} is a pipe or a device, which can't be read by each rank; give a file")
+    documents = read_file(path, field)
+    if documents is None:
+        raise not_text(path)
+    return _Found(documents)
 
 
-def _read_folder(root: Path, *, suffix: str = "", without: frozenset[str] = frozenset()) -> tuple[list[bytes], int]:
-    """(documents, number of files skipped) of all files below ``root`` whose names end in ``suffix``; hidden,
-    __pycache__ and ``without`` folders are not entered."""
-    files: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [
-            name for name in folders if name not in without and name != "__pycache__" and not name.startswith(".")
-        ]
-        files += [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
-    # os.walk follows the file system's order, which differs between machines; the order of relative paths does not.
-    contents = [
-        _read_bytes(file) for file in sorted(files, key=lambda file: file.relative_to(root).parts) if file.is_file()
-    ]
-    documents = [content for content in contents if _is_text(content)]
-    return [content for content in documents if content], len(contents) - len(documents)
+def _read_folder(
+    root: Path, field: TextField, *, suffix: str = "", without: frozenset[str] = frozenset(), follow: bool = True
+) -> _Found:
+    """The documents of all files below ``root`` whose names end in ``suffix``; hidden, __pycache__ and ``without``
+    folders are not entered, nor folders behind links unless ``follow``."""
+    walk = _Walk(root, suffix, without | {"__pycache__"}, follow)
+    found = _Found([], 0, walk.notes)
+    # Each file system has an order of its own, which differs between machines; the order of relative paths does not.
+    for file in sorted(walk.files, key=lambda file: file.relative_to(root).parts):
+        documents = read_file(file, field, in_folder=True)
+        found.documents += documents or []
+        found.skipped_files += documents is None
+    return found
 
 
-def _read_library() -> tuple[list[bytes], int]:
+class _Walk:
+    """The files below ``root``, and what was left out. Where links are followed nothing is found twice, whatever leads
+    to it: text that is held out would be trained on under its other name. What is there without a link comes first,
+    then links by name."""
+
+    def __init__(self, root: Path, suffix: str, without: frozenset[str], follow: bool):
+        self.files: list[Path] = []
+        self._suffix, self._without, self._follow = suffix, without, follow
+        self._known: set[tuple[int, int]] = set()
+        self._links: list[Path] = []
+        self._nowhere = self._again = self._special = 0
+        self._enter(root)
+        while self._links:
+            self._links.sort(reverse=True)
+            link = self._links.pop()
+            if not link.exists():
+                self._nowhere += 1
+            elif not link.is_dir():
+                self._take(link)
+            elif follow:
+                self._enter(link)
+
+    @property
+    def notes(self) -> list[str]:
+        counts = {
+            "links that lead nowhere": self._nowhere,
+            "links to what is read already": self._again,
+            "pipes or devices": self._special,
+        }
+        return [f"{count} {what} left out" for what, count in counts.items() if count]
+
+    def _enter(self, root: Path) -> None:
+        folders = [root]
+        while folders:
+            folder = folders.pop()
+            if self._is_known(folder):
+                continue
+            try:
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            except OSError as error:
+                raise UsageError(f"--data: folder {str(folder)!r} cannot be read: {error.strerror or error}") from error
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path, is_folder = Path(folder, entry.name), entry.is_dir()
+                if entry.name in self._without if is_folder else not entry.name.endswith(self._suffix):
+                    continue
+                if entry.is_symlink():
+                    self._links.append(path)
+                elif is_folder:
+                    folders.append(path)
+                else:
+                    self._take(path)
+
+    def _take(self, path: Path) -> None:
+        if not path.is_file():
+            self._special += 1
+        elif not (self._follow and self._is_known(path)):
+            self.files.append(path)
+
+    def _is_known(self, path: Path) -> bool:
+        """Whether the file or folder was seen before; from now on it was."""
+        found = path.stat()
+        identity = found.st_dev, found.st_ino
+        if identity in self._known:
+            self._again += 1
+            return True
+        self._known.add(identity)
+        return False
+
+
+def _read_library() -> _Found:
     """The sources of Python's own library. Its tests are left out: not every installation has them, and the text should
     not depend on the installation."""
     root = Path(sysconfig.get_path("stdlib"))
-    return _read_folder(root, suffix=".py", without=_TEST_FOLDERS | {"site-packages", "dist-packages"})
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"--data {str(path)!r} cannot be read: {error.strerror or error}") from error
-
-
-def _is_text(content: bytes) -> bool:
-    if b"\0" in content:
-        return False
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+    without = _TEST_FOLDERS | {"site-packages", "dist-packages"}
+    return dataclasses.replace(
+        _read_folder(root, TextField(None), suffix=".py", without=without, follow=False), notes=[]
+    )
 
 
 def _split(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
@@ -140,7 +215,12 @@ def _split(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
         held_out = [text for index, text in enumerate(documents) if index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         return [text for index, text in enumerate(documents) if index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
     cuts = [(text, _cut(text)) for text in documents]
-    return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
+    if any(cut < len(text) for text, cut in cuts) or len(documents) < 2:
+        return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
+    # Texts so short that a twentieth of each is nothing.
+    every = min(len(documents), HELD_OUT_EVERY)
+    held_out = list(documents[every - 1 :: every])
+    return [text for index, text in enumerate(documents) if index % every != every - 1], held_out
 
 
 def _cut(text: bytes) -> int:

@@ -14,9 +14,15 @@ import numpy as np
 from ...errors import UsageError
 
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+"""A tokenizer folder has at least one of them."""
 _PIECE_CHARACTERS = 1 << 18
-_LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
-"""Positions where a byte-level token always ends: a single end of a line is a token by itself."""
+_LONGEST_CHARACTERS = 1 << 20
+"""A text is cut after the first end of a word behind so many characters, and after the most in any case: the library
+takes 150 times the memory of a text that it encodes at once."""
+_TOKEN_END = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
+"""Positions where a byte-level token always ends: a single end of a line is a token by itself, and a token of a word
+begins with the space before the word."""
 
 
 class Tokenizer(Protocol):
@@ -26,12 +32,14 @@ class Tokenizer(Protocol):
     vocab_size: int
     separator: int | None
     """The token that ends every document; None where the vocabulary has no such token."""
+    unknown: int | None
+    """The token for words that the vocabulary lacks; None: it lacks none, or none is known."""
     slow: bool
     """Whether encoding is so slow that ranks had better share the work."""
 
     def pieces(self, text: bytes) -> list[bytes]:
-        """``text``, cut where no token lies across: encoded one by one, the pieces have the tokens of the whole. There
-        is at least one piece, perhaps an empty one."""
+        """``text``, cut into pieces that are encoded one by one, so that a long text takes no more memory than a short
+        one; the cuts depend on the text alone. There is at least one piece, perhaps an empty one."""
         ...
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -65,6 +73,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 256
     separator: int | None = 0
+    unknown: int | None = None
     slow = False
 
     def pieces(self, text: bytes) -> list[bytes]:
@@ -90,28 +99,34 @@ class ByteTokenizer:
 
 
 class TrainedTokenizer:
-    """A tokenizer of the tokenizers library. It adds no special tokens but the separator. ``byte_level``: whether
-    :mod:`commlab.trainer.data.bpe` made it, for which it is known where tokens end."""
+    """A tokenizer of the tokenizers library. It adds no special tokens but the separator."""
 
     slow = True
 
-    def __init__(self, name: str, opened: Any, byte_level: bool = False) -> None:
-        self.name, self._tokenizer, self._byte_level = name, opened, byte_level
+    def __init__(self, name: str, opened: Any) -> None:
+        self.name, self._tokenizer = name, opened
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         # Ids may have gaps, so the largest one counts, not how many there are.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.separator = next((vocabulary[token] for token in _END_OF_TEXT if token in vocabulary), None)
+        self.unknown = vocabulary.get(getattr(self._tokenizer.model, "unk_token", None) or "")
 
     def pieces(self, text: bytes) -> list[bytes]:
-        if not self._byte_level or len(text) <= _PIECE_CHARACTERS:
+        """For a byte-level BPE that commlab has learned the pieces have the tokens of the whole, but in a text that has
+        no end of a word for 768 Ki characters. Where other tokenizers let a token end is not known: their tokens may
+        differ at a cut, which lies between two words."""
+        if len(text) <= _PIECE_CHARACTERS:
             return [text]
         characters = text.decode()
         cuts = [0]
-        while found := _LINE_END.search(characters, cuts[-1] + _PIECE_CHARACTERS):
-            cuts.append(found.start())
-        cuts.append(len(characters))
+        while (begin := cuts[-1] + _PIECE_CHARACTERS) < len(characters):
+            end = cuts[-1] + _LONGEST_CHARACTERS
+            found = _TOKEN_END.search(characters, begin, end)
+            cuts.append(found.start() if found else min(end, len(characters)))
+        if cuts[-1] < len(characters):
+            cuts.append(len(characters))
         return [characters[begin:end].encode() for begin, end in pairwise(cuts)]
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -154,22 +169,51 @@ class TrainedTokenizer:
 def _open_file(path: Path) -> Any:
     """The ``tokenizers.Tokenizer`` of a file or folder; transformers is imported only for folders without a
     tokenizer.json."""
+    where = f"--tokenizer {str(path)!r}"
     if not path.exists():
         raise UsageError(
-            f"--tokenizer {str(path)!r}: no such file or folder; give 'bytes', 'bpe' for one that is trained on the"
-            " text, or the path of a tokenizer.json or of a folder that transformers' AutoTokenizer can open"
+            f"{where}: no such file or folder; give 'bytes', 'bpe' for one that is trained on the text, or the path of"
+            " a tokenizer.json or of a folder that transformers' AutoTokenizer can open (nothing is downloaded)"
         )
     file = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir() and not any((path / name).is_file() for name in _FILES):
+        there = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        raise UsageError(
+            f"{where} cannot be read as a tokenizer: the folder has none of {', '.join(_FILES)}; it has {there}"
+        )
     try:
-        if file.is_file():
+        if file.exists():
             from tokenizers import Tokenizer as FastTokenizer
 
             return FastTokenizer.from_file(str(file))
-        from transformers import AutoTokenizer
-
-        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return _of_vocabulary(path) or _of_transformers(path)
+    except UsageError:
+        raise
     except Exception as error:  # both libraries raise bare Exceptions of many kinds; the cause stays attached
-        raise UsageError(f"--tokenizer {str(path)!r} cannot be read as a tokenizer: {error}") from error
+        cause = " ".join(str(error).split())[:300]
+        raise UsageError(f"{where} cannot be read as a tokenizer: {cause}") from error
+
+
+def _of_vocabulary(path: Path) -> Any:
+    """The tokenizer of a folder that has nothing but its vocabulary: a byte-level BPE, as GPT-2's, or WordPiece, as
+    BERT's. None for other folders."""
+    if any((path / name).exists() for name in ("config.json", "tokenizer_config.json")):
+        return None
+    from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
+
+    if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+        return ByteLevelBPETokenizer(str(path / "vocab.json"), str(path / "merges.txt"))._tokenizer
+    if (path / "vocab.txt").exists():
+        words = (path / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        lower = all(word.islower() or not word.isalpha() for word in words)
+        return BertWordPieceTokenizer(str(path / "vocab.txt"), lowercase=lower)._tokenizer
+    return None
+
+
+def _of_transformers(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     if not getattr(loaded, "is_fast", False):
         raise UsageError(f"--tokenizer {str(path)!r} has no fast version; convert it to a tokenizer.json first")
     return loaded.backend_tokenizer
@@ -178,4 +222,9 @@ def _open_file(path: Path) -> Any:
 def open_tokenizer(name: str) -> Tokenizer:
     """The tokenizer ``name``: 'bytes', or the path of a tokenizer.json or tokenizer folder. UsageError where there is
     none."""
-    return ByteTokenizer() if name == "bytes" else TrainedTokenizer(name, _open_file(Path(name)))
+    if name == "bytes":
+        return ByteTokenizer()
+    opened = TrainedTokenizer(name, _open_file(Path(name)))
+    if opened.vocab_size < 2:
+        raise UsageError(f"--tokenizer {name!r} has a vocabulary of {opened.vocab_size}; give one with its words")
+    return opened

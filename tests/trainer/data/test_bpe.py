@@ -89,6 +89,35 @@ def test_pieces_have_the_tokens_of_the_whole(
     assert b"".join(pieces) == text
     assert np.array_equal(np.concatenate([learned.encode(piece) for piece in pieces]), whole)
     assert learned.pieces(b"") == [b""]
+    assert any(piece.startswith(b" r") for piece in pieces), "cut between two words of one line"
+
+
+def test_text_without_an_end_of_a_word_is_cut(
+    learned: tokenizer.TrainedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long line: the library never gets more of it than a bounded piece."""
+    monkeypatch.setattr(tokenizer, "_PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(tokenizer, "_LONGEST_CHARACTERS", 70)
+    for text in ("é" * 1000, " " * 1000, "a" * 70, "a" * 71, "ab " * 23 + "c" * 300, "a" * 49 + " b"):
+        pieces = learned.pieces(text.encode())
+        assert b"".join(pieces) == text.encode()
+        assert max(len(piece.decode()) for piece in pieces) <= 70
+        counts = [count for piece in pieces for count in learned.encode_with_bytes(piece)[1]]
+        assert sum(counts) == len(text.encode())
+    assert learned.pieces(b"ab " * 23)[0] == (b"ab " * 23)[:50]
+
+
+def test_long_runs_are_cut_for_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNA: a word of the library is never longer than 64 characters; ordinary text is learned from as it is."""
+    ordinary = "".join(f"a line of {number} ordinary words\n" for number in range(9000))
+    assert max(map(len, bpe._pieces([ordinary.encode()]))) == bpe._PIECE_CHARACTERS
+    for run in ("ACGT" * 5000, " " * 5000, "東京" * 5000):
+        pieces = bpe._pieces([f"one {run} two".encode()])
+        assert "".join(pieces) == f"one {run} two"
+        assert max(len(word) for piece in pieces for word in piece.split()) <= bpe.LONGEST_WORD if run.strip() else 9
+        assert len(pieces) >= len(run) // bpe.LONGEST_WORD
+    monkeypatch.setattr(bpe, "LONG_CHARACTERS", 1000)
+    assert sum(map(len, bpe._pieces([b"x " * 500, b"A" * 7000]))) in range(1000 + 900, 1000 + 1100)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 200])

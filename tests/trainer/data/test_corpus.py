@@ -98,10 +98,12 @@ def test_split_keeps_every_byte_and_every_character(documents: list[bytes]) -> N
     if len(documents) >= 2 * HELD_OUT_EVERY:
         assert sorted(train + held_out) == sorted(documents)
         assert len(held_out) == len(documents) // HELD_OUT_EVERY
-    else:
+    elif any(map(len, held_out)) and len(train) == len(documents):
         assert [a + b for a, b in zip(train, held_out, strict=True)] == documents
         for part in train + held_out:
             part.decode()  # cut between characters
+    else:
+        assert sorted([*train, *held_out]) == sorted(documents) or train == documents
 
 
 def test_bpe_tokens_stand_for_every_byte(tokenizer_file: Path, tmp_path: Path) -> None:
@@ -144,6 +146,7 @@ def test_bytes_are_their_own_tokens() -> None:
         ("gone.txt", None, ["no such file"]),
         ("empty.txt", b"", ["holds no text"]),
         ("short.txt", b"abc", ["too short", "3 bytes", "each part needs 2"]),
+        ("26.txt", bytes(range(97, 123)), ["too short", "26 bytes", "give more text"]),
         ("binary.txt", b"a\0b", ["not UTF-8 text"]),
         ("latin.txt", "é".encode("latin-1"), ["not UTF-8 text"]),
         ("object.json", b'{"text": "a"}', ["JSON dict", "array of texts"]),
@@ -161,6 +164,27 @@ def test_data_that_cannot_be_used(tmp_path: Path, name: str, content: bytes | No
     assert all(word in str(caught.value) for word in [str(path), *words]), str(caught.value)
 
 
+@pytest.mark.parametrize("count", [2, 12, 39])
+def test_short_texts_are_held_out_whole(tmp_path: Path, count: int) -> None:
+    """Short data: texts of which a twentieth is nothing."""
+    texts = [f"text {index}" for index in range(count)]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    corpus = load_corpus(str(tmp_path / "texts.json"))
+    train, held_out = texts_of(corpus.train), texts_of(corpus.held_out)
+    assert sorted(train + held_out) == sorted(text.encode() for text in texts)
+    assert len(held_out) == max(1, count // HELD_OUT_EVERY)
+
+
+def test_a_tokenizer_that_cuts_nowhere_is_the_one_at_fault(tmp_path: Path) -> None:
+    """Tokenizers: 1 token for 60 kB is no short text."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"[UNK]": 0, "word": 1}, unk_token="[UNK]")).save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("word word\n" * 6000)
+    with pytest.raises(UsageError, match=r"words.json' makes 2 tokens of the 60,000 bytes .*another tokenizer"):
+        load_corpus(str(tmp_path / "a.txt"), str(tmp_path / "words.json"))
+
+
 def test_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"\0\1")
     with pytest.raises(UsageError, match=r"holds no text .1 files skipped"):
@@ -174,8 +198,41 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read as a tokenizer"):
         open_tokenizer(str(tmp_path))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match="cannot be read as a tokenizer"):
+    with pytest.raises(UsageError, match=r"none of tokenizer.json, .*; it has nothing"):
         open_tokenizer(str(tmp_path / "folder"))
+    with pytest.raises(UsageError, match=r"nothing is downloaded"):
+        open_tokenizer("gpt2")
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"cannot be read as a tokenizer: .{10,300}$"):
+        open_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_of_other_words_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "word": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("another text\n" * 60 + "word\n" * 40)
+    with pytest.raises(UsageError, match=r"lacks the words of .*: 80% of the tokens"):
+        load_corpus(str(tmp_path / "a.txt"), str(tmp_path / "words.json"))
+
+
+def test_folders_of_a_vocabulary_alone(tmp_path: Path) -> None:
+    """Tokenizer folders: as the tokenizers library saves a model."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([MIXED * 3], vocab_size=270, special_tokens=["<|endoftext|>"])
+    (tmp_path / "bpe").mkdir()
+    trained.save_model(str(tmp_path / "bpe"))
+    opened = open_tokenizer(str(tmp_path / "bpe"))
+    assert opened.separator == 0
+    assert opened.encode(MIXED.encode()).tolist() == trained.encode(MIXED).ids
+    for words, text in ((["hello", "##s"], "Hellos"), (["Hello", "##s"], "Hellos")):
+        (tmp_path / words[0]).mkdir()
+        (tmp_path / words[0] / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]))
+        assert open_tokenizer(str(tmp_path / words[0])).encode(text.encode()).tolist() == [4, 5]
 
 
 def test_corpus_is_small_in_memory(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""What a run writes: tried and claimed before its first step, and a model that is saved in any case."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from commlab.errors import UsageError
+from commlab.trainer.config import Config
+from commlab.trainer.outputs import Outputs, save_somewhere
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    Path("file").touch()
+    Path("nowhere").symlink_to("gone")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"output": "file"}, "--output 'file' is a file; give a folder"),
+        ({"output": "file/a/b"}, "--output 'file/a/b' lies below 'file', which is a file"),
+        ({"output": "nowhere"}, "'nowhere' is a link to 'gone', which does not exist"),
+        ({"output": "nowhere/a"}, "'nowhere' is a link to 'gone', which does not exist"),
+        ({"output": "/proc/commlab"}, "--output '/proc/commlab' can't be written: "),
+        ({"tensorboard": "file"}, "--tensorboard 'file' is a file"),
+        ({"checkpoint_dir": "file", "checkpoint_every": 1}, "--checkpoint-dir 'file' is a file"),
+        ({"metrics": "tmp"}, "--metrics 'tmp' is a folder"),
+        ({"trace": "gone/t.json"}, "--trace 'gone/t.json' lies in 'gone', which is not a folder"),
+        ({"trace": "/proc/commlab"}, "--trace '/proc/commlab' can't be written: "),
+        ({"metrics": "o/../t", "trace": "t"}, "--metrics and --trace are both 't'"),
+    ],
+)
+def test_what_cannot_be_written_is_known_at_once(arguments: dict[str, object], words: str) -> None:
+    """Outputs: below a file, a broken link, a file system that takes nothing."""
+    if "tensorboard" in arguments:
+        pytest.importorskip("tensorboard")
+    with pytest.raises(UsageError) as caught:
+        Outputs(Config(**{"output": "o", **arguments}))  # type: ignore[arg-type]
+    assert words in str(caught.value)
+
+
+def test_trying_leaves_nothing() -> None:
+    Path("m.jsonl").write_text("what was there\n")
+    outputs = Outputs(Config(output="new/folder", metrics="m.jsonl", trace="t.json", checkpoint_every=5))
+    outputs.require_room(100, 10)
+    assert sorted(os.listdir("new/folder")) == [".writer", "checkpoints"]
+    assert os.listdir("new/folder/checkpoints") == []
+    assert Path("m.jsonl").read_text() == "what was there\n"
+    assert not Path("t.json").exists()
+
+
+def test_two_runs_into_one_folder() -> None:
+    """Two runs: the second knows the first by host and process; a link to the folder is the same folder."""
+    first = Outputs(Config(output="o"))
+    Path("link").symlink_to("o")
+    for name in ("o", "link"):
+        with pytest.raises(UsageError, match=rf"--output '{name}': .*pid {os.getpid()} on {socket.gethostname()}"):
+            Outputs(Config(output=name))
+    Outputs(Config(output="other")).close()
+    first.close()
+    Outputs(Config(output="o")).close()
+
+
+def test_checkpoints_in_the_folder_of_the_model() -> None:
+    Outputs(Config(output="o", checkpoint_dir="o", checkpoint_every=1)).close()
+
+
+def test_no_room() -> None:
+    """A disk without room: by a limit on files, which is found in the same way."""
+    outputs = Outputs(Config(output="o", checkpoint_every=10))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        outputs.require_room(1 << 20, 9)
+        with pytest.raises(UsageError, match=r"--output 'o' has no room for the model: 1.0 MB are needed, and .* left"):
+            outputs.require_room((1 << 20) + 1, 9)
+        with pytest.raises(UsageError, match=r"for the model and its checkpoints: 3.7 MB are needed"):
+            outputs.require_room(1 << 19, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def writer_that_fails(*folders: str) -> Callable[[str], None]:
+    def write(into: str) -> None:
+        Path(into, "config.json").write_text("new")
+        if Path(into).parent.name in folders or Path(into).name in folders:
+            raise OSError(28, "No space left on device")
+        Path(into, "model.safetensors").write_text("new")
+
+    return write
+
+
+def test_a_model_appears_whole() -> None:
+    Path("o").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "notes.txt"):
+        Path("o", name).write_text("old")
+    assert save_somewhere("o", writer_that_fails()) == ("o", "")
+    assert {path.name: path.read_text() for path in Path("o").iterdir()} == {
+        "config.json": "new",
+        "model.safetensors": "new",
+        "notes.txt": "old",
+    }, "the tokenizer was that of the model before"
+
+
+def test_a_model_is_saved_somewhere(tmp_path: Path) -> None:
+    """Outputs: the disk is full at the end, or the folder has become a file."""
+    Path("o").mkdir()
+    Path("o/model.safetensors").write_text("old")
+    folder, trouble = save_somewhere("o", writer_that_fails("o"))
+    assert Path(folder).parent == tmp_path
+    assert Path(folder, "model.safetensors").read_text() == "new"
+    assert trouble == (
+        f"--output 'o': the model can't be saved there (No space left on device); it was saved to {folder}: move it "
+        "from there"
+    )
+    assert os.listdir("o") == ["model.safetensors"]
+    assert Path("o/model.safetensors").read_text() == "old", "whole until there is another"
+    assert Path(save_somewhere("file", writer_that_fails())[0], "config.json").exists()
+    folder, trouble = save_somewhere("o", writer_that_fails("o", Path(folder).name))
+    assert folder == ""
+    assert trouble.endswith("IT IS LOST; make room, and train again")
+    assert sorted(os.listdir()) == ["file", "nowhere", "o", "tmp"]
