@@ -32,11 +32,12 @@ PIP_IN     := $(PIP) install --quiet --constraint constraints.txt
 TORCH      := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 BUILD      := scikit-build-core nanobind cmake ninja
 LINT       := ruff mypy clang-format
+EXAMPLES   := scikit-learn accelerate
 NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
 CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-serial test-mpi horovod lint format native fuzz-links stress-links clean distclean
+.PHONY: help venv train test test-serial test-mpi examples horovod lint format native fuzz-links stress-links clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -56,6 +57,9 @@ test-serial: venv ## the tests that need no mpirun
 
 test-mpi: venv ## the tests that run on 8 ranks
 	python tests/mpi/launch.py $(RANKS) $(PYTEST_ARGS)
+
+examples: $(VENV)/.examples venv ## run every script of docs/examples
+	python -m pytest tests/test_examples.py --examples $(PYTEST_ARGS)
 
 horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's cache), for strategy horovod
 	python -m bench.horovod_build $(ARGS)
@@ -112,6 +116,10 @@ $(VENV)/.tools: $(VENV)/.torch
 
 $(VENV)/.lint: $(VENV)/.torch
 	$(PIP_IN) $(LINT)
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.torch
+	$(PIP_IN) $(EXAMPLES)
 	touch $@
 
 # Python sources are used where they lie; only the native module is built. Without build isolation the next
