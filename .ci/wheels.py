@@ -1,6 +1,6 @@
 """Wheels for everybody: ``build`` makes them, ``check`` installs one where there is no compiler, and trains.
 
-    python .ci/wheels.py build [--cuda] [--out dist]       one wheel per CPython at hand; from 3.12 on one for all
+    python .ci/wheels.py build [--this] [--cuda] [--out dist]   one wheel per CPython at hand; from 3.12 on one for all
     python .ci/wheels.py check [--out dist]
 
 The native module is compiled by Zig's clang (a wheel of PyPI), which links against any older glibc: what GCC makes runs
@@ -74,10 +74,10 @@ def old_glibc(programs: Path, folder: Path) -> dict[str, str]:
     return variables
 
 
-def build(out: Path, cuda: bool) -> None:
+def build(out: Path, cuda: bool, this: bool) -> None:
     programs = tools()
     variables = {} if cuda else old_glibc(programs, ROOT / "build/zig")
-    chosen = interpreters()
+    chosen = {sys.version_info.minor: sys.executable} if this else interpreters()
     stable = [minor for minor in chosen if minor >= STABLE_ABI][:1]
     print("CPython at hand:", ", ".join(f"3.{minor}" for minor in chosen), flush=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -86,10 +86,9 @@ def build(out: Path, cuda: bool) -> None:
         shutil.rmtree(raw, ignore_errors=True)
         began = time.monotonic()
         settings = [f"cmake.define.COMMLAB_CUDA={'ON' if cuda else 'OFF'}", f"build-dir={raw}/cmake"]
-        options = [word for setting in settings for word in ("-C", setting)]
+        # In full: the short word is only known to pip from 23.1 on, and Python 3.10 brings an older one.
+        options = [word for setting in settings for word in ("--config-settings", setting)]
         pip = [chosen[minor], "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
-        # pip below 23.1 knows these settings under their long name only, and pip of 3.10 may be older.
-        options = [word.replace("-C", "--config-settings") if word == "-C" else word for word in options]
         call(*pip, *options, "--wheel-dir", raw, ROOT, **variables)
         [wheel] = raw.glob("*.whl")
         call(programs / "auditwheel", "show", wheel)
@@ -160,9 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=["build", "check"])
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument("--cuda", action="store_true", help="with the kernels for GPUs: nvcc and a host compiler")
+    parser.add_argument("--this", action="store_true", help="for the Python that runs this, and no other")
     options = parser.parse_args(arguments)
     if options.what == "build":
-        build(options.out, options.cuda)
+        build(options.out, options.cuda, options.this)
     else:
         check(options.out)
 
