@@ -16,34 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers"), str(ROOT / "docs/site")]
 
 from drawing import svg  # noqa: E402
-
-REFERENCE = {
-    "start": ("Start and end", ["runtime.world.init", "runtime.world.shutdown", "runtime.group.Group"]),
-    "collectives": (
-        "Collectives",
-        [
-            *("collectives.allreduce.allreduce", "collectives.allreduce.allreduce_async", "runtime.handle.Handle"),
-            *(f"collectives.operations.{name}" for name in ("reduce_scatter", "allgather", "broadcast", "reduce")),
-            *(f"collectives.exchanges.{name}" for name in ("alltoall", "gather", "scatter", "allgather_parts")),
-            *("collectives.grouped.grouped_allreduce", "checkpoint.objects.broadcast_object"),
-            *("checkpoint.objects.allgather_object", "collectives.operations.barrier", "collectives.operations.empty"),
-        ],
-    ),
-    "training": (
-        "Training",
-        ["strategies.strategy", "strategies.engine.Engine", "checkpoint.checkpoints.Checkpoints", "apex.fused_adam"],
-    ),
-    "parameter-server": ("Parameter server", ["ps.store.ParameterServer"]),
-    "c10d": ("torch.distributed", ["c10d.make_default", "c10d.replace_gloo", "c10d.register", "c10d.ddp_hook.DDPHook"]),
-    "errors": (
-        "Errors",
-        [
-            *("errors.CommlabError", "errors.UsageError", "errors.DisagreementError", "errors.RefusedError"),
-            *("errors.NotFiniteError", "errors.PeerLostError", "errors.PeerTimeoutError", "errors.SharedMemoryError"),
-        ],
-    ),
-}
-"""Each API page: its title, and the names on it."""
+from reference import REFERENCE  # noqa: E402
 
 PICTURES = {"ring": (4,), "halving": (4, 6), "tree": (8,), "direct": (4,)}
 ONLY_IN_THE_CHECKOUT = re.compile(r"\]\((?:\.\./)+((?:bench|commlab|tests|kernels)/[^)]*)\)")
@@ -68,7 +41,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     name = Path(path).stem
     if path.startswith("algorithms/") and name in PICTURES:
         pictures = "\n\n".join(
-            f"![allreduce by {name} on {size} ranks: who sends what to whom, in which step](../pictures/{name}-{size}.svg)"
+            f"![allreduce by {name} on {size} ranks: who sends what to whom](../pictures/{name}-{size}.svg)"
             for size in PICTURES[name]
         )
         fence = markdown.index("\n```\n")
