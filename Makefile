@@ -34,11 +34,14 @@ PIP_IN     := $(PIP) install --quiet --constraint constraints.txt
 TORCH      := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 BUILD      := scikit-build-core nanobind cmake ninja
 LINT       := ruff mypy clang-format
+EXAMPLES   := scikit-learn accelerate
+DOCS       := mkdocs mkdocs-material mkdocstrings-python ruff
 NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
 CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-serial test-mpi horovod lint format native fuzz-links stress-links clean distclean
+.PHONY: help venv train test test-serial test-mpi examples horovod lint format native docs wheel wheel-check fuzz-links \
+  stress-links clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -59,6 +62,9 @@ test-serial: venv ## the tests that need no mpirun
 test-mpi: venv ## the tests that run on 8 ranks
 	python tests/mpi/launch.py $(RANKS) $(PYTEST_ARGS)
 
+examples: $(VENV)/.examples venv ## run every script of docs/examples
+	python -m pytest tests/test_examples.py --examples $(PYTEST_ARGS)
+
 horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's cache), for strategy horovod
 	python -m bench.horovod_build $(ARGS)
 
@@ -77,6 +83,16 @@ format: $(VENV)/.lint ## let ruff and clang-format rewrite the sources
 native: $(VENV)/.tools ## build the native module again, even if nothing changed
 	rm -f $(VENV)/.installed
 	$(MAKE) venv
+
+docs: .venv-docs/.installed ## the documentation as a site, in build/site; warnings and dead links are errors
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml $(ARGS)
+	.venv-docs/bin/python docs/site/check.py build/site
+
+wheel: ## wheels for the CPythons at hand, in dist; ARGS=--cuda with the kernels for GPUs
+	$(PYTHON) .ci/wheels.py build $(ARGS)
+
+wheel-check: ## install the wheel where there is no compiler, and train two steps
+	$(PYTHON) .ci/wheels.py check $(ARGS)
 
 fuzz-links: ## a million spoiled frames to the links' engine, under AddressSanitizer and UndefinedBehaviorSanitizer
 	mkdir -p build
@@ -97,7 +113,7 @@ clean: ## remove what was built and cached, not the environments
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## the environments too
-	rm -rf .venv .venv-openmpi .venv-impi
+	rm -rf .venv .venv-openmpi .venv-impi .venv-docs .venv-wheel
 
 # The stamps inside the environment: each step is done once, and again when what it depends on changes.
 
@@ -116,9 +132,20 @@ $(VENV)/.lint: $(VENV)/.torch
 	$(PIP_IN) $(LINT)
 	touch $@
 
+$(VENV)/.examples: $(VENV)/.torch
+	$(PIP_IN) $(EXAMPLES)
+	touch $@
+
+# mkdocs needs neither torch nor commlab: API pages are read from the sources.
+.venv-docs/.installed: constraints.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(DOCS)
+	touch $@
+
 # Python sources are used where they lie; only the native module is built. Without build isolation the next
 # build reuses this one's objects.
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE_SRC)
+	$(PIP) uninstall --quiet --yes commlab 2>/dev/null  # the distribution's name before 0.2.0
 	$(PIP_IN) --no-build-isolation --editable '.[$(MPI),test]'
 	python -c 'from commlab import native; print("commlab runs on", native.backend())'
 	touch $@

@@ -13,6 +13,10 @@ import pytest
 pytest.register_assert_rewrite(*(helper.stem for helper in (Path(__file__).parent / "helpers").glob("*.py")))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--examples", action="store_true", help="run every script of docs/examples, the slow ones too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A warning is a fault, wherever it comes from; -W on the command line comes after this line, and wins.
     config.addinivalue_line("filterwarnings", "error")

@@ -36,7 +36,9 @@ every_page = pytest.mark.parametrize("page", [*FRONT, *PAGES], ids=lambda page: 
 
 
 def examples() -> str:
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", (DOCS / "api.md").read_text(), re.S | re.M))
+    """Those of the API and, in the process that they leave, the loop of own-loop.md."""
+    text = "\n".join((DOCS / page).read_text() for page in ("api.md", "own-loop.md"))
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.S | re.M))
 
 
 def test_the_examples_run() -> None:

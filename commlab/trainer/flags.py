@@ -185,6 +185,6 @@ class _Print(argparse.Action):
 
 def _version() -> str:
     try:
-        return importlib.metadata.version("commlab")
+        return importlib.metadata.version("commlab-torch")
     except importlib.metadata.PackageNotFoundError:
         return "(run from its sources, not installed)"

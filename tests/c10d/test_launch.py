@@ -44,9 +44,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
             entries += f"{name.strip()} = {ast.literal_eval(target.strip())}\n"
     assert "[torch.backends]\ncommlab = commlab.c10d:register" in entries
     assert "[torch.distributed.backends]\ncommlab = commlab.c10d:register" in entries
-    info = folder / "commlab-0.1.0.dist-info"
+    info = folder / "commlab_torch-0.2.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: commlab\nVersion: 0.1.0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: commlab-torch\nVersion: 0.2.0\n")
     (info / "entry_points.txt").write_text(entries)
     return os.pathsep.join([str(folder), str(ROOT)])
 

