@@ -111,12 +111,8 @@ def _all_pieces(group: Group, numbers: torch.Tensor, held: Range) -> Waits:
     pieces = _pieces(group, numbers.numel())
     content = bytes_of(numbers)
     own = Range(held.start * width, held.stop * width)
-    outs: Sequence[torch.Tensor] = [
-        torch.empty(piece.numel * width, dtype=torch.uint8) for piece in pieces
-    ]
-    yield from until(
-        deliver_async(group, Signature("horovod's adasum"), [content], [own] * group.size, outs)
-    )
+    outs: Sequence[torch.Tensor] = [torch.empty(piece.numel * width, dtype=torch.uint8) for piece in pieces]
+    yield from until(deliver_async(group, Signature("horovod's adasum"), [content], [own] * group.size, outs))
     for piece, out in zip(pieces, outs, strict=True):
         content[piece.start * width : piece.stop * width].copy_(out)
 

@@ -67,7 +67,9 @@ class Announcement(NamedTuple):
         more += [f"root {self.root}"] if self.root >= 0 else []
         more += [f"scaled by {self.scales[0]:g} before and {self.scales[1]:g} after"] if self.scales != (1, 1) else []
         more += [self.detail] if self.detail else []
-        return " ".join([self.kind, *([f"of {tensors}"] if tensors else []), *([f"({', '.join(more)})"] if more else [])])
+        return " ".join(
+            [self.kind, *([f"of {tensors}"] if tensors else []), *([f"({', '.join(more)})"] if more else [])]
+        )
 
 
 def announcement_of(found: list[Any]) -> Announcement:

@@ -24,13 +24,13 @@ import torch
 from .. import trace
 from ..chunks import Range
 from ..collectives.delivery import deliver_async
-from ..errors import CommlabError, PeerTimeoutError
+from ..errors import CommlabError, PeerTimeoutError, UsageError
 from ..runtime.agreement import Signature
 from ..runtime.ending import HARMLESS, ended_by
 from ..runtime.group import Group
 from ..runtime.handle import Handle
+from .announcement import Announcement, announcement_of, refusal
 from .entry import Entry, HorovodInternalError
-from .announcement import Announcement, refusal, announcement_of
 from .settings import Settings
 
 log = logging.getLogger("commlab")
@@ -108,13 +108,13 @@ class Channel:
         self._run = self._negotiate()
 
     def submit(self, entry: Entry) -> None:
-        """Take an operation of this rank. The caller holds the engine's lock. HorovodInternalError where the name is in
-        use, or nothing is taken any more."""
+        """Take an operation of this rank. The caller holds the engine's lock. UsageError where the name is in use,
+        HorovodInternalError where nothing is taken any more."""
         name = entry.request.name
         if self.ended is not None:
             raise HorovodInternalError(str(self.ended))
         if name in self.entries:
-            raise HorovodInternalError(
+            raise UsageError(
                 f"rank {self.rank}: {entry.request.text()} has the name {name!r}, which another operation under way "
                 "has too; give each its own name, or wait for the first one"
             )

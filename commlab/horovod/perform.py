@@ -21,8 +21,8 @@ from ..collectives.delivery import bytes_of, deliver_async
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
 from ..runtime.agreement import Signature
 from .adasum import adasum
-from .channel import Channel, Ready, Waits, until
 from .announcement import dtype_of, summed_dtype
+from .channel import Channel, Ready, Waits, until
 
 _ALONE_BYTES = 1024 * 1024
 """From so many bytes on a tensor in plain memory is reduced where it lies."""
@@ -124,7 +124,9 @@ def buffer_of(channel: Channel, numel: int, dtype: torch.dtype) -> torch.Tensor:
         window = channel.group.window
         room_bytes = 1 << (size_bytes - 1).bit_length()
         channel.buffers.clear()
-        held = torch.empty(room_bytes, dtype=torch.uint8) if window is None else tensor_in(window, room_bytes, torch.uint8)
+        held = (
+            torch.empty(room_bytes, dtype=torch.uint8) if window is None else tensor_in(window, room_bytes, torch.uint8)
+        )
         channel.buffers["fused"] = held
     return held[: numel * dtype.itemsize].view(dtype)
 
@@ -334,9 +336,11 @@ def _alltoall(channel: Channel, ready: Ready) -> Waits:
     row_bytes = torch.Size(ready.request.shapes[0][1:]).numel() * tensor.element_size()
     received = [ready.requests[peer].splits[group.rank] for peer in range(group.size)]
     whole = torch.empty((sum(received), *tensor.shape[1:]), dtype=tensor.dtype)
-    outs = list(bytes_of(whole).split([rows * row_bytes for rows in received])) if whole.numel() else [
-        torch.empty(0, dtype=torch.uint8) for _ in received
-    ]
+    outs = (
+        list(bytes_of(whole).split([rows * row_bytes for rows in received]))
+        if whole.numel()
+        else [torch.empty(0, dtype=torch.uint8) for _ in received]
+    )
     ranges, start = [], 0
     for rows in ready.requests[group.rank].splits:
         ranges.append(Range(start * row_bytes, (start + rows) * row_bytes))

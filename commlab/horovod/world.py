@@ -19,10 +19,10 @@ from ..runtime.connect import import_mpi
 from ..runtime.group import Group
 from ..transport.rendezvous import store_for
 from . import timeline
+from .announcement import Announcement
 from .background import Background
 from .entry import Entry
 from .process_sets import ProcessSet, global_process_set
-from .announcement import Announcement
 from .settings import settings_of_environment
 
 _SHUTDOWN_S = 5.0
@@ -105,7 +105,9 @@ def init(comm: Any = None, process_sets: Any = None, *, timeout_s: float | None 
         ranks = "" if len(chosen) == launch.size else f"/{chosen}"
         store = dist.PrefixStore(f"commlab/horovod/{'/'.join(run)}/{_generation}{ranks}", _store_of(launch, settings))
     here = Member(launch.rank, launch.size)
-    group = connect(dist.PrefixStore("0", store) if size > 1 else None, rank, size, settings.timeout_s, here, aside=True)
+    group = connect(
+        dist.PrefixStore("0", store) if size > 1 else None, rank, size, settings.timeout_s, here, aside=True
+    )
     engine = Background(settings)
     engine.add(0, group, range(size))
     global_process_set.ranks = list(range(size))

@@ -89,7 +89,9 @@ class _Allgather(torch.autograd.Function):
         group = ctx.group
         rows = [shape[0] if shape else 1 for shape in ctx.shapes]
         counts = synchronize(mpi_ops.allgather_async(torch.tensor([rows]), None, group))
-        found = mpi_ops.grouped_allreduce_async([g.contiguous() for g in gradients], None, None, Average, 1.0, 1.0, group)
+        found = mpi_ops.grouped_allreduce_async(
+            [g.contiguous() for g in gradients], None, None, Average, 1.0, 1.0, group
+        )
         before = counts[: _index(group)].sum(0).tolist()
         return (
             None,

@@ -15,9 +15,7 @@ from .mpi_ops import allgather_async, broadcast_async, broadcast_async_
 from .start import synchronize
 
 
-def broadcast_parameters(
-    params: Any, root_rank: int, process_set: ProcessSet = global_process_set
-) -> None:
+def broadcast_parameters(params: Any, root_rank: int, process_set: ProcessSet = global_process_set) -> None:
     """Overwrite parameters and buffers with those of ``root_rank``. ``params``: a ``state_dict()``, or a sequence of
     pairs of names and tensors. What is no tensor in it is left alone."""
     if isinstance(params, Mapping):

@@ -16,18 +16,12 @@ from ...errors import UsageError
 from .. import world
 from ..process_sets import ProcessSet, global_process_set
 from .start import (
-    Adasum,
     AsyncHandle,
     Average,
-    Max,
-    Min,
-    Product,
-    ReduceOp,
     Sum,
     Tensors,
     one,
     op_of,
-    poll,
     start,
     start_alltoall,
     start_broadcast,
@@ -36,6 +30,7 @@ from .start import (
     start_reducescatter,
     synchronize,
 )
+
 
 def allreduce_async(
     tensor: torch.Tensor,
@@ -231,5 +226,3 @@ def join(device: int = -1) -> int:
     """This rank has no more inputs: until all ranks have joined, it contributes zeros to their allreduces. Returns the
     rank that joined last. ``device`` means nothing here."""
     return world.join()
-
-

@@ -17,6 +17,7 @@ from .functions import broadcast_object
 from .mpi_ops import sparse_allreduce_async
 from .start import Adasum, Average, ReduceOp, start_gradient, start_reduce, synchronize
 
+
 class _Distributed:
     """Stands before the class of the user's optimizer: the made object is both. Everything of the optimizer is the
     optimizer's own, its state, its groups and what schedulers and scalers do with them."""
@@ -27,7 +28,7 @@ class _Distributed:
         me._handles, me._hooks, me._sparse = {}, [], set()
         me._synchronized, me._should_synchronize = False, True
         me._requires_update = [p for group in me.param_groups for p in group["params"] if p.requires_grad]
-        me._delays = {p: me.backward_passes_per_step for p in me._requires_update}
+        me._delays = dict.fromkeys(me._requires_update, me.backward_passes_per_step)
         me._group_of, me._arrived = {}, {}
         if me._takes_part():
             self._form_groups()
@@ -54,9 +55,7 @@ class _Distributed:
             me.process_set,
         )
         place = {name: index for index, name in enumerate(names)}
-        known = sorted(
-            me._requires_update, key=lambda p: place.get(me._parameter_names[p], len(place))
-        )
+        known = sorted(me._requires_update, key=lambda p: place.get(me._parameter_names[p], len(place)))
         if isinstance(me._groups, int):
             count = min(me._groups, max(1, len(known)))
             bounds = [len(known) * index // count for index in range(count + 1)]
@@ -346,7 +345,7 @@ def _rebuild(
     return made
 
 
-def DistributedOptimizer(  # noqa: N802
+def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Any = None,
     compression: Any = Compression.none,

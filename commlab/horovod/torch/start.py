@@ -14,9 +14,9 @@ import torch
 
 from ...errors import UsageError
 from .. import world
+from ..announcement import Announcement, require_reducible
 from ..entry import Entry
 from ..process_sets import ProcessSet, global_process_set
-from ..announcement import Announcement, require_reducible
 
 Tensors = Sequence[torch.Tensor]
 Finish = Callable[[list[torch.Tensor]], Any] | None
