@@ -34,7 +34,7 @@ class Background:
         self._changed = threading.Condition(threading.Lock())
         self._signals = 0
         self._closed = False
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="commlab horovod", daemon=True)
         self._thread.start()
 
@@ -56,7 +56,7 @@ class Background:
 
     def submit(self, number: int, entries: Sequence[Entry]) -> None:
         """Take operations of this rank; they travel in the order of their announcement on all ranks."""
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             raise UsageError("this process was forked from a rank, and is none itself")
         with self._changed:
             channel = self.channels.get(number)
@@ -89,7 +89,7 @@ class Background:
     def close(self, why: str, wait_s: float) -> None:
         """Tell the others that this rank leaves, and end the thread. Waits up to ``wait_s`` for the others to hear
         it."""
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             return
         with self._changed:
             for channel in self.channels.values():

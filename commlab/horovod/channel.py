@@ -17,6 +17,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -312,7 +313,9 @@ class Channel:
                 if self.group.progress.ended is not None:
                     raise
                 # The others wait for this rank's part, or will: they are told.
-                yield from until(self.group.refuse(batch[0].request.kind, batch[0].request.name, _as_error(error)))
+                told = self.group.refuse(batch[0].request.kind, batch[0].request.name, _as_error(error))
+                with suppress(*HARMLESS):
+                    yield from until(told)
             else:
                 self._end(batch, None)
         self._carried = []

@@ -153,6 +153,8 @@ def _end(why: str, wait_s: float) -> None:
     if _world is None:
         return
     world, _world = _world, None
+    if os.getpid() != world.engine.pid:
+        return  # a process that was forked from a rank
     atexit.unregister(_at_exit)
     world.engine.close(why, wait_s if world.group.size > 1 else 0.0)
     timeline.end()

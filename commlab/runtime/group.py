@@ -43,8 +43,8 @@ class Group:
 
     ``check``: whether ranks compare what they are about to do before each operation (on by default; its cost is a
     column of the benchmark); with a window they always do, because the same exchange tells where the data lie.
-    ``timeout_s``: how long a peer may be silent before an operation fails. ``threaded``: whether a thread of the group's
-    own may move it on, where a core is free.
+    ``timeout_s``: how long a peer may be silent before an operation fails. ``threaded``: whether a thread of the
+    group's own may move it on, where a core is free.
     """
 
     def __init__(

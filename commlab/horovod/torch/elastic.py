@@ -188,9 +188,9 @@ class TorchState(ObjectState):
 
 
 def run(func: Callable[..., Any]) -> Callable[..., Any]:
-    """``func(state, ...)``, run again from the last commit after an error that the ranks live through. The state of rank
-    0, or the newest commit of COMMLAB_ELASTIC_DIR, is brought to all ranks before. After the death of a rank the error
-    is raised, so that the launcher can restart the job."""
+    """``func(state, ...)``, run again from the last commit after an error that the ranks live through. The state of
+    rank 0, or the newest commit of COMMLAB_ELASTIC_DIR, is brought to all ranks before. After the death of a rank the
+    error is raised, so that the launcher can restart the job."""
 
     @functools.wraps(func)
     def wrapper(state: Any, *args: Any, **kwargs: Any) -> Any:

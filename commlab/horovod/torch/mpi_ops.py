@@ -137,7 +137,7 @@ def sparse_allreduce_async(
         if reduction == Average:
             size = world.size() if process_set is global_process_set else process_set.size()
             all_values = all_values / size
-        return torch.sparse_coo_tensor(all_indices.transpose(0, 1), all_values, tensor.shape)
+        return torch.sparse_coo_tensor(all_indices.transpose(0, 1), all_values, tensor.shape, check_invariants=False)
 
     return wait
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,8 +34,16 @@ class _Distributed:
         me._group_of, me._arrived = {}, {}
         if me._takes_part():
             self._form_groups()
+        reference = weakref.ref(self)
+
+        def arrived(p: torch.Tensor) -> None:
+            # An optimizer that nobody has any more watches no gradients.
+            optimizer = reference()
+            if optimizer is not None:
+                optimizer._arrived_hook(p)
+
         for p in me._requires_update:
-            me._hooks.append(p.register_post_accumulate_grad_hook(self._arrived_hook))
+            me._hooks.append(p.register_post_accumulate_grad_hook(arrived))
 
     def _takes_part(self) -> bool:
         """Whether there is somebody to exchange gradients with."""
@@ -59,7 +69,7 @@ class _Distributed:
         if isinstance(me._groups, int):
             count = min(me._groups, max(1, len(known)))
             bounds = [len(known) * index // count for index in range(count + 1)]
-            groups = [known[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
+            groups = [known[first:last] for first, last in pairwise(bounds)]
         else:
             chosen = {id(p) for group in me._groups for p in group}
             groups = [[p for p in group if p.requires_grad] for group in me._groups]
