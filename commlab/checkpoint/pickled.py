@@ -1,6 +1,6 @@
 """The one file that pickles: for calls whose caller has said ``allow_pickle=True``, because the contract of another
-library demands it. Nothing on disk is ever pickled, and nothing that a stranger could have sent: a group's members have
-shown each other the job's token, or met in the launcher's store."""
+library demands it, and for Horovod's API, which takes any object. Nothing on disk is ever pickled, and nothing that a
+stranger could have sent: a group's members have shown each other the job's token, or met in the launcher's store."""
 
 from __future__ import annotations
 

@@ -43,10 +43,10 @@ def adasum(group: Group, numbers: torch.Tensor) -> Waits:
         middle = held.start + held.numel // 2
         peer = rank ^ distance
         low = not rank & distance
-        kept, given = (Range(held.start, middle), Range(middle, held.stop))
+        kept, handed = (Range(held.start, middle), Range(middle, held.stop))
         if not low:
-            kept, given = given, kept
-        sends = {peer: given} if rank < power else {}
+            kept, handed = handed, kept
+        sends = {peer: handed} if rank < power else {}
         wants = {peer: kept} if rank < power else {}
         other = yield from _swap(group, numbers, sends, wants)
         own = numbers[kept.start : kept.stop]

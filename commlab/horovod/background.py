@@ -15,8 +15,8 @@ from ..runtime.group import Group
 from ..runtime.waiting import pause
 from . import perform
 from .channel import Channel
-from .entry import Entry, HorovodInternalError
 from .settings import Settings
+from .submission import HorovodInternalError, Submission
 
 _BLOCK_S = 0.1
 """Back after so long: to see who is silent. Nothing that the program asks for meanwhile could begin sooner, as long as
@@ -47,14 +47,14 @@ class Background:
         """End a process set; its ranks have agreed on that, and have nothing under way."""
         with self._changed:
             channel = self.channels.pop(number)
-            waiting = list(channel.entries)
+            waiting = list(channel.submissions)
             channel.ended = HorovodInternalError(f"rank {channel.rank}: process set {number} was removed")
         if waiting:
             raise HorovodInternalError(f"rank {channel.rank}: process set {number} was removed while {waiting} ran")
         channel.buffers.clear()
         channel.group.close()
 
-    def submit(self, number: int, entries: Sequence[Entry]) -> None:
+    def submit(self, number: int, submissions: Sequence[Submission]) -> None:
         """Take operations of this rank; they travel in the order of their announcement on all ranks."""
         if os.getpid() != self.pid:
             raise UsageError("this process was forked from a rank, and is none itself")
@@ -62,9 +62,9 @@ class Background:
             channel = self.channels.get(number)
             if channel is None:
                 raise HorovodInternalError(f"process set {number} is not there: it was removed, or never made")
-            for entry in entries:
-                entry.started_ns = time.perf_counter_ns()
-                channel.submit(entry)
+            for submission in submissions:
+                submission.started_ns = time.perf_counter_ns()
+                channel.submit(submission)
             self._signal()
 
     def urge(self, number: int) -> None:
@@ -75,7 +75,7 @@ class Background:
                 channel.urged = True
                 self._signal()
 
-    def join(self, entry: Entry) -> None:
+    def join(self, submission: Submission) -> None:
         """This rank contributes nothing to the operations of the set of all ranks until all ranks have joined."""
         with self._changed:
             channel = self.channels[0]
@@ -83,7 +83,7 @@ class Background:
                 raise HorovodInternalError(str(channel.ended))
             if channel.joining is not None:
                 raise HorovodInternalError(f"rank {channel.rank}: another thread of this rank is in join()")
-            channel.joining = entry
+            channel.joining = submission
             self._signal()
 
     def close(self, why: str, wait_s: float) -> None:
@@ -149,6 +149,6 @@ class Background:
         """How long to sleep unless somebody calls; None: for ever."""
         wakes = [channel.wake_s for channel in channels if channel.wake_s is not None]
         pauses: list[Any] = [max(0.0, min(wakes) - now_s)] if wakes else []
-        if any(channel.entries for channel in channels):
+        if any(channel.submissions for channel in channels):
             pauses.append(_INSPECT_S)
         return min(pauses) if pauses else None

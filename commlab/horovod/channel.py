@@ -31,8 +31,9 @@ from ..runtime.ending import HARMLESS, ended_by
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from .announcement import Announcement, announcement_of, refusal
-from .entry import Entry, HorovodInternalError
 from .settings import Settings
+from .stalls import stalled_words
+from .submission import HorovodInternalError, Submission
 
 log = logging.getLogger("commlab")
 
@@ -47,7 +48,7 @@ _GATHERED_BYTES = 8 * 1024 * 1024
 """From so many bytes on nobody waits for more to travel together."""
 
 
-class Row(NamedTuple):
+class Announced(NamedTuple):
     """An operation that some ranks have announced."""
 
     requests: dict[int, Announcement]
@@ -61,7 +62,7 @@ class Ready(NamedTuple):
     request: Announcement
     """Of a rank that contributes."""
     requests: dict[int, Announcement]
-    entry: Entry | None
+    submission: Submission | None
     """This rank's own part; None where it has joined."""
 
 
@@ -82,12 +83,12 @@ class Channel:
         self.group, self.ranks, self.settings = group, tuple(ranks), settings
         self.rank = self.ranks[group.rank]
         self._perform = perform
-        self.submitted: deque[Entry] = deque()
-        self.entries: dict[str, Entry] = {}
+        self.submitted: deque[Submission] = deque()
+        self.submissions: dict[str, Submission] = {}
         """This rank's operations under way, by name."""
         self.urged = False
         """Somebody waits: nothing is to be gained by waiting for more operations."""
-        self.joining: Entry | None = None
+        self.joining: Submission | None = None
         self.leaving = ""
         """Why this rank tells the others, with its next tick, that it takes part no longer."""
         self.ended: BaseException | None = None
@@ -95,8 +96,8 @@ class Channel:
         self.wake_s: float | None = None
         """When the channel wants to be asked again, though nothing has happened."""
         self.buffers: dict[str, torch.Tensor] = {}
-        self._table: dict[str, Row] = {}
-        self._joined: dict[int, dict[str, int]] = {}
+        self.table: dict[str, Announced] = {}
+        self.joined: dict[int, dict[str, int]] = {}
         self._cache: list[list[Announcement]] = [[] for _ in ranks]
         self._numbers: dict[Announcement, int] = {}
         self._quiet_since_s: float | None = None
@@ -108,19 +109,19 @@ class Channel:
         self._moved_s = time.monotonic()
         self._run = self._negotiate()
 
-    def submit(self, entry: Entry) -> None:
+    def submit(self, submission: Submission) -> None:
         """Take an operation of this rank. The caller holds the engine's lock. UsageError where the name is in use,
         HorovodInternalError where nothing is taken any more."""
-        name = entry.request.name
+        name = submission.request.name
         if self.ended is not None:
             raise HorovodInternalError(str(self.ended))
-        if name in self.entries:
+        if name in self.submissions:
             raise UsageError(
-                f"rank {self.rank}: {entry.request.text()} has the name {name!r}, which another operation under way "
-                "has too; give each its own name, or wait for the first one"
+                f"rank {self.rank}: {submission.request.text()} has the name {name!r}, which another operation under "
+                "way has too; give each its own name, or wait for the first one"
             )
-        self.entries[name] = entry
-        self.submitted.append(entry)
+        self.submissions[name] = submission
+        self.submitted.append(submission)
 
     def step(self) -> bool:
         """Go on as far as possible without waiting; whether anything has moved."""
@@ -152,15 +153,15 @@ class Channel:
         """End all that is under way with ``error``, and take nothing more."""
         self.ended = error
         self.waits_for = None
-        entries = [*self.entries.values(), *([self.joining] if self.joining is not None else [])]
-        entries += [each.entry for each in self._carried if each.entry is not None]
+        submissions = [*self.submissions.values(), *([self.joining] if self.joining is not None else [])]
+        submissions += [each.submission for each in self._carried if each.submission is not None]
         self._carried.clear()
-        self.entries.clear()
+        self.submissions.clear()
         self.submitted.clear()
         self.joining = None
-        for entry in entries:
-            if not entry.ended:
-                entry.end(error)
+        for submission in submissions:
+            if not submission.ended:
+                submission.end(error)
 
     def _negotiate(self) -> Waits:
         while True:
@@ -190,7 +191,7 @@ class Channel:
                 return True
             self.wake_s = oldest_s + self.settings.cycle_s
             return False
-        if not self.entries and self.joining is None:
+        if not self.submissions and self.joining is None:
             self.urged = False
             return False
         if now_s >= self._backed_off_until_s:
@@ -199,15 +200,17 @@ class Channel:
         return False
 
     def _gathered(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for entry in self.submitted for tensor in entry.tensors)
+        return sum(
+            tensor.numel() * tensor.element_size() for submission in self.submitted for tensor in submission.tensors
+        )
 
     def _announcement(self) -> bytes:
         items: list[Any] = []
-        said: dict[str, Any] = {}
+        message: dict[str, Any] = {}
         fresh = len(self._numbers) > _CACHED
         if fresh:
             self._numbers.clear()
-            said["fresh"] = True
+            message["fresh"] = True
         while self.submitted:
             request = self.submitted.popleft().request
             number = self._numbers.get(request)
@@ -218,13 +221,13 @@ class Channel:
                 self._numbers[request] = len(self._numbers)
             items.append(list(request))
         if items:
-            said["ready"] = items
+            message["ready"] = items
         if self.joining is not None and not self._join_announced:
-            said["join"] = self.joining.request.detail
+            message["join"] = self.joining.request.detail
             self._join_announced = True
         if self.leaving:
-            said["left"] = self.leaving
-        return json.dumps(said, separators=(",", ":")).encode() if said else b""
+            message["left"] = self.leaving
+        return json.dumps(message, separators=(",", ":")).encode() if message else b""
 
     def _exchange(self, record: bytes, records: list[bytes]) -> Waits:
         group = self.group
@@ -250,22 +253,22 @@ class Channel:
             if not record:
                 continue
             news = True
-            said = json.loads(record)
+            message = json.loads(record)
             cache = self._cache[peer]
-            if said.get("fresh"):
+            if message.get("fresh"):
                 cache.clear()
-            for item in said.get("ready", ()):
+            for item in message.get("ready", ()):
                 if isinstance(item, int):
                     request = cache[item]
                 else:
                     request = announcement_of(item)
                     if request.named:
                         cache.append(request)
-                self._table.setdefault(request.name, Row({}, now_s)).requests[peer] = request
-            if "join" in said:
-                self._joined[peer] = json.loads(said["join"])
-            if "left" in said:
-                left.append(f"rank {self.ranks[peer]} {said['left']}")
+                self.table.setdefault(request.name, Announced({}, now_s)).requests[peer] = request
+            if "join" in message:
+                self.joined[peer] = json.loads(message["join"])
+            if "left" in message:
+                left.append(f"rank {self.ranks[peer]} {message['left']}")
         if news:
             self._quiet_since_s, self._backed_off_until_s = None, 0.0
         else:
@@ -279,26 +282,26 @@ class Channel:
         disagree about ends here, on all of them."""
         found = []
         size = self.group.size
-        for name, row in list(self._table.items()):
+        for name, row in list(self.table.items()):
             if len(row.requests) < size and any(
-                peer not in row.requests and peer not in self._joined for peer in range(size)
+                peer not in row.requests and peer not in self.joined for peer in range(size)
             ):
                 continue
-            del self._table[name]
-            entry = self.entries.pop(name, None)
+            del self.table[name]
+            submission = self.submissions.pop(name, None)
             requests = {self.ranks[peer]: request for peer, request in row.requests.items()}
-            reason = refusal(self.rank, name, requests, {self.ranks[peer] for peer in self._joined})
+            reason = refusal(self.rank, name, requests, {self.ranks[peer] for peer in self.joined})
             if reason:
-                if entry is not None:
-                    entry.end(HorovodInternalError(reason))
+                if submission is not None:
+                    submission.end(HorovodInternalError(reason))
                 continue
             request = next((each for each in row.requests.values() if not each.absent), None)
             if request is None:  # nobody has anything to contribute
-                if entry is not None:
-                    entry.outputs = []
-                    entry.end()
+                if submission is not None:
+                    submission.outputs = []
+                    submission.end()
                 continue
-            found.append(Ready(request, dict(row.requests), entry))
+            found.append(Ready(request, dict(row.requests), submission))
         return found
 
     def _carry_out(self, ready: list[Ready]) -> Waits:
@@ -312,32 +315,32 @@ class Channel:
                 self._end(batch, error)
                 if self.group.progress.ended is not None:
                     raise
-                # The others wait for this rank's part, or will: they are told.
-                told = self.group.refuse(batch[0].request.kind, batch[0].request.name, _as_error(error))
+                # The others wait for this rank's part, or will: they are sent.
+                sent = self.group.refuse(batch[0].request.kind, batch[0].request.name, _as_error(error))
                 with suppress(*HARMLESS):
-                    yield from until(told)
+                    yield from until(sent)
             else:
                 self._end(batch, None)
         self._carried = []
 
     def _end(self, batch: Sequence[Ready], error: BaseException | None) -> None:
         for each in batch:
-            if each.entry is not None and not each.entry.ended:
-                each.entry.end(error)
+            if each.submission is not None and not each.submission.ended:
+                each.submission.end(error)
 
     def _end_join(self) -> None:
-        if self.joining is None or len(self._joined) < self.group.size:
+        if self.joining is None or len(self.joined) < self.group.size:
             return
         # Ranks that joined early have named fewer operations: from here on all count on from the same number.
         counters: dict[str, int] = {}
-        for told in self._joined.values():
-            for kind, count in told.items():
+        for sent in self.joined.values():
+            for kind, count in sent.items():
                 counters[kind] = max(counters.get(kind, 0), count)
-        last = self.ranks[list(self._joined)[-1]]
-        self._joined.clear()
-        entry, self.joining, self._join_announced = self.joining, None, False
-        entry.finish = lambda _: (last, counters)
-        entry.end()
+        last = self.ranks[list(self.joined)[-1]]
+        self.joined.clear()
+        submission, self.joining, self._join_announced = self.joining, None, False
+        submission.finish = lambda _: (last, counters)
+        submission.end()
 
     def inspect(self, now_s: float) -> None:
         """Warn of operations that some ranks do not announce, with the ranks; PeerTimeoutError, to all that wait here,
@@ -349,55 +352,24 @@ class Channel:
             error: Exception = PeerTimeoutError(f"{waits} in {self.waits_for.describe()}")
             self.group.progress.end(ended_by(error, self.waits_for.describe()))
             self.fail(error)
-        waited = [(entry.since_s, name) for name, entry in list(self.entries.items())]
+        waited = [(submission.since_s, name) for name, submission in list(self.submissions.items())]
         if not waited:
             self._warned_s = None
             return
         oldest_s = now_s - min(waited)[0]
         if oldest_s > self.settings.timeout_s:
-            text = f"rank {self.rank} gave up: {self._stalled(now_s)}"
+            text = f"rank {self.rank} gave up: {stalled_words(self, now_s)}"
             error = PeerTimeoutError(f"{text}; see the other ranks' output, or raise the timeout")
-            for name, entry in list(self.entries.items()):
-                del self.entries[name]
-                entry.end(error)
+            for name, submission in list(self.submissions.items()):
+                del self.submissions[name]
+                submission.end(error)
             self.submitted.clear()
-            self.leaving = f"has given up: {self._stalled(now_s)}"
+            self.leaving = f"has given up: {stalled_words(self, now_s)}"
         elif oldest_s > self.settings.warn_s and (
             self._warned_s is None or now_s - self._warned_s > self.settings.warn_s
         ):
             self._warned_s = now_s
-            log.warning("rank %d: %s", self.rank, self._stalled(now_s))
-
-    def _stalled(self, now_s: float) -> str:
-        """Which operations wait for which ranks, and for how long."""
-        silent: list[int] = []
-        head = self.group.progress.head()
-        if self.waits_for is not None and head is not None:
-            silent = [self.ranks[peer] for peer in head.peers()]
-        lacking: dict[tuple[int, ...], list[str]] = {}
-        oldest_s = 0.0
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].since_s):
-            waited_s = now_s - entry.since_s
-            if waited_s < self.settings.warn_s / 2:
-                continue
-            oldest_s = max(oldest_s, waited_s)
-            row = self._table.get(name)
-            known = row is not None and self.group.rank in row.requests
-            absent = [
-                rank
-                for peer, rank in enumerate(self.ranks)
-                if row is not None and peer not in row.requests and peer not in self._joined
-            ]
-            lacking.setdefault(tuple(absent if known and absent else silent), []).append(name)
-        texts = []
-        for ranks, names in lacking.items():
-            who = f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}" if ranks else "other ranks"
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            texts.append(f"{', '.join(map(repr, names[:8]))}{more}: {who} {'has' if len(ranks) == 1 else 'have'} not")
-        return (
-            f"has waited {oldest_s:.1f} s for ranks that have not announced these operations: {'; '.join(texts)}. "
-            "Every rank must call the same operations by the same names"
-        )
+            log.warning("rank %d: %s", self.rank, stalled_words(self, now_s))
 
 
 def _as_error(error: BaseException) -> Exception:

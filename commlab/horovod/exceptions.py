@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .entry import HorovodInternalError
+from .submission import HorovodInternalError
 
 
 class HostsUpdatedInterrupt(RuntimeError):

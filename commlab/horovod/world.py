@@ -21,9 +21,9 @@ from ..transport.rendezvous import store_for
 from . import timeline
 from .announcement import Announcement
 from .background import Background
-from .entry import Entry
 from .process_sets import ProcessSet, global_process_set
 from .settings import settings_of_environment
+from .submission import Submission
 
 _SHUTDOWN_S = 5.0
 """So long shutdown() waits for the other ranks to call it too; a rank that waits for this one learns of it then."""
@@ -59,10 +59,10 @@ class World:
     def agree(self, what: str, ranks: Sequence[int]) -> int:
         """All ranks of the job want ``what`` for the process set of ``ranks``; the same new number on all of them."""
         request = Announcement(what, f"{what} of ranks {list(ranks)}", detail=f"ranks {list(ranks)}", named=False)
-        entry = Entry(request, finish=lambda _: next(self._numbers))
-        self.engine.submit(0, [entry])
+        submission = Submission(request, finish=lambda _: next(self._numbers))
+        self.engine.submit(0, [submission])
         self.engine.urge(0)
-        return int(entry.result())
+        return int(submission.result())
 
 
 _world: World | None = None
@@ -252,8 +252,8 @@ def join() -> int:
     """This rank has no more inputs: it contributes zeros to the others' allreduces until all ranks have joined. Returns
     the rank that joined last."""
     world = require()
-    entry = Entry(Announcement("join", "join", detail=json.dumps(world.counters())))
-    world.engine.join(entry)
-    last, counters = entry.result()
+    submission = Submission(Announcement("join", "join", detail=json.dumps(world.counters())))
+    world.engine.join(submission)
+    last, counters = submission.result()
     world.count_from(counters)
     return int(last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..entry import HorovodInternalError
 from ..process_sets import ProcessSet, global_process_set
 from ..queries import (
     ccl_built,
@@ -18,6 +17,7 @@ from ..queries import (
     start_timeline,
     stop_timeline,
 )
+from ..submission import HorovodInternalError
 from ..world import (
     add_process_set,
     cross_rank,

@@ -170,7 +170,7 @@ def alltoall(
     process_set: ProcessSet = global_process_set,
 ) -> Any:
     """Send ``splits[r]`` rows of ``tensor`` to every rank r of the set (None: equally many to each). Returns what has
-    arrived, in rank order, and, where splits were given, how many rows came from each rank (int32)."""
+    arrived, in rank order, and, where splits are given, how many rows came from each rank (int32)."""
     found, received = _Alltoall.apply(tensor, splits, name, process_set)  # type: ignore[no-untyped-call]
     return found if splits is None else (found, received)
 
@@ -179,16 +179,16 @@ class _Reducescatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: Any, op: Any, group: Any, before: float, after: float, *tensors: Any) -> Any:
         ctx.arguments, ctx.rows = (op, group, before, after), [tensor.shape[:1] for tensor in tensors]
-        given = [tensor.detach() for tensor in tensors]
-        return tuple(synchronize(mpi_ops.grouped_reducescatter_async(given, name, op, group, before, after)))
+        sent = [tensor.detach() for tensor in tensors]
+        return tuple(synchronize(mpi_ops.grouped_reducescatter_async(sent, name, op, group, before, after)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         op, group, before, after = ctx.arguments
         # A sum's gradient is scaled as allreduce's would be, which adds the ranks' gradients up.
         factor = before * after * (1.0 if op == Average else _size(group))
-        given = [gradient.contiguous() for gradient in gradients]
-        found = synchronize(mpi_ops.grouped_allgather_async(given, None, group))
+        sent = [gradient.contiguous() for gradient in gradients]
+        found = synchronize(mpi_ops.grouped_allgather_async(sent, None, group))
         return (*(None,) * 5, *(each if factor == 1.0 else each * factor for each in found))
 
 

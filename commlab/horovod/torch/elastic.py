@@ -22,8 +22,8 @@ import torch
 from ...checkpoint import files
 from ...errors import PeerLostError, PeerTimeoutError
 from .. import world
-from ..entry import HorovodInternalError
 from ..exceptions import HostsUpdatedInterrupt
+from ..submission import HorovodInternalError
 from .functions import broadcast_object, broadcast_optimizer_state, broadcast_parameters
 from .sampler import ElasticSampler
 

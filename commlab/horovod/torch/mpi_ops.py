@@ -186,7 +186,7 @@ def alltoall_async(
     process_set: ProcessSet = global_process_set,
 ) -> AsyncHandle:
     """Start to send ``splits[r]`` rows of ``tensor`` to every rank r of the set (None: equally many to each). Gives
-    what has arrived, and, where splits were given, how many rows came from each rank (int32)."""
+    what has arrived, and, where splits are given, how many rows came from each rank (int32)."""
     return start_alltoall(tensor, splits, name, process_set)
 
 

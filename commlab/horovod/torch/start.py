@@ -15,8 +15,8 @@ import torch
 from ...errors import UsageError
 from .. import world
 from ..announcement import Announcement, require_reducible
-from ..entry import Entry
 from ..process_sets import ProcessSet, global_process_set
+from ..submission import Submission
 
 Tensors = Sequence[torch.Tensor]
 Finish = Callable[[list[torch.Tensor]], Any] | None
@@ -40,7 +40,7 @@ _OPS = {Average: "mean", Sum: "sum", Adasum: "adasum", Min: "min", Max: "max", P
 class AsyncHandle(int):
     """What an asynchronous operation gives to its caller, for :func:`synchronize` and :func:`poll`."""
 
-    entry: Entry
+    submission: Submission
     number: int
 
 
@@ -65,26 +65,26 @@ def start(
     process_set: ProcessSet,
     build: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
 ) -> AsyncHandle:
-    """Start an operation. ``build()`` gives what the request and the entry have beside kind and name, or raises
+    """Start an operation. ``build()`` gives what the request and the submission have beside kind and name, or raises
     UsageError, which is raised here, and known to the other ranks of the set."""
     number = _set_of(process_set, kind)
     named = name is not None
     full = f"{kind}.{name}" if named else world.require().next_name(number, kind)
     try:
         request, what = build()
-        entry = Entry(Announcement(kind, full, named=named, **request), **what)
+        submission = Submission(Announcement(kind, full, named=named, **request), **what)
     except UsageError as error:
-        _submit(number, Entry(Announcement(kind, full, refused=str(error), named=False)))
+        _submit(number, Submission(Announcement(kind, full, refused=str(error), named=False)))
         raise
-    return _submit(number, entry)
+    return _submit(number, submission)
 
 
-def _submit(number: int, entry: Entry) -> AsyncHandle:
+def _submit(number: int, submission: Submission) -> AsyncHandle:
     global _handles
-    world.require().engine.submit(number, [entry])
+    world.require().engine.submit(number, [submission])
     _handles += 1
     handle = AsyncHandle(_handles)
-    handle.entry, handle.number = entry, number
+    handle.submission, handle.number = submission, number
     return handle
 
 
@@ -152,8 +152,8 @@ def start_reduce(
         for tensor in tensors:
             require_reducible(world.rank(), "allreduce", tensor, _OPS[op])
         request |= {"op": _OPS[op], "scales": (float(scales[0]), float(scales[1])), "absent": absent}
-        given: Tensors = [] if absent else tensors
-        return request, {"tensors": given, "outputs": _rooms(tensors) if outputs is None else outputs, "finish": finish}
+        sent: Tensors = [] if absent else tensors
+        return request, {"tensors": sent, "outputs": _rooms(tensors) if outputs is None else outputs, "finish": finish}
 
     return start("allreduce", name, process_set, build)
 
@@ -258,9 +258,9 @@ def synchronize(handle: Any) -> Any:
     """Wait for an asynchronous operation; returns what it gives. HorovodInternalError where it failed. The callables of
     sparse operations are called."""
     if isinstance(handle, AsyncHandle):
-        if not handle.entry.ended and world.is_initialized():
+        if not handle.submission.ended and world.is_initialized():
             world.require().engine.urge(handle.number)
-        return handle.entry.result()
+        return handle.submission.result()
     if callable(handle):
         return handle()
     raise ValueError(f"{handle!r} is no handle of an operation of this process")
@@ -270,4 +270,4 @@ def poll(handle: Any) -> bool:
     """Whether an asynchronous operation has ended, so that :func:`synchronize` will not wait."""
     if not isinstance(handle, AsyncHandle):
         raise ValueError(f"{handle!r} is no handle of an operation of this process")
-    return handle.entry.ended
+    return handle.submission.ended

@@ -17,7 +17,7 @@ class HorovodInternalError(RuntimeError):
     ranks, tensor and both sides."""
 
 
-class Entry:
+class Submission:
     """``tensors``: this rank's contributions; ``outputs``: where results go, made by the execution where sizes are not
     known before. ``value``: what the caller is given at the end, made by ``finish(outputs)``."""
 
