@@ -96,8 +96,8 @@ class Channel:
         self.wake_s: float | None = None
         """When the channel wants to be asked again, though nothing has happened."""
         self.buffers: dict[str, torch.Tensor] = {}
-        self.table: dict[str, Announced] = {}
-        self.joined: dict[int, dict[str, int]] = {}
+        self._table: dict[str, Announced] = {}
+        self._joined: dict[int, dict[str, int]] = {}
         self._cache: list[list[Announcement]] = [[] for _ in ranks]
         self._numbers: dict[Announcement, int] = {}
         self._quiet_since_s: float | None = None
@@ -264,9 +264,9 @@ class Channel:
                     request = announcement_of(item)
                     if request.named:
                         cache.append(request)
-                self.table.setdefault(request.name, Announced({}, now_s)).requests[peer] = request
+                self._table.setdefault(request.name, Announced({}, now_s)).requests[peer] = request
             if "join" in message:
-                self.joined[peer] = json.loads(message["join"])
+                self._joined[peer] = json.loads(message["join"])
             if "left" in message:
                 left.append(f"rank {self.ranks[peer]} {message['left']}")
         if news:
@@ -282,15 +282,15 @@ class Channel:
         disagree about ends here, on all of them."""
         found = []
         size = self.group.size
-        for name, row in list(self.table.items()):
+        for name, row in list(self._table.items()):
             if len(row.requests) < size and any(
-                peer not in row.requests and peer not in self.joined for peer in range(size)
+                peer not in row.requests and peer not in self._joined for peer in range(size)
             ):
                 continue
-            del self.table[name]
+            del self._table[name]
             submission = self.submissions.pop(name, None)
             requests = {self.ranks[peer]: request for peer, request in row.requests.items()}
-            reason = refusal(self.rank, name, requests, {self.ranks[peer] for peer in self.joined})
+            reason = refusal(self.rank, name, requests, {self.ranks[peer] for peer in self._joined})
             if reason:
                 if submission is not None:
                     submission.end(HorovodInternalError(reason))
@@ -329,15 +329,15 @@ class Channel:
                 each.submission.end(error)
 
     def _end_join(self) -> None:
-        if self.joining is None or len(self.joined) < self.group.size:
+        if self.joining is None or len(self._joined) < self.group.size:
             return
         # Ranks that joined early have named fewer operations: from here on all count on from the same number.
         counters: dict[str, int] = {}
-        for sent in self.joined.values():
+        for sent in self._joined.values():
             for kind, count in sent.items():
                 counters[kind] = max(counters.get(kind, 0), count)
-        last = self.ranks[list(self.joined)[-1]]
-        self.joined.clear()
+        last = self.ranks[list(self._joined)[-1]]
+        self._joined.clear()
         submission, self.joining, self._join_announced = self.joining, None, False
         submission.finish = lambda _: (last, counters)
         submission.end()
@@ -358,18 +358,32 @@ class Channel:
             return
         oldest_s = now_s - min(waited)[0]
         if oldest_s > self.settings.timeout_s:
-            text = f"rank {self.rank} gave up: {stalled_words(self, now_s)}"
+            text = f"rank {self.rank} gave up: {self._stalled(now_s)}"
             error = PeerTimeoutError(f"{text}; see the other ranks' output, or raise the timeout")
             for name, submission in list(self.submissions.items()):
                 del self.submissions[name]
                 submission.end(error)
             self.submitted.clear()
-            self.leaving = f"has given up: {stalled_words(self, now_s)}"
+            self.leaving = f"has given up: {self._stalled(now_s)}"
         elif oldest_s > self.settings.warn_s and (
             self._warned_s is None or now_s - self._warned_s > self.settings.warn_s
         ):
             self._warned_s = now_s
-            log.warning("rank %d: %s", self.rank, stalled_words(self, now_s))
+            log.warning("rank %d: %s", self.rank, self._stalled(now_s))
+
+    def _stalled(self, now_s: float) -> str:
+        head = self.group.progress.head() if self.waits_for is not None else None
+        silent = [] if head is None else [self.ranks[peer] for peer in head.peers()]
+        waiting, lacking = {}, {}
+        for name, submission in self.submissions.items():
+            if (waited_s := now_s - submission.since_s) < min(self.settings.warn_s, self.settings.timeout_s) / 2:
+                continue
+            waiting[name] = waited_s
+            announced = self._table.get(name)
+            if announced is not None and self.group.rank in announced.requests:
+                there = {*announced.requests, *self._joined}
+                lacking[name] = [rank for peer, rank in enumerate(self.ranks) if peer not in there]
+        return stalled_words(waiting, lacking, silent)
 
 
 def _as_error(error: BaseException) -> Exception:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import UsageError
 
@@ -14,6 +14,8 @@ class ProcessSet:
 
     process_set_id: int | None = None
     ranks: list[int] | None = None
+    here: ClassVar[int | None] = None
+    """This process's rank in the job; None outside of one."""
 
     def __init__(self, ranks_or_comm: Any):
         if ranks_or_comm is None:
@@ -26,31 +28,26 @@ class ProcessSet:
         self.ranks = ranks
 
     def _require(self) -> list[int]:
-        from . import world
-
-        world.require()
+        if self.here is None:
+            raise UsageError("Horovod has not been initialized; use hvd.init().")
         if self.process_set_id is None or self.ranks is None:
             raise UsageError(f"{self!r} is not registered: give it to hvd.init() or hvd.add_process_set() first")
         return self.ranks
 
     def included(self) -> bool:
         """Whether this rank is in the set."""
-        from . import world
+        return self.here in self._require()
 
-        return world.rank() in self._require()
-
-    def size(self) -> int | None:
+    def size(self) -> int:
         """How many ranks there are in the set."""
         return len(self._require())
 
     def rank(self) -> int:
         """This rank's number in the set. UsageError on a rank that is not in it."""
-        from . import world
-
         ranks = self._require()
-        if world.rank() not in ranks:
-            raise UsageError(f"rank {world.rank()} is not in {self!r}")
-        return ranks.index(world.rank())
+        if self.here not in ranks:
+            raise UsageError(f"rank {self.here} is not in {self!r}")
+        return ranks.index(self.here)
 
     def __repr__(self) -> str:
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks})"

@@ -110,7 +110,7 @@ def init(comm: Any = None, process_sets: Any = None, *, timeout_s: float | None 
     )
     engine = Background(settings)
     engine.add(0, group, range(size))
-    global_process_set.ranks = list(range(size))
+    global_process_set.ranks, ProcessSet.here = list(range(size)), rank
     _world = World(engine, group, store, here)
     atexit.register(_at_exit)
     timeline.begin(rank)
@@ -161,7 +161,7 @@ def _end(why: str, wait_s: float) -> None:
     for each in world.sets.values():
         if each is not global_process_set:
             each.process_set_id = None
-    global_process_set.ranks = None
+    global_process_set.ranks = ProcessSet.here = None
 
 
 def is_initialized() -> bool:
