@@ -80,7 +80,7 @@ class Background:
         with self._changed:
             channel = self.channels[0]
             if channel.ended is not None:
-                raise HorovodInternalError(str(channel.ended))
+                raise HorovodInternalError(str(channel.ended)) from channel.ended
             if channel.joining is not None:
                 raise HorovodInternalError(f"rank {channel.rank}: another thread of this rank is in join()")
             channel.joining = submission

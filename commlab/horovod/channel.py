@@ -114,7 +114,7 @@ class Channel:
         HorovodInternalError where nothing is taken any more."""
         name = submission.request.name
         if self.ended is not None:
-            raise HorovodInternalError(str(self.ended))
+            raise HorovodInternalError(str(self.ended)) from self.ended
         if name in self.submissions:
             raise UsageError(
                 f"rank {self.rank}: {submission.request.text()} has the name {name!r}, which another operation under "
@@ -315,10 +315,10 @@ class Channel:
                 self._end(batch, error)
                 if self.group.progress.ended is not None:
                     raise
-                # The others wait for this rank's part, or will: they are sent.
-                sent = self.group.refuse(batch[0].request.kind, batch[0].request.name, _as_error(error))
+                # The others wait for this rank's part, or will: they are told.
+                refused = self.group.refuse(batch[0].request.kind, batch[0].request.name, _as_error(error))
                 with suppress(*HARMLESS):
-                    yield from until(sent)
+                    yield from until(refused)
             else:
                 self._end(batch, None)
         self._carried = []
@@ -358,13 +358,13 @@ class Channel:
             return
         oldest_s = now_s - min(waited)[0]
         if oldest_s > self.settings.timeout_s:
-            text = f"rank {self.rank} gave up: {self._stalled(now_s)}"
-            error = PeerTimeoutError(f"{text}; see the other ranks' output, or raise the timeout")
+            reason = self._stalled(now_s)
+            error = PeerTimeoutError(f"rank {self.rank} gave up: {reason}, or the timeout be raised")
             for name, submission in list(self.submissions.items()):
                 del self.submissions[name]
                 submission.end(error)
             self.submitted.clear()
-            self.leaving = f"has given up: {self._stalled(now_s)}"
+            self.leaving = f"has given up: {reason}"
         elif oldest_s > self.settings.warn_s and (
             self._warned_s is None or now_s - self._warned_s > self.settings.warn_s
         ):
@@ -375,7 +375,7 @@ class Channel:
         head = self.group.progress.head() if self.waits_for is not None else None
         silent = [] if head is None else [self.ranks[peer] for peer in head.peers()]
         waiting, lacking = {}, {}
-        for name, submission in self.submissions.items():
+        for name, submission in list(self.submissions.items()):
             if (waited_s := now_s - submission.since_s) < min(self.settings.warn_s, self.settings.timeout_s) / 2:
                 continue
             waiting[name] = waited_s

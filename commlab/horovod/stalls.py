@@ -14,7 +14,7 @@ def stalled_words(waiting: Mapping[str, float], lacking: Mapping[str, Sequence[i
     texts = [f"{_listed(names)}: {_ranks(ranks)} not" for ranks, names in by_ranks.items()]
     return (
         f"has waited {max(waiting.values(), default=0.0):.1f} s for ranks that have not announced these operations: "
-        f"{'; '.join(texts)}. Every rank must call the same operations by the same names"
+        f"{'; '.join(texts)}. Every rank must call the same operations by the same names: see its own output"
     )
 
 
