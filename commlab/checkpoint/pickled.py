@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def dumps_any(obj: Any) -> bytes:
         return pickle.dumps(obj)
     except Exception:
         try:
-            import cloudpickle
+            cloudpickle: Any = import_module("cloudpickle")
         except ImportError:
             cloudpickle = None
         if cloudpickle is None:

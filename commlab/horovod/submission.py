@@ -42,7 +42,7 @@ class Submission:
         self._ended = threading.Event()
         self._ready: Any = None
         if any(tensor.is_cuda for tensor in self.tensors):
-            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready = torch.cuda.Event()
             self._ready.record()
 
     @property

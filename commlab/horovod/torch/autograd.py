@@ -37,7 +37,7 @@ class _Allreduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         op, before, after, group = ctx.arguments
-        found = _Allreduce.apply(None, op, before, after, group, *gradients)  # type: ignore[no-untyped-call]
+        found = _Allreduce.apply(None, op, before, after, group, *gradients)
         return (None,) * 5 + (found if isinstance(found, tuple) else (found,))
 
 
@@ -55,7 +55,7 @@ def allreduce(
     average). Gradients are reduced in the same way."""
     sent, ctx = compression.compress(tensor)
     chosen = op_of(op, average)
-    found = _Allreduce.apply(name, chosen, prescale_factor, postscale_factor, process_set, sent)  # type: ignore[no-untyped-call]
+    found = _Allreduce.apply(name, chosen, prescale_factor, postscale_factor, process_set, sent)
     whole: torch.Tensor = compression.decompress(found, ctx)
     return whole
 
@@ -73,7 +73,7 @@ def grouped_allreduce(
     """Reduce all ``tensors`` as one operation; see :func:`allreduce`."""
     pairs = [compression.compress(tensor) for tensor in tensors]
     chosen, sent = op_of(op, average), [pair[0] for pair in pairs]
-    found = _Allreduce.apply(name, chosen, prescale_factor, postscale_factor, process_set, *sent)  # type: ignore[no-untyped-call]
+    found = _Allreduce.apply(name, chosen, prescale_factor, postscale_factor, process_set, *sent)
     found = found if isinstance(found, tuple) else (found,)
     return tuple(compression.decompress(each, pair[1]) for each, pair in zip(found, pairs, strict=True))
 
@@ -108,7 +108,7 @@ def allgather(
 ) -> torch.Tensor:
     """Every rank's tensor, one behind the other along the first dimension, which may differ between ranks. A rank's
     gradient is the ranks' average for its rows."""
-    found: torch.Tensor = _Allgather.apply(name, process_set, tensor)[0]  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _Allgather.apply(name, process_set, tensor)[0]
     return found
 
 
@@ -116,7 +116,7 @@ def grouped_allgather(
     tensors: Tensors, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> list[torch.Tensor]:
     """An allgather of several tensors as one operation; see :func:`allgather`."""
-    return list(_Allgather.apply(name, process_set, *tensors))  # type: ignore[no-untyped-call]
+    return list(_Allgather.apply(name, process_set, *tensors))
 
 
 class _Broadcast(torch.autograd.Function):
@@ -139,7 +139,7 @@ def broadcast(
 ) -> torch.Tensor:
     """The tensor of ``root_rank`` (a rank of the job) on all ranks of the set, as a new tensor. The root's gradient is
     the ranks' average, the others' is zero."""
-    found: torch.Tensor = _Broadcast.apply(tensor, root_rank, name, process_set)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _Broadcast.apply(tensor, root_rank, name, process_set)
     return found
 
 
@@ -171,7 +171,7 @@ def alltoall(
 ) -> Any:
     """Send ``splits[r]`` rows of ``tensor`` to every rank r of the set (None: equally many to each). Returns what has
     arrived, in rank order, and, where splits are given, how many rows came from each rank (int32)."""
-    found, received = _Alltoall.apply(tensor, splits, name, process_set)  # type: ignore[no-untyped-call]
+    found, received = _Alltoall.apply(tensor, splits, name, process_set)
     return found if splits is None else (found, received)
 
 
@@ -218,5 +218,5 @@ def grouped_reducescatter(
     """A reducescatter of several tensors as one operation; see :func:`reducescatter`."""
     pairs = [compression.compress(tensor) for tensor in tensors]
     sent = [pair[0] for pair in pairs]
-    found = _Reducescatter.apply(name, op, process_set, prescale_factor, postscale_factor, *sent)  # type: ignore[no-untyped-call]
+    found = _Reducescatter.apply(name, op, process_set, prescale_factor, postscale_factor, *sent)
     return [compression.decompress(each, pair[1]) for each, pair in zip(found, pairs, strict=True)]

@@ -95,7 +95,7 @@ class Distributed:
         if me._delays[p]:
             return
         group = me._group_of.get(p)
-        if group is None or p.grad.is_sparse:
+        if group is None or (p.grad is not None and p.grad.is_sparse):
             me._handles[p] = self._start(p)
             return
         waiting = me._arrived.setdefault(group, set())
@@ -285,11 +285,9 @@ class DistributedDelta(Distributed):
     def synchronize(self) -> None:
         """Nothing: gradients stay a rank's own."""
 
-    @contextmanager
-    def skip_synchronize(self) -> Iterator[None]:
+    def skip_synchronize(self) -> Any:
         """AssertionError: there is nothing to be skipped."""
         raise AssertionError("skip_synchronize() is not supported with Adasum: gradients are not averaged")
-        yield
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The optimizer's own step, and the Adasum of what it has changed."""

@@ -42,7 +42,7 @@ class SyncBatchNorm(_BatchNorm):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        found: torch.Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _Normalize.apply(
             input, self.weight, self.bias, self.running_mean, self.running_var, self.eps, momentum
         )
         return found
