@@ -115,7 +115,10 @@ class Distributed:
         name, gradient = me._parameter_names[p], p.grad
         if gradient is None and p in me._sparse:
             gradient = torch.sparse_coo_tensor(
-                torch.empty((1, 0), dtype=torch.int64), p.new_empty((0, *p.shape[1:])), p.shape
+                torch.empty((1, 0), dtype=torch.int64),
+                p.detach().new_empty((0, *p.shape[1:])),
+                p.shape,
+                check_invariants=False,
             )
         if gradient is not None and gradient.is_sparse:
             if not me.sparse_as_dense:
@@ -129,13 +132,16 @@ class Distributed:
     def _start_sparse(self, p: torch.Tensor, gradient: torch.Tensor, name: str) -> Callable[[], None]:
         me: Any = self
         values, ctx = me._compression.compress(gradient.coalesce()._values())
-        sent = torch.sparse_coo_tensor(gradient.coalesce()._indices(), values, gradient.shape)
+        sent = torch.sparse_coo_tensor(gradient.coalesce()._indices(), values, gradient.shape, check_invariants=False)
         wait = sparse_allreduce_async(sent, name, me.op, me.process_set)
 
         def end() -> None:
             found = wait().coalesce()
             p.grad = torch.sparse_coo_tensor(
-                found._indices(), me._compression.decompress(found._values(), ctx), found.shape
+                found._indices(),
+                me._compression.decompress(found._values(), ctx),
+                found.shape,
+                check_invariants=False,
             )
 
         return end
