@@ -107,8 +107,8 @@ def refusal(rank: int, name: str, requests: Mapping[int, Announcement], joined: 
     sides: dict[tuple[Any, ...], list[int]] = {}
     for peer, request in sorted(requests.items()):
         compared = _compared(request)
-        # Who contributes nothing may not know whether the others' gradient is of 16 bits or sparse.
-        if not request.absent or compared[0] != first.kind:
+        # Who contributes nothing may not know whether the others' gradient is sparse.
+        if not request.absent:
             sides.setdefault(compared, []).append(peer)
     if len(sides) > 1:
         texts = "; ".join(f"{_ranks(peers)}: {requests[peers[0]].text()}" for peers in sides.values())

@@ -18,12 +18,13 @@ from .parts import ALONE_BYTES, buffer_of, parts_of
 def allgather(channel: Channel, batch: Sequence[Ready]) -> Waits:
     group = channel.group
     keys = [(each, index) for each in batch for index in range(len(each.request.shapes))]
-    shapes = [[torch.Size(each.requests[peer].shapes[index]) for peer in range(group.size)] for each, index in keys]
+    shapes = [[_gathered(each, peer, index) for peer in range(group.size)] for each, index in keys]
     dtypes = [dtype_of(each.request.dtypes[index]) for each, index in keys]
     stream = []
     for each, index in keys:
         assert each.submission is not None, "ranks have not joined"
-        stream.append(bytes_of(each.submission.tensors[index].detach().cpu().contiguous()))
+        if not each.submission.request.absent:
+            stream.append(bytes_of(each.submission.tensors[index].detach().cpu().contiguous()))
     own_bytes = sum(piece.numel() for piece in stream)
     sizes = [
         [shape.numel() * dtype.itemsize for shape, dtype in zip(of_peer, dtypes, strict=True)]
@@ -49,10 +50,18 @@ def allgather(channel: Channel, batch: Sequence[Ready]) -> Waits:
     done: dict[int, list[torch.Tensor]] = {}
     for (each, index), whole in zip(keys, wholes, strict=True):
         assert each.submission is not None
-        done.setdefault(id(each), []).append(whole.to(each.submission.tensors[index].device))
+        like = each.submission.tensors[index] if each.submission.tensors else each.submission.outputs[0]
+        done.setdefault(id(each), []).append(whole.to(like.device))
     for each in batch:
         assert each.submission is not None
         each.submission.outputs = done[id(each)]
+
+
+def _gathered(each: Ready, peer: int, index: int) -> torch.Size:
+    """The shape of what a rank brings: no rows where it has nothing."""
+    if each.requests[peer].absent:
+        return torch.Size((0, *each.request.shapes[index][1:]))
+    return torch.Size(each.requests[peer].shapes[index])
 
 
 def broadcast(channel: Channel, batch: Sequence[Ready]) -> Waits:

@@ -161,6 +161,12 @@ def steps_by_closure(rank: int, size: int) -> bool:
         changed = (before - embedding.weight).detach()[:, 0]
         torch.testing.assert_close(changed[:4], torch.tensor([0.25, 0.25, 1.0, 0.0]))
         sparse.zero_grad()
+    sparse = hvd.DistributedOptimizer(torch.optim.SGD(embedding.parameters(), 0.5))
+    before = embedding.weight.detach().clone()
+    if rank == 0:
+        embedding(torch.tensor([5])).sum().backward()
+    sparse.step()
+    torch.testing.assert_close((before - embedding.weight).detach()[4:7, 0], torch.tensor([0.0, 0.25, 0.0]))
     hvd.shutdown()
     return True
 

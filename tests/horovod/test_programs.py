@@ -53,8 +53,8 @@ say("ranks", hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), hvd.cro
 
 
 def test_under_mpirun(tmp_path: Path) -> None:
-    """Without a word of commlab in the program, and without shutdown(): leaving is enough. The engine's thread is asleep
-    while nothing is under way."""
+    """Without a word of commlab in the program, and without shutdown(): leaving is enough. The engine's thread is
+    asleep while nothing is under way."""
     pytest.importorskip("mpi4py")
     timeline = tmp_path / "timeline.json"
     command = [*mpirun(2), "-m", "commlab.horovod"]

@@ -15,8 +15,7 @@ import torch
 from .. import world
 from ..process_sets import global_process_set
 from .functions import broadcast_object
-from .mpi_ops import sparse_allreduce_async
-from .start import Adasum, Average, start_gradient, start_reduce, synchronize
+from .start import Adasum, Average, start_gradient, start_reduce, start_sparse, synchronize
 
 
 class Distributed:
@@ -26,7 +25,7 @@ class Distributed:
     def _begin(self) -> None:
         """Watch the parameters' gradients."""
         me: Any = self
-        me._handles, me._hooks, me._sparse = {}, [], set()
+        me._handles, me._hooks = {}, []
         me._synchronized, me._should_synchronize = False, True
         me._requires_update = [p for group in me.param_groups for p in group["params"] if p.requires_grad]
         me._delays = dict.fromkeys(me._requires_update, me.backward_passes_per_step)
@@ -113,16 +112,8 @@ class Distributed:
         """What ends the exchange of a parameter's gradient, when called."""
         me: Any = self
         name, gradient = me._parameter_names[p], p.grad
-        if gradient is None and p in me._sparse:
-            gradient = torch.sparse_coo_tensor(
-                torch.empty((1, 0), dtype=torch.int64),
-                p.detach().new_empty((0, *p.shape[1:])),
-                p.shape,
-                check_invariants=False,
-            )
         if gradient is not None and gradient.is_sparse:
             if not me.sparse_as_dense:
-                me._sparse.add(p)
                 return self._start_sparse(p, gradient, name)
             was_sparse, gradient = True, gradient.to_dense()
         else:
@@ -133,10 +124,11 @@ class Distributed:
         me: Any = self
         values, ctx = me._compression.compress(gradient.coalesce()._values())
         sent = torch.sparse_coo_tensor(gradient.coalesce()._indices(), values, gradient.shape, check_invariants=False)
-        wait = sparse_allreduce_async(sent, name, me.op, me.process_set)
+        # A rank that has no gradient announces a dense one: both must match.
+        handle = start_sparse(sent, name, me.op, me.process_set, "allreduce")
 
         def end() -> None:
-            found = wait().coalesce()
+            found = synchronize(handle).coalesce()
             p.grad = torch.sparse_coo_tensor(
                 found._indices(),
                 me._compression.decompress(found._values(), ctx),
@@ -158,6 +150,11 @@ class Distributed:
         def end() -> None:
             found = synchronize(handle)
             if found is None:  # no rank has computed this gradient
+                return
+            if found.is_sparse:
+                found = found.coalesce()
+                values = found._values().to(p.dtype)
+                p.grad = torch.sparse_coo_tensor(found._indices(), values, found.shape, check_invariants=False)
                 return
             whole = me._compression.decompress(found, ctx)
             if was_sparse:

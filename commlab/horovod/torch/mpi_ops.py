@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from ...errors import UsageError
 from .. import world
 from ..process_sets import ProcessSet, global_process_set
 from .start import (
     AsyncHandle,
     Average,
-    Sum,
     Tensors,
     one,
     op_of,
@@ -28,6 +26,7 @@ from .start import (
     start_gather,
     start_reduce,
     start_reducescatter,
+    start_sparse,
     synchronize,
 )
 
@@ -125,19 +124,11 @@ def sparse_allreduce_async(
 ) -> Callable[[], torch.Tensor]:
     """Start to sum or average a sparse tensor: indices and values are gathered. The handle is a function that waits,
     and returns a new sparse tensor, in which places may occur more than once."""
-    reduction = op_of(op, None)
-    if reduction not in (Average, Sum):
-        raise UsageError(f"rank {world.rank()}: sparse tensors are summed or averaged, not {reduction.name}")
-    found = tensor if tensor.is_coalesced() else tensor.coalesce()
-    indices, values = found._indices().transpose(0, 1).contiguous(), found._values()
-    handle = grouped_allgather_async([indices, values], f"{name}.sparse", process_set)
+    handle = start_sparse(tensor, f"{name}.sparse", op_of(op, None), process_set)
 
     def wait() -> torch.Tensor:
-        all_indices, all_values = synchronize(handle)
-        if reduction == Average:
-            size = world.size() if process_set is global_process_set else process_set.size()
-            all_values = all_values / size
-        return torch.sparse_coo_tensor(all_indices.transpose(0, 1), all_values, tensor.shape, check_invariants=False)
+        found: torch.Tensor = synchronize(handle)
+        return found
 
     return wait
 

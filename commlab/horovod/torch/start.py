@@ -64,12 +64,14 @@ def start(
     name: str | None,
     process_set: ProcessSet,
     build: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
+    matched: str | None = None,
 ) -> AsyncHandle:
     """Start an operation. ``build()`` gives what the request and the submission have beside kind and name, or raises
-    UsageError, which is raised here, and known to the other ranks of the set."""
+    UsageError, which is raised here, and known to the other ranks of the set. ``matched``: the kind under which ranks
+    match the name, where it is another one."""
     number = _set_of(process_set, kind)
     named = name is not None
-    full = f"{kind}.{name}" if named else world.require().next_name(number, kind)
+    full = f"{matched or kind}.{name}" if named else world.require().next_name(number, kind)
     try:
         request, what = build()
         submission = Submission(Announcement(kind, full, named=named, **request), **what)
@@ -167,15 +169,42 @@ def start_gradient(
     process_set: ProcessSet,
 ) -> AsyncHandle:
     """An allreduce of a gradient in place. ``absent``: this rank has none, contributes nothing, and takes the result.
-    The handle gives None, and ``tensor`` is as it was, where no rank has one."""
+    The handle gives None, and ``tensor`` is as it was, where no rank has one; a sparse tensor where the others' are
+    sparse."""
 
     def finish(found: list[torch.Tensor]) -> torch.Tensor | None:
+        if len(found) == 2:
+            return _sparse(found, tensor.shape, op, process_set)
         return found[0] if found else None
 
     return start_reduce([tensor], [tensor], name, op, scales, process_set, finish, absent)
 
 
-def start_gather(tensors: Tensors, name: str | None, process_set: ProcessSet, finish: Finish) -> AsyncHandle:
+def start_sparse(
+    tensor: torch.Tensor, name: str, op: ReduceOp, process_set: ProcessSet, matched: str | None = None
+) -> AsyncHandle:
+    """A sum or an average of sparse tensors: indices and values are gathered, and give a new sparse tensor."""
+    if op not in (Average, Sum):
+        raise UsageError(f"rank {world.rank()}: sparse tensors are summed or averaged, not {op.name}")
+    found = tensor if tensor.is_coalesced() else tensor.coalesce()
+    pieces = [found._indices().transpose(0, 1).contiguous(), found._values()]
+
+    def finish(gathered: list[torch.Tensor]) -> torch.Tensor:
+        return _sparse(gathered, tensor.shape, op, process_set)
+
+    return start_gather(pieces, name, process_set, finish, matched)
+
+
+def _sparse(gathered: list[torch.Tensor], shape: torch.Size, op: ReduceOp, process_set: ProcessSet) -> torch.Tensor:
+    indices, values = gathered
+    if op == Average:
+        values = values / len(process_set.ranks or ())
+    return torch.sparse_coo_tensor(indices.transpose(0, 1), values, shape, check_invariants=False)
+
+
+def start_gather(
+    tensors: Tensors, name: str | None, process_set: ProcessSet, finish: Finish, matched: str | None = None
+) -> AsyncHandle:
     """An allgather; a scalar is one row."""
 
     def build() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -184,7 +213,7 @@ def start_gather(tensors: Tensors, name: str | None, process_set: ProcessSet, fi
         request["shapes"] = tuple(tuple(each.shape) for each in rows)
         return request, {"tensors": rows, "finish": finish}
 
-    return start("allgather", name, process_set, build)
+    return start("allgather", name, process_set, build, matched)
 
 
 def start_broadcast(
