@@ -3,6 +3,7 @@ ranks; process sets, join, gradients; what ranks disagree about."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Forked
+from forked import Forked, RankFailed
 
 import commlab.horovod.torch as hvd
 
@@ -173,9 +174,10 @@ def moves(rank: int, size: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_moves(forked: Forked, size: int) -> None:
-    assert all(forked(moves, size, backend=None))
+@pytest.mark.parametrize(("size", "nodes"), [(2, "2"), (3, "2")])
+def test_moves(forked: Forked, size: int, nodes: str) -> None:
+    """In a window, and on two nodes by messages."""
+    assert all(forked(moves, size, backend=None, environ={"COMMLAB_NODES": nodes}))
 
 
 def adasums(rank: int, size: int) -> bool:
@@ -336,6 +338,24 @@ def test_disagreements(forked: Forked) -> None:
         else:
             assert "rank 0 has given up" in alone and "only here" in alone
         assert "gave up" in after or "given up" in after
+
+
+def dies(rank: int, size: int) -> str:
+    hvd.init()
+    hvd.barrier()
+    if rank == 1:
+        os._exit(3)
+    since_s = time.monotonic()
+    text = message(lambda: hvd.allreduce(torch.ones(1), name="last"))
+    assert "rank 1" in text and time.monotonic() - since_s < 10, text
+    assert "rank 1" in message(lambda: hvd.allreduce(torch.ones(1), name="next"))
+    return text
+
+
+def test_a_rank_dies(forked: Forked) -> None:
+    """Whoever waits for it is told at once, and does not wait any more."""
+    with pytest.raises(RankFailed, match=r"^rank 1: ended with 3, saying nothing$"):
+        forked(dies, backend=None)
 
 
 def leaves(rank: int, size: int) -> str:
