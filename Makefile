@@ -68,6 +68,9 @@ examples: $(VENV)/.examples venv ## run every script of docs/examples
 horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's cache), for strategy horovod
 	python -m bench.horovod_build $(ARGS)
 
+horovod-tests: venv ## Horovod's own tests with commlab in its place; DIR=a checkout of Horovod's sources
+	mpirun -n 2 python tests/helpers/horovod_suite.py $(DIR)
+
 lint: $(VENV)/.lint venv ## ruff, mypy, clang-format, lines of Markdown; changes nothing
 	ruff check .
 	ruff format --check .

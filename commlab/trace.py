@@ -29,6 +29,12 @@ def enable() -> None:
     _clock_offset_ns = time.time_ns() - time.perf_counter_ns()
 
 
+def disable() -> None:
+    """Record no more spans, and forget those that there are."""
+    global _spans
+    _spans = None
+
+
 def enabled() -> bool:
     return _spans is not None
 

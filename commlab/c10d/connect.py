@@ -53,10 +53,14 @@ def _node_key(here: Member) -> str:
     return f"declared {topology.declared(text, here.size).node_of(here.rank)}"
 
 
-def connect(store: dist.Store, rank: int, size: int, timeout_s: float, here: Member) -> Group:
-    """The group of ``size`` ranks that share ``store``, in which no other keys are. Collective over them."""
-    if size == 1:
-        return Group(SimNetwork(1).transports()[0], Topology(((0,),)), timeout_s)
+def connect(
+    store: dist.Store | None, rank: int, size: int, timeout_s: float, here: Member, aside: bool = False
+) -> Group:
+    """The group of ``size`` ranks that share ``store``, in which no other keys are. Collective over them. ``aside``: a
+    thread beside the one that computes moves the group on: it needs none of its own, and a rank that waits leaves its
+    core to the computation unless it has two."""
+    if store is None or size == 1:
+        return Group(SimNetwork(1).transports()[0], Topology(((0,),)), timeout_s, threaded=not aside)
     transport = StoreTransport(dist.PrefixStore("meet", store), rank, size, timeout_s)
     window = os.environ.get(WINDOW, "auto")
     if window not in ("auto", "off"):
@@ -80,9 +84,9 @@ def connect(store: dist.Store, rank: int, size: int, timeout_s: float, here: Mem
         if len({str(found[word]) for found in cards}) > 1:
             raise UsageError(f"rank {rank}: {variable} differs between ranks: {[found[word] for found in cards]}")
     found = topology.from_keys([card["node"] for card in cards])
-    cores = topology.cores_of_node([card["cores"] for card in cards], found.nodes, rank)
+    cores = topology.cores_of_node([card["cores"] for card in cards], found.nodes, rank) // (2 if aside else 1)
     if len(found.nodes) == 1 and window != "off":
-        group = Group(transport, found, timeout_s, True, cores)
+        group = Group(transport, found, timeout_s, True, cores, not aside)
         open_window(group, transport.gather)
         if group.window is not None:
             return group
@@ -91,7 +95,7 @@ def connect(store: dist.Store, rank: int, size: int, timeout_s: float, here: Mem
     else:
         reason = f"{WINDOW}=off"
     messages, links_reason = _messages(store, transport, cards, here, timeout_s)
-    group = Group(messages, found, timeout_s, True, cores)
+    group = Group(messages, found, timeout_s, True, cores, not aside)
     group.window_reason, group.links_reason = reason, links_reason
     if len(found.nodes) > 1 and window != "off":
         open_nodes(group)

@@ -44,7 +44,8 @@ class Group:
 
     ``check``: whether ranks compare what they are about to do before each operation (on by default; its cost is a
     column of the benchmark); with a window they always do, because the same exchange tells where the data lie.
-    ``timeout_s``: how long a peer may be silent before an operation fails.
+    ``timeout_s``: how long a peer may be silent before an operation fails. ``threaded``: whether a thread of the
+    group's own may move it on, where a core is free.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Group:
         timeout_s: float = 300.0,
         check: bool = True,
         cores: int | None = None,
+        threaded: bool = True,
     ):
         assert topology.size == transport.size
         self.transport, self.topology, self.timeout_s = transport, topology, timeout_s
@@ -67,13 +69,17 @@ class Group:
         self.crowded = self.cores < self.local_size
         """Whether the ranks of this node share cores."""
         moves_itself = transport.moves_itself
-        self.progress = Progress(self.rank, timeout_s, threaded=free_core and transport.threads and not moves_itself)
+        self.threaded = threaded
+        threaded = threaded and free_core and transport.threads and not moves_itself
+        self.progress = Progress(self.rank, timeout_s, threaded=threaded)
         self.progress_mode = (
             "the links' native thread"
             if moves_itself
             else "a thread of its own"
             if self.progress.threaded
             else "inline (the transport allows one thread only)"
+            if free_core and not transport.threads
+            else "inline (its owner's thread moves it on)"
             if free_core
             else "inline (no core is free)"
         )
@@ -269,7 +275,7 @@ class Group:
         if transport is None:
             return None
         topology = self.topology.subgroup(ranks)
-        made = Group(transport, topology, self.timeout_s, self.agreement.required, self.cores)
+        made = Group(transport, topology, self.timeout_s, self.agreement.required, self.cores, self.threaded)
         made.observe(self.watch, [self.members[rank] for rank in ranks])
         self._subgroups.add(made)
         return made

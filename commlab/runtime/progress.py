@@ -228,6 +228,28 @@ class Progress:
                 assert self.ended is not None
                 dropped.handle.finish(self.ended.error(dropped.handle.describe(), self.rank))
 
+    def head(self) -> Operation | None:
+        """The operation that moves next, or that waits for others; None where nothing is under way."""
+        try:
+            return self._queue[0]
+        except IndexError:
+            return None
+
+    def rest(self, timeout_s: float, idle_s: float) -> None:
+        """Wait for the head of the queue, for ``timeout_s`` at most: natively where its request knows how. ``idle_s``:
+        how long nothing has moved. For a thread that moves on several queues; PeerLostError like a wait's."""
+        with self._lock:
+            head = self.head()
+            block = None if head is None else getattr(head.waits_for, "block", None)
+            if block is not None:
+                try:
+                    block(timeout_s)
+                except PeerLostError as error:
+                    assert head is not None
+                    raise head.lost(error) from error
+                return
+        pause(idle_s)
+
     def tie(self, other: Progress) -> None:
         """What ends one of the two queues ends the other."""
         self._tied.append(weakref.ref(other))

@@ -1,0 +1,390 @@
+"""The negotiation of one process set: ranks announce what is ready, and carry out in one order what is ready on all.
+
+A *tick* is one exchange among the set's ranks: each tells which operations have become ready there since its last one
+(a full request the first time, a number when the same request comes again). All ranks keep the same table from the same
+announcements, so all of them know, without anybody who leads, which operations are ready everywhere, and in which order
+they are carried out. A rank takes part in a tick while it has something under way or has joined, and is asleep
+otherwise: nobody is asked when nothing is wanted.
+
+The set's operations, ticks included, run one after the other on one group. While one runs, more becomes ready, and
+travels together afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import trace
+from ..chunks import Range
+from ..collectives.delivery import deliver_async
+from ..errors import CommlabError, PeerTimeoutError, UsageError
+from ..runtime.agreement import Signature
+from ..runtime.ending import HARMLESS, ended_by
+from ..runtime.group import Group
+from ..runtime.handle import Handle
+from .announcement import Announcement, announcement_of, refusal
+from .settings import Settings
+from .stalls import stalled_words
+from .submission import HorovodInternalError, Submission
+
+log = logging.getLogger("commlab")
+
+Waits = Generator["Handle | None", None, None]
+"""A computation that yields what it waits for: a handle, or None for something to do."""
+
+_TICK = Signature("horovod's announcements")
+_CACHED = 4096
+"""So many requests of each rank are known by a number; then the numbers begin anew."""
+_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1e-3, 20e-3
+_GATHERED_BYTES = 8 * 1024 * 1024
+"""From so many bytes on nobody waits for more to travel together."""
+
+
+class Announced(NamedTuple):
+    """An operation that some ranks have announced."""
+
+    requests: dict[int, Announcement]
+    """By the announcing rank's number in the set."""
+    since_s: float
+
+
+class Ready(NamedTuple):
+    """An operation that is to be carried out now, by all ranks of the set."""
+
+    request: Announcement
+    """Of a rank that contributes."""
+    requests: dict[int, Announcement]
+    submission: Submission | None
+    """This rank's own part; None where it has joined."""
+
+
+def until(handle: Handle) -> Waits:
+    """Go on once ``handle`` has ended; raises its error."""
+    while not handle.finished:
+        yield handle
+    if handle.error is not None:
+        raise handle.error
+
+
+class Channel:
+    """``group``: the ranks of the set; ``ranks``: their numbers in the job. Everything but :meth:`submit` is called by
+    the engine's thread alone."""
+
+    def __init__(self, group: Group, ranks: Sequence[int], settings: Settings, perform: Any):
+        """``perform(channel, batch)``: carries out what is ready."""
+        self.group, self.ranks, self.settings = group, tuple(ranks), settings
+        self.rank = self.ranks[group.rank]
+        self._perform = perform
+        self.submitted: deque[Submission] = deque()
+        self.submissions: dict[str, Submission] = {}
+        """This rank's operations under way, by name."""
+        self.urged = False
+        """Somebody waits: nothing is to be gained by waiting for more operations."""
+        self.joining: Submission | None = None
+        self.leaving = ""
+        """Why this rank tells the others, with its next tick, that it takes part no longer."""
+        self.ended: BaseException | None = None
+        self.waits_for: Handle | None = None
+        self.wake_s: float | None = None
+        """When the channel wants to be asked again, though nothing has happened."""
+        self.buffers: dict[str, torch.Tensor] = {}
+        self._table: dict[str, Announced] = {}
+        self._joined: dict[int, dict[str, int]] = {}
+        self._cache: list[list[Announcement]] = [[] for _ in ranks]
+        self._numbers: dict[Announcement, int] = {}
+        self._quiet_since_s: float | None = None
+        self._backed_off_until_s = 0.0
+        self._warned_s: float | None = None
+        self._join_announced = False
+        self._carried: list[Ready] = []
+        """What is being carried out, or about to be."""
+        self._moved_s = time.monotonic()
+        self._run = self._negotiate()
+
+    def submit(self, submission: Submission) -> None:
+        """Take an operation of this rank. The caller holds the engine's lock. UsageError where the name is in use,
+        HorovodInternalError where nothing is taken any more."""
+        name = submission.request.name
+        if self.ended is not None:
+            raise HorovodInternalError(str(self.ended)) from self.ended
+        if name in self.submissions:
+            raise UsageError(
+                f"rank {self.rank}: {submission.request.text()} has the name {name!r}, which another operation under "
+                "way has too; give each its own name, or wait for the first one"
+            )
+        self.submissions[name] = submission
+        self.submitted.append(submission)
+
+    def step(self) -> bool:
+        """Go on as far as possible without waiting; whether anything has moved."""
+        moved = False
+        while self.ended is None and (self.waits_for is None or self.waits_for.done()):
+            try:
+                self.waits_for = next(self._run)
+            except StopIteration:
+                return True
+            except BaseException as error:
+                self.fail(error)
+                return True
+            if self.waits_for is None:
+                break
+            moved = True
+        if moved:
+            self._moved_s = time.monotonic()
+        return moved
+
+    def block(self, timeout_s: float, idle_s: float) -> None:
+        """Wait, natively where that is possible, for what the channel waits for."""
+        try:
+            self.group.progress.rest(timeout_s, idle_s)
+        except CommlabError as error:
+            self.group.progress.end(ended_by(error, "an operation of Horovod's"))
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """End all that is under way with ``error``, and take nothing more."""
+        self.ended = error
+        self.waits_for = None
+        submissions = [*self.submissions.values(), *([self.joining] if self.joining is not None else [])]
+        submissions += [each.submission for each in self._carried if each.submission is not None]
+        self._carried.clear()
+        self.submissions.clear()
+        self.submitted.clear()
+        self.joining = None
+        for submission in submissions:
+            if not submission.ended:
+                submission.end(error)
+
+    def _negotiate(self) -> Waits:
+        while True:
+            while not self._due():
+                yield None
+            if self.settings.mark_cycles:
+                now_ns = time.perf_counter_ns()
+                trace.record("CYCLE_START", "cycles", now_ns, now_ns)
+            records: list[bytes] = []
+            yield from self._exchange(self._announcement(), records)
+            left = self._hear(records)
+            if left:
+                self.fail(HorovodInternalError(left))
+                return
+            yield from self._carry_out(self._ready())
+            self._end_join()
+
+    def _due(self) -> bool:
+        """Whether this rank takes part in the next tick now."""
+        now_s = time.monotonic()
+        self.wake_s = None
+        if self.leaving or (self.joining is not None and not self._join_announced):
+            return True
+        if self.submitted:
+            oldest_s = self.submitted[0].since_s
+            if self.urged or now_s - oldest_s >= self.settings.cycle_s or self._gathered() >= _GATHERED_BYTES:
+                return True
+            self.wake_s = oldest_s + self.settings.cycle_s
+            return False
+        if not self.submissions and self.joining is None:
+            self.urged = False
+            return False
+        if now_s >= self._backed_off_until_s:
+            return True
+        self.wake_s = self._backed_off_until_s
+        return False
+
+    def _gathered(self) -> int:
+        return sum(
+            tensor.numel() * tensor.element_size() for submission in self.submitted for tensor in submission.tensors
+        )
+
+    def _announcement(self) -> bytes:
+        items: list[Any] = []
+        message: dict[str, Any] = {}
+        fresh = len(self._numbers) > _CACHED
+        if fresh:
+            self._numbers.clear()
+            message["fresh"] = True
+        while self.submitted:
+            request = self.submitted.popleft().request
+            number = self._numbers.get(request)
+            if number is not None:
+                items.append(number)
+                continue
+            if request.named:
+                self._numbers[request] = len(self._numbers)
+            items.append(list(request))
+        if items:
+            message["ready"] = items
+        if self.joining is not None and not self._join_announced:
+            message["join"] = self.joining.request.detail
+            self._join_announced = True
+        if self.leaving:
+            message["left"] = self.leaving
+        return json.dumps(message, separators=(",", ":")).encode() if message else b""
+
+    def _exchange(self, record: bytes, records: list[bytes]) -> Waits:
+        group = self.group
+        if group.size == 1:
+            records.append(record)
+            return
+        own = torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else torch.empty(0, dtype=torch.uint8)
+        found: list[torch.Tensor] = []
+
+        def room(sizes: Sequence[int]) -> list[torch.Tensor]:
+            found.extend(torch.empty(size_bytes, dtype=torch.uint8) for size_bytes in sizes)
+            return found
+
+        yield from until(deliver_async(group, _TICK, [own], [Range(0, len(record))] * group.size, room))
+        records.extend(each.numpy().tobytes() for each in found)
+
+    def _hear(self, records: Sequence[bytes]) -> str:
+        """Enter what the ranks have announced; returns who has left and why, empty while nobody has."""
+        now_s = time.monotonic()
+        left = []
+        news = False
+        for peer, record in enumerate(records):
+            if not record:
+                continue
+            news = True
+            message = json.loads(record)
+            cache = self._cache[peer]
+            if message.get("fresh"):
+                cache.clear()
+            for item in message.get("ready", ()):
+                if isinstance(item, int):
+                    request = cache[item]
+                else:
+                    request = announcement_of(item)
+                    if request.named:
+                        cache.append(request)
+                self._table.setdefault(request.name, Announced({}, now_s)).requests[peer] = request
+            if "join" in message:
+                self._joined[peer] = json.loads(message["join"])
+            if "left" in message:
+                left.append(f"rank {self.ranks[peer]} {message['left']}")
+        if news:
+            self._quiet_since_s, self._backed_off_until_s = None, 0.0
+        else:
+            self._quiet_since_s = self._quiet_since_s or now_s
+            quiet_s = now_s - self._quiet_since_s
+            self._backed_off_until_s = now_s + min(max(_BACK_OFF_S, quiet_s / 20), _LONGEST_BACK_OFF_S)
+        return "; ".join(left)
+
+    def _ready(self) -> list[Ready]:
+        """What all ranks have announced or joined, in the order in which it was first announced. What the ranks
+        disagree about ends here, on all of them."""
+        found = []
+        size = self.group.size
+        for name, row in list(self._table.items()):
+            if len(row.requests) < size and any(
+                peer not in row.requests and peer not in self._joined for peer in range(size)
+            ):
+                continue
+            del self._table[name]
+            submission = self.submissions.pop(name, None)
+            requests = {self.ranks[peer]: request for peer, request in row.requests.items()}
+            reason = refusal(self.rank, name, requests, {self.ranks[peer] for peer in self._joined})
+            if reason:
+                if submission is not None:
+                    submission.end(HorovodInternalError(reason))
+                continue
+            request = next((each for each in row.requests.values() if not each.absent), None)
+            if request is None:  # nobody has anything to contribute
+                if submission is not None:
+                    submission.outputs = []
+                    submission.end()
+                continue
+            found.append(Ready(request, dict(row.requests), submission))
+        return found
+
+    def _carry_out(self, ready: list[Ready]) -> Waits:
+        self._carried = ready
+        for batch in self._perform.batches(self, ready):
+            try:
+                yield from self._perform.run(self, batch)
+            except HARMLESS as error:
+                self._end(batch, error)
+            except BaseException as error:
+                self._end(batch, error)
+                if self.group.progress.ended is not None:
+                    raise
+                # The others wait for this rank's part, or will: they are told.
+                refused = self.group.refuse(batch[0].request.kind, batch[0].request.name, _as_error(error))
+                with suppress(*HARMLESS):
+                    yield from until(refused)
+            else:
+                self._end(batch, None)
+        self._carried = []
+
+    def _end(self, batch: Sequence[Ready], error: BaseException | None) -> None:
+        for each in batch:
+            if each.submission is not None and not each.submission.ended:
+                each.submission.end(error)
+
+    def _end_join(self) -> None:
+        if self.joining is None or len(self._joined) < self.group.size:
+            return
+        # Ranks that joined early have named fewer operations: from here on all count on from the same number.
+        counters: dict[str, int] = {}
+        for sent in self._joined.values():
+            for kind, count in sent.items():
+                counters[kind] = max(counters.get(kind, 0), count)
+        last = self.ranks[list(self._joined)[-1]]
+        self._joined.clear()
+        submission, self.joining, self._join_announced = self.joining, None, False
+        submission.finish = lambda _: (last, counters)
+        submission.end()
+
+    def inspect(self, now_s: float) -> None:
+        """Warn of operations that some ranks do not announce, with the ranks; PeerTimeoutError, to all that wait here,
+        when that has lasted too long."""
+        if self._carried and self.waits_for is not None and now_s - self._moved_s > self.settings.timeout_s:
+            head = self.group.progress.head()
+            peers = [self.ranks[peer] for peer in head.peers()] if head is not None else []
+            waits = f"rank {self.rank} has waited {now_s - self._moved_s:.1f} s for ranks {peers}"
+            error: Exception = PeerTimeoutError(f"{waits} in {self.waits_for.describe()}")
+            self.group.progress.end(ended_by(error, self.waits_for.describe()))
+            self.fail(error)
+        waited = [(submission.since_s, name) for name, submission in list(self.submissions.items())]
+        if not waited:
+            self._warned_s = None
+            return
+        oldest_s = now_s - min(waited)[0]
+        if oldest_s > self.settings.timeout_s:
+            reason = self._stalled(now_s)
+            error = PeerTimeoutError(f"rank {self.rank} gave up: {reason}, or the timeout be raised")
+            for name, submission in list(self.submissions.items()):
+                del self.submissions[name]
+                submission.end(error)
+            self.submitted.clear()
+            self.leaving = f"has given up: {reason}"
+        elif oldest_s > self.settings.warn_s and (
+            self._warned_s is None or now_s - self._warned_s > self.settings.warn_s
+        ):
+            self._warned_s = now_s
+            log.warning("rank %d: %s", self.rank, self._stalled(now_s))
+
+    def _stalled(self, now_s: float) -> str:
+        head = self.group.progress.head() if self.waits_for is not None else None
+        silent = [] if head is None else [self.ranks[peer] for peer in head.peers()]
+        waiting, lacking = {}, {}
+        for name, submission in list(self.submissions.items()):
+            if (waited_s := now_s - submission.since_s) < min(self.settings.warn_s, self.settings.timeout_s) / 2:
+                continue
+            waiting[name] = waited_s
+            announced = self._table.get(name)
+            if announced is not None and self.group.rank in announced.requests:
+                there = {*announced.requests, *self._joined}
+                lacking[name] = [rank for peer, rank in enumerate(self.ranks) if peer not in there]
+        return stalled_words(waiting, lacking, silent)
+
+
+def _as_error(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else CommlabError(type(error).__name__)

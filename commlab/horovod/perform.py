@@ -1,0 +1,84 @@
+"""What is ready on all ranks is carried out, several operations of a kind together, on those of
+:mod:`commlab.collectives`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import trace
+from . import moves, reductions
+from .announcement import dtype_of
+from .channel import Channel, Ready, Waits
+from .parts import Part, parts_of
+
+
+def batches(channel: Channel, ready: Sequence[Ready]) -> list[list[Ready]]:
+    """What is ready, in operations that are carried out together. The same on all ranks."""
+    found: list[list[Ready]] = []
+    open_batches: dict[Any, tuple[list[Ready], int]] = {}
+    for each in ready:
+        request = each.request
+        key: Any = None
+        if request.kind == "allreduce" and request.op != "adasum" and len(set(request.dtypes)) == 1:
+            key = (request.kind, request.dtypes[0], request.op, request.scales)
+        elif request.kind in ("allgather", "broadcast"):
+            key = (request.kind, request.root)
+        size_bytes = _size_bytes(each)
+        batch, gathered = open_batches.get(key, ([], 0))
+        if key is None or not batch or gathered + size_bytes > channel.settings.fusion_bytes:
+            batch, gathered = [], 0
+            found.append(batch)
+        batch.append(each)
+        open_batches[key] = batch, gathered + size_bytes
+    return found
+
+
+def _size_bytes(each: Ready) -> int:
+    """As all ranks count it."""
+    total = 0
+    for request in each.requests.values() if each.request.kind == "allgather" else [each.request]:
+        for dtype, shape in zip(request.dtypes, request.shapes, strict=True):
+            total += dtype_of(dtype).itemsize * torch.Size(shape).numel()
+    return total
+
+
+def run(channel: Channel, batch: Sequence[Ready]) -> Waits:
+    """Carry out one batch. Collective over the channel's ranks."""
+    started_ns = time.perf_counter_ns()
+    kind = batch[0].request.kind
+    for each in batch:
+        if each.submission is not None:
+            each.submission.await_device()
+    with torch.no_grad():
+        if kind == "allreduce" and batch[0].request.op == "adasum":
+            yield from reductions.combine(channel, batch[0])
+        elif kind == "allreduce":
+            for part in _of_one_dtype(batch):
+                yield from reductions.allreduce(channel, part)
+        elif kind == "allgather":
+            yield from moves.allgather(channel, batch)
+        elif kind == "broadcast":
+            yield from moves.broadcast(channel, batch)
+        elif kind == "alltoall":
+            yield from moves.alltoall(channel, batch[0])
+        elif kind == "reducescatter":
+            yield from reductions.reducescatter(channel, batch[0])
+    if trace.enabled():
+        stopped_ns = time.perf_counter_ns()
+        for each in batch:
+            if each.submission is not None:
+                lane = each.request.name
+                trace.record(f"NEGOTIATE_{kind.upper()}", lane, each.submission.started_ns or started_ns, started_ns)
+                trace.record(kind.upper(), lane, started_ns, stopped_ns, tensors=len(batch))
+
+
+def _of_one_dtype(batch: Sequence[Ready]) -> list[tuple[Ready, list[Part]]]:
+    """The batch's tensors by dtype; a grouped operation may have several."""
+    found: dict[torch.dtype, list[Part]] = {}
+    for part in parts_of(batch):
+        found.setdefault(part.dtype, []).append(part)
+    return [(batch[0], parts) for parts in found.values()]

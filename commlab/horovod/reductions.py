@@ -1,0 +1,161 @@
+"""Reductions of what is ready: 16-bit numbers are added in fp32, divided and rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..chunks import Range
+from ..collectives.allreduce import allreduce_async
+from ..collectives.halves import reduce_chunks_async
+from ..native.dtypes import HALVES
+from .adasum import adasum
+from .announcement import summed_dtype
+from .channel import Channel, Ready, Waits, until
+from .parts import ALONE_BYTES, Part, buffer_of, parts_of, units_of, width_of
+
+
+def _reduction(dtype: torch.dtype, op: str, scales: tuple[float, float]) -> tuple[torch.dtype, str]:
+    """The dtype in which the numbers are reduced, and commlab's reduction."""
+    summed = summed_dtype(dtype)
+    assert summed is not None
+    if dtype in HALVES and scales != (1.0, 1.0):
+        summed = torch.float32  # scaled and rounded once
+    if dtype is torch.bool:
+        op = {"sum": "max", "prod": "min"}.get(op, op)
+    if op == "mean" and not summed.is_floating_point:
+        op = "sum"  # divided afterwards
+    return summed, op
+
+
+def _scale(numbers: torch.Tensor, factor: float) -> None:
+    if factor != 1.0:
+        if numbers.is_floating_point():
+            numbers.mul_(factor)
+        else:
+            numbers.copy_(numbers.double().mul_(factor))
+
+
+def _after(channel: Channel, numbers: torch.Tensor, op: str, scale: float) -> None:
+    """What remains to be done with reduced numbers. Integers of a mean are cut, as Horovod's are."""
+    if numbers.is_floating_point():
+        _scale(numbers, scale)
+        return
+    factor = scale / channel.group.size if op == "mean" else scale
+    if op == "mean" and scale == 1.0:
+        numbers.div_(channel.group.size, rounding_mode="trunc")
+    else:
+        _scale(numbers, factor)
+
+
+def allreduce(channel: Channel, batch: tuple[Ready, list[Part]]) -> Waits:
+    first, parts = batch
+    op, scales, dtype = first.request.op, first.request.scales, parts[0].dtype
+    summed, used_op = _reduction(dtype, op, scales)
+    total = sum(part.numel for part in parts) * width_of(dtype)
+    alone = parts[0].target if len(parts) == 1 and summed is dtype else None
+    if alone is not None and alone.is_cpu and alone.is_contiguous() and total * dtype.itemsize >= ALONE_BYTES:
+        numbers = alone.view(-1)
+        source = parts[0].source
+        if source is None:
+            numbers.zero_()
+        elif source.data_ptr() != alone.data_ptr() or not source.is_contiguous():
+            alone.copy_(source)
+    else:
+        alone = None
+        numbers = buffer_of(channel, total, summed)
+        _pack(numbers, parts)
+    _scale(numbers, scales[0])
+    if channel.group.size > 1 and total:
+        yield from until(allreduce_async(numbers, used_op, group=channel.group))
+    _after(channel, numbers, op, scales[1])
+    if alone is None:
+        _unpack(numbers, parts)
+
+
+def _pack(numbers: torch.Tensor, parts: Sequence[Part]) -> None:
+    """Contributions into the buffer, one behind the other."""
+    rooms = numbers.split([part.numel * width_of(part.dtype) for part in parts])
+    targets, sources = [], []
+    for room, part in zip(rooms, parts, strict=True):
+        if part.source is None:
+            room.zero_()
+        elif part.numel:
+            targets.append(room)
+            sources.append(units_of(part.source))
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _unpack(numbers: torch.Tensor, parts: Sequence[Part]) -> None:
+    """Results from the buffer to where they are wanted."""
+    rooms = numbers.split([part.numel * width_of(part.dtype) for part in parts])
+    targets, sources = [], []
+    for room, part in zip(rooms, parts, strict=True):
+        target = part.target
+        if target is None or not part.numel:
+            continue
+        if target.is_contiguous() and not target.is_inference() and not target.is_complex():
+            targets.append(target.view(-1))
+            sources.append(room)
+        else:
+            put(target, room)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def put(target: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Write ``numbers``, in order, into a tensor that may lie anyhow."""
+    if target.is_complex():
+        numbers = torch.view_as_complex(numbers.reshape(*target.shape, 2))
+    with torch.inference_mode(target.is_inference()):
+        target.copy_(numbers.view(target.shape))
+
+
+def combine(channel: Channel, ready: Ready) -> Waits:
+    for part in parts_of([ready]):
+        wide = torch.float64 if part.dtype is torch.float64 else torch.float32
+        numbers = torch.zeros(part.numel, dtype=wide)
+        if part.source is not None:
+            numbers.copy_(part.source.reshape(-1))
+        _scale(numbers, ready.request.scales[0])
+        yield from adasum(channel.group, numbers)
+        _scale(numbers, ready.request.scales[1])
+        if part.target is not None:
+            put(part.target, numbers)
+
+
+def rows_of(rows: int, size: int) -> list[int]:
+    """How many of ``rows`` each of ``size`` ranks gets of a reducescatter: the first ones get one more."""
+    return [rows // size + (rank < rows % size) for rank in range(size)]
+
+
+def reducescatter(channel: Channel, ready: Ready) -> Waits:
+    group, submission = channel.group, ready.submission
+    op, scales = ready.request.op, ready.request.scales
+    found = []
+    for part in parts_of([ready]):
+        summed, used_op = _reduction(part.dtype, op, scales)
+        row_numel = part.shape[1:].numel() * width_of(part.dtype)
+        mine = rows_of(part.shape[0], group.size)
+        numbers = buffer_of(channel, part.numel * width_of(part.dtype), summed)
+        _pack(numbers, [part])
+        _scale(numbers, scales[0])
+        chunks, start = [], 0
+        for rows in mine:
+            chunks.append(Range(start, start + rows * row_numel))
+            start += rows * row_numel
+        piece = numbers
+        if group.size > 1:
+            handle = reduce_chunks_async(numbers, chunks, used_op, group=group)
+            yield from until(handle)
+            piece = handle.result
+        _after(channel, piece, op, scales[1])
+        assert submission is not None and part.source is not None, "ranks have not joined"
+        out = torch.empty((mine[group.rank], *part.shape[1:]), dtype=part.dtype, device=part.source.device)
+        if out.numel():
+            put(out, piece)
+        found.append(out)
+    if submission is not None:
+        submission.outputs = found
