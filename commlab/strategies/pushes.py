@@ -24,6 +24,7 @@ from ..native.dtypes import WIRES
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
+from ..schedules.step import NodeStep
 
 _WIRE_OF: Final = {dtype: name for name, dtype in WIRES.items()}
 
@@ -55,6 +56,7 @@ class Push:
             assert self._failed is not None
             raise self._failed
         found: torch.Tensor = self._exchange.wait(timeout_s)
+        self._step.pushes.count()
         return found
 
     def begin(self) -> None:
@@ -131,6 +133,19 @@ class Pushes:
     def __init__(self, group: Group, node: Group, across: Group, algorithm: str):
         self.group, self.node, self.across, self.algorithm = group, node, across, algorithm
         self._step: _Step | None = None
+        self._counted = dict.fromkeys((node, across), (0, 0, 0, 0))
+        """What was counted of each level."""
+
+    def count(self) -> None:
+        """Count in the group what both levels have sent and moved."""
+        for level, before in self._counted.items():
+            now = level.bytes_sent, level.messages_sent, level.node_bytes_read, level.node_bytes_written
+            if now != before:
+                self._counted[level] = now
+                sent, messages, read, written = (value - old for value, old in zip(now, before, strict=True))
+                self.group.bytes_sent += sent
+                self.group.messages_sent += messages
+                self.group.account(NodeStep("push", read, written))
 
     def launch(self, bucket: Bucket, chunks: tuple[Range, ...]) -> Push:
         """Start to push a packed bucket; ``chunks``: the shards, one for each local rank. Collective, in the order of
