@@ -19,6 +19,7 @@ import torch
 from ..chunks import Range
 from ..collectives.allreduce import allreduce_async
 from ..collectives.halves import reduce_chunks_async
+from ..errors import CommlabError
 from ..gradients.bucket import Bucket
 from ..native.dtypes import WIRES
 from ..runtime.agreement import Signature
@@ -73,13 +74,17 @@ class Push:
 
     def _reduced(self, reduction: Handle) -> None:
         with self._lock:  # another thread may end the reduction that this one waits for
-            if reduction.error is not None or self._exchange is not None or self._failed is not None:
+            if self._exchange is not None or self._failed is not None:
                 return
-            pushes, wire = self._step.pushes, _WIRE_OF.get(self._bucket.dtype)
+            pushes, wire, error = self._step.pushes, _WIRE_OF.get(self._bucket.dtype), reduction.error
             try:
-                self._exchange = allreduce_async(
-                    reduction.result, "mean", self._bucket.name, pushes.algorithm, wire, pushes.across
-                )
+                if isinstance(error, CommlabError):
+                    # The other nodes wait for this one, and have not seen what went wrong here.
+                    self._exchange = pushes.across.refuse("allreduce", self._bucket.name, error)
+                elif error is None:
+                    self._exchange = allreduce_async(
+                        reduction.result, "mean", self._bucket.name, pushes.algorithm, wire, pushes.across
+                    )
             except Exception as error:  # for whoever waits, and not for whoever has moved the reduction on
                 self._failed = error
 
@@ -95,6 +100,11 @@ class _Step:
         self._failed: Exception | None = None
         self._lock = threading.Lock()
         gate.when_finished(self._opened)
+
+    @property
+    def count(self) -> int:
+        """How many pushes were made."""
+        return len(self._made)
 
     def add(self, push: Push) -> None:
         with self._lock:
@@ -133,6 +143,9 @@ class Pushes:
     def __init__(self, group: Group, node: Group, across: Group, algorithm: str):
         self.group, self.node, self.across, self.algorithm = group, node, across, algorithm
         self._step: _Step | None = None
+        self._buckets = 0
+        self._given_up = False
+        """Whether the last step was not pushed to its end."""
         self._counted = dict.fromkeys((node, across), (0, 0, 0, 0))
         """What was counted of each level."""
 
@@ -147,10 +160,35 @@ class Pushes:
                 self.group.messages_sent += messages
                 self.group.account(NodeStep("push", read, written))
 
+    def plan(self, buckets: int) -> None:
+        """From the next step on there are so many buckets."""
+        self._look_back()
+        self._step, self._buckets = None, buckets
+
+    def _look_back(self) -> None:
+        self._given_up |= self._step is not None and self._step.count < self._buckets
+
+    def _tell_given_up(self) -> None:
+        """Ranks that have not given up the last step still wait for the rest of it, and are told in its place.
+        DisagreementError then, here too."""
+        self._given_up = False
+        told = Signature("barrier", name="a backward pass was given up")
+        errors = []
+        for handle in [level.submit(told) for level in (self.node, self.across)]:
+            try:
+                handle.wait()
+            except CommlabError as error:  # the other level's ranks must hear of it, too
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
     def launch(self, bucket: Bucket, chunks: tuple[Range, ...]) -> Push:
         """Start to push a packed bucket; ``chunks``: the shards, one for each local rank. Collective, in the order of
         the buckets, which begins anew in each step."""
         if self._step is None or bucket.index == 0:
+            self._look_back()
+            if self._given_up:
+                self._tell_given_up()
             flat = bucket.flat
             signature = Signature("reduce_scatter", tuple(flat.shape), flat.dtype, bucket.name, "mean, nodes first")
             self._step = _Step(self, self.group.submit(signature))

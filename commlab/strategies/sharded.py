@@ -92,6 +92,8 @@ class Sharded(Strategy):
         """Cut what is trained into buckets and chunks, and move parameters into flat buffers."""
         training, group, holders = self.training, self.training.group, self.training.holders
         self.buckets = start_buckets(training, self.launch, keep_gradients=False)
+        if self._pushes is not None:
+            self._pushes.plan(len(self.buckets.buckets))
         self._chunks = [self.owners(bucket.numel, holders.size) for bucket in self.buckets.buckets]
         """Of each bucket: who owns what."""
         self._owned: list[list[Owned]] = [
