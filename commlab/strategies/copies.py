@@ -154,11 +154,11 @@ def _require_same_structure(group: Group, structure: str) -> None:
     )
 
 
-def _where_they_differ(group: Group, text: str, name: str, sides: Sequence[int] | None = None) -> list[Any]:
-    """All ranks' ``text`` (JSON), where those of one side differ; else nothing. ``sides``: of each rank its side's
-    number; None: all are of one."""
+def _where_they_differ(group: Group, text: str, name: str, local_ranks: Sequence[int] | None = None) -> list[Any]:
+    """All ranks' ``text`` (JSON), where they differ; else nothing. ``local_ranks``: of each rank, where only ranks with
+    the same one are to be alike."""
     digests = exchange_records(group, blake2b(text.encode(), digest_size=8).digest(), f"digest of {name}")
-    if len(set(zip(sides or [0] * group.size, digests, strict=True))) == len(set(sides or [0])):
+    if len(set(zip(local_ranks or [0] * group.size, digests, strict=True))) == len(set(local_ranks or [0])):
         return []
     return [json.loads(each) for each in gather_bytes(group, text.encode(), name)]
 
@@ -277,12 +277,12 @@ def require_alike(
     steps: int,
     copies: Iterable[tuple[str, Any]],
     *,
-    sides: Sequence[int] | None = None,
+    local_ranks: Sequence[int] | None = None,
     remedy: str = _REMEDY,
 ) -> None:
     """DisagreementError, on all ranks, where any of ``copies`` (tensors, and what else optimizers remember, by name)
-    differs between ranks; it names the first ones and their ranks, and the ``remedy``. ``sides``: of each rank a
-    number, where only ranks with the same one have copies of the same. Collective. Cost: :func:`fingerprint` of
+    differs between ranks; it names the first ones and their ranks, and the ``remedy``. ``local_ranks``: of
+    each rank, where only ranks with the same one have copies of the same. Collective. Cost: :func:`fingerprint` of
     each."""
     if group.size == 1:
         return
@@ -296,17 +296,17 @@ def require_alike(
     far = [mark for mark in marks if torch.is_tensor(mark)]
     arrived = iter(torch.stack(far).tolist() if far else [])
     values = [next(arrived) if torch.is_tensor(mark) else mark for mark in marks]
-    everyones = _where_they_differ(group, json.dumps([names, values]), "replicas", sides)
+    everyones = _where_they_differ(group, json.dumps([names, values]), "replicas", local_ranks)
     if not everyones:
         return
     by_rank = [dict(zip(*each, strict=True)) for each in everyones]
     different: list[tuple[str, str]] = []
-    for side in sorted(set(sides or [0])):
-        members = [rank for rank in range(group.size) if sides is None or sides[rank] == side]
-        of_side = {rank: by_rank[rank] for rank in members}
-        for name in dict.fromkeys(name for each in of_side.values() for name in each):
-            if len({each.get(name) for each in of_side.values()}) > 1:
-                different.append((name, _copies(name, of_side)))
+    for local_rank in sorted(set(local_ranks or [0])):
+        members = [rank for rank in range(group.size) if local_ranks is None or local_ranks[rank] == local_rank]
+        copies_there = {rank: by_rank[rank] for rank in members}
+        for name in dict.fromkeys(name for each in copies_there.values() for name in each):
+            if len({each.get(name) for each in copies_there.values()}) > 1:
+                different.append((name, _copies(name, copies_there)))
     listed = "; ".join(f"{name} ({copies})" for name, copies in different[:_SHOWN])
     more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     raise DisagreementError(

@@ -33,7 +33,7 @@ _WIRE_OF: Final = {dtype: name for name, dtype in WIRES.items()}
 class Push:
     """A bucket on its way: a :class:`commlab.gradients.hooks.Waitable`."""
 
-    def __init__(self, step: _Step, bucket: Bucket, chunks: tuple[Range, ...]):
+    def __init__(self, step: _StepPushes, bucket: Bucket, chunks: tuple[Range, ...]):
         self._step, self._bucket, self._chunks = step, bucket, chunks
         self._reduction: Handle | None = None
         """In the node."""
@@ -89,7 +89,7 @@ class Push:
                 self._failed = error
 
 
-class _Step:
+class _StepPushes:
     """The pushes of one step. ``gate``: ends once all ranks are known to push."""
 
     def __init__(self, pushes: Pushes, gate: Handle):
@@ -142,7 +142,7 @@ class Pushes:
 
     def __init__(self, group: Group, node: Group, across: Group, algorithm: str):
         self.group, self.node, self.across, self.algorithm = group, node, across, algorithm
-        self._step: _Step | None = None
+        self._step: _StepPushes | None = None
         self._buckets = 0
         self._given_up = False
         """Whether the last step was not pushed to its end."""
@@ -191,7 +191,7 @@ class Pushes:
                 self._tell_given_up()
             flat = bucket.flat
             signature = Signature("reduce_scatter", tuple(flat.shape), flat.dtype, bucket.name, "mean, nodes first")
-            self._step = _Step(self, self.group.submit(signature))
+            self._step = _StepPushes(self, self.group.submit(signature))
         push = Push(self._step, bucket, chunks)
         self._step.add(push)
         return push

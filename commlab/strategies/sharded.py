@@ -6,7 +6,7 @@
                         and an allreduce of each shard  shard, alike on all nodes
 
 One code for all: each bucket is cut into chunks, one per owner (:mod:`.owners`), so shards are balanced to a cache
-line per bucket. Optimizer state exists once, or where the node is the unit once on each node (:mod:`.shards`,
+line per bucket. Optimizer state exists once, or where the node is the unit once on each node (:mod:`.holders`,
 :mod:`.pushes`). All ranks train.
 
 Cost per step, n numbers: dps sends 2 n (P-1)/P per rank, as an allreduce does, and updates n/P; ps sends n from every
@@ -47,7 +47,7 @@ from .owners import Owned, all_owners, one_owner, owned
 from .protocol import Strategy
 from .pushes import Pushes
 from .reduced import ReducedGradient
-from .shards import Shards, choose
+from .holders import Shards, choose
 from .start import give_memory_back, pin_flats, start, start_buckets
 from .verdict import Verdict, agree, unused_on_all
 
@@ -252,9 +252,9 @@ class Sharded(Strategy):
             "Nothing was updated. Every node updates all parameters: edit the reduced gradient alike on all ranks "
             "(draw random numbers by piece.draw()), or clip by max_grad_norm="
         )
-        require_alike(training.group, training.steps, copies, sides=self._sides(), remedy=remedy)
+        require_alike(training.group, training.steps, copies, local_ranks=self._local_ranks(), remedy=remedy)
 
-    def _sides(self) -> list[int]:
+    def _local_ranks(self) -> list[int]:
         """Of each rank: those with one number own the same."""
         topology = self.training.group.topology
         return [topology.local_rank(rank) for rank in range(topology.size)]
@@ -323,7 +323,7 @@ class Sharded(Strategy):
     def compare_shards(self) -> None:
         training = self.training
         if training.across is not None:
-            require_alike(training.group, training.steps, self._copies(), sides=self._sides())
+            require_alike(training.group, training.steps, self._copies(), local_ranks=self._local_ranks())
 
     def _copies(self) -> Iterator[tuple[str, Any]]:
         """What other nodes have, too, of what this rank owns."""

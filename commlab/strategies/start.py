@@ -36,7 +36,7 @@ from .copies import copy_from_rank_0, start_from_rank_0
 from .counts import StepCounts
 from .options import Options
 from .record import StepRecord
-from .shards import require_node_memory
+from .holders import require_node_memory
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class Training:
     """The model's buffers, which are made alike after each step."""
     holders: Group
     """The ranks that hold the optimizer's state once among them, where it is sharded: all, or those of this rank's node
-    (:mod:`.shards`)."""
+    (:mod:`.holders`)."""
     window: Window | None
     """The memory that ranks share, in which buckets lie; None where each rank has its buckets for itself."""
     wants_norm: bool
