@@ -42,12 +42,12 @@ from .changes import Roster
 from .copies import copy_from_rank_0, require_alike, tensors_of
 from .edits import Edits
 from .flat import FlatParameters, own_memory, require_in_place
+from .holders import Shards, choose
 from .options import Options
 from .owners import Owned, all_owners, one_owner, owned
 from .protocol import Strategy
 from .pushes import Pushes
 from .reduced import ReducedGradient
-from .holders import Shards, choose
 from .start import give_memory_back, pin_flats, start, start_buckets
 from .verdict import Verdict, agree, unused_on_all
 

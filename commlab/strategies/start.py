@@ -34,9 +34,9 @@ from .changes import Planned, Roster, Structure
 from .claims import require_free_model, require_free_optimizer
 from .copies import copy_from_rank_0, start_from_rank_0
 from .counts import StepCounts
+from .holders import require_node_memory
 from .options import Options
 from .record import StepRecord
-from .holders import require_node_memory
 
 
 @dataclass(eq=False)
