@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 import commlab
+from commlab.strategies.options import KNOWN
 from commlab.trainer.model import build_model, describe_model
 
 from .contestants import gloo
@@ -43,7 +44,8 @@ from .core.results import Record
 from .core.stats import format_ratio, ratio
 
 HEAD = ("contestant", "p50 ms", "wrong", "/ best peer")
-STRATEGIES = ("dps", "allreduce", "ps", "ddp", "horovod")
+STRATEGIES = ("dps", "dps-node", "dps-job", "allreduce", "ps", "ddp", "horovod")
+"""dps-node and dps-job: with ``shard`` of that name, to be compared in one launch."""
 PEERS = ("gloo", "ddp", "horovod")
 
 
@@ -55,6 +57,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="dps,allreduce,gloo",
         metavar="LIST",
         help=f"gloo, {', '.join(STRATEGIES)}; with :fp16 or :bf16 for the wire (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard", choices=KNOWN["shard"], default="auto", help="of dps, on several nodes (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=count, default=7, help="steps of each, interleaved (default: %(default)s)")
 
@@ -82,10 +87,14 @@ class Stepper:
 class EngineStepper(Stepper):
     """A strategy of commlab, by the public calls of its engine."""
 
-    def __init__(self, known: KnownGradients, strategy: str, wire: str | None):
+    def __init__(self, known: KnownGradients, contestant: str, wire: str | None, shard: str):
         super().__init__(known)
         optimizer = adamw(self.model)
-        self.engine = commlab.strategy(strategy, self.model, optimizer, max_grad_norm=MAX_GRAD_NORM, wire=wire)
+        strategy, _, named = contestant.partition("-")
+        shard = (named or shard) if strategy == "dps" else "auto"
+        self.engine = commlab.strategy(
+            strategy, self.model, optimizer, max_grad_norm=MAX_GRAD_NORM, wire=wire, shard=shard
+        )
         # DDP and Horovod write the mean into the gradients that are handed to them.
         self.overwrites = strategy in PEERS
         self.gradients = [torch.empty_like(each) for each in known.gradients] if self.overwrites else known.gradients
@@ -146,7 +155,10 @@ def measure(session: Session) -> Iterator[Section]:
     steppers: dict[str, Stepper] = {}
     for name in options.contestants:
         kind, _, wire = name.partition(":")
-        steppers[name] = GlooStepper(known, ranks.size) if kind == "gloo" else EngineStepper(known, kind, wire or None)
+        if kind == "gloo":
+            steppers[name] = GlooStepper(known, ranks.size)
+        else:
+            steppers[name] = EngineStepper(known, kind, wire or None, options.shard)
     order = random.Random(0)
     show = progress_line(ranks, "bench.step")
     for round_ in range(-1, options.rounds):

@@ -18,6 +18,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 
+from commlab.strategies.options import KNOWN
 from commlab.trainer.config import Config
 
 from .core import table
@@ -54,6 +55,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks-per-host", type=count, default=1)
     parser.add_argument("--mpi", choices=("auto", *MPI_KINDS), default="auto", help="must be this environment's")
     parser.add_argument("--flags", default="", metavar="TEXT", help="more flags of commlab.train, for all rows")
+    parser.add_argument(
+        "--shard", choices=KNOWN["shard"], default="auto", help="of the rows of dps, on several nodes (%(default)s)"
+    )
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="for one run (default %(default)s)")
 
 
@@ -102,6 +106,7 @@ def flags_of(name: str, options: argparse.Namespace) -> list[str]:
     return [
         *flags,
         *(flag.format(**{"16-bit": options.precision_16}) for flag in ROWS[name].flags),
+        *(("--shard", options.shard) if "dps" in ROWS[name].flags and options.shard != "auto" else ()),
         *options.flags.split(),
     ]
 

@@ -75,9 +75,12 @@ class TrainingStep:
         self.buckets = self.engine.buckets
         self.bytes_sent = 0
         """The bytes that the rank which sends most sends in a step."""
-        last, share = self.buckets.buckets[-1], (task.size - 1) / task.size
-        late = last.numel * last.dtype.itemsize * share * (2 if strategy == "allreduce" else 1)
-        pulled = share * sum(4 * tensor.numel() for tensor in task.start) if strategy == "dps" else 0
+        last, across = self.buckets.buckets[-1], self.engine.across
+        share = (task.size - 1) / task.size if across is None else (across.size - 1) / task.size
+        twice = strategy == "allreduce" or across is not None
+        late = last.numel * last.dtype.itemsize * share * (2 if twice else 1)
+        pulls = strategy == "dps" and across is None
+        pulled = share * sum(4 * tensor.numel() for tensor in task.start) if pulls else 0
         self.late_bytes = round(late + pulled)
         """The bytes of ``bytes_sent`` that are not known before backward ends: the last bucket and the updated
         parameters."""

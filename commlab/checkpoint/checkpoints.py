@@ -44,8 +44,8 @@ class Saved(Protocol):
         """What is trained."""
 
     @property
-    def shards_state(self) -> bool:
-        """Whether ranks hold different pieces of the optimizer's state; else rank 0 writes all of it."""
+    def saves_state(self) -> bool:
+        """Whether this rank writes its part of the state; else another rank has the same."""
 
     @property
     def own_buffers(self) -> bool:
@@ -193,7 +193,7 @@ class Checkpoints:
         state: dict[str, Any] = {"step": step, "random": random_state.take(devices)}
         if engine.own_buffers and rank:
             state["buffers"] = dict(self._model.named_buffers())
-        if rank == 0 or engine.shards_state:
+        if engine.saves_state:
             state["engine"] = engine.state_dict()
             values = {item.name: item.tensor.detach().reshape(-1) for item in engine.parameters}
             for name, pieces in state["engine"]["pieces"].items():

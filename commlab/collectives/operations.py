@@ -197,12 +197,13 @@ def barrier(group: Group | None = None) -> None:
 def empty(shape: Sequence[int] | int, dtype: torch.dtype = torch.float32, group: Group | None = None) -> torch.Tensor:
     """A tensor that lives in the window, zeroed: collectives on it copy nothing. Not collective. The memory is given
     back once nobody on this rank has the tensor, or a view of it, any more; peers let go of it with their next tensor
-    of this kind. Where the group shares no window, an ordinary tensor. SharedMemoryError where there is not enough
-    memory, before any of it is touched."""
+    of this kind. On several nodes the window is that of this rank's node. Where there is none, an ordinary tensor.
+    SharedMemoryError where there is not enough memory, before any of it is touched."""
     group = resolve(group)
-    if group.window is None:
+    window = group.window if group.node is None else group.node.window
+    if window is None:
         return torch.zeros(shape, dtype=dtype, device="cpu")
     shape = torch.Size((shape,) if isinstance(shape, int) else shape)
-    memory, _ = group.window.allocate(shape.numel() * dtype.itemsize, kept=False)
+    memory, _ = window.allocate(shape.numel() * dtype.itemsize, kept=False)
     # .data: a write to one tensor is no write to the others of its segment.
     return memory.view(dtype).view(shape).data

@@ -31,6 +31,27 @@ def open_window(group: Group, gather: Callable[[bytes, str], list[bytes]] | None
         log.warning("no window for the ranks of this node, which send messages instead: %s", group.window_reason)
 
 
+def open_levels(group: Group) -> tuple[tuple[Group, Group] | None, str]:
+    """Two groups more, like ``group.node`` and ``group.across``, with queues and a window that no other operation uses,
+    for whoever has operations under way in both at a time. None where a node's memory can't be had, and why. The caller
+    closes them. Collective over ``group``, whose nodes have windows."""
+    assert group.node is not None and group.across is not None
+    node = group.node.subgroup(range(group.node.size))
+    assert node is not None
+    open_window(node)
+    reason = "" if node.window is not None else node.window_reason
+    reasons = gather_bytes(group, reason.encode(errors="backslashreplace"), "reasons against a window")
+    if any(reasons):
+        node.close()
+        return None, next(reason.decode() for reason in reasons if reason)
+    across = group.across.subgroup(range(group.across.size))
+    assert across is not None
+    # An operation that breaks off in one of them leaves the others in the middle of theirs.
+    for level in (node, across):
+        group.progress.tie(level.progress)
+    return (node, across), ""
+
+
 def open_nodes(group: Group) -> None:
     """Make the groups of each node, with a window, and across nodes. Collective over ``group``. Where it can't be done
     on all nodes, no rank has them."""

@@ -41,6 +41,8 @@ class AllReduce(Strategy):
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         self.training = start(model, optimizer, group, options)
+        if group.node is not None and options.algorithm in ("auto", "hierarchical"):
+            self.training.window = group.node.window  # what is reduced on each node is reduced where it lies
         self._plan()
 
     def _plan(self) -> None:

@@ -61,7 +61,12 @@ class Comparisons:
         self._written_steps = self._written_steps + 1 if verdict.written else 0
         written = self._written_steps and not self._written_steps & (self._written_steps - 1)
         if written or (every and (training.steps + 1) % every == 0):
-            require_alike(training.group, training.steps, self._copies())
+            self._compare()
+
+    def _compare(self) -> None:
+        """Compare what ranks have copies of. Collective."""
+        require_alike(self._training.group, self._training.steps, self._copies())
+        self._strategy.compare_shards()
 
     def _copies(self) -> Iterator[tuple[str, Any]]:
         """What must be equal on all ranks, by name. Buffers become alike by their rule instead."""
@@ -105,7 +110,7 @@ class Comparisons:
             everyones = gather_bytes(training.group, own, "buffers that were written")
             training.buffers.make_alike(reduce(or_, (int.from_bytes(each, "little") for each in everyones)))
             training.buffers.make_all_alike()
-        require_alike(training.group, training.steps, self._copies())
+        self._compare()
 
     def close(self) -> None:
         """Take the hooks off the model."""

@@ -154,9 +154,11 @@ def _require_same_structure(group: Group, structure: str) -> None:
     )
 
 
-def _where_they_differ(group: Group, text: str, name: str) -> list[Any]:
-    """All ranks' ``text`` (JSON), where they differ; else nothing."""
-    if _alike(group, blake2b(text.encode(), digest_size=8).digest(), f"digest of {name}"):
+def _where_they_differ(group: Group, text: str, name: str, local_ranks: Sequence[int] | None = None) -> list[Any]:
+    """All ranks' ``text`` (JSON), where they differ; else nothing. ``local_ranks``: of each rank, where only ranks with
+    the same one are to be alike."""
+    digests = exchange_records(group, blake2b(text.encode(), digest_size=8).digest(), f"digest of {name}")
+    if len(set(zip(local_ranks or [0] * group.size, digests, strict=True))) == len(set(local_ranks or [0])):
         return []
     return [json.loads(each) for each in gather_bytes(group, text.encode(), name)]
 
@@ -264,9 +266,24 @@ def _placed(value: Any, key: Any, parameter: torch.Tensor, on_device: bool) -> A
 # Copies that must be equal.
 
 
-def require_alike(group: Group, steps: int, copies: Iterable[tuple[str, Any]]) -> None:
+_REMEDY = (
+    "Something wrote them on some ranks alone: load checkpoints before commlab.strategy(), which gives rank 0's to "
+    "all, or on every rank; change parameters in engine.update_parameters()"
+)
+
+
+def require_alike(
+    group: Group,
+    steps: int,
+    copies: Iterable[tuple[str, Any]],
+    *,
+    local_ranks: Sequence[int] | None = None,
+    remedy: str = _REMEDY,
+) -> None:
     """DisagreementError, on all ranks, where any of ``copies`` (tensors, and what else optimizers remember, by name)
-    differs between ranks; it names the first ones and their ranks. Collective. Cost: :func:`fingerprint` of each."""
+    differs between ranks; it names the first ones and their ranks, and the ``remedy``. ``local_ranks``: of
+    each rank, where only ranks with the same one have copies of the same. Collective. Cost: :func:`fingerprint` of
+    each."""
     if group.size == 1:
         return
     names, marks = [], []
@@ -279,27 +296,27 @@ def require_alike(group: Group, steps: int, copies: Iterable[tuple[str, Any]]) -
     far = [mark for mark in marks if torch.is_tensor(mark)]
     arrived = iter(torch.stack(far).tolist() if far else [])
     values = [next(arrived) if torch.is_tensor(mark) else mark for mark in marks]
-    everyones = _where_they_differ(group, json.dumps([names, values]), "replicas")
+    everyones = _where_they_differ(group, json.dumps([names, values]), "replicas", local_ranks)
     if not everyones:
         return
     by_rank = [dict(zip(*each, strict=True)) for each in everyones]
-    different = [
-        name
-        for name in dict.fromkeys(name for each in by_rank for name in each)
-        if len({each.get(name) for each in by_rank}) > 1
-    ]
-    listed = "; ".join(f"{name} ({_copies(name, by_rank)})" for name in different[:_SHOWN])
+    different: list[tuple[str, str]] = []
+    for local_rank in sorted(set(local_ranks or [0])):
+        members = [rank for rank in range(group.size) if local_ranks is None or local_ranks[rank] == local_rank]
+        copies_there = {rank: by_rank[rank] for rank in members}
+        for name in dict.fromkeys(name for each in copies_there.values() for name in each):
+            if len({each.get(name) for each in copies_there.values()}) > 1:
+                different.append((name, _copies(name, copies_there)))
+    listed = "; ".join(f"{name} ({copies})" for name, copies in different[:_SHOWN])
     more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     raise DisagreementError(
-        f"rank {group.rank}: after step {steps} ranks have different copies of {listed}{more}. Something wrote them on "
-        "some ranks alone: load checkpoints before commlab.strategy(), which gives rank 0's to all, or on every rank; "
-        "change parameters in engine.update_parameters()"
+        f"rank {group.rank}: after step {steps} ranks have different copies of {listed}{more}. {remedy}"
     )
 
 
-def _copies(name: str, by_rank: Sequence[dict[str, Any]]) -> str:
+def _copies(name: str, by_rank: dict[int, dict[str, Any]]) -> str:
     sides: dict[Any, list[int]] = {}
-    for rank, each in enumerate(by_rank):
+    for rank, each in by_rank.items():
         sides.setdefault(each.get(name), []).append(rank)
     return ", ".join(
         f"{ranks_of(ranks)}: {'none' if mark is None else f'copy {at}'}"

@@ -106,7 +106,7 @@ class Dedicated(Strategy):
         self.training = start(
             model, optimizer, store.group, options, named=named, members=members, synchronize=lambda: None
         )
-        self.training.in_window = False  # servers are sent messages
+        self.training.window = None  # servers are sent messages
         self.buckets = self._start_buckets()
         if not averages:
             store.lr_factor = 1 / store.group.size

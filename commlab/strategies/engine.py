@@ -20,6 +20,7 @@ from ..errors import AgreedError, DisagreementError, UsageError
 from ..gradients.hooks import GradientBuckets
 from ..gradients.parameters import NamedParameter
 from ..native.norm import clip_factor
+from ..runtime.group import Group
 from .changes import find_change
 from .claims import Claim
 from .comparisons import Comparisons
@@ -118,6 +119,22 @@ class Engine:
     def own_buffers(self) -> bool:
         """Whether every rank has buffers of its own."""
         return self.options.buffers == "local"
+
+    @property
+    def saves_state(self) -> bool:
+        """Whether this rank's :meth:`state_dict` belongs into a checkpoint; else another rank has the same."""
+        return self.strategy.saves_state
+
+    @property
+    def across(self) -> Group | None:
+        """The ranks that update what this rank does, one on each node; None where each shard is updated once."""
+        return self._training.across
+
+    @property
+    def sharding(self) -> str:
+        """Among whom ``dps`` cuts parameters and state on several nodes, and why, in a line for the user; else
+        empty."""
+        return self._training.shard_reason
 
     # A step.
 
@@ -235,7 +252,7 @@ class Engine:
         step(). As :meth:`reduced_gradients`, whose edits it sees. Collective. Cost: a pass over this rank's pieces, and
         under ``ps`` and ``dps`` an exchange of 8 bytes a parameter."""
         pieces, unused = self._reduced_gradients("gradient_norms")
-        return norms(self.group, self.parameters, pieces, unused, sharded=self.shards_state)
+        return norms(self._training.holders, self.parameters, pieces, unused, sharded=self.shards_state)
 
     def _reduced_gradients(self, call: str) -> tuple[list[ReducedGradient], set[int]]:
         if not self._backward_done:

@@ -30,6 +30,7 @@ KNOWN: Final[Mapping[str, tuple[str | None, ...]]] = {
     "wire": (None, "fp16", "bf16"),
     "nonfinite": ("torch", "error", "skip"),
     "buffers": ("broadcast", "mean", "local"),
+    "shard": ("auto", "node", "job"),
 }
 """The values of every option that is one of a few names."""
 
@@ -77,6 +78,11 @@ class Options:
     partial: bool = False
     """True: the optimizer has a part of the model's trainable parameters, and other engines, with other optimizers,
     train the rest; False: a trainable parameter that the optimizer does not have is an error."""
+    shard: str = "auto"
+    """Among whom dps cuts the parameters and the optimizer's state, on several nodes. node: among the ranks of each
+    node, which has one copy of the parameters and all of the state; only gradients travel between nodes, during
+    backward. job: among all ranks; parameters travel after the update. auto: node where each node shares memory, and
+    all have equally many ranks. On one node the two are the same."""
     servers: int | None = None
     """Ranks that only serve, for ps (1) and dps (2 and more); None: every rank trains, and serves."""
     consistency: str = "bsp"
@@ -212,6 +218,18 @@ RULES: Final[tuple[Rule, ...]] = (
         ),
         "{algorithm}: hierarchical is for allreduce, and {strategy} pushes and pulls",
         "give {algorithm:'auto'}, or take {strategy:'allreduce'}",
+    ),
+    Rule(
+        ("shard", "strategy"),
+        lambda choice: choice.options.shard != "auto" and choice.strategy != "dps",
+        "{shard} with {strategy}: only dps cuts parameters and state into shards of all its ranks",
+        "leave it out, or take {strategy:'dps'}",
+    ),
+    Rule(
+        ("shard", "servers"),
+        lambda choice: choice.options.shard != "auto" and choice.options.servers is not None,
+        "{shard} with {servers}: ranks that only serve hold the shards then",
+        "leave one of the two out",
     ),
     Rule(
         ("wire", "strategy"),

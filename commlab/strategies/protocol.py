@@ -129,6 +129,14 @@ class Strategy(ABC):
             for key, value in self.training.optimizer.state.get(piece.tensor, {}).items():
                 yield f"the optimizer's {key!r} of {piece.parameter.name!r}", value
 
+    def compare_shards(self) -> None:  # noqa: B027 - most have every shard once
+        """DisagreementError, on all ranks, where ranks that own the same shard have different ones. Collective."""
+
+    @property
+    def saves_state(self) -> bool:
+        """Whether this rank's part of the state belongs into a checkpoint; else another rank has the same."""
+        return self.shards_state or self.training.group.rank == 0
+
     @abstractmethod
     def replan(self, roster: Roster) -> None:
         """Train from now on what ``roster`` says, and keep what the optimizer remembers. Collective; all ranks have

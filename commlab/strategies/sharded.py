@@ -2,9 +2,12 @@
 
     ps  (one shard)     push: reduce to rank 0          rank 0: norm, clip, optimizer       pull: broadcast from rank 0
     dps (P shards)      push: reduce-scatter            rank r: these three on its shard    pull: allgather
+    dps (N nodes of L)  push: the same on each node,    local rank l: these three on its    pull: nothing
+                        and an allreduce of each shard  shard, alike on all nodes
 
-One code for both: each bucket is cut into chunks, one per owner (:mod:`.owners`), so shards are balanced to a cache
-line per bucket. Optimizer state exists once. All ranks train.
+One code for all: each bucket is cut into chunks, one per owner (:mod:`.owners`), so shards are balanced to a cache
+line per bucket. Optimizer state exists once, or where the node is the unit once on each node (:mod:`.holders`,
+:mod:`.pushes`). All ranks train.
 
 Cost per step, n numbers: dps sends 2 n (P-1)/P per rank, as an allreduce does, and updates n/P; ps sends n from every
 worker, and its server receives n (P-1), or as a chain (algorithm ring) n, and updates n. M. Li et al., "Scaling
@@ -24,7 +27,7 @@ import torch
 
 from ..checkpoint.pieces import Piece
 from ..checkpoint.whole import regroup
-from ..chunks import Range
+from ..chunks import Range, split
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
 from ..errors import UsageError
 from ..gradients.absent import AbsentGradients
@@ -36,12 +39,14 @@ from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from ..window.area import Place
 from .changes import Roster
-from .copies import copy_from_rank_0, tensors_of
+from .copies import copy_from_rank_0, require_alike, tensors_of
 from .edits import Edits
 from .flat import FlatParameters, own_memory, require_in_place
+from .holders import Shards, choose
 from .options import Options
 from .owners import Owned, all_owners, one_owner, owned
 from .protocol import Strategy
+from .pushes import Pushes
 from .reduced import ReducedGradient
 from .start import give_memory_back, pin_flats, start, start_buckets
 from .verdict import Verdict, agree, unused_on_all
@@ -71,7 +76,13 @@ class Sharded(Strategy):
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         require_elementwise(optimizer, options.elementwise)
         require_nothing_whole(optimizer)
-        self.training = start(model, optimizer, group, options, moves=self.name)
+        self.training = training = start(model, optimizer, group, options, moves=self.name)
+        holders, across, training.shard_reason = self.shards(group, options)
+        self._pushes: Pushes | None = None
+        """Where the node is the unit: how gradients leave."""
+        if across is not None:
+            training.holders, training.across, training.window = holders, across, holders.window
+            self._pushes = Pushes(group, holders, across, options.algorithm)
         self._retired: list[torch.Tensor] = []
         """Memory of the window in which buckets and parameters lay before the last plan: graphs of this step's forward
         may still read it."""
@@ -79,12 +90,15 @@ class Sharded(Strategy):
 
     def _plan(self) -> None:
         """Cut what is trained into buckets and chunks, and move parameters into flat buffers."""
-        training, group = self.training, self.training.group
+        training, group, holders = self.training, self.training.group, self.training.holders
         self.buckets = start_buckets(training, self.launch, keep_gradients=False)
-        self._chunks = [self.owners(bucket.numel, group.size) for bucket in self.buckets.buckets]
+        if self._pushes is not None:
+            self._pushes.plan(len(self.buckets.buckets))
+        self._chunks = [self.owners(bucket.numel, holders.size) for bucket in self.buckets.buckets]
         """Of each bucket: who owns what."""
         self._owned: list[list[Owned]] = [
-            owned(bucket, chunks[group.rank]) for bucket, chunks in zip(self.buckets.buckets, self._chunks, strict=True)
+            owned(bucket, chunks[holders.rank])
+            for bucket, chunks in zip(self.buckets.buckets, self._chunks, strict=True)
         ]
         """Of each bucket: what this rank updates."""
         self._flats = [self._flatten(bucket) for bucket in self.buckets.buckets]
@@ -101,7 +115,7 @@ class Sharded(Strategy):
         self._edited: list[torch.Tensor | None] | None = None
         """The reduced gradient of each of the masters' pieces, where the user may have edited it."""
         if training.in_window:
-            group.barrier()  # rank 0 has written the shared parameters
+            holders.barrier()  # its rank 0 has written the shared parameters
         one_copy = training.in_window and all(each.mirror is None for each in self._flats)
         self.edits = Edits(
             group,
@@ -116,19 +130,24 @@ class Sharded(Strategy):
     def owners(numel: int, ranks: int) -> tuple[Range, ...]:
         """Who owns what of a bucket of ``numel`` numbers: a chunk for each rank."""
 
+    @staticmethod
+    def shards(group: Group, options: Options) -> Shards:
+        """Among whom everything is cut. Collective."""
+        return Shards(group, None, "")
+
     def _flatten(self, bucket: Bucket) -> FlatParameters:
         """Move a bucket's parameters into a flat buffer; in the window, into the one buffer of all ranks."""
         dtype, training = bucket.parameters[0].tensor.dtype, self.training
         if not training.in_window:
             return FlatParameters(bucket, torch.empty(bucket.numel, dtype=dtype, device="cpu"))
-        host = _of_local_rank_0(training.group, bucket.numel, dtype)
-        return FlatParameters(bucket, host, fill=training.group.rank == 0)
+        host = _of_local_rank_0(training.holders, bucket.numel, dtype)
+        return FlatParameters(bucket, host, fill=training.holders.rank == 0)
 
     def _pieces(self) -> list[Piece]:
         """What this rank updates, as views of the flat buffers; in the order of buckets and of their parameters."""
         pieces = []
         for each, chunks, mine in zip(self._flats, self._chunks, self._owned, strict=True):
-            own = chunks[self.training.group.rank]
+            own = chunks[self.training.holders.rank]
             chunk = each.flat[own.start : own.stop]
             for item in mine:
                 tensor = chunk[item.in_chunk.start : item.in_chunk.stop]
@@ -142,6 +161,8 @@ class Sharded(Strategy):
 
     def launch(self, bucket: Bucket) -> Waitable:
         training, chunks = self.training, self._chunks[bucket.index]
+        if self._pushes is not None:
+            return self._pushes.launch(bucket, chunks)
         squares = bucket.squares if training.wants_norm else None
         return reduce_chunks_async(
             bucket.flat,
@@ -170,7 +191,9 @@ class Sharded(Strategy):
             for gradient in self._gradients(unused)
         ]
         found = [
-            ReducedGradient.of(piece.parameter, piece.start, piece.stop, gradient, scale, False, training.steps)
+            ReducedGradient.of(
+                piece.parameter, piece.start, piece.stop, gradient, scale, training.across is not None, training.steps
+            )
             for piece, gradient in zip(training.masters.pieces, self._edited, strict=True)
             if gradient is not None
         ]
@@ -192,13 +215,49 @@ class Sharded(Strategy):
         squares, finite = 0.0, buckets.finite
         refusal = self._complaint(self._absent.remove()) or edits.refusal()
         if self._edited is not None:
-            squares = norm_squared(gradient for gradient in self._edited if gradient is not None)
+            edited = [gradient for gradient in self._edited if gradient is not None]
+            squares = norm_squared(map(self._counted, edited))
             finite = math.isfinite(squares)
+            if training.across is not None:
+                self._require_edited_alike()
+        elif training.across is not None and training.wants_norm:
+            squares = norm_squared(self._counted(push.result) for _, push in buckets.launched)
         elif training.wants_norm:
             squares = sum(bucket.squares.of(push.result) for bucket, push in buckets.launched)
         verdict = agree(training, squares, finite, buckets.used, edits.digest(refusal))
         edits.require_alike(verdict.edits, refusal)
         return verdict
+
+    def _counted(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The part of this rank's ``numbers`` whose squares it answers for: all, or of what every node has its share,
+        so that each is counted once."""
+        across = self.training.across
+        if across is None:
+            return numbers
+        flat = numbers.reshape(-1)
+        own = split(flat.numel(), across.size)[across.rank]
+        return flat[own.start : own.stop]
+
+    def _require_edited_alike(self) -> None:
+        """DisagreementError, on all ranks, where nodes have edited the reduced gradient in different ways. Collective.
+        Cost: a pass over what this rank owns, and one small exchange."""
+        training, edited = self.training, self._edited
+        assert edited is not None
+        copies = (
+            (f"the reduced gradient of {_text(piece)}", gradient)
+            for piece, gradient in zip(training.masters.pieces, edited, strict=True)
+            if gradient is not None
+        )
+        remedy = (
+            "Nothing was updated. Every node updates all parameters: edit the reduced gradient alike on all ranks "
+            "(draw random numbers by piece.draw()), or clip by max_grad_norm="
+        )
+        require_alike(training.group, training.steps, copies, local_ranks=self._local_ranks(), remedy=remedy)
+
+    def _local_ranks(self) -> list[int]:
+        """Of each rank: those with one number own the same."""
+        topology = self.training.group.topology
+        return [topology.local_rank(rank) for rank in range(topology.size)]
 
     def _complaint(self, changed: Sequence[str]) -> str:
         """What to say of parameters whose ``p.grad`` was ``changed``; empty where there are none."""
@@ -216,7 +275,7 @@ class Sharded(Strategy):
         self.training.masters.step_pieces(gradients, factor)
 
     def pull(self) -> None:
-        rank = self.training.group.rank
+        rank = self.training.holders.rank
         mirrored = [
             (each.mirror, chunks[rank])
             for each, chunks in zip(self._flats, self._chunks, strict=True)
@@ -239,7 +298,7 @@ class Sharded(Strategy):
         """Bring every owner's chunk of the parameters to all ranks."""
         group, algorithm = self.training.group, self.training.options.algorithm
         if self.training.in_window:
-            group.barrier()
+            self.training.holders.barrier()
             return
         pulls = [
             gather_chunks_async(each.host, chunks, f"parameters of bucket {index}", algorithm, group=group)
@@ -261,25 +320,45 @@ class Sharded(Strategy):
     def replicas(self) -> Iterator[tuple[str, Any]]:
         return iter(()) if self._has_one_copy else super().replicas()
 
+    def compare_shards(self) -> None:
+        training = self.training
+        if training.across is not None:
+            require_alike(training.group, training.steps, self._copies(), local_ranks=self._local_ranks())
+
+    def _copies(self) -> Iterator[tuple[str, Any]]:
+        """What other nodes have, too, of what this rank owns."""
+        for piece in self.training.masters.pieces:
+            text = _text(piece)
+            yield f"{text}, or its master", piece.tensor
+            for key, value in self.training.optimizer.state.get(piece.tensor, {}).items():
+                yield f"the optimizer's {key!r} of {text}", value
+
+    @property
+    def saves_state(self) -> bool:
+        return self.training.across is None or self.training.across.rank == 0
+
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
-        training, group = self.training, self.training.group
+        training, group, holders = self.training, self.training.group, self.training.holders
         group.barrier()
         if not self._has_one_copy:
             super().update_parameters(change)
             group.barrier()
             return
-        if group.rank == 0:
+        shared = {item.name for item in training.parameters}
+        if holders.rank == 0:
             with torch.no_grad():
                 change(training.model)
+            if training.across is not None:
+                copies = [entry for entry in tensors_of(training.model) if entry[0] in shared]
+                copy_from_rank_0(training.across, copies)
         group.barrier()
         training.masters.follow()
         # What is not trained, and buffers, every rank has for itself.
-        shared = {item.name for item in training.parameters}
         copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in shared])
 
     @property
     def _has_one_copy(self) -> bool:
-        """Whether the trained parameters exist once for all ranks."""
+        """Whether the trained parameters exist once for all holders."""
         return self.training.in_window and all(each.mirror is None for each in self._flats)
 
     def replan(self, roster: Roster) -> None:
@@ -303,7 +382,7 @@ class Sharded(Strategy):
 
     def _memory(self) -> list[torch.Tensor]:
         """What lies in this rank's area of the window."""
-        shared = [each.host for each in self._flats] if self.training.group.rank == 0 else []
+        shared = [each.host for each in self._flats] if self.training.holders.rank == 0 else []
         return [*(bucket.flat for bucket in self.buckets.buckets), *shared]
 
     def close(self, *, state: bool) -> None:
@@ -312,6 +391,9 @@ class Sharded(Strategy):
         if training.in_window:
             training.group.barrier()
         give_memory_back(training, [*self._memory(), *self._retired])
+        if training.across is not None:
+            training.across.close()
+            training.holders.close()
 
 
 class SingleServer(Sharded):
@@ -322,6 +404,12 @@ class SingleServer(Sharded):
 class ShardedServer(Sharded):
     name = "dps"
     owners = staticmethod(all_owners)
+    shards = staticmethod(choose)
+
+
+def _text(piece: Piece) -> str:
+    """A piece, for messages."""
+    return f"{piece.parameter.name!r} [{piece.start}:{piece.stop}]"
 
 
 def _of_local_rank_0(group: Group, numel: int, dtype: torch.dtype) -> torch.Tensor:

@@ -28,11 +28,13 @@ from ..precision.masters import Masters
 from ..precision.modes import Precision
 from ..runtime.control import raise_together
 from ..runtime.group import Group
+from ..window.memory import Window
 from .buffers import Buffers
 from .changes import Planned, Roster, Structure
 from .claims import require_free_model, require_free_optimizer
 from .copies import copy_from_rank_0, start_from_rank_0
 from .counts import StepCounts
+from .holders import require_node_memory
 from .options import Options
 from .record import StepRecord
 
@@ -63,11 +65,18 @@ class Training:
     """What this rank says of the step that is under way, for the ranks to compare."""
     buffers: Buffers
     """The model's buffers, which are made alike after each step."""
-    in_window: bool
-    """Whether buckets lie in memory that the ranks share."""
+    holders: Group
+    """The ranks that hold the optimizer's state once among them, where it is sharded: all, or those of this rank's node
+    (:mod:`.holders`)."""
+    window: Window | None
+    """The memory that ranks share, in which buckets lie; None where each rank has its buckets for itself."""
     wants_norm: bool
     """Whether the verdict needs the squares: for clipping, and with a loss scale to see what overflowed only when the
     ranks' numbers were added up, where no rank packed an inf."""
+    across: Group | None = None
+    """The ranks that hold what this rank does, one on each node; None where each number of the state exists once."""
+    shard_reason: str = ""
+    """Among whom the state is sharded, and why so, in words; empty where there is nothing to choose."""
     steps: int = 0
     """Steps that the engine has made, those included that the checkpoint that was loaded had made."""
     forward_wait_s: float = 0.0
@@ -83,6 +92,18 @@ class Training:
     def __post_init__(self) -> None:
         self.agreed = Named(list(self.parameters), list(self.frozen))
         self.structure = Structure(self.model, self.optimizer)
+
+    @property
+    def in_window(self) -> bool:
+        """Whether buckets lie in memory that ranks share."""
+        return self.window is not None
+
+    def poll(self) -> None:
+        """Let everything that this training has under way move on, without waiting."""
+        self.group.progress.poll()
+        if self.across is not None:
+            self.holders.progress.poll()
+            self.across.progress.poll()
 
     def loss_is_finite(self) -> bool:
         """Whether all losses of the step that were looked at are finite. Waits for a GPU."""
@@ -110,7 +131,7 @@ class Training:
     def give_back(self, members: Sequence[Sequence[torch.Tensor]], *, sharded: bool) -> None:
         """Let the optimizer's groups have whole parameters, ``members``, with all that it remembers of what was trained
         so far. ``sharded``: ranks have updated pieces of it, and the call is collective; else each all of it."""
-        give_back(self.group, self.optimizer, self.masters.pieces, self.parameters, members, sharded=sharded)
+        give_back(self.holders, self.optimizer, self.masters.pieces, self.parameters, members, sharded=sharded)
 
     def replan(self, roster: Roster) -> None:
         """Train what ``roster`` says; the optimizer has whole parameters. Newly trained ones get rank 0's values.
@@ -141,7 +162,7 @@ def start(
     UsageError on every rank, before anything is changed, where the parameters are not such as can be trained."""
     _require_plain_step(optimizer)
     if named is None:
-        named = raise_together(group, lambda: require_trainable(model, optimizer, options, moves))
+        named = raise_together(group, lambda: require_trainable(model, optimizer, options, moves, group))
     parameters = named.trained
     members = members_of(optimizer) if members is None else members
     device = next(iter(model.parameters())).device
@@ -165,7 +186,8 @@ def start(
         counts,
         StepRecord(group, model, optimizer, precision.loss_scale, counts),
         Buffers(model, options.buffers, group),
-        in_window=group.window is not None and options.algorithm in ("auto", "window"),
+        group,
+        group.window if options.algorithm in ("auto", "window") else None,
         wants_norm=options.max_grad_norm is not None
         or precision.loss_scale is not None
         or options.nonfinite != "torch",
@@ -183,10 +205,17 @@ def _require_plain_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def require_trainable(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: Options, moves: str = ""
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    options: Options,
+    moves: str = "",
+    group: Group | None = None,
 ) -> Named:
     """The parameters of ``optimizer`` in ``model``, all of which an engine may train. UsageError for the first that it
-    can't. ``moves``: the strategy, where the strategy gives parameters other memory."""
+    can't. ``moves``: the strategy, where the strategy gives parameters other memory; ``group``: the ranks, where these
+    may have to share it."""
+    if group is not None:
+        require_node_memory(group, options)
     require_free_optimizer(optimizer)
     require_numbers(model)
     named = name_parameters(model, members_of(optimizer), partial=options.partial)
@@ -203,7 +232,9 @@ def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, k
         raise UsageError(f"algorithm window is not to be had: {group.window_reason}; use auto")
 
     def allocate(numel: int, dtype: torch.dtype) -> torch.Tensor:
-        return empty(numel, dtype, group) if training.in_window else torch.empty(numel, dtype=dtype, device="cpu")
+        if training.window is None:
+            return torch.empty(numel, dtype=dtype, device="cpu")
+        return empty(numel, dtype, training.holders)
 
     bucket_bytes = options.bucket_bytes or usual_bytes(training.parameters, len(group.nodes))
     buckets = plan(training.parameters, bucket_bytes, WIRES[options.wire], allocate)
@@ -213,7 +244,7 @@ def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, k
         buckets,
         launch,
         training.counts.scale_for_mean,
-        group.progress.poll,
+        training.poll if training.across is not None else group.progress.poll,
         keep_gradients=keep_gradients,
         overlap=options.overlap,
     )
@@ -231,13 +262,11 @@ def close_buckets(training: Training, buckets: GradientBuckets) -> None:
 
 def give_memory_back(training: Training, flats: Sequence[torch.Tensor]) -> None:
     """Give back memory of this rank's area of the window, which no rank uses any more."""
-    window = training.group.window
-    if window is not None and training.in_window:
+    if training.window is not None:
         for flat in flats:
-            window.free(flat)
+            training.window.free(flat)
 
 
 def pin_flats(training: Training, flats: list[torch.Tensor]) -> None:
     """Let GPUs copy from and to ``flats`` at full speed, for as long as ``training`` lives."""
-    window = training.group.window
-    pin(training, flats if window is None or not training.in_window else window.mappings(flats))
+    pin(training, flats if training.window is None else training.window.mappings(flats))

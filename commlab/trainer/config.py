@@ -164,6 +164,7 @@ class Config(Knobs):
             check_replicas=self.check_replicas,
             bucket_bytes=self.bucket_bytes,
             overlap=self.overlap == "on",
+            shard=self.shard,
             servers=self.servers,
             consistency=self.consistency,
             overlap_pulls=self.overlap_pulls == "on",

@@ -78,6 +78,13 @@ class Knobs:
         "for ps, dps and allreduce, send buckets while backward goes on; off: once it has ended",
         choices=("on", "off"),
     )
+    shard: str = knob(
+        "auto",
+        _HOW,
+        "for dps on several nodes, among whom parameters and optimizer state are cut: node = the ranks of each node,"
+        " which has one copy, and gradients alone travel; job = all ranks; auto = node where nodes share memory",
+        choices=KNOWN["shard"],
+    )
     buffers: str = knob(
         "broadcast",
         _HOW,

@@ -107,12 +107,18 @@ class Report:
             kind = {"allreduce": "allreduce", "ps": "reduce"}.get(config.strategy, "reduce_scatter")
             wire = engine.buckets.buckets[0].dtype
             algorithm, reason = pick(group, kind, config.algorithm, largest, wire)
+            if engine.across is not None:
+                shard = -(-largest // group.local_size)
+                algorithm, reason = pick(engine.across, "allreduce", config.algorithm, shard, wire)
+                algorithm, reason = f"window on each node, {algorithm} between nodes", f"of that: {reason}"
             count = len(engine.buckets.buckets)
             self._print(
                 f"gradients: {count} bucket{'s' * (count > 1)}, the largest "
                 f"{largest * wire.itemsize / 2**20:.3g} MB, wire {config.wire or 'as is'}, "
                 f"algorithm {algorithm} ({reason})"
             )
+        if engine.sharding:
+            self._print(f"shards: {engine.sharding}")
         self._print(f"arithmetic: {native.backend()}; {threads} torch thread{'s' * (threads > 1)} per rank ({why})")
         if config.precision != "fp32":
             self._print(f"precision {config.precision}: {engine.precision.reason}")

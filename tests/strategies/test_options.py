@@ -56,6 +56,16 @@ CASES = (
         ("--algorithm hierarchical", "--strategy ps pushes and pulls", "--algorithm auto", "--strategy allreduce"),
     ),
     Case(
+        ("shard", "strategy"), "allreduce", {"shard": "node"}, 2, "--strategy allreduce --shard node",
+        ("shard='node' with strategy allreduce", "only dps cuts", "leave it out, or take strategy dps"),
+        ("--shard node with --strategy allreduce", "only dps cuts", "leave it out, or take --strategy dps"),
+    ),
+    Case(
+        ("shard", "servers"), "dps", {"servers": 2, "shard": "job"}, 4, "--servers 2 --shard job",
+        ("shard='job' with servers=2", "leave one of the two out"),
+        ("--shard job with --servers 2", "leave one of the two out"),
+    ),
+    Case(
         ("wire", "strategy"), "single", {"wire": "fp16"}, 1, "--strategy single --wire fp16",
         ("wire='fp16' has no meaning for strategy single", "leave it out"),
         ("--wire fp16 has no meaning for --strategy single", "leave it out"),
