@@ -157,8 +157,9 @@ class TorchState(ObjectState):
         if world.rank():
             return
         step = self._commits
-        writer = files.begin(folder, step, None)
+        writer = files.claim(folder)
         try:
+            files.begin(folder, step, writer)
             state = {"values": self._saved, "states": self._copies}
             written = files.write_state(files.aside(folder, step), "state.safetensors", state)
             files.commit(folder, step, [written], {"ranks": world.size()})
