@@ -41,7 +41,7 @@ def dumps_apart(obj: Any) -> tuple[bytes, list[torch.Tensor]]:
     """The object as bytes without the numbers of its dense tensors, and those tensors."""
     tensors: list[torch.Tensor] = []
 
-    class PicklerApart(pickle.Pickler):
+    class ApartPickler(pickle.Pickler):
         def persistent_id(self, found: Any) -> Any:
             if type(found) is not torch.Tensor or found.layout is not torch.strided or found.requires_grad:
                 return None
@@ -50,7 +50,7 @@ def dumps_apart(obj: Any) -> tuple[bytes, list[torch.Tensor]]:
 
     stream = io.BytesIO()
     try:
-        PicklerApart(stream).dump(obj)
+        ApartPickler(stream).dump(obj)
     except Exception:
         return dumps_any(obj), []
     return stream.getvalue(), tensors
@@ -60,10 +60,10 @@ def loads_apart(data: bytes) -> tuple[Any, list[torch.Tensor]]:
     """The object that :func:`dumps_apart` has made bytes of, and its tensors, which have no numbers yet."""
     tensors: list[torch.Tensor] = []
 
-    class UnpicklerApart(pickle.Unpickler):
+    class ApartUnpickler(pickle.Unpickler):
         def persistent_load(self, found: Any) -> Any:
             _, dtype, shape, device = found
             tensors.append(torch.empty(shape, dtype=getattr(torch, dtype), device=device))
             return tensors[-1]
 
-    return UnpicklerApart(io.BytesIO(data)).load(), tensors
+    return ApartUnpickler(io.BytesIO(data)).load(), tensors

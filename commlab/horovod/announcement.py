@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,9 @@ def _compared(request: Announcement) -> tuple[Any, ...]:
 def refusal(rank: int, name: str, requests: Mapping[int, Announcement], joined: set[int]) -> str:
     """Why the ranks' requests of one name can't be carried out; empty where they can. The same words on all ranks but
     for ``rank``, whose message it is."""
+    first = next(iter(requests.values()))
+    if not (joined or first.refused or first.absent) and all(request == first for request in requests.values()):
+        return ""
     refused = [request.refused for _, request in sorted(requests.items()) if request.refused]
     if refused:
         return f"rank {rank}: {name!r} was refused: {'; '.join(refused)}"
@@ -143,8 +147,16 @@ def require_reducible(rank: int, kind: str, tensor: torch.Tensor, op: str) -> No
         raise UsageError(f"{where}: Adasum is for floating-point tensors")
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """A dtype by the name it has in a request."""
-    found = getattr(torch, name)
+@lru_cache(maxsize=16384)
+def described(dtype: str, shape: tuple[int, ...]) -> tuple[torch.dtype, torch.Size, int]:
+    """Dtype, shape, and how many numbers, of a tensor that a request has."""
+    found = getattr(torch, dtype)
     assert isinstance(found, torch.dtype)
-    return found
+    return found, torch.Size(shape), torch.Size(shape).numel()
+
+
+@lru_cache(maxsize=16384)
+def size_bytes_of(dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> int:
+    """How many bytes the tensors of a request have."""
+    found = (described(dtype, shape) for dtype, shape in zip(dtypes, shapes, strict=True))
+    return sum(dtype.itemsize * numel for dtype, _, numel in found)

@@ -10,7 +10,7 @@ from ..chunks import Range, whole_at
 from ..collectives.delivery import bytes_of, deliver_async
 from ..collectives.halves import gather_chunks_async
 from ..runtime.agreement import Signature
-from .announcement import dtype_of
+from .announcement import described
 from .channel import Channel, Ready, Waits, until
 from .parts import ALONE_BYTES, buffer_of, parts_of
 
@@ -19,7 +19,7 @@ def allgather(channel: Channel, batch: Sequence[Ready]) -> Waits:
     group = channel.group
     keys = [(each, index) for each in batch for index in range(len(each.request.shapes))]
     shapes = [[_gathered(each, peer, index) for peer in range(group.size)] for each, index in keys]
-    dtypes = [dtype_of(each.request.dtypes[index]) for each, index in keys]
+    dtypes = [described(each.request.dtypes[index], each.request.shapes[index])[0] for each, index in keys]
     stream = []
     for each, index in keys:
         assert each.submission is not None, "ranks have not joined"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..c10d.window_tensor import tensor_in
-from .announcement import dtype_of
+from .announcement import described
 from .channel import Channel, Ready
 
 ALONE_BYTES = 1024 * 1024
@@ -21,9 +21,7 @@ class Part:
     __slots__ = ("dtype", "numel", "shape", "source", "target")
 
     def __init__(self, each: Ready, index: int):
-        self.dtype = dtype_of(each.request.dtypes[index])
-        self.shape = torch.Size(each.request.shapes[index])
-        self.numel = self.shape.numel()
+        self.dtype, self.shape, self.numel = described(each.request.dtypes[index], each.request.shapes[index])
         submission = each.submission
         self.source = submission.tensors[index].detach() if submission is not None and submission.tensors else None
         self.target = submission.outputs[index].detach() if submission is not None and submission.outputs else None

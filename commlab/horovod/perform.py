@@ -11,7 +11,7 @@ import torch
 
 from .. import trace
 from . import moves, reductions
-from .announcement import dtype_of
+from .announcement import size_bytes_of
 from .channel import Channel, Ready, Waits
 from .parts import Part, parts_of
 
@@ -39,11 +39,9 @@ def batches(channel: Channel, ready: Sequence[Ready]) -> list[list[Ready]]:
 
 def _size_bytes(each: Ready) -> int:
     """As all ranks count it."""
-    total = 0
-    for request in each.requests.values() if each.request.kind == "allgather" else [each.request]:
-        for dtype, shape in zip(request.dtypes, request.shapes, strict=True):
-            total += dtype_of(dtype).itemsize * torch.Size(shape).numel()
-    return total
+    if each.request.kind != "allgather":
+        return size_bytes_of(each.request.dtypes, each.request.shapes)
+    return sum(size_bytes_of(request.dtypes, request.shapes) for request in each.requests.values())
 
 
 def run(channel: Channel, batch: Sequence[Ready]) -> Waits:
