@@ -10,6 +10,7 @@ REFERENCE = {
             *("collectives.allreduce.allreduce", "collectives.allreduce.allreduce_async", "runtime.handle.Handle"),
             *(f"collectives.operations.{name}" for name in ("reduce_scatter", "allgather", "broadcast", "reduce")),
             *(f"collectives.exchanges.{name}" for name in ("alltoall", "gather", "scatter", "allgather_parts")),
+            *(f"collectives.messages.{name}" for name in ("send", "send_async", "recv", "recv_async")),
             *("collectives.grouped.grouped_allreduce", "checkpoint.objects.broadcast_object"),
             *("checkpoint.objects.allgather_object", "collectives.operations.barrier", "collectives.operations.empty"),
         ],
