@@ -163,7 +163,8 @@ def test_the_readme_is_a_front_door() -> None:
 
 def test_the_trainers_flags_exist() -> None:
     """Wherever a page, a script or the README calls it."""
-    known = {"--" + field.name.replace("_", "-") for field in fields(Config)} | {"--help"}
+    known = {"--" + field.name.replace("_", "-") for field in fields(Config)}
+    known |= {"--help", "--config", "--print-config"}
     files = [*PAGES, ROOT / "README.md", *(path for path in (DOCS / "launch").iterdir() if path.suffix)]
     calls = [call for file in files for call in re.findall(r"-m commlab\.train((?:\\\n|[^`#|\n])*)", file.read_text())]
     given = [flag for call in calls for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", call)]
