@@ -66,9 +66,11 @@ def test_ci_runs_the_same_targets() -> None:
     """``.ci/run`` is what a change must pass; the workflows run its parts side by side."""
     run = (ROOT / ".ci/run").read_text()
     workflow = (ROOT / ".github/workflows/ci.yml").read_text()
-    for target in ("lint", "test", "examples", "docs", "wheel", "wheel-check"):
-        assert re.search(rf"^make {target}( ARGS=\S+)?$", run, re.M), target
+    for target in ("lint", "test", "examples", "docs"):
+        assert re.search(rf"^make {target}$", run, re.M), target
         assert re.search(rf"make {target}( |$)", workflow, re.M), target
+    # Compiling by Zig takes longer than .ci/run has left; the workflow has a machine for it.
+    assert "make wheel\n" in workflow and "make wheel-check\n" in workflow
 
 
 @pytest.fixture
