@@ -36,7 +36,7 @@ NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
 CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-serial test-mpi horovod lint format native fuzz-links stress-links clean distclean
+.PHONY: help venv train test test-serial test-mpi horovod horovod-tests lint format native fuzz-links stress-links clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
