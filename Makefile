@@ -40,8 +40,8 @@ NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
 CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-serial test-mpi examples horovod lint format native docs wheel wheel-check fuzz-links \
-  stress-links clean distclean
+.PHONY: help venv train test test-serial test-mpi examples horovod horovod-tests lint format native docs wheel \
+  wheel-check fuzz-links stress-links clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list

@@ -7,9 +7,10 @@ from __future__ import annotations
 import io
 import pickle
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def dumps(obj: Any) -> bytes:
@@ -39,6 +40,8 @@ def dumps_any(obj: Any) -> bytes:
 
 def dumps_apart(obj: Any) -> tuple[bytes, list[torch.Tensor]]:
     """The object as bytes without the numbers of its dense tensors, and those tensors."""
+    import torch
+
     tensors: list[torch.Tensor] = []
 
     class ApartPickler(pickle.Pickler):
@@ -58,6 +61,8 @@ def dumps_apart(obj: Any) -> tuple[bytes, list[torch.Tensor]]:
 
 def loads_apart(data: bytes) -> tuple[Any, list[torch.Tensor]]:
     """The object that :func:`dumps_apart` has made bytes of, and its tensors, which have no numbers yet."""
+    import torch
+
     tensors: list[torch.Tensor] = []
 
     class ApartUnpickler(pickle.Unpickler):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,9 +23,13 @@ SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (5,), (3, 4), (2, 3, 7), (9001,
 
 
 @pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
+def forked() -> Iterator[Callable[..., list[Any]]]:
     made = Forked()
-    yield made
+
+    def job(*arguments: Any, **options: Any) -> list[Any]:
+        return made(*arguments, backend=None, preload=("commlab.horovod.torch",), **options)
+
+    yield job
     made.close()
 
 
@@ -84,9 +88,9 @@ def reductions(rank: int, size: int) -> int:
     return count
 
 
-def test_reductions(forked: Forked) -> None:
+def test_reductions(forked: Callable[..., list[Any]]) -> None:
     """Known defects of the original: bf16, bool, int16, complex; tensors that are not contiguous."""
-    assert min(forked(reductions, backend=None)) > 200
+    assert min(forked(reductions)) > 200
 
 
 def orders(rank: int, size: int) -> int:
@@ -128,9 +132,9 @@ def orders(rank: int, size: int) -> int:
     return len(results)
 
 
-def test_order_and_threads(forked: Forked) -> None:
+def test_order_and_threads(forked: Callable[..., list[Any]]) -> None:
     """Operations are matched by name, from any thread, in any order on different ranks."""
-    assert forked(orders, 3, backend=None) == [30] * 3
+    assert forked(orders, 3) == [30] * 3
 
 
 def moves(rank: int, size: int) -> bool:
@@ -175,9 +179,9 @@ def moves(rank: int, size: int) -> bool:
 
 
 @pytest.mark.parametrize(("size", "nodes"), [(2, "2"), (3, "2")])
-def test_moves(forked: Forked, size: int, nodes: str) -> None:
+def test_moves(forked: Callable[..., list[Any]], size: int, nodes: str) -> None:
     """In a window, and on two nodes by messages."""
-    assert all(forked(moves, size, backend=None, environ={"COMMLAB_NODES": nodes}))
+    assert all(forked(moves, size, environ={"COMMLAB_NODES": nodes}))
 
 
 def adasums(rank: int, size: int) -> bool:
@@ -205,8 +209,8 @@ def adasums(rank: int, size: int) -> bool:
 
 
 @pytest.mark.parametrize("size", [3, 4])
-def test_adasum(forked: Forked, size: int) -> None:
-    assert all(forked(adasums, size, backend=None))
+def test_adasum(forked: Callable[..., list[Any]], size: int) -> None:
+    assert all(forked(adasums, size))
 
 
 def sets(rank: int, size: int) -> list[Any]:
@@ -229,8 +233,8 @@ def sets(rank: int, size: int) -> list[Any]:
     return [found, gathered, told]
 
 
-def test_process_sets(forked: Forked) -> None:
-    assert forked(sets, 3, backend=None) == [
+def test_process_sets(forked: Callable[..., list[Any]]) -> None:
+    assert forked(sets, 3) == [
         [[4.0, 4.0], [0, 2], "from 0"],
         [[2.0, 2.0], [1], "from 1"],
         [[4.0, 4.0], [0, 2], "from 0"],
@@ -250,9 +254,9 @@ def joins(rank: int, size: int) -> list[Any]:
     return [found, refused, last, after, 0 <= again < size]
 
 
-def test_join(forked: Forked) -> None:
+def test_join(forked: Callable[..., list[Any]]) -> None:
     """Known defect of the original: three ranks and more after join()."""
-    results = forked(joins, 3, backend=None)
+    results = forked(joins, 3)
     for rank, (found, _, last, after, again) in enumerate(results):
         assert [each[0] for each in found] == pytest.approx([1.0, 2 / 3, 1 / 3][: rank + 1])
         assert last == 2 and after == [3.0, 3.0, [0, 1, 2]] and again
@@ -291,8 +295,8 @@ def gradients(rank: int, size: int) -> bool:
     return True
 
 
-def test_gradients(forked: Forked) -> None:
-    assert all(forked(gradients, backend=None))
+def test_gradients(forked: Callable[..., list[Any]]) -> None:
+    assert all(forked(gradients))
 
 
 def disagreements(rank: int, size: int) -> list[str]:
@@ -320,9 +324,9 @@ def disagreements(rank: int, size: int) -> list[str]:
     return found
 
 
-def test_disagreements(forked: Forked) -> None:
+def test_disagreements(forked: Callable[..., list[Any]]) -> None:
     """Errors on all ranks, with the tensor's name, ranks, and both sides."""
-    for rank, found in enumerate(forked(disagreements, backend=None)):
+    for rank, found in enumerate(forked(disagreements)):
         shape, dtype, op, root, rows, scalar, splits, twice, alone, after = found
         assert "'allreduce.shape'" in shape
         assert "rank 0: allreduce of float32[3]" in shape and "rank 1: allreduce of float32[4]" in shape
@@ -352,10 +356,10 @@ def dies(rank: int, size: int) -> str:
     return text
 
 
-def test_a_rank_dies(forked: Forked) -> None:
+def test_a_rank_dies(forked: Callable[..., list[Any]]) -> None:
     """Whoever waits for it is told at once, and does not wait any more."""
     with pytest.raises(RankFailed, match=r"^rank 1: ended with 3, saying nothing$"):
-        forked(dies, backend=None)
+        forked(dies)
 
 
 def leaves(rank: int, size: int) -> str:
@@ -374,6 +378,6 @@ def leaves(rank: int, size: int) -> str:
     return text
 
 
-def test_shutdown_and_init(forked: Forked) -> None:
+def test_shutdown_and_init(forked: Callable[..., list[Any]]) -> None:
     """Who waits for a rank that has shut down learns of it at once; all may begin anew."""
-    assert "rank 1 has called shutdown()" in forked(leaves, backend=None)[0]
+    assert "rank 1 has called shutdown()" in forked(leaves)[0]

@@ -7,7 +7,7 @@ import copy
 import pickle
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,14 @@ import commlab.horovod.torch as hvd
 
 
 @pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
+def forked() -> Iterator[Callable[..., list[Any]]]:
     made = Forked()
-    yield made
+
+    def job(*arguments: Any, **options: Any) -> list[Any]:
+        # torch's optimizers import it at their first step: once for all ranks.
+        return made(*arguments, backend=None, preload=("torch._dynamo", "commlab.horovod.torch"), **options)
+
+    yield job
     made.close()
 
 
@@ -111,10 +116,10 @@ def trains(rank: int, size: int) -> bool:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_training(forked: Forked, size: int) -> None:
+def test_training(forked: Callable[..., list[Any]], size: int) -> None:
     """The averaged gradient, with parameters that some ranks or none use; known defect of the original:
     zero_grad(set_to_none=True)."""
-    assert all(forked(trains, size, backend=None))
+    assert all(forked(trains, size))
 
 
 def steps_by_closure(rank: int, size: int) -> bool:
@@ -171,9 +176,9 @@ def steps_by_closure(rank: int, size: int) -> bool:
     return True
 
 
-def test_closures_misuse_ragged_ends_sparse(forked: Forked) -> None:
+def test_closures_misuse_ragged_ends_sparse(forked: Callable[..., list[Any]]) -> None:
     """Known defect of the original: ragged ends of backward_passes_per_step."""
-    assert all(forked(steps_by_closure, backend=None))
+    assert all(forked(steps_by_closure))
 
 
 def is_pickled(rank: int, size: int) -> bool:
@@ -195,9 +200,9 @@ def is_pickled(rank: int, size: int) -> bool:
     return True
 
 
-def test_pickled(forked: Forked) -> None:
+def test_pickled(forked: Callable[..., list[Any]]) -> None:
     """Known defect of the original: a wrapped optimizer can't be pickled."""
-    assert all(forked(is_pickled, backend=None))
+    assert all(forked(is_pickled))
 
 
 def state_travels(rank: int, size: int) -> list[str]:
@@ -226,9 +231,9 @@ def state_travels(rank: int, size: int) -> list[str]:
     return done
 
 
-def test_broadcast_optimizer_state(forked: Forked) -> None:
+def test_broadcast_optimizer_state(forked: Callable[..., list[Any]]) -> None:
     """For any optimizer, also where only the root has a state."""
-    assert len(forked(state_travels, backend=None)[0]) == 8
+    assert len(forked(state_travels)[0]) == 8
 
 
 def deltas(rank: int, size: int) -> bool:
@@ -253,8 +258,8 @@ def deltas(rank: int, size: int) -> bool:
     return True
 
 
-def test_adasum_optimizer(forked: Forked) -> None:
-    assert all(forked(deltas, backend=None))
+def test_adasum_optimizer(forked: Callable[..., list[Any]]) -> None:
+    assert all(forked(deltas))
 
 
 def normalizes(rank: int, size: int) -> bool:
@@ -280,9 +285,9 @@ def normalizes(rank: int, size: int) -> bool:
     return True
 
 
-def test_sync_batch_norm(forked: Forked) -> None:
+def test_sync_batch_norm(forked: Callable[..., list[Any]]) -> None:
     """On CPUs, with batches that differ in size."""
-    assert all(forked(normalizes, backend=None))
+    assert all(forked(normalizes))
 
 
 def goes_on(rank: int, size: int, folder: str) -> list[Any]:
@@ -312,13 +317,13 @@ def goes_on(rank: int, size: int, folder: str) -> list[Any]:
     return [state.seen, resets, found[0]]
 
 
-def test_elastic(forked: Forked) -> None:
+def test_elastic(forked: Callable[..., list[Any]]) -> None:
     """An error that all ranks live through costs what came after the last commit; a restarted job, with another number
     of ranks, goes on from the newest commit in the folder."""
     with tempfile.TemporaryDirectory() as folder:
         environ = {"COMMLAB_ELASTIC_DIR": folder}
-        first = forked(goes_on, 2, backend=None, environ=environ, arguments=(folder,))
+        first = forked(goes_on, 2, environ=environ, arguments=(folder,))
         assert [each[:2] for each in first] == [[[1, 2, 3, 4], [2]]] * 2
         assert len(list(Path(folder).glob("step-*"))) == 2
-        again = forked(goes_on, 3, backend=None, environ=environ, arguments=(folder,))
+        again = forked(goes_on, 3, environ=environ, arguments=(folder,))
         assert [each[0] for each in again] == [[1, 2, 3, 4]] * 3 and again[0][2] == first[0][2]

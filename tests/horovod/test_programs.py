@@ -66,11 +66,11 @@ def test_under_mpirun(tmp_path: Path) -> None:
 
 
 FUNCTION = """
-import torch
 import commlab.horovod as horovod
 
 
 def train(scale, offset=0):
+    import torch
     import commlab.horovod.torch as hvd
 
     hvd.init()
@@ -79,9 +79,6 @@ def train(scale, offset=0):
 
 
 def fails():
-    import commlab.horovod.torch as hvd
-
-    hvd.init()
     raise KeyError("on purpose")
 
 
