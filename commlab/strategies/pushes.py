@@ -12,6 +12,7 @@ so that a rank that does something else instead is named on all of them, and nob
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Final
 
 import torch
@@ -23,6 +24,7 @@ from ..errors import CommlabError
 from ..gradients.bucket import Bucket
 from ..native.dtypes import WIRES
 from ..runtime.agreement import Signature
+from ..runtime.ending import HARMLESS
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..schedules.step import NodeStep
@@ -69,7 +71,14 @@ class Push:
     def reduce(self, timeout_s: float | None) -> None:
         """Wait for the node's part, and let the other nodes have it."""
         assert self._reduction is not None
-        self._reduction.wait(timeout_s)
+        try:
+            self._reduction.wait(timeout_s)
+        except HARMLESS:
+            self._reduced(self._reduction)
+            if self._exchange is not None:
+                with suppress(CommlabError):  # the other nodes must hear of it before this rank goes its way
+                    self._exchange.wait(timeout_s)
+            raise
         self._reduced(self._reduction)
 
     def _reduced(self, reduction: Handle) -> None:
@@ -78,7 +87,7 @@ class Push:
                 return
             pushes, wire, error = self._step.pushes, _WIRE_OF.get(self._bucket.dtype), reduction.error
             try:
-                if isinstance(error, CommlabError):
+                if isinstance(error, HARMLESS):
                     # The other nodes wait for this one, and have not seen what went wrong here.
                     self._exchange = pushes.across.refuse("allreduce", self._bucket.name, error)
                 elif error is None:
