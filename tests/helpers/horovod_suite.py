@@ -64,7 +64,7 @@ def main() -> int:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
     file = arguments.checkout / "test/parallel/test_torch.py"
-    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", f"--rootdir={arguments.checkout}", "-W", "ignore"]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", f"--rootdir={arguments.checkout}"]
     code = int(pytest.main([*options, "-rs", str(file), *more]))
     sys.stdout.flush()
     # A test that fails on one rank leaves the others waiting: nobody waits for them here.
