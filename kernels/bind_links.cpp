@@ -55,7 +55,8 @@ std::shared_ptr<const Program> make_program(nb::bytes rows, nb::bytes first, nb:
 
 Operand make_operand(Address buffer, std::size_t numel, int dtype, int op, double divisor, bool divides_first,
                      Address wide, std::size_t own_start, std::size_t own_numel, bool rounds) {
-  if (dtype < 0 || dtype > 5 || op < 0 || op > 3) throw std::invalid_argument("unknown dtype or op");
+  if (dtype < 0 || dtype > static_cast<int>(DType::kByte) || op < 0 || op > 3)
+    throw std::invalid_argument("unknown dtype or op");
   Operand operand;
   operand.buffer = reinterpret_cast<char*>(buffer);
   operand.numel = numel;

@@ -78,13 +78,13 @@ def test_what_is_damaged_is_said_and_passed_over(capsys: pytest.CaptureFixture[s
         ("--resume --steps 5", "the checkpoint is of step 6, and this run ends after 5; give more steps"),
         ("--resume --seed 3", "was made with seed 0, and this run has 3"),
         ("--resume --lr 0.5", "was made with lr 0.00015, and this run has 0.5"),
-        ("--resume --data other.txt", "was made with text "),
+        ("--resume", "was made with text "),
     ],
 )
 def test_another_run_is_refused(more: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--output", "o", "--checkpoint-every", "6") == 0
-    text = Path("text.txt").read_text()
-    Path("other.txt").write_text(text.replace("7", "8"))
+    if more == "--resume":
+        Path("text.txt").write_text(Path("text.txt").read_text().replace("7", "8"))
     assert run("--output", "o", *more.split()) == 2
     assert words in capsys.readouterr().err
 

@@ -15,9 +15,10 @@ from commlab.train import main
 text, model, out = sys.argv[0] + ".txt", sys.argv[0] + ".json", sys.argv[0] + ".out"
 flags = ["--data", text, "--model", model, "--output", out, "--tokenizer", "bpe:400", "--batch-size", "12"]
 flags += ["--steps", "3", "--eval-batches", "2", "--sample", "40", "--timeout", "60", "--dropout", "0"]
-for more in ("", "--window off", "--servers 1 --strategy ps", "--strategy allreduce --tokenizer bytes"):
+other = f"--strategy allreduce --tokenizer bytes --output {out}.bytes"
+for more in ("", "--window off", "--servers 1 --strategy ps", other):
     code = main([*flags, *more.split()])
-    say("code", code, more)
+    say("code", code)
 """
 
 

@@ -61,6 +61,8 @@ class Watch:
         self._pids: dict[int, int] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._through = False
+        """Whether this rank closes: that others do is no news any more, and their last words may be lost."""
         self._thread: threading.Thread | None = None
         self.calls: list[Callable[[], None]] = []
         """Called by the thread whenever a rank is known to have left."""
@@ -179,7 +181,7 @@ class Watch:
             data = b""
         if not data:
             self._drop(link)
-            if not (link.announced or self._closed):
+            if not (link.announced or self._through):
                 how = _kernel_words(link.pid) if link.pid else ""
                 verb = "left" if how.startswith("exit code") else "is gone"
                 self._learn(link.rank, f"{verb} ({how})" if how else "is gone: its process ended", link)
@@ -237,6 +239,7 @@ class Watch:
         each other."""
         if self._closed:
             return
+        self._through = True
         for link in list(self._links.values()):
             self._send(link, _line(rank=self.rank, how=""))
         self._closed = True
@@ -251,7 +254,8 @@ class Watch:
 
     def _abandon(self) -> None:
         """In a child of fork: the connections are the parent's, and must end with it."""
-        self._closed, self._thread, self._lock = True, None, threading.Lock()
+        self._closed = self._through = True
+        self._thread, self._lock = None, threading.Lock()
         self._drop_all()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..chunks import EMPTY, Range
-from ..native.dtypes import DTYPES, HALVES, OP_CODES
+from ..native.dtypes import HALVES, MOVED, OP_CODES
 from ..native.library import built
 from ..schedules.compile import Program, compile_schedule
 from ..schedules.step import Schedule
@@ -41,7 +41,7 @@ def operand_of(
     sums = None
     if halves and meets_at_owner:
         sums = torch.empty(own.numel, dtype=torch.float32) if wide is None else wide
-    code, _ = DTYPES[flat.dtype]
+    code, _ = MOVED[flat.dtype]
     address, start, numel = (0, 0, 0) if sums is None else (sums.data_ptr(), own.start, own.numel)
     divides_first = halves and not meets_at_owner and divisor != 1
     operand = built.LinksOperand(

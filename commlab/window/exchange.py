@@ -80,6 +80,10 @@ class WindowExchange:
         return bool(self._window.sync.agreed())
 
 
+_DONE = b"\0"
+"""Begins what a rank says whose move has worked; else it says the reason, which is text."""
+
+
 def open_together(
     local_rank: int, size: int, spin_us: float, gather: Callable[[bytes, str], list[bytes]]
 ) -> tuple[Window | None, str]:
@@ -88,24 +92,28 @@ def open_together(
     made: list[Window] = []
     cards: list[bytes] = []
 
-    def make() -> None:
+    def make() -> bytes:
         made.append(Window(local_rank, size, spin_us))
+        return made[0].card()
 
-    def open_all() -> None:
-        made[0].open(cards)
+    def open_all() -> bytes:
+        made[0].open([card[1:] for card in cards])
+        return b""
+
+    def open_staging() -> bytes:
+        made[0].open_staging()
+        return b""
 
     # Each move may fail on some ranks only; after each, all of them go on or none.
-    for move in (make, open_all, lambda: made[0].open_staging()):
-        reason = b""
+    for move, name in ((make, "window cards"), (open_all, "control pages"), (open_staging, "staging areas")):
         try:
-            move()
+            said = _DONE + move()
         except SharedMemoryError as error:
-            reason = str(error).encode(errors="backslashreplace")
-        reasons = [text.decode() for text in gather(reason, "reasons against a window") if text]
+            said = str(error).encode(errors="backslashreplace")
+        cards = gather(said, f"{name}, or reasons against a window")
+        reasons = [text.decode() for text in cards if not text.startswith(_DONE)]
         if reasons:
             for window in made:
                 window.close()
             return None, reasons[0]
-        if move is make:
-            cards += gather(made[0].card(), "window cards")
     return made[0], ""

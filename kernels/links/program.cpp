@@ -33,10 +33,13 @@ void Operand::require_fit(const Program& program) const {
   if (program.numel != numel) throw std::invalid_argument("the program is for a buffer of another length");
   if (own_start + own_numel > numel || (wide && !is_16bit(dtype)))
     throw std::invalid_argument("the sums of 16-bit numbers lie outside the buffer");
-  for (const Row& row : program.rows)
+  for (const Row& row : program.rows) {
+    if (dtype == DType::kByte && row.opcode == Opcode::kReduce)
+      throw std::invalid_argument("bytes are moved, and not computed with");
     if (wide && (row.opcode == Opcode::kReduce || row.opcode == Opcode::kFinish) &&
         (row.start < own_start || row.stop > own_start + own_numel))
       throw std::invalid_argument("a row adds to sums that are not this rank's own");
+  }
 }
 
 void Operand::prepare() const {

@@ -55,7 +55,18 @@ def test_rooms_and_commands_are_these() -> None:
         "results",
     }
     assert {file.stem for file in COMMANDS} == {
-        *("accuracy", "allreduce", "cluster", "compare", "fuzz", "horovod_build", "overlap", "pack", "precision"),
+        *(
+            "accuracy",
+            "allreduce",
+            "c10d",
+            "cluster",
+            "compare",
+            "fuzz",
+            "horovod_build",
+            "overlap",
+            "pack",
+            "precision",
+        ),
         *("ps", "report", "step", "straggler", "timeline", "train"),
     }
 

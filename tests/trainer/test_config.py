@@ -56,6 +56,7 @@ def test_every_field_can_be_given(tmp_path: Path) -> None:
     wanted = {
         **given,
         "data": ["a.txt"],
+        "shard": "auto",
         "text_field": None,
         "compile": False,
         "epochs": None,

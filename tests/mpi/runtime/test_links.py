@@ -9,6 +9,7 @@ import torch
 from closed_form import DTYPES, expected, numbers, ops_for
 
 import commlab
+from commlab.chunks import split
 from commlab.collectives.plan import pick
 from commlab.errors import CommlabError, DisagreementError, RefusedError, UsageError
 from commlab.job.topology import declared
@@ -20,6 +21,14 @@ from commlab.transport.mpi import MpiTransport
 from commlab.transport.tcp import missing_reason
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(bool(missing_reason()), reason=missing_reason())]
+
+
+MOVED_DTYPES = (torch.bool, torch.uint8, torch.int16, torch.float8_e4m3fn, torch.bfloat16, torch.complex128)
+
+
+def bytes_like(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Other numbers on each rank and at each index, that every dtype has."""
+    return ((torch.arange(numel) * 5 + rank * 3) % 7).float().to(dtype)
 
 
 def linked(per_node: int, links: str = "tcp", iface: str | None = None) -> Group:
@@ -49,9 +58,21 @@ def test_everything_over_links() -> None:
         assert torch.equal(wired, expected("sum", each.size, 70_001, torch.float16).float())
         assert exchange_records(each, bytes([each.rank]) * 70, "ranks") == [bytes([r]) * 70 for r in range(each.size)]
         assert gather_bytes(each, b"x" * each.rank, "lengths") == [b"x" * rank for rank in range(each.size)]
-        whole = torch.full((77,), float(each.rank))
-        commlab.broadcast(whole, each.size - 1, group=each)
-        assert (whole == each.size - 1).all()
+        for dtype in MOVED_DTYPES:
+            for numel in (1, 77, 70_001):
+                last = each.size - 1
+                whole = bytes_like(each.rank, numel, dtype)
+                commlab.broadcast(whole, last, group=each)
+                assert torch.equal(whole.view(torch.uint8), bytes_like(last, numel, dtype).view(torch.uint8)), (
+                    dtype,
+                    numel,
+                )
+                room, own = bytes_like(0, numel, dtype).zero_(), split(numel, each.size)[each.rank]
+                commlab.allgather(room, bytes_like(0, numel, dtype)[own.start : own.stop].clone(), group=each)
+                assert torch.equal(room.view(torch.uint8), bytes_like(0, numel, dtype).view(torch.uint8)), (
+                    dtype,
+                    numel,
+                )
     if group.size > 1:
         with pytest.raises(DisagreementError, match=r"rank 0: allreduce #\d+ of float32\[5\]"):
             commlab.allreduce(torch.ones(5 + group.rank), group=group)
