@@ -122,7 +122,8 @@ def test_a_terminal_without_the_letters(monkeypatch: pytest.MonkeyPatch) -> None
     report: Any = SimpleNamespace(
         _display=SimpleNamespace(close=lambda: None),
         _print=Display("none", 1.0).line,
-        _metrics=SimpleNamespace(write=written.append, text=lambda *_: None),
+        _write=written.append,
+        _metrics=SimpleNamespace(text=lambda *_: None),
         config=SimpleNamespace(sample=3, seed=8),
     )
     Report.sampled(report, Sample("ä", "東\n京", 3))
@@ -131,7 +132,7 @@ def test_a_terminal_without_the_letters(monkeypatch: pytest.MonkeyPatch) -> None
         "  held-out text:",
         "    | ä",
         "  the model goes on:",
-        "    | ?",
-        "    | ?",
+        "    | \\u6771",
+        "    | \\u4eac",
     ]
     assert written == [{"sample": {"prompt": "ä", "generated": "東\n京"}}]
