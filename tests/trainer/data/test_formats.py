@@ -91,7 +91,7 @@ DEEP = "[" * 100_000
         ("a.txt", "plain", "text", "--text-field 'text' is for JSON lines and datasets, and --data 'a.txt' has none"),
         ("a.gz", "plain", None, "cannot be decompressed: "),
         ("a.parquet", "PAR1\0", None, "save_to_disk()"),
-        ("a.tar.gz", gzip.compress(b"ustar\0"), None, "is not UTF-8 text"),
+        ("a.tar.gz", gzip.compress(b"ustar\0", mtime=0), None, "is not UTF-8 text"),
         ("cut.gz", gzip.compress(os.urandom(1000).hex().encode())[:-20], None, "cannot be decompressed: "),
     ],
 )
