@@ -8,6 +8,7 @@ tells what went wrong elsewhere. A test that hangs all the same is ended by the 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import sys
 import traceback
@@ -32,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     _ranks = Ranks()
     torch.set_num_threads(1)
+    # An optimizer's constructor loads it: seconds, in which those ranks would wait that have loaded it before.
+    importlib.import_module("torch._dynamo")
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         _watched_stderr = os.dup(2)
     if _ranks.rank:

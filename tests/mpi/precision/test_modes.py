@@ -102,6 +102,13 @@ def taught(
     return engine, total.tolist(), digests, updates
 
 
+@cache
+def in_fp32(strategy: str, group: Group) -> tuple[list[float], list[bytes]]:
+    """The losses and the digests of every step."""
+    _, losses, digests, _ = taught(strategy, group, max_grad_norm=5.0)
+    return losses, digests
+
+
 @pytest.mark.parametrize("strategy", [*OURS, "ddp"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("wire", ["as is", "the precision's"])
@@ -110,7 +117,7 @@ def test_16_bits_follow_the_loss_of_fp32(ranks: Ranks, strategy: str, precision:
         pytest.skip("torch's own sends gradients as they are")
     options = {"wire": precision} if wire != "as is" else {}
     for group in few_ranks(ranks):
-        _, wanted, fp32, _ = taught(strategy, group, max_grad_norm=5.0)
+        wanted, fp32 = in_fp32(strategy, group)
         engine, got, digests, updates = taught(
             strategy, group, precision=precision, autocast="on", max_grad_norm=5.0, **options
         )
@@ -120,6 +127,31 @@ def test_16_bits_follow_the_loss_of_fp32(ranks: Ranks, strategy: str, precision:
         for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
             assert abs(mine - theirs) <= 0.02 * theirs, f"step {step}: {mine:.4f}, in fp32 {theirs:.4f}"
         assert digests[0] != fp32[0], "nothing was computed in 16 bits"
+
+
+BAD = 7
+"""The step that overflows, or is left out."""
+
+
+def scaled(optimizer: str, clip: float | None, wire: str | None) -> dict[str, Any]:
+    return {
+        "precision": "fp16",
+        "autocast": "off",
+        "max_grad_norm": clip,
+        "optimizer": optimizer,
+        "wire": wire,
+        "scale": 16.0,
+        "growth_interval": 4,
+    }
+
+
+@cache
+def left_out(
+    strategy: str, group: Group, optimizer: str, clip: float | None, wire: str | None
+) -> tuple[float, list[bytes]]:
+    """The last scale and the digests of every step, where one step is not taken at all."""
+    engine, _, digests, _ = taught(strategy, group, skip=BAD, **scaled(optimizer, clip, wire))
+    return engine.precision.scale, digests
 
 
 @pytest.mark.parametrize("strategy", [*OURS, "ddp"])
@@ -132,31 +164,20 @@ def test_an_inf_on_one_rank_skips_the_step_on_all(
     if strategy == "ddp" and (optimizer == "SGD" or factor == 1e38):
         pytest.skip("one case of torch's own is enough")
     for group in few_ranks(ranks):
-        bad = 7
-        wires = (None,) if strategy == "ddp" else (None, "fp16")
-        for wire in wires:
-            options: dict[str, Any] = {
-                "precision": "fp16",
-                "autocast": "off",
-                "max_grad_norm": clip,
-                "optimizer": optimizer,
-                "wire": wire,
-                "scale": 16.0,
-                "growth_interval": 4,
-            }
+        for wire in (None,) if strategy == "ddp" else (None, "fp16"):
 
             def tamper(loss: torch.Tensor, step: int) -> torch.Tensor:
-                return loss * factor if step == bad and group.rank == group.size - 1 else loss  # noqa: B023
+                return loss * factor if step == BAD and group.rank == group.size - 1 else loss  # noqa: B023
 
-            hurt, _, digests, updates = taught(strategy, group, tamper=tamper, **options)
-            flagged, _, wanted, _ = taught(strategy, group, skip=bad, **options)
-            assert updates == [step != bad for step in range(STEPS)]
+            hurt, _, digests, updates = taught(strategy, group, tamper=tamper, **scaled(optimizer, clip, wire))
+            scale, wanted = left_out(strategy, group, optimizer, clip, wire)
+            assert updates == [step != BAD for step in range(STEPS)]
             assert hurt.skipped_steps == 1
             assert digests == wanted, (
                 f"different from step {[a == b for a, b in zip(digests, wanted, strict=True)].index(False)} on"
             )
-            assert digests[bad] == digests[bad - 1]
-            assert hurt.precision.scale == flagged.precision.scale == 16.0 * 2 * 0.5 * 2 * 2 * 2
+            assert digests[BAD] == digests[BAD - 1]
+            assert hurt.precision.scale == scale == 16.0 * 2 * 0.5 * 2 * 2 * 2
 
 
 @pytest.mark.parametrize("strategy", OURS)
