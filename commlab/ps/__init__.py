@@ -3,6 +3,7 @@
     store           ParameterServer, one object on every rank
     worker/         what a worker asks, and the answers
     server/         what a server does with a request
+    ending          a store's end, whoever ends it
     plan            a store's arguments, checked before anything is sent
     link            messages to and from one peer, over any transport
     frames          many small tensors in one message

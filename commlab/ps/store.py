@@ -6,19 +6,15 @@ workers    push gradients, pull values, and end their clocks with ``step()``; ``
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
 import os
-import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import CommlabError, UsageError
+from ..errors import UsageError
 from ..native.dtypes import WIRES
 from ..runtime.control import raise_together
 from ..runtime.group import Group
@@ -26,6 +22,7 @@ from ..runtime.handle import Handle
 from ..runtime.world import resolve
 from ..transport.sim import SimNetwork
 from . import hypers
+from .ending import StoreEnding
 from .messages import Header, Kind
 from .placement import Placement, Slice
 from .plan import make_plan, make_shard, on_the_cpu, side_by_side
@@ -39,8 +36,6 @@ from .worker.requests import Requests
 
 _NO_CLOCK = 2**62
 """The clock of a worker that has left: it waits for none of its own."""
-_ABANDON_S = 1.0
-"""How long a store that nobody has any longer waits for the servers to know it."""
 
 
 class ClockVerdict(NamedTuple):
@@ -142,32 +137,19 @@ class ParameterServer:
             self.server = Server(shard, rules, index, names, log)
             # A worker that waits for a server is told for whom the server waits, before the worker's own time is over.
             serving = ServerLoop(self.server, far, workers, ranks, 0.9 * timeout_s, crowded, everyone.departed)
-        # Not the store itself: its values and optimizer are gone when nobody has it any more.
-        ending = partial(_close, weakref.ref(self)), partial(_free, near, own_group)
-        everyone.endings.append(ending)
-        self._release = partial(_release, everyone.endings, ending, near)
+        self._ending = StoreEnding(self, everyone, near, own_group)
         if self.role == "server":
             assert serving is not None
             with on_the_cpu():
                 serving.run()
-            self._release()
+            self._ending.complete()
             return
         self._client = Client(
             near, ranks, timeout_s, crowded, None if serving is None else serving.poll, everyone.departed
         )
         self._client.clock = 0
         self._requests = Requests(self._client, self._keys, WIRES[wire], self.consistency, rules.agrees)
-        # A worker that ended without close(), or dropped the store, would keep the servers and the others waiting.
-        at_exit = partial(_close, weakref.ref(self))
-        atexit.register(at_exit)
-        dropped = weakref.finalize(self, _abandon, self._client, self._requests, at_exit)
-        dropped.atexit = False
-
-        def forget() -> None:
-            atexit.unregister(at_exit)
-            dropped.detach()
-
-        self._forget = forget
+        self._ending.watch(self, self._client, self._requests)
         if self.group.rank == 0:
             for together, flat in side_by_side(self._keys.tensors):
                 self.assign_flat(together, flat).wait()
@@ -316,9 +298,9 @@ class ParameterServer:
         it does nothing."""
         if not self._closed and os.getpid() == self._pid:
             self._closed = True
-            self._forget()
+            self._ending.begin()
             self._requests.close(self.clock).wait()
-            self._release()
+            self._ending.complete()
 
     # Inside.
 
@@ -349,36 +331,6 @@ def _take_verdict(scale: float, call: PendingRequests) -> None:
 def _take_ticket(call: PendingRequests) -> None:
     assert call.answer is not None
     call.result = call.answer.clock
-
-
-def _abandon(client: Client, requests: Requests, at_exit: Callable[[], None]) -> None:
-    """A store that was not closed is gone: tell the servers that this worker sends nothing more. Nobody may have to
-    wait here for long: what can't leave at once stays where it is."""
-    atexit.unregister(at_exit)
-    with contextlib.suppress(CommlabError):
-        closed = requests.close(client.clock)
-        stop_s = time.perf_counter() + _ABANDON_S
-        while not closed.done() and time.perf_counter() < stop_s:
-            os.sched_yield()
-
-
-def _close(reference: weakref.ref[ParameterServer]) -> None:
-    store = reference()
-    if store is not None:
-        store.close()
-
-
-def _release(endings: list[Any], ending: Any, transport: Any) -> None:
-    """A store that is through with all messages holds nothing of its group any more."""
-    if ending in endings:
-        endings.remove(ending)
-        transport.close()
-
-
-def _free(transport: Any, own_group: Group | None) -> None:
-    transport.close()
-    if own_group is not None:
-        own_group.close()
 
 
 def _transports(everyone: Group, alone: bool) -> tuple[Any, Any]:
