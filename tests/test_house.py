@@ -291,6 +291,29 @@ def test_a_class_has_its_name_alone() -> None:
     assert not shared, lines(shared)
 
 
+# --- Tensors
+
+TENSOR_MAKERS = {
+    *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones"),
+    *("rand", "randint", "randn", "randperm", "range", "scalar_tensor", "sparse_coo_tensor", "tensor", "zeros"),
+}
+"""What ``torch.set_default_device`` gives another device, where none is named."""
+
+
+def test_every_tensor_names_its_device() -> None:
+    """The default device is the program's. The trainer is a program."""
+    offenders = [
+        f"{name_of(file)}:{node.lineno}: torch.{node.func.attr} without device="
+        for file in COMMLAB
+        if room_of(file) not in ("trainer", "__main__")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in TENSOR_MAKERS
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+        if not {"device", None} & {keyword.arg for keyword in node.keywords}
+    ]
+    assert not offenders, lines(offenders)
+
+
 # --- Pickles
 
 PICKLING_FILES = {"commlab/checkpoint/pickled.py"}

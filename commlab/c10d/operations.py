@@ -197,7 +197,7 @@ def broadcast(pg: Members, tensors: Tensors, root: int) -> Work:
     return pg.work((handle,), list(tensors), after, span)
 
 
-_NO_BYTES: Final = torch.empty(0, dtype=torch.uint8)
+_NO_BYTES: Final = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _delivered(
@@ -251,7 +251,10 @@ def allgather_coalesced(pg: Members, outs: Sequence[Tensors], tensors: Tensors) 
         return None
     span = pg.begin("all_gather", tensors)
     stream = [bytes_of(flat_of(tensor)) for tensor in tensors]
-    room = [torch.empty(sum(out.numel() * out.element_size() for out in each), dtype=torch.uint8) for each in outs]
+    room = [
+        torch.empty(sum(out.numel() * out.element_size() for out in each), dtype=torch.uint8, device="cpu")
+        for each in outs
+    ]
     own = Range(0, sum(piece.numel() for piece in stream))
 
     def after() -> None:

@@ -84,7 +84,7 @@ def as_moved(flat: torch.Tensor, part_numel: int) -> torch.Tensor | None:
 def room_for(out: torch.Tensor) -> torch.Tensor:
     """Where to write what goes to ``out``: its own memory where that is contiguous."""
     out = out.detach()
-    return out.view(-1) if out.is_contiguous() else torch.empty(out.numel(), dtype=out.dtype)
+    return out.view(-1) if out.is_contiguous() else torch.empty(out.numel(), dtype=out.dtype, device="cpu")
 
 
 def write_all(outs: Tensors, flats: Tensors) -> None:

@@ -72,10 +72,14 @@ def _exchanged(group: Group, kind: str, detail: str, data: bytes) -> list[bytes]
     found: list[torch.Tensor] = []
 
     def room(sizes: Sequence[int]) -> list[torch.Tensor]:
-        found.extend(torch.empty(size_bytes, dtype=torch.uint8) for size_bytes in sizes)
+        found.extend(torch.empty(size_bytes, dtype=torch.uint8, device="cpu") for size_bytes in sizes)
         return found
 
-    own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    own = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     signature = Signature(kind, detail=detail)
     deliver_async(group, signature, [own], [Range(0, own.numel())] * group.size, room).wait()
     return [each.numpy().tobytes() for each in found]
@@ -98,7 +102,7 @@ def _decoded(group: Group, kind: str, received: dict[int, bytes], allow_pickle: 
         text, shapes = json.loads(data[_HEAD.size : start])
         tensors: dict[str, torch.Tensor] = {}
         for index, (dtype, shape) in enumerate(shapes):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
             content = bytes_of(tensor)
             if content.numel():
                 content.copy_(torch.frombuffer(bytearray(data[start : start + content.numel()]), dtype=torch.uint8))

@@ -120,7 +120,7 @@ def whole_states(
         for key, kind in kinds.pop() if kinds else ():
             value = found[0][2]["state"][key][1]
             if kind == "numbers":
-                value = torch.empty(item.tensor.numel(), dtype=getattr(torch, value))
+                value = torch.empty(item.tensor.numel(), dtype=getattr(torch, value), device="cpu")
                 for rank, at, entry in found:
                     mine = own[item.name][at]["state"][key] if rank == group.rank else None
                     _give(group, value[entry["start"] : entry["stop"]], mine, rank, f"{key} of {item.name}")
@@ -131,7 +131,7 @@ def whole_states(
 def _give(group: Group, target: torch.Tensor, mine: torch.Tensor | None, owner: int, name: str) -> None:
     """Write ``owner``'s numbers into ``target`` (1-D) on all ranks."""
     # Numbers of a dtype in which nothing travels travel as wider integers.
-    flat = target if target.dtype in DTYPES else torch.empty(target.shape, dtype=torch.int32)
+    flat = target if target.dtype in DTYPES else torch.empty(target.shape, dtype=torch.int32, device="cpu")
     if mine is not None:
         flat.copy_(mine.reshape(-1))
     gather_chunks_async(flat, whole_at(owner, flat.numel(), group.size), name, group=group).wait()

@@ -31,7 +31,7 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous CPU tensor of any dtype, 1-D, without a copy."""
     tensor = tensor.detach()
     if not tensor.numel():
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     # A dimension of one number may have any stride and be contiguous, but not be seen as bytes.
@@ -107,7 +107,7 @@ def _send(
     group: Group, stream: Sequence[torch.Tensor], ranges: Sequence[Range], outs: Sequence[torch.Tensor]
 ) -> Pending:
     """One message per pair; nobody's own."""
-    whole = stream[0] if len(stream) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8), *stream])
+    whole = stream[0] if len(stream) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8, device="cpu"), *stream])
     own = ranges[group.rank]
     outs[group.rank].copy_(whole[own.start : own.stop])
     requests: list[Request] = []

@@ -29,7 +29,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def _room(out: torch.Tensor) -> torch.Tensor:
     own = out.detach()
-    return own if own.is_cpu and own.is_contiguous() else torch.empty(own.shape, dtype=own.dtype)
+    return own if own.is_cpu and own.is_contiguous() else torch.empty(own.shape, dtype=own.dtype, device="cpu")
 
 
 def _adjoining(pieces: Sequence[torch.Tensor]) -> list[Range]:
@@ -145,7 +145,7 @@ def allgather_parts(tensor: torch.Tensor, name: str | None = None, group: Group 
     def room(sizes: Sequence[int]) -> list[torch.Tensor]:
         for size_bytes in sizes:
             count = size_bytes // row_bytes if row_bytes else 0
-            found.append(torch.empty((count, *shape), dtype=rows.dtype))
+            found.append(torch.empty((count, *shape), dtype=rows.dtype, device="cpu"))
         return [bytes_of(each) for each in found]
 
     signature = Signature("allgather parts", tuple(shape), rows.dtype, name)

@@ -191,10 +191,10 @@ def _share_numbers(a: _Extent, b: _Extent) -> bool:
     touched = []
     for tensor in (a.tensor, b.tensor):
         size = tensor.element_size()
-        offsets = torch.zeros(tensor.shape, dtype=torch.int64)
+        offsets = torch.zeros(tensor.shape, dtype=torch.int64, device="cpu")
         for dim, (count, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-            offsets += (torch.arange(count) * (stride * size)).view([-1] + [1] * (tensor.dim() - dim - 1))
-        touched.append((offsets.reshape(-1, 1) + torch.arange(size)).reshape(-1) + tensor.data_ptr())
+            offsets += (torch.arange(count, device="cpu") * (stride * size)).view([-1] + [1] * (tensor.dim() - dim - 1))
+        touched.append((offsets.reshape(-1, 1) + torch.arange(size, device="cpu")).reshape(-1) + tensor.data_ptr())
     return bool(torch.isin(touched[0], touched[1]).any())
 
 

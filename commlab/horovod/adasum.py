@@ -50,14 +50,14 @@ def adasum(group: Group, numbers: torch.Tensor) -> Waits:
         wants = {peer: kept} if rank < power else {}
         other = yield from _swap(group, numbers, sends, wants)
         own = numbers[kept.start : kept.stop]
-        part = torch.zeros(3, dtype=torch.float64)
+        part = torch.zeros(3, dtype=torch.float64, device="cpu")
         if other is not None:
             # a is the vector of the lower rank's block, whoever holds the piece.
             part = _dots(own, other) if low else _dots(other, own)
         parts = yield from _gather(group, part)
         if other is not None:
             block = rank // (2 * distance) * 2 * distance
-            total = torch.zeros(3, dtype=torch.float64)
+            total = torch.zeros(3, dtype=torch.float64, device="cpu")
             for each in parts[block : block + 2 * distance]:
                 total += each
             if low:
@@ -89,7 +89,10 @@ def _swap(
         Range(span.start * width, span.stop * width) if (span := sends.get(peer)) else _NOTHING
         for peer in range(group.size)
     ]
-    outs = [torch.empty(wants[peer].numel if peer in wants else 0, dtype=numbers.dtype) for peer in range(group.size)]
+    outs = [
+        torch.empty(wants[peer].numel if peer in wants else 0, dtype=numbers.dtype, device="cpu")
+        for peer in range(group.size)
+    ]
     rooms = [bytes_of(out) for out in outs]
     yield from until(deliver_async(group, Signature("horovod's adasum"), [bytes_of(numbers)], ranges, rooms))
     return outs[next(iter(wants))] if wants else None
@@ -97,7 +100,7 @@ def _swap(
 
 def _gather(group: Group, part: torch.Tensor) -> Generator[Handle | None, None, list[torch.Tensor]]:
     """Every rank's three numbers."""
-    outs = [torch.empty(3, dtype=torch.float64) for _ in range(group.size)]
+    outs = [torch.empty(3, dtype=torch.float64, device="cpu") for _ in range(group.size)]
     stream = [bytes_of(part)]
     ranges = [Range(0, part.numel() * part.element_size())] * group.size
     rooms = [bytes_of(out) for out in outs]
@@ -111,7 +114,9 @@ def _all_pieces(group: Group, numbers: torch.Tensor, held: Range) -> Waits:
     pieces = _pieces(group, numbers.numel())
     content = bytes_of(numbers)
     own = Range(held.start * width, held.stop * width)
-    outs: Sequence[torch.Tensor] = [torch.empty(piece.numel * width, dtype=torch.uint8) for piece in pieces]
+    outs: Sequence[torch.Tensor] = [
+        torch.empty(piece.numel * width, dtype=torch.uint8, device="cpu") for piece in pieces
+    ]
     yield from until(deliver_async(group, Signature("horovod's adasum"), [content], [own] * group.size, outs))
     for piece, out in zip(pieces, outs, strict=True):
         content[piece.start * width : piece.stop * width].copy_(out)

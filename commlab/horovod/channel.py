@@ -234,11 +234,15 @@ class Channel:
         if group.size == 1:
             records.append(record)
             return
-        own = torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else torch.empty(0, dtype=torch.uint8)
+        own = (
+            torch.frombuffer(bytearray(record), dtype=torch.uint8)
+            if record
+            else torch.empty(0, dtype=torch.uint8, device="cpu")
+        )
         found: list[torch.Tensor] = []
 
         def room(sizes: Sequence[int]) -> list[torch.Tensor]:
-            found.extend(torch.empty(size_bytes, dtype=torch.uint8) for size_bytes in sizes)
+            found.extend(torch.empty(size_bytes, dtype=torch.uint8, device="cpu") for size_bytes in sizes)
             return found
 
         yield from until(deliver_async(group, _TICK, [own], [Range(0, len(record))] * group.size, room))

@@ -33,11 +33,11 @@ def allgather(channel: Channel, batch: Sequence[Ready]) -> Waits:
     wholes = []
     for (each, index), of_tensor, dtype in zip(keys, shapes, dtypes, strict=True):
         rows = sum(shape[0] for shape in of_tensor)
-        wholes.append(torch.empty((rows, *each.request.shapes[index][1:]), dtype=dtype))
+        wholes.append(torch.empty((rows, *each.request.shapes[index][1:]), dtype=dtype, device="cpu"))
     if len(keys) == 1:
         outs = list(bytes_of(wholes[0]).split([of_peer[0] for of_peer in sizes]))
     else:
-        outs = [torch.empty(sum(of_peer), dtype=torch.uint8) for of_peer in sizes]
+        outs = [torch.empty(sum(of_peer), dtype=torch.uint8, device="cpu") for of_peer in sizes]
     signature = Signature("horovod's allgather")
     yield from until(deliver_async(group, signature, stream, [Range(0, own_bytes)] * group.size, outs))
     if len(keys) > 1:
@@ -89,7 +89,7 @@ def broadcast(channel: Channel, batch: Sequence[Ready]) -> Waits:
         for room, part in zip(numbers.split(sizes), parts, strict=True):
             in_place = part.source is not None and part.target is not None and _same(part.source, part.target)
             if part.target is not None and part.numel and not (is_root and in_place):
-                received = torch.empty(part.shape, dtype=part.dtype)
+                received = torch.empty(part.shape, dtype=part.dtype, device="cpu")
                 bytes_of(received).copy_(room)
                 with torch.inference_mode(part.target.is_inference()):
                     part.target.copy_(received)
@@ -105,11 +105,11 @@ def alltoall(channel: Channel, ready: Ready) -> Waits:
     tensor = submission.tensors[0]
     row_bytes = torch.Size(ready.request.shapes[0][1:]).numel() * tensor.element_size()
     received = [ready.requests[peer].splits[group.rank] for peer in range(group.size)]
-    whole = torch.empty((sum(received), *tensor.shape[1:]), dtype=tensor.dtype)
+    whole = torch.empty((sum(received), *tensor.shape[1:]), dtype=tensor.dtype, device="cpu")
     outs = (
         list(bytes_of(whole).split([rows * row_bytes for rows in received]))
         if whole.numel()
-        else [torch.empty(0, dtype=torch.uint8) for _ in received]
+        else [torch.empty(0, dtype=torch.uint8, device="cpu") for _ in received]
     )
     ranges, start = [], 0
     for rows in ready.requests[group.rank].splits:
@@ -117,4 +117,4 @@ def alltoall(channel: Channel, ready: Ready) -> Waits:
         start += rows
     stream = [bytes_of(tensor.detach().cpu().contiguous())]
     yield from until(deliver_async(group, Signature("horovod's alltoall"), stream, ranges, outs))
-    submission.outputs = [whole.to(tensor.device), torch.tensor(received, dtype=torch.int32)]
+    submission.outputs = [whole.to(tensor.device), torch.tensor(received, dtype=torch.int32, device="cpu")]

@@ -40,7 +40,9 @@ def buffer_of(channel: Channel, numel: int, dtype: torch.dtype) -> torch.Tensor:
         room_bytes = 1 << (size_bytes - 1).bit_length()
         channel.buffers.clear()
         held = (
-            torch.empty(room_bytes, dtype=torch.uint8) if window is None else tensor_in(window, room_bytes, torch.uint8)
+            torch.empty(room_bytes, dtype=torch.uint8, device="cpu")
+            if window is None
+            else tensor_in(window, room_bytes, torch.uint8)
         )
         channel.buffers["fused"] = held
     return held[: numel * dtype.itemsize].view(dtype)

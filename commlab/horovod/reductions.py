@@ -116,7 +116,7 @@ def put(target: torch.Tensor, numbers: torch.Tensor) -> None:
 def combine(channel: Channel, ready: Ready) -> Waits:
     for part in parts_of([ready]):
         wide = torch.float64 if part.dtype is torch.float64 else torch.float32
-        numbers = torch.zeros(part.numel, dtype=wide)
+        numbers = torch.zeros(part.numel, dtype=wide, device="cpu")
         if part.source is not None:
             numbers.copy_(part.source.reshape(-1))
         _scale(numbers, ready.request.scales[0])

@@ -40,7 +40,7 @@ def operand_of(
     halves = flat.dtype in HALVES
     sums = None
     if halves and meets_at_owner:
-        sums = torch.empty(own.numel, dtype=torch.float32) if wide is None else wide
+        sums = torch.empty(own.numel, dtype=torch.float32, device="cpu") if wide is None else wide
     code, _ = MOVED[flat.dtype]
     address, start, numel = (0, 0, 0) if sums is None else (sums.data_ptr(), own.start, own.numel)
     divides_first = halves and not meets_at_owner and divisor != 1

@@ -49,8 +49,8 @@ def from_bytes(data: torch.Tensor, meaning: Mapping[str, Any]) -> torch.Tensor:
     else:
         found = torch._empty_per_channel_affine_quantized(
             meaning["shape"],
-            scales=torch.tensor(meaning["scale"], dtype=torch.float64),
-            zero_points=torch.tensor(meaning["zero_point"]),
+            scales=torch.tensor(meaning["scale"], dtype=torch.float64, device="cpu"),
+            zero_points=torch.tensor(meaning["zero_point"], device="cpu"),
             axis=meaning["axis"],
             dtype=dtype,
         )

@@ -228,6 +228,35 @@ def test_objects(forked: Forked) -> None:
     forked(objects, 3)
 
 
+def elsewhere(rank: int, size: int) -> None:
+    torch.set_default_device("meta")
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            own = torch.arange(6, device="cpu", dtype=dtype).view(2, 3) + rank
+            total = torch.arange(6, device="cpu", dtype=dtype).view(2, 3) * size + sum(range(size))
+            dist.all_reduce(got := own.t().clone().t())
+            assert torch.equal(got, total)
+            outs = [torch.empty(1 + peer, 3, device="cpu", dtype=dtype).t() for peer in range(size)]
+            dist.all_gather(outs, own[:1].repeat(1 + rank, 1).t())
+            assert all(
+                torch.equal(out.t(), (own[:1] - rank + peer).expand(1 + peer, 3)) for peer, out in enumerate(outs)
+            )
+            dist.reduce_scatter(
+                got := torch.empty(3, 2, device="cpu", dtype=dtype).t(), [own + at for at in range(size)]
+            )
+            assert torch.equal(got, total + rank * size)
+            dist.all_to_all_single(got := torch.empty(size, 3, device="cpu", dtype=dtype), own[:1].repeat(size, 1))
+            assert torch.equal(got, torch.cat([own[:1] - rank + peer for peer in range(size)]))
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("nodes", ["", "2"])
+def test_a_default_device_is_the_programs(forked: Forked, nodes: str) -> None:
+    """In a window, and between nodes."""
+    forked(elsewhere, 3, environ={"COMMLAB_NODES": nodes} if nodes else {})
+
+
 def alone(rank: int, size: int) -> None:
     for body in (reductions, reduce_scatters, gathers, alltoalls, coalesced):
         body(rank, size)

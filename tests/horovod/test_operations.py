@@ -184,6 +184,44 @@ def test_moves(forked: Callable[..., list[Any]], size: int, nodes: str) -> None:
     assert all(forked(moves, size, environ={"COMMLAB_NODES": nodes}))
 
 
+def elsewhere(rank: int, size: int) -> bool:
+    hvd.init()
+    whole = [numbers(peer, (5 + peer, 3)) for peer in range(size)]
+    mine = whole[rank]
+    bag = torch.nn.EmbeddingBag(7, 3, sparse=True, mode="sum")
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(bag.parameters(), lr=1.0), bag.named_parameters())
+    at, start = torch.tensor([rank, 3]), torch.tensor([0])
+    before = bag.weight.detach().clone()
+    torch.set_default_device("meta")
+    try:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            got = hvd.allreduce(whole[0].to(dtype).t() * (1 + rank), op=hvd.Sum)
+            assert torch.equal(got.t(), whole[0].to(dtype) * (size * (size + 1) // 2))
+            assert torch.equal(hvd.allgather(mine.to(dtype)), torch.cat(whole).to(dtype))
+            assert torch.equal(
+                hvd.allreduce(mine[:3].to(dtype), op=hvd.Adasum).isfinite().sum(), mine.new_tensor(9).long()
+            )
+        got, counts = hvd.alltoall(mine[:size], [1] * size)
+        assert torch.equal(got, torch.stack([each[rank] for each in whole])) and counts.tolist() == [1] * size
+        assert torch.equal(hvd.broadcast_object({"w": mine}, size - 1)["w"], whole[-1])
+        assert all(map(torch.equal, hvd.allgather_object(mine), whole))
+        bag(at, start).sum().backward()
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    hits = torch.zeros(7)
+    for peer in range(size):
+        hits[peer] += 1 / size
+    hits[3] += 1
+    assert torch.allclose(bag.weight.detach(), before - hits[:, None], atol=1e-6)
+    return True
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_a_default_device_is_the_programs(forked: Callable[..., list[Any]], nodes: str) -> None:
+    assert all(forked(elsewhere, 2, environ={"COMMLAB_NODES": nodes}))
+
+
 def adasums(rank: int, size: int) -> bool:
     hvd.init()
 

@@ -88,7 +88,7 @@ class _Allgather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         group = ctx.group
         rows = [shape[0] if shape else 1 for shape in ctx.shapes]
-        counts = synchronize(mpi_ops.allgather_async(torch.tensor([rows]), None, group))
+        counts = synchronize(mpi_ops.allgather_async(torch.tensor([rows], device="cpu"), None, group))
         found = mpi_ops.grouped_allreduce_async(
             [g.contiguous() for g in gradients], None, None, Average, 1.0, 1.0, group
         )

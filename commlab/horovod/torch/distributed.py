@@ -123,7 +123,9 @@ class Distributed:
     def _start_sparse(self, p: torch.Tensor, gradient: torch.Tensor, name: str) -> Callable[[], None]:
         me: Any = self
         values, ctx = me._compression.compress(gradient.coalesce()._values())
-        sent = torch.sparse_coo_tensor(gradient.coalesce()._indices(), values, gradient.shape, check_invariants=False)
+        sent = torch.sparse_coo_tensor(
+            gradient.coalesce()._indices(), values, gradient.shape, check_invariants=False, device=values.device
+        )
         # A rank that has no gradient announces a dense one: both must match.
         handle = start_sparse(sent, name, me.op, me.process_set, "allreduce")
 
@@ -134,6 +136,7 @@ class Distributed:
                 me._compression.decompress(found._values(), ctx),
                 found.shape,
                 check_invariants=False,
+                device=found.device,
             )
 
         return end
@@ -154,7 +157,9 @@ class Distributed:
             if found.is_sparse:
                 found = found.coalesce()
                 values = found._values().to(p.dtype)
-                p.grad = torch.sparse_coo_tensor(found._indices(), values, found.shape, check_invariants=False)
+                p.grad = torch.sparse_coo_tensor(
+                    found._indices(), values, found.shape, check_invariants=False, device=values.device
+                )
                 return
             whole = me._compression.decompress(found, ctx)
             if was_sparse:

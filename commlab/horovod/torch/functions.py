@@ -38,9 +38,13 @@ def broadcast_object(
     name = name or type(obj).__name__
     is_root = world.rank() == root_rank
     data, tensors = pickled.dumps_apart(obj) if is_root else (b"", [])
-    size = torch.tensor([len(data)], dtype=torch.int64)
+    size = torch.tensor([len(data)], dtype=torch.int64, device="cpu")
     length = int(synchronize(broadcast_async_(size, root_rank, f"{name}.size", process_set)))
-    content = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(length, dtype=torch.uint8)
+    content = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data
+        else torch.empty(length, dtype=torch.uint8, device="cpu")
+    )
     synchronize(broadcast_async_(content, root_rank, f"{name}.object", process_set))
     if not is_root:
         obj, tensors = pickled.loads_apart(content.numpy().tobytes())
@@ -59,7 +63,7 @@ def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet 
     """Every rank's object on every rank, in rank order. Anything that can be pickled."""
     name = name or type(obj).__name__
     data = torch.frombuffer(bytearray(pickled.dumps_any(obj)), dtype=torch.uint8)
-    sizes = allgather_async(torch.tensor([data.numel()]), f"{name}.sizes", process_set)
+    sizes = allgather_async(torch.tensor([data.numel()], device="cpu"), f"{name}.sizes", process_set)
     whole = synchronize(allgather_async(data, f"{name}.objects", process_set))
     return [pickled.loads(piece.numpy().tobytes()) for piece in whole.split(synchronize(sizes).tolist())]
 

@@ -49,7 +49,7 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
         order = list(range(len(self.dataset)))
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(len(order), generator=generator).tolist()
+            order = torch.randperm(len(order), generator=generator, device="cpu").tolist()
         self.remaining_indices = order[self.processed_num :]
         self.num_samples = -(-len(self.remaining_indices) // self.num_replicas)
         self.total_size = self.num_samples * self.num_replicas

@@ -199,7 +199,7 @@ def _sparse(gathered: list[torch.Tensor], shape: torch.Size, op: ReduceOp, proce
     indices, values = gathered
     if op == Average:
         values = values / len(process_set.ranks or ())
-    return torch.sparse_coo_tensor(indices.transpose(0, 1), values, shape, check_invariants=False)
+    return torch.sparse_coo_tensor(indices.transpose(0, 1), values, shape, check_invariants=False, device=values.device)
 
 
 def start_gather(

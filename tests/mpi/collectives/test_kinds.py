@@ -163,7 +163,7 @@ def test_defaults_of_the_program_are_not_ours(ranks: Ranks, context: torch.devic
     made = {
         (group.size, numel, dtype): numbers(group.rank, numel, dtype)
         for group in group_of
-        for numel in (5, 40_000)
+        for numel in (9, 40_000)
         for dtype in (torch.float32, torch.bfloat16)
     }
     want = {key: expected("sum", *key) for key in made}
@@ -175,7 +175,7 @@ def test_defaults_of_the_program_are_not_ours(ranks: Ranks, context: torch.devic
     try:
         for group in group_of:
             for numel, dtype, algorithm in itertools.product(
-                (5, 40_000), (torch.float32, torch.bfloat16), ("auto", "ring", "direct")
+                (9, 40_000), (torch.float32, torch.bfloat16), ("auto", "ring", "direct")
             ):
                 given = made[group.size, numel, dtype].clone()
                 commlab.allreduce(given, "sum", algorithm=algorithm, group=group)
@@ -187,6 +187,15 @@ def test_defaults_of_the_program_are_not_ours(ranks: Ranks, context: torch.devic
                 commlab.reduce(given, 0, "max", group=group)
                 commlab.broadcast(given.t(), group.size - 1, group=group)
                 commlab.allreduce(given.float(), wire="bf16", group=group)
+                rows = made[group.size, numel, dtype][: 3 + group.rank]
+                parts = commlab.allgather_parts(rows.t(), group=group)
+                objects = commlab.allgather_object({"rows": rows}, group=group)
+                assert torch.equal(parts[group.rank], rows)
+                assert [part.numel() for part in parts] == [min(numel, 3 + peer) for peer in range(group.size)]
+                assert all(map(torch.equal, parts, [each["rows"] for each in objects]))
+                whole = made[group.size, numel, dtype].clone()
+                commlab.alltoall(whole[: group.size], whole[-group.size :].clone(), group=group)
+                commlab.gather([part.clone() for part in parts], rows, group=group)
             made_in_window = commlab.empty(8, group=group)
             assert made_in_window.device.type == "cpu"
             made_group = group.subgroup(range(group.size))
