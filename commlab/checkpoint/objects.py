@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 
 from ..chunks import Range
-from ..collectives.delivery import bytes_of, deliver_async
-from ..errors import AgreedError, UsageError
+from ..collectives.delivery import deliver_async
+from ..collectives.staging import root_of
+from ..collectives.tensors import readable
+from ..errors import AgreedError
+from ..runtime import raw
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.world import resolve
@@ -19,6 +23,7 @@ from .nested import pack, unpack
 
 _HEAD = struct.Struct("<cq")
 _NESTED, _PICKLED, _REFUSED = b"J", b"P", b"E"
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def broadcast_object(obj: Any = None, root: int = 0, allow_pickle: bool = False, group: Group | None = None) -> Any:
@@ -30,10 +35,11 @@ def broadcast_object(obj: Any = None, root: int = 0, allow_pickle: bool = False,
     travel. Cost: one delivery of its bytes.
     """
     group = resolve(group)
-    if not 0 <= root < group.size:
-        raise UsageError(
-            f"rank {group.rank}: broadcast_object with root {root}; the group has ranks 0..{group.size - 1}"
-        )
+    try:
+        root = root_of(group, "broadcast_object", root)
+    except Exception as error:
+        group.refuse("broadcast_object", None, error).wait()
+        raise
     data = _encoded(group, "broadcast_object", obj, allow_pickle) if group.rank == root else b""
     received = _exchanged(group, "broadcast_object", f"root {root}, {_mode(allow_pickle)}", data)
     return _decoded(group, "broadcast_object", {root: received[root]}, allow_pickle)[0]
@@ -60,11 +66,11 @@ def _encoded(group: Group, kind: str, obj: Any, allow_pickle: bool) -> bytes:
 
             return _PICKLED + dumps(obj)
         text, tensors = pack(obj, f"{kind} without allow_pickle=True")
+        dense = [readable(tensor, f"a tensor of {list(tensor.shape)} in it") for tensor in tensors.values()]
+        pieces = [raw.bytes_of(tensor).cpu().numpy().tobytes() for tensor in dense]
+        head = json.dumps([text, [raw.meaning_of(tensor) for tensor in dense]]).encode()
     except Exception as error:
         return _REFUSED + f"rank {group.rank}: {kind}: {error}".encode()
-    pieces = [bytes_of(tensor).numpy().tobytes() for tensor in tensors.values()]
-    shapes = [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors.values()]
-    head = json.dumps([text, shapes]).encode()
     return _HEAD.pack(_NESTED, len(head)) + head + b"".join(pieces)
 
 
@@ -75,11 +81,7 @@ def _exchanged(group: Group, kind: str, detail: str, data: bytes) -> list[bytes]
         found.extend(torch.empty(size_bytes, dtype=torch.uint8, device="cpu") for size_bytes in sizes)
         return found
 
-    own = (
-        torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if data
-        else torch.empty(0, dtype=torch.uint8, device="cpu")
-    )
+    own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else _NOTHING
     signature = Signature(kind, detail=detail)
     deliver_async(group, signature, [own], [Range(0, own.numel())] * group.size, room).wait()
     return [each.numpy().tobytes() for each in found]
@@ -99,14 +101,16 @@ def _decoded(group: Group, kind: str, received: dict[int, bytes], allow_pickle: 
             continue
         _, size_bytes = _HEAD.unpack_from(data)
         start = _HEAD.size + size_bytes
-        text, shapes = json.loads(data[_HEAD.size : start])
+        text, meanings = json.loads(data[_HEAD.size : start])
         tensors: dict[str, torch.Tensor] = {}
-        for index, (dtype, shape) in enumerate(shapes):
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
-            content = bytes_of(tensor)
-            if content.numel():
-                content.copy_(torch.frombuffer(bytearray(data[start : start + content.numel()]), dtype=torch.uint8))
-            start += content.numel()
-            tensors[str(index)] = tensor
+        for index, meaning in enumerate(meanings):
+            size_bytes = math.prod(meaning["shape"]) * getattr(torch, meaning["dtype"]).itemsize
+            content = (
+                torch.frombuffer(bytearray(data[start : start + size_bytes]), dtype=torch.uint8)
+                if size_bytes
+                else _NOTHING
+            )
+            tensors[str(index)] = raw.from_bytes(content, meaning)
+            start += size_bytes
         objects.append(unpack(text, tensors))
     return objects

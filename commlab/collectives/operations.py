@@ -12,22 +12,19 @@ part in the agreement check all the same, and tells the others why.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from ..chunks import Range, split, whole_at
 from ..errors import UsageError
-from ..native.dtypes import DTYPES
 from ..native.versions import count_write
 from ..runtime.group import Group
 from ..runtime.world import resolve
 from .halves import gather_chunks_async, reduce_chunks_async
 from .plan import require, where_of
-from .staging import as_flat, put_back
-from .tensors import as_bytes, carrier, described, readable, writable
+from .staging import moved, put_back, root_of
+from .tensors import described, readable, writable
 
 
 def _chunks_of(group: Group, kind: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[Range, ...]:
@@ -70,35 +67,6 @@ def reduce_scatter(
     return out
 
 
-class _Moved(NamedTuple):
-    """A tensor whose numbers are moved and not computed with."""
-
-    memory: torch.Tensor
-    """The tensor itself, or its memory in a dtype that can be moved."""
-    flat: torch.Tensor
-    """Its numbers as a flat CPU buffer: ``memory`` itself where it is one already."""
-    units: torch.Tensor
-    """The same buffer in a dtype of :data:`commlab.native.dtypes.MOVED`."""
-    meaning: str
-    """What ranks must agree on beside that dtype."""
-
-    def chunks(self, chunks: Sequence[Range]) -> tuple[Range, ...]:
-        """Chunks of the tensor as chunks of ``units``."""
-        scale = self.units.numel() // max(1, self.flat.numel())
-        return tuple(Range(chunk.start * scale, chunk.stop * scale) for chunk in chunks)
-
-
-def _moved(tensor: torch.Tensor, where: str, *, written: bool) -> _Moved:
-    """``tensor``, to be given away, and where it is ``written``, to be overwritten."""
-    memory = writable(tensor, where) if written else readable(tensor, where)
-    if memory.dtype in DTYPES:
-        flat = as_flat(memory, memory.dtype)
-        return _Moved(memory, flat, flat, "")
-    memory, meaning = carrier(memory, where)
-    flat = as_flat(memory, memory.dtype)
-    return _Moved(memory, flat, as_bytes(flat), meaning)
-
-
 def allgather(
     out: torch.Tensor,
     tensor: torch.Tensor,
@@ -112,30 +80,20 @@ def allgather(
     try:
         where = where_of(group, "allgather", tensor)
         given = readable(tensor, where)
-        moved = _moved(out, f"{where} into {described(out)}", written=True)
+        target = moved(out, f"{where} into {described(out)}", written=True)
         chunks = _chunks_of(group, "allgather", given, out)
         own = chunks[group.rank]
-        mine = _moved(given, where, written=False).flat
-        moved.flat[own.start : own.stop].copy_(mine.view(moved.flat.dtype))
+        mine = moved(given, where, written=False).flat
+        target.flat[own.start : own.stop].copy_(mine.view(target.flat.dtype))
         handle = gather_chunks_async(
-            moved.units, moved.chunks(chunks), name, algorithm, group=group, meaning=moved.meaning, awaited=True
+            target.units, target.chunks(chunks), name, algorithm, group=group, meaning=target.meaning, awaited=True
         )
     except Exception as error:
         handle = group.refuse("allgather", name, error)
     handle.wait()
-    put_back(moved.flat, moved.memory)
+    put_back(target.flat, target.memory)
     count_write((out,))
     return out
-
-
-def _rooted(group: Group, kind: str, root: int) -> int:
-    try:
-        root = operator.index(root)
-    except TypeError:
-        raise UsageError(f"rank {group.rank}: {kind} with root {root!r}, which is no rank's number") from None
-    if not 0 <= root < group.size:
-        raise UsageError(f"rank {group.rank}: {kind} with root {root}; the group has ranks 0..{group.size - 1}")
-    return root
 
 
 def broadcast(
@@ -145,18 +103,18 @@ def broadcast(
     steps; the root sends n ceil(log2 P); with ``ring`` (a pipelined chain): every rank but the last sends n once."""
     group = resolve(group)
     try:
-        root = _rooted(group, "broadcast", root)
+        root = root_of(group, "broadcast", root)
         written = group.rank != root
-        moved = _moved(tensor, where_of(group, "broadcast", tensor), written=written)
-        chunks = moved.chunks(whole_at(root, moved.flat.numel(), group.size))
+        target = moved(tensor, where_of(group, "broadcast", tensor), written=written)
+        chunks = target.chunks(whole_at(root, target.flat.numel(), group.size))
         handle = gather_chunks_async(
-            moved.units, chunks, name, algorithm, group=group, meaning=moved.meaning, awaited=True
+            target.units, chunks, name, algorithm, group=group, meaning=target.meaning, awaited=True
         )
     except Exception as error:
         handle = group.refuse("broadcast", name, error)
     handle.wait()
     if written:
-        put_back(moved.flat, moved.memory)
+        put_back(target.flat, target.memory)
         count_write((tensor,))
     return tensor
 
@@ -173,7 +131,7 @@ def reduce(
     ``tree``: ceil(log2 P) steps, every rank but the root sends n."""
     group = resolve(group)
     try:
-        root = _rooted(group, "reduce", root)
+        root = root_of(group, "reduce", root)
         require(group, "reduce", tensor, op)
         where = where_of(group, "reduce", tensor)
         memory = writable(tensor, where) if group.rank == root else readable(tensor, where)

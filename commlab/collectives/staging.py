@@ -1,11 +1,20 @@
-"""A tensor as a flat CPU buffer, and the buffer's numbers back in the tensor."""
+"""The arguments of a collective as it uses them: a tensor as a flat CPU buffer, the buffer's numbers back in the
+tensor, and the root."""
 
 from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from .. import native
-from ..native.dtypes import HALVES
+from ..chunks import Range
+from ..errors import UsageError
+from ..native.dtypes import DTYPES, HALVES
+from ..runtime.group import Group
+from .tensors import as_bytes, carrier, readable, writable
 
 
 def as_flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -36,3 +45,49 @@ def put_back(flat: torch.Tensor, tensor: torch.Tensor) -> None:
     else:
         with torch.inference_mode(tensor.is_inference()):
             tensor.detach().copy_(flat.view(tensor.shape))
+
+
+class Moved(NamedTuple):
+    """A tensor whose numbers are moved and not computed with."""
+
+    memory: torch.Tensor
+    """The tensor itself, or its memory in a dtype that can be moved."""
+    flat: torch.Tensor
+    """Its numbers as a flat CPU buffer: ``memory`` itself where it is one already."""
+    units: torch.Tensor
+    """The same buffer in a dtype of :data:`commlab.native.dtypes.MOVED`."""
+    meaning: str
+    """What ranks must agree on beside that dtype."""
+
+    def chunks(self, chunks: Sequence[Range]) -> tuple[Range, ...]:
+        """Chunks of the tensor as chunks of ``units``."""
+        scale = self.units.numel() // max(1, self.flat.numel())
+        return tuple(Range(chunk.start * scale, chunk.stop * scale) for chunk in chunks)
+
+
+def moved(tensor: torch.Tensor, where: str, *, written: bool) -> Moved:
+    """``tensor``, to be given away, and where it is ``written``, to be overwritten."""
+    memory = writable(tensor, where) if written else readable(tensor, where)
+    if memory.dtype in DTYPES:
+        flat = as_flat(memory, memory.dtype)
+        return Moved(memory, flat, flat, "")
+    memory, meaning = carrier(memory, where)
+    flat = as_flat(memory, memory.dtype)
+    return Moved(memory, flat, as_bytes(flat), meaning)
+
+
+def root_of(group: Group, kind: str, root: int) -> int:
+    """``root`` as a rank of the group. UsageError for what is none."""
+    try:
+        root = operator.index(root)
+    except TypeError:
+        raise UsageError(f"rank {group.rank}: {kind} with root {root!r}, which is no rank's number") from None
+    if not 0 <= root < group.size:
+        raise UsageError(f"rank {group.rank}: {kind} with root {root}; the group has ranks 0..{group.size - 1}")
+    return root
+
+
+def require_name(where: str, name: object) -> None:
+    """UsageError for a name that is no text."""
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"{where}: name must be text, not {name!r}")

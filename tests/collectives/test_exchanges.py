@@ -102,6 +102,56 @@ def objects(group: Group) -> None:
     assert commlab.broadcast_object(words, 1, True, group=group) == {"set": {1, 2}}
 
 
+def kinds(group: Group) -> None:
+    """A1, A9, B22, B24 of the exchanges: what shares memory, what autograd has saved, what has no numbers."""
+    rank, size = group.rank, group.size
+    for rows in (2, 4001):
+        # In place, and the same part for every rank.
+        both = torch.cat([numbers(rank, peer, rows) for peer in range(size)])
+        commlab.alltoall(both, both, group=group)
+        assert torch.equal(both, torch.cat([numbers(peer, rank, rows) for peer in range(size)]))
+        got = commlab.scatter(torch.zeros(rows, 3), [numbers(1, 1, rows)] * size, 1, group=group)
+        assert torch.equal(got, numbers(1, 1, rows))
+        own = numbers(rank, 0, rows)
+        outs = [own if peer == rank else torch.zeros(rows, 3) for peer in range(size)] if rank == 1 else None
+        assert all(
+            torch.equal(o, numbers(p, 0, rows)) for p, o in enumerate(commlab.gather(outs, own, 1, group=group) or ())
+        )
+    leaf = torch.nn.Parameter(torch.ones(size))
+    calls: tuple[Callable[[torch.Tensor], object], ...] = (
+        lambda out: commlab.alltoall(out, torch.ones(size), group=group),
+        lambda out: commlab.scatter(out, [torch.ones(size)] * size, group=group),
+        lambda out: commlab.gather(
+            [out, *(torch.ones(size) for _ in range(size - 1))], torch.ones(size), rank * 0, group=group
+        ),
+        lambda out: commlab.grouped_allreduce([out], group=group),
+    )
+    for at, call in enumerate(calls):
+        saved = (leaf * 2).exp()
+        loss = saved.sum()
+        call(saved)
+        if at != 2 or rank == 0:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+        with torch.inference_mode():
+            out = torch.zeros(size)
+        call(out)
+    assert [tuple(part.shape) for part in commlab.allgather_parts(torch.ones(3 + rank, 0, 2), group=group)] == [
+        (3 + peer, 0, 2) for peer in range(size)
+    ]
+    scaled = torch.quantize_per_tensor(numbers(rank, 0, 4 + rank), 0.5, 3, torch.quint8)
+    for peer, part in enumerate(commlab.allgather_parts(scaled, group=group)):
+        assert torch.equal(
+            part.int_repr(), torch.quantize_per_tensor(numbers(peer, 0, 4 + peer), 0.5, 3, torch.quint8).int_repr()
+        )
+    objects = commlab.allgather_object(
+        [scaled, own.to(torch.complex64).conj(), torch._neg_view(torch.ones(2))], group=group
+    )
+    assert torch.equal(objects[rank][0].int_repr(), scaled.int_repr()) and torch.equal(objects[rank][2], -torch.ones(2))
+    parts = commlab.allgather_parts((own * (1 + 1j)).conj(), group=group)
+    assert torch.equal(parts[rank], (own * (1 - 1j)))
+
+
 def disagreements(group: Group) -> None:
     """Both sides are named, on every rank, and the group goes on."""
     rank, size = group.rank, group.size
@@ -110,10 +160,10 @@ def disagreements(group: Group) -> None:
     with pytest.raises(DisagreementError, match=r"alltoall: rank 0 sends 36 bytes to rank 1, which expects 24"):
         commlab.alltoall(torch.zeros(2 * size, 3), torch.zeros(sum(splits), 3), None, splits, group=group)
     with pytest.raises(DisagreementError, match=r"root 0.*root 1|root 1.*root 0"):
-        commlab.gather([torch.zeros(1)] * size, torch.ones(1), min(rank, 1), group=group)
+        commlab.gather([torch.zeros(1) for _ in range(size)], torch.ones(1), min(rank, 1), group=group)
     with pytest.raises(DisagreementError, match="pickles allowed"):
         commlab.allgather_object(1, allow_pickle=rank == 0, group=group)
-    with pytest.raises(UsageError, match=f"rank {rank}: scatter of 1 tensors among {size}"):
+    with pytest.raises(UsageError, match=rf"rank {rank}: scatter of .*: 1 tensors among {size}"):
         commlab.scatter(torch.zeros(1), [torch.zeros(1)], rank, group=group)
     with pytest.raises(UsageError, match=f"rank {rank}: alltoall of .* rows of the first dimension"):
         commlab.alltoall(torch.zeros(size), torch.zeros(size + 1), group=group)
@@ -121,10 +171,11 @@ def disagreements(group: Group) -> None:
 
 
 BODIES: tuple[Callable[[Group], None], ...] = (
-    *(alltoalls, gathers, parts_of_any_size, many_at_once, objects, disagreements),
+    *(alltoalls, gathers, parts_of_any_size, many_at_once, objects, kinds, disagreements),
 )
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_over_messages(body: Callable[[Group], None], size: int) -> None:

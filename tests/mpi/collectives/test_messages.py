@@ -8,7 +8,7 @@ from closed_form import numbers
 from mpi_ranks import Ranks
 
 import commlab
-from commlab.errors import DisagreementError, PeerTimeoutError, UsageError
+from commlab.errors import DisagreementError, PeerTimeoutError, RefusedError, UsageError
 from commlab.job.topology import declared
 from commlab.runtime.group import Group
 from commlab.runtime.links import open_links
@@ -80,12 +80,47 @@ def test_order_and_disagreement(ranks: Ranks) -> None:
     for call in (
         lambda: commlab.send(torch.ones(3), group.size, group=group),
         lambda: commlab.recv(torch.ones(3), group.rank, group=group),
-        lambda: commlab.recv(torch.ones(1).expand(3), 1 - group.rank % 2, group=group),
-        lambda: commlab.send(torch.ones(3).to_sparse(), (group.rank + 1) % group.size, group=group),
     ):
         with pytest.raises(UsageError, match=rf"rank {group.rank}: (send|recv) of float32\[3\]"):
             call()
     group.barrier()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_one_side_can_not(ranks: Ranks) -> None:
+    """B18: the receiver is told why the sender could not send; a sender whose receiver can't receive goes on; and the
+    next message fits."""
+    for group in (ranks.world, ranks.halves(ranks.size // 2)):
+        rank, right, left = group.rank, (group.rank + 1) % group.size, (group.rank - 1) % group.size
+        if group.size == 1:
+            continue
+        bad_sends = (
+            (lambda: torch.ones(3).to_sparse(), None, "a sparse_coo tensor"),
+            (lambda: torch.ones(3, device="meta"), None, "device meta"),
+            (lambda: torch.ones(3), 5, "name must be text"),
+            (lambda: None, None, "that is no tensor"),
+        )
+        for make, name, words in bad_sends:
+            with pytest.raises(UsageError, match=rf"rank {rank}: send of .*{words}"):
+                commlab.send_async(make(), right, name, group)  # type: ignore[arg-type]
+            with pytest.raises(RefusedError, match=rf"rank {rank}: recv of .*rank {left} could not send.*{words}"):
+                commlab.recv(torch.ones(3), left, group=group)
+        for make in (lambda: torch.ones(1).expand(9001), lambda: torch.ones(9001, device="meta"), lambda: None):
+            sent = commlab.send_async(numbered(rank, 9001, torch.float32), right, group=group)
+            with pytest.raises(UsageError, match=rf"rank {rank}: recv of"):
+                commlab.recv(make(), left, group=group)  # type: ignore[arg-type]
+            after = commlab.send_async(numbered(rank, 7, torch.float32), right, group=group)
+            assert torch.equal(commlab.recv(torch.zeros(7), left, group=group), numbered(left, 7, torch.float32))
+            sent.wait()
+            after.wait()
+        given = torch.quantize_per_tensor(numbered(rank, 8, torch.float32), 0.5, 3, torch.quint8)
+        sent = commlab.send_async(given, right, group=group)
+        found = commlab.recv(torch.quantize_per_tensor(torch.zeros(8), 0.5, 3, torch.quint8), left, group=group)
+        assert torch.equal(
+            found.int_repr(),
+            torch.quantize_per_tensor(numbered(left, 8, torch.float32), 0.5, 3, torch.quint8).int_repr(),
+        )
+        sent.wait()
 
 
 def test_nobody_sends() -> None:

@@ -90,6 +90,14 @@ def refused_tensors(group: Group, case: str) -> None:
     def x() -> Any:
         return make() if group.rank == odd else numbers(group.rank, 6, torch.float32)
 
+    rows = torch.zeros(group.size, 6)
+
+    def square() -> Any:
+        return make() if group.rank == odd else rows.clone()
+
+    def outs() -> Any:
+        return [part.clone() for _ in range(group.size - 1)] + [make()] if group.rank == odd else None
+
     calls: list[Callable[[], object]] = [
         lambda: commlab.allreduce(x(), "sum", group=group),
         lambda: commlab.allreduce(x(), "sum", algorithm="tree", group=group),
@@ -102,6 +110,18 @@ def refused_tensors(group: Group, case: str) -> None:
         calls += [
             lambda: commlab.reduce_scatter(part, x(), group=group),
             lambda: commlab.allgather(x(), part, group=group),
+            lambda: commlab.allgather_parts(x(), group=group),
+            lambda: commlab.alltoall(rows.clone(), square(), group=group),
+            lambda: commlab.gather([part.clone() for _ in range(group.size)], x(), group=group),
+            lambda: commlab.scatter(part, [x()] * group.size, odd, group=group),
+        ]
+    else:
+        calls += [lambda: commlab.grouped_allreduce([part.double(), x()], "sum", group=group)]
+    if case not in DTYPES:
+        calls += [
+            lambda: commlab.alltoall(square(), rows.clone(), group=group),
+            lambda: commlab.gather(outs(), part, odd, group=group),
+            lambda: commlab.scatter(x(), [part] * group.size, group=group),
         ]
     for call in calls:
         all_are_told(group, odd, call, words)
@@ -132,6 +152,7 @@ def refused_arguments(group: Group, odd: int) -> None:
         given = wrong if group.rank == odd else right
         all_are_told(group, odd, partial(commlab.allreduce, x.clone(), group=group, **given), words)
     is_odd = group.rank == odd
+    rows = torch.ones(group.size, 2)
     nine: Any = torch.ones(9) if is_odd else part
     wrong_root: Any = 99 if is_odd else 0
     text_root: Any = "0" if is_odd else 0
@@ -142,6 +163,21 @@ def refused_arguments(group: Group, odd: int) -> None:
         (lambda: commlab.reduce(x, -1 if is_odd else 0, group=group), "root -1"),
         (lambda: commlab.allgather(x, nine, group=group), "part has 9"),
         (lambda: commlab.reduce_scatter(nine, x, group=group), "part has 9 numbers"),
+        (lambda: commlab.gather([x] * group.size, x, wrong_root, group=group), "root 99|share memory"),
+        (lambda: commlab.scatter(x.clone(), [x] * group.size, text_root, group=group), "root '0', which is no rank"),
+        (lambda: commlab.gather([x.clone() for _ in range(group.size - is_odd)], x, odd, group=group), "one for each"),
+        (lambda: commlab.gather([x] * group.size, x, odd, group=group), "share memory"),
+        (lambda: commlab.scatter(x.clone(), no_list, odd, group=group), "one for each rank"),
+        (
+            lambda: commlab.alltoall(rows.clone(), rows, None, [1.5] * group.size if is_odd else None, group=group),
+            "1.5",
+        ),
+        (lambda: commlab.alltoall(rows.clone(), rows[is_odd:], group=group), "rows of the first dimension"),
+        (lambda: commlab.alltoall(rows.double() if is_odd else rows.clone(), rows, group=group), "of one dtype"),
+        (lambda: commlab.allgather_parts(x, 5 if is_odd else None, group=group), "must be text"),
+        (lambda: commlab.grouped_allreduce([x.clone(), x.double()], "avg" if is_odd else "sum", group=group), "'avg'"),
+        (lambda: commlab.grouped_allreduce([] if is_odd else [x.clone(), x.long()], "sum", group=group), "no tensor"),
+        (lambda: commlab.broadcast_object(1, wrong_root, group=group), "root 99; the group has"),
         (lambda: group.subgroup([0, 0] if is_odd else [0, 1]), "not a set of ranks"),
         (lambda: group.subgroup(no_list), "TypeError"),
     ):
