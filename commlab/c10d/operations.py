@@ -15,6 +15,7 @@ from ..collectives.allreduce import allreduce_async
 from ..collectives.delivery import bytes_of, deliver_async
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
 from ..native.dtypes import DTYPES
+from ..native.versions import count_write
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
@@ -182,6 +183,8 @@ def broadcast(pg: Members, tensors: Tensors, root: int) -> Work:
     if len(tensors) != 1 or not movable(tensors[0]):
         return None
     tensor, span = tensors[0], pg.begin("broadcast", tensors)
+    if pg.rank() != root:
+        count_write(tensors)
     flat = aligned(flat_of(tensor))
     after = None if flat.data_ptr() == tensor.data_ptr() else (lambda: write(tensor, flat))
     moved = as_moved(flat, flat.numel())
@@ -219,6 +222,7 @@ def allgather_single(pg: Members, out: torch.Tensor, tensor: torch.Tensor) -> Wo
     if not movable(out) or not movable(tensor) or out.dtype is not tensor.dtype:
         return None
     size, flat = pg.size(), flat_of(tensor)
+    count_write((out,))
     whole = aligned(flat_of(out))
     require(pg.rank(), size, "all_gather", whole.numel() == size * flat.numel(), tensor, [out], [flat.numel()] * size)
     after = None if whole.data_ptr() == out.data_ptr() else (lambda: write(out, whole))
@@ -240,6 +244,7 @@ def allgather(pg: Members, outs: Tensors, tensor: torch.Tensor) -> Work:
     if any(out.dtype is not tensor.dtype for out in outs):
         return None
     flats = [room_for(out) for out in outs]
+    count_write(outs)
     span = pg.begin("all_gather", [tensor])
     return _gathered(pg, flats, flat_of(tensor), [list(outs)], lambda: write_all(outs, flats), span)
 
@@ -291,6 +296,7 @@ def exchange(pg: Members, kind: str, detail: str, outs: Tensors, parts: Tensors,
     if not all(movable(tensor) for tensor in (*outs, *parts)):
         return None
     flats = [room_for(out) for out in outs]
+    count_write(outs)
     span = pg.begin(_TITLES.get(kind, kind), [part for part in parts if part.numel()])
     stream = [bytes_of(flat_of(part)) for part in parts]
     ranges = adjoining([piece.numel() for piece in stream])

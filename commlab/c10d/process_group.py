@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UsageError
+from ..native.versions import count_write
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
@@ -322,9 +323,11 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         return self._gloo().send(tensors, to, tag)
 
     def recv(self, tensors: Any, frm: int, tag: int = 0) -> Any:
+        count_write(tensors)
         return self._gloo().recv(tensors, frm, tag)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
+        count_write(tensors)
         return self._gloo().recv_anysource(tensors, tag)
 
     def _start_coalescing(self, device: Any) -> None:

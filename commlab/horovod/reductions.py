@@ -96,7 +96,7 @@ def _unpack(numbers: torch.Tensor, parts: Sequence[Part]) -> None:
         target = part.target
         if target is None or not part.numel:
             continue
-        if target.is_contiguous() and not target.is_inference() and not target.is_complex():
+        if target.is_contiguous() and not (target.is_inference() or target.is_complex() or target.is_neg()):
             targets.append(target.view(-1))
             sources.append(room)
         else:

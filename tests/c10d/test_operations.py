@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from forked import Forked
+from torch import nn
 
 REDUCED = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "uint8", "int8", "int16")
 MOVED = (*REDUCED, "bool", "complex64", "complex128")
@@ -226,6 +228,52 @@ def objects(rank: int, size: int) -> None:
 
 def test_objects(forked: Forked) -> None:
     forked(objects, 3)
+
+
+def saved(rank: int, size: int) -> None:
+    leaf = nn.Parameter(torch.ones(size))
+    ones = [torch.ones(1) for _ in range(size)]
+
+    def exchanged(out: torch.Tensor) -> None:
+        if rank == 0:
+            dist.recv(out, 1)
+        elif rank == 1:
+            dist.send(out.detach(), 0)
+
+    calls: dict[str, tuple[Callable[[torch.Tensor], object], bool | None]] = {
+        "all_reduce": (dist.all_reduce, True),
+        # At a root that only gives, and where the result is not wanted, torch may count a write of its own.
+        "broadcast": (lambda out: dist.broadcast(out, 0), True if rank else None),
+        "reduce": (lambda out: dist.reduce(out, 0), None if rank else True),
+        "all_gather": (lambda out: dist.all_gather(list(out.split(1)), torch.ones(1)), True),
+        "all_gather_into_tensor": (lambda out: dist.all_gather_into_tensor(out, torch.ones(1)), True),
+        "reduce_scatter": (lambda out: dist.reduce_scatter(out[:1], ones), True),
+        "gather": (lambda out: dist.gather(torch.ones(1), list(out.split(1)) if rank == 0 else None), rank == 0),
+        "scatter": (lambda out: dist.scatter(out[:1], ones if rank == 0 else None), True),
+        "all_to_all_single": (lambda out: dist.all_to_all_single(out, torch.ones(size)), True),
+        "recv": (exchanged, rank == 0),
+    }
+    for name, (call, writes) in calls.items():
+        overwritten = (leaf * 2).exp()
+        loss = overwritten.sum()
+        with torch.no_grad():
+            call(overwritten)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            assert writes is not False and "modified by an inplace operation" in str(error), (name, error)
+        else:
+            assert not writes, name
+        with torch.inference_mode():
+            out = torch.ones(size)
+        call(out)
+
+
+@pytest.mark.parametrize("nodes", ["", "2"])
+def test_autograd_hears_of_writes(forked: Forked, nodes: str) -> None:
+    """What a forward pass has saved and an operation overwrites is torch's own error in backward, never a wrong
+    gradient."""
+    forked(saved, 3, environ={"COMMLAB_NODES": nodes} if nodes else {})
 
 
 def elsewhere(rank: int, size: int) -> None:

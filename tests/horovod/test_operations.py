@@ -4,6 +4,7 @@ ranks; process sets, join, gradients; what ranks disagree about."""
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -182,6 +183,39 @@ def moves(rank: int, size: int) -> bool:
 def test_moves(forked: Callable[..., list[Any]], size: int, nodes: str) -> None:
     """In a window, and on two nodes by messages."""
     assert all(forked(moves, size, environ={"COMMLAB_NODES": nodes}))
+
+
+def one_sided(rank: int, size: int) -> bool:
+    """B18: what rank 1's tensor can't do is told to all under the operation's name, and all go on."""
+    hvd.init()
+    odd: dict[str, tuple[Callable[[], Any], str]] = {
+        "expanded": (lambda: torch.ones(1).expand(6), "share one place in memory"),
+        "overlapping": (lambda: torch.ones(7).as_strided((3, 2), (1, 1)), "share one place in memory"),
+        "meta": (lambda: torch.ones(6, device="meta"), "device meta"),
+        "numpy": (lambda: torch.ones(6).numpy(), "no tensor"),
+        "sparse": (lambda: torch.eye(6).to_sparse(), "sparse_coo"),
+    }
+    for case, (make, words) in odd.items():
+        for call in (
+            lambda x: hvd.allreduce_(x, op=hvd.Sum),
+            lambda x: hvd.grouped_allreduce_([torch.ones(3), x]),
+            lambda x: hvd.broadcast_(x, 0),
+            *([] if "share" in words else [lambda x: hvd.allgather(x), lambda x: hvd.alltoall(x)]),
+        ):
+            given = make() if rank == 1 else torch.ones(3, 2) if case == "overlapping" else torch.ones(6)
+            assert re.search(words, message(lambda: call(given))), case  # noqa: B023
+    assert "could not convert" in message(
+        lambda: hvd.allreduce(torch.ones(2), prescale_factor="x" if rank == 1 else 1.0)
+    )
+    for neg in (torch._neg_view(torch.tensor([1.0, -2.0])), torch.tensor([1.0, -2.0])[::1]):
+        want = neg.clone() * size
+        hvd.allreduce_(neg, op=hvd.Sum)
+        assert torch.equal(neg, want)
+    return True
+
+
+def test_what_one_rank_can_not(forked: Callable[..., list[Any]]) -> None:
+    assert all(forked(one_sided, 3))
 
 
 def elsewhere(rank: int, size: int) -> bool:

@@ -22,15 +22,20 @@ def _index(process_set: ProcessSet) -> int:
     return world.rank() if process_set is global_process_set else process_set.rank()
 
 
+def _detached(tensor: Any) -> Any:
+    """The numbers alone. What is no tensor is refused where the operation is started, for all ranks to know."""
+    return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
+
+
 class _Allreduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: Any, op: ReduceOp, before: float, after: float, group: Any, *tensors: Any) -> Any:
         ctx.arguments = op, before, after, group
         start = mpi_ops.grouped_allreduce_async
         found = synchronize(
-            start([t.detach() for t in tensors], None, name, op, before, after, group)
+            start([_detached(t) for t in tensors], None, name, op, before, after, group)
             if len(tensors) > 1
-            else mpi_ops.allreduce_async(tensors[0].detach(), None, name, op, before, after, group)
+            else mpi_ops.allreduce_async(_detached(tensors[0]), None, name, op, before, after, group)
         )
         return tuple(found) if len(tensors) > 1 else found
 
@@ -81,8 +86,9 @@ def grouped_allreduce(
 class _Allgather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: Any, group: Any, *tensors: Any) -> Any:
+        found = synchronize(mpi_ops.grouped_allgather_async([_detached(t) for t in tensors], name, group))
         ctx.group, ctx.shapes = group, [tensor.shape for tensor in tensors]
-        return tuple(synchronize(mpi_ops.grouped_allgather_async([t.detach() for t in tensors], name, group)))
+        return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -123,7 +129,7 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Any, root_rank: int, name: Any, group: Any) -> Any:
         ctx.root_rank, ctx.group = root_rank, group
-        return synchronize(mpi_ops.broadcast_async(tensor.detach(), root_rank, name, group))
+        return synchronize(mpi_ops.broadcast_async(_detached(tensor), root_rank, name, group))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -149,7 +155,7 @@ class _Alltoall(torch.autograd.Function):
         asked = splits
         if splits is None and isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[0] % _size(group) == 0:
             asked = [tensor.shape[0] // _size(group)] * _size(group)
-        found, received = synchronize(mpi_ops.alltoall_async(tensor.detach(), asked, name, group))
+        found, received = synchronize(mpi_ops.alltoall_async(_detached(tensor), asked, name, group))
         ctx.received, ctx.group, ctx.rows = received, group, tensor.shape[0]
         received = received.to(splits.device) if isinstance(splits, torch.Tensor) else received
         ctx.mark_non_differentiable(received)
@@ -178,9 +184,10 @@ def alltoall(
 class _Reducescatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: Any, op: Any, group: Any, before: float, after: float, *tensors: Any) -> Any:
+        sent = [_detached(tensor) for tensor in tensors]
+        found = synchronize(mpi_ops.grouped_reducescatter_async(sent, name, op, group, before, after))
         ctx.arguments, ctx.rows = (op, group, before, after), [tensor.shape[:1] for tensor in tensors]
-        sent = [tensor.detach() for tensor in tensors]
-        return tuple(synchronize(mpi_ops.grouped_reducescatter_async(sent, name, op, group, before, after)))
+        return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...collectives.tensors import described, readable, writable
 from ...errors import UsageError
 from .. import world
 from ..announcement import Announcement, require_reducible
@@ -67,7 +68,7 @@ def start(
     matched: str | None = None,
 ) -> AsyncHandle:
     """Start an operation. ``build()`` gives what the request and the submission have beside kind and name, or raises
-    UsageError, which is raised here, and known to the other ranks of the set. ``matched``: the kind under which ranks
+    an error, which is raised here, and known to the other ranks of the set. ``matched``: the kind under which ranks
     match the name, where it is another one."""
     number = _set_of(process_set, kind)
     named = name is not None
@@ -75,7 +76,7 @@ def start(
     try:
         request, what = build()
         submission = Submission(Announcement(kind, full, named=named, **request), **what)
-    except UsageError as error:
+    except Exception as error:
         _submit(number, Submission(Announcement(kind, full, refused=str(error), named=False)))
         raise
     return _submit(number, submission)
@@ -103,17 +104,19 @@ def _set_of(process_set: ProcessSet, kind: str) -> int:
     return number
 
 
-def _described(tensors: Tensors) -> dict[str, Any]:
-    """Dtypes and shapes, as a request has them. UsageError for what has no dense numbers."""
+def _described(tensors: Tensors, outputs: Tensors | None = None) -> dict[str, Any]:
+    """Dtypes and shapes, as a request has them. UsageError for what has no dense numbers, and for ``outputs`` that
+    can't be written in place."""
     for tensor in tensors:
-        if not isinstance(tensor, torch.Tensor):
-            raise UsageError(f"rank {world.rank()}: a {type(tensor).__name__} is no tensor")
-        if tensor.layout is not torch.strided or tensor.is_meta:
-            layout = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
+            layout = str(tensor.layout).removeprefix("torch.")
             raise UsageError(
                 f"rank {world.rank()}: a {layout} tensor has no dense block of numbers; use sparse_allreduce_async for "
                 "a sparse one, or .to_dense()"
             )
+        readable(tensor, f"rank {world.rank()}: {described(tensor)}")
+    for output in outputs or ():
+        writable(output, f"rank {world.rank()}: {described(output)}")
     dtypes = tuple(str(each.dtype).removeprefix("torch.") for each in tensors)
     return {"dtypes": dtypes, "shapes": tuple(tuple(each.shape) for each in tensors)}
 
@@ -150,7 +153,7 @@ def start_reduce(
     """An allreduce of ``tensors`` into ``outputs`` (None: new tensors). ``absent``: this rank contributes nothing."""
 
     def build() -> tuple[dict[str, Any], dict[str, Any]]:
-        request = _described(tensors)
+        request = _described(tensors, outputs)
         for tensor in tensors:
             require_reducible(world.rank(), "allreduce", tensor, _OPS[op])
         request |= {"op": _OPS[op], "scales": (float(scales[0]), float(scales[1])), "absent": absent}
@@ -222,7 +225,9 @@ def start_broadcast(
     """A broadcast into ``output`` (None: a new tensor). ``root_rank``: a rank of the job."""
 
     def build() -> tuple[dict[str, Any], dict[str, Any]]:
-        request, ranks = _described([tensor]), process_set.ranks or []
+        written = output is not None and (root_rank != world.rank() or output is not tensor)
+        request = _described([tensor], [output] if written and output is not None else None)
+        ranks = process_set.ranks or []
         if root_rank not in ranks:
             raise UsageError(f"rank {world.rank()}: broadcast with root {root_rank!r}; the set has the ranks {ranks}")
         outputs = _rooms([tensor]) if output is None else [output]
