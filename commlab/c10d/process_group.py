@@ -20,7 +20,7 @@ from ..runtime.handle import Handle
 from . import operations
 from .arguments import listed, present, rows_of, with_op, with_root
 from .connect import Member, connect
-from .fallback import connects_lazily, make_gloo
+from .fallback import connects_lazily, leave, make_gloo
 from .monitor import monitored_barrier
 from .tensors import movable
 from .window_tensor import tensor_in
@@ -112,6 +112,15 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
                         self._register_backend(cpu, kind, plain._get_backend(cpu))
                     self._plain = plain
         return self._plain
+
+    def _left(self, kind: str, sent: Any, outs: Any, start: Callable[[Any], Any], detail: str = "") -> CommlabWork:
+        """A collective for gloo. ``sent``: tensors of the dtype that all ranks have; ``start(gloo)`` gives its work."""
+        sample = sent
+        while not isinstance(sample, torch.Tensor):
+            sample = sample[0]
+        gloo = self._gloo()
+        handle = leave(self.group, kind, sample, detail, outs, lambda: start(gloo))
+        return self.work((handle,), outs)
 
     # --- Life
 
@@ -212,28 +221,31 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         tensors, opts = listed(tensors), with_op(opts, dist.AllreduceOptions)
         awaited = getattr(opts, "asyncOp", True) is False
         work = operations.allreduce(self, tensors, opts.reduceOp, awaited)
-        return work or self._gloo().allreduce(tensors, opts)
+        return work or self._left("allreduce", tensors, tensors, lambda gloo: gloo.allreduce(tensors, opts))
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts or dist.AllreduceCoalescedOptions()
         work = operations.allreduce_coalesced(self, tensors, opts.reduceOp)
-        return work or self._gloo().allreduce_coalesced(tensors, opts)
+        return work or self._left("allreduce", tensors, tensors, lambda gloo: gloo.allreduce_coalesced(tensors, opts))
 
     def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None) -> Any:
         tensors, opts = listed(tensors), with_root(opts, dist.ReduceOptions, op)
         work = operations.reduce(self, tensors, opts.rootRank, opts.reduceOp)
-        return work or self._gloo().reduce(tensors, opts)
+        written, root = (tensors if self.rank() == opts.rootRank else []), f"root {opts.rootRank}"
+        return work or self._left("reduce", tensors, written, lambda gloo: gloo.reduce(tensors, opts), root)
 
     def reduce_scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, opts = listed(outs), with_op(opts, dist.ReduceScatterOptions)
         ins = ins if isinstance(ins[0], (list, tuple)) else [ins]
         work = operations.reduce_scatter(self, outs[0], ins[0], opts.reduceOp) if len(outs) == 1 else None
-        return work or self._gloo().reduce_scatter(outs, ins, opts)
+        return work or self._left("reduce_scatter", ins, outs, lambda gloo: gloo.reduce_scatter(outs, ins, opts))
 
     def reduce_scatter_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
         opts = with_op(opts, dist.ReduceScatterOptions)
         work = operations.reduce_scatter(self, out, [tensor], opts.reduceOp)
-        return work or self._gloo()._reduce_scatter_base(out, tensor, opts)
+        return work or self._left(
+            "reduce_scatter", [tensor], [out], lambda gloo: gloo._reduce_scatter_base(out, tensor, opts)
+        )
 
     _reduce_scatter_base = reduce_scatter_single
 
@@ -248,16 +260,22 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
 
     def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
         tensors, opts = listed(tensors), with_root(opts, dist.BroadcastOptions)
-        return operations.broadcast(self, tensors, opts.rootRank) or self._gloo().broadcast(tensors, opts)
+        root, written = opts.rootRank, tensors if self.rank() != opts.rootRank else []
+        work = operations.broadcast(self, tensors, root)
+        return work or self._left(
+            "broadcast", tensors, written, lambda gloo: gloo.broadcast(tensors, opts), f"root {root}"
+        )
 
     def allgather(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         outs, ins = outs if isinstance(outs[0], (list, tuple)) else [outs], listed(ins)
         work = operations.allgather(self, outs[0], ins[0]) if len(ins) == 1 else None
-        return work or self._gloo().allgather(outs, ins, *present(opts))
+        return work or self._left("allgather", ins, outs, lambda gloo: gloo.allgather(outs, ins, *present(opts)))
 
     def all_gather_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
         work = operations.allgather_single(self, out, tensor)
-        return work or self._gloo()._allgather_base(out, tensor, *present(opts))
+        return work or self._left(
+            "allgather", [tensor], [out], lambda gloo: gloo._allgather_base(out, tensor, *present(opts))
+        )
 
     _allgather_base = all_gather_single
 
@@ -269,7 +287,9 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
     def allgather_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         """``outs[r][k]`` gets tensor k of rank r."""
         work = operations.allgather_coalesced(self, outs, listed(ins))
-        return work or self._gloo().allgather_coalesced(outs, ins, *present(opts))
+        return work or self._left(
+            "allgather", ins, outs, lambda gloo: gloo.allgather_coalesced(outs, ins, *present(opts))
+        )
 
     def gather(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         ins, opts = listed(ins), with_root(opts, dist.GatherOptions)
@@ -279,7 +299,7 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         nothing[root] = ins[0]
         lists = self._of_each("gather", outs[0]) if self.rank() == root else room
         work = operations.exchange(self, "gather", detail, lists, nothing, outs)
-        return work or self._gloo().gather(outs, ins, opts)
+        return work or self._left("gather", ins, outs, lambda gloo: gloo.gather(outs, ins, opts), f"root {root}")
 
     def scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, opts = listed(outs), with_root(opts, dist.ScatterOptions)
@@ -289,12 +309,12 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         room[root] = outs[0]
         parts = self._of_each("scatter", ins[0]) if self.rank() == root else nothing
         work = operations.exchange(self, "scatter", detail, room, parts, outs)
-        return work or self._gloo().scatter(outs, ins, opts)
+        return work or self._left("scatter", outs, outs, lambda gloo: gloo.scatter(outs, ins, opts), f"root {root}")
 
     def alltoall(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, ins = self._of_each("alltoall", outs), self._of_each("alltoall", ins)
         work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, outs)
-        return work or self._gloo().alltoall(outs, ins, *present(opts))
+        return work or self._left("alltoall", ins, outs, lambda gloo: gloo.alltoall(outs, ins, *present(opts)))
 
     def all_to_all_single(
         self, out: torch.Tensor, tensor: torch.Tensor, out_splits: Any, in_splits: Any, opts: Any = None
@@ -302,7 +322,12 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         if movable(out) and movable(tensor) and out.is_contiguous():
             outs, parts = self._rows(out, out_splits), self._rows(tensor, in_splits)
             return operations.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out])
-        return self._gloo().alltoall_base(out, tensor, out_splits, in_splits, *present(opts))
+        return self._left(
+            "alltoall",
+            [tensor],
+            [out],
+            lambda gloo: gloo.alltoall_base(out, tensor, out_splits, in_splits, *present(opts)),
+        )
 
     alltoall_base = all_to_all_single
 

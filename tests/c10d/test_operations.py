@@ -11,6 +11,8 @@ import torch.distributed as dist
 from forked import Forked
 from torch import nn
 
+from commlab.errors import DisagreementError
+
 REDUCED = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "uint8", "int8", "int16")
 MOVED = (*REDUCED, "bool", "complex64", "complex128")
 SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (5,), (3, 4), (2, 3, 7), (9001,), (70001,))
@@ -274,6 +276,33 @@ def test_autograd_hears_of_writes(forked: Forked, nodes: str) -> None:
     """What a forward pass has saved and an operation overwrites is torch's own error in backward, never a wrong
     gradient."""
     forked(saved, 3, environ={"COMMLAB_NODES": nodes} if nodes else {})
+
+
+def left_by_one(rank: int, size: int) -> None:
+    odd = rank == 1
+    for make, op in (
+        (lambda: torch.ones(4, dtype=torch.bool if odd else torch.float32), dist.ReduceOp.SUM),
+        (lambda: torch.ones(4).to_sparse() if odd else torch.ones(4), dist.ReduceOp.SUM),
+        (lambda: torch.ones(4, dtype=torch.int32), dist.ReduceOp.BAND if odd else dist.ReduceOp.SUM),
+    ):
+        with pytest.raises(DisagreementError, match=r"rank 1: allreduce #\d+ of .* \(by gloo, "):
+            dist.all_reduce(make(), op)
+        dist.all_reduce(after := torch.full((3,), rank + 1.0))
+        assert after.tolist() == [size * (size + 1) / 2] * 3
+    # Where all leave it, it keeps its place among the others.
+    works, found = [], []
+    for at in range(3):
+        found += [torch.full((2,), rank == at % size), torch.full((5,), rank + at)]
+        works += [dist.all_reduce(each, dist.ReduceOp.MAX, async_op=True) for each in found[-2:]]
+    works[-1].wait()
+    for at, work in enumerate(works):
+        work.wait()
+        assert found[at].tolist() == ([True] * 2 if at % 2 == 0 else [size - 1 + at // 2] * 5)
+
+
+def test_what_one_rank_leaves_to_gloo_is_a_disagreement(forked: Forked) -> None:
+    """B18: never another operation's numbers, and nobody waits."""
+    forked(left_by_one, 3)
 
 
 def elsewhere(rank: int, size: int) -> None:
