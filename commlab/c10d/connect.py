@@ -23,6 +23,7 @@ from ..transport.sim import SimNetwork
 from ..transport.tcp import Links, missing_reason
 from ..transport.torchdist import TorchTransport
 from ..transport.torchstore import StoreTransport
+from ..window.opening import Opening
 
 NODES = "COMMLAB_NODES"
 """Declares which ranks of the job share a node, as ``commlab.init(nodes=...)`` does."""
@@ -77,29 +78,43 @@ def connect(
         "against": missing_reason(),
         "context": -1 if _job_links is None or _job_links.closed else _job_links.contexts.offered,
     }
-    cards: list[dict[str, Any]] = [
-        json.loads(found) for found in transport.gather(json.dumps(card).encode(), "the members' addresses")
-    ]
-    for variable, word in ((NODES, "nodes"), (WINDOW, "window"), (LINKS, "links"), (IFACE, "iface")):
-        if len({str(found[word]) for found in cards}) > 1:
-            raise UsageError(f"rank {rank}: {variable} differs between ranks: {[found[word] for found in cards]}")
-    found = topology.from_keys([card["node"] for card in cards])
-    cores = topology.cores_of_node([card["cores"] for card in cards], found.nodes, rank) // (2 if aside else 1)
-    if len(found.nodes) == 1 and window != "off":
-        group = Group(transport, found, timeout_s, True, cores, not aside)
-        open_window(group, transport.gather)
-        if group.window is not None:
-            return group
-        group.progress.close()
-        reason = group.window_reason
-    else:
-        reason = f"{WINDOW}=off"
+    # Most groups have one node: the window's cards travel with the others, in the only exchange that they need.
+    opening = Opening(rank, size) if window != "off" else None
+    try:
+        told = json.dumps(card).encode() + b"\n" + (b"" if opening is None else opening.card)
+        said = [found.partition(b"\n") for found in transport.gather(told, "the members' addresses")]
+        cards: list[dict[str, Any]] = [json.loads(found) for found, _, _ in said]
+        _require_equal(rank, cards)
+        found = topology.from_keys([card["node"] for card in cards])
+        cores = topology.cores_of_node([card["cores"] for card in cards], found.nodes, rank) // (2 if aside else 1)
+        if len(found.nodes) == 1 and opening is not None:
+            group = Group(transport, found, timeout_s, True, cores, not aside)
+            open_window(group, transport.gather, (opening, [mine for _, _, mine in said]))
+            if group.window is not None:
+                return group
+            group.progress.close()
+            reason = group.window_reason
+        else:
+            reason = f"{WINDOW}=off"
+    except BaseException:
+        if opening is not None:
+            opening.give_up()
+        raise
+    if opening is not None:
+        opening.give_up()
     messages, links_reason = _messages(store, transport, cards, here, timeout_s)
     group = Group(messages, found, timeout_s, True, cores, not aside)
     group.window_reason, group.links_reason = reason, links_reason
     if len(found.nodes) > 1 and window != "off":
         open_nodes(group)
     return group
+
+
+def _require_equal(rank: int, cards: Sequence[dict[str, Any]]) -> None:
+    """UsageError where what the environment says of groups differs between the members."""
+    for variable, word in ((NODES, "nodes"), (WINDOW, "window"), (LINKS, "links"), (IFACE, "iface")):
+        if len({str(card[word]) for card in cards}) > 1:
+            raise UsageError(f"rank {rank}: {variable} differs between ranks: {[card[word] for card in cards]}")
 
 
 def _messages(

@@ -62,7 +62,10 @@ def deliver_async(
     page = delivery.inline_page(table, stream) if group.window is not None else None
 
     def attached() -> Attachment:
-        return NOTHING if page is None else delivery.attachment(page)
+        if page is None:
+            return NOTHING
+        assert group.window is not None
+        return delivery.attachment(group.window, page, table)
 
     def body() -> Pending:
         if group.size == 1:

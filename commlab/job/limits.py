@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +28,20 @@ class CpuQuota(NamedTuple):
 NO_QUOTA = CpuQuota(math.inf, "")
 
 
-def _number(path: Path) -> int | None:
+def _read(path: str) -> str | None:
+    """What the file says; None where it can't be read."""
+    try:
+        with open(path, errors="surrogateescape") as file:
+            return file.read()
+    except (OSError, ValueError):
+        return None
+
+
+def _number(path: str) -> int | None:
     """The number in the file; None where there is no file, or no number in it (``max``)."""
     try:
-        return int(path.read_text())
-    except (OSError, ValueError):
+        return int(_read(path) or "")
+    except ValueError:
         return None
 
 
@@ -42,28 +52,34 @@ def _unescaped(text: str) -> str:
     return text
 
 
-def _mounts(root: Path) -> Iterator[tuple[int, set[str], str, Path]]:
+def _mounts(mountinfo: str) -> Iterator[tuple[int, set[str], str, str]]:
     """(version, controllers of version 1, top group, mount point) of each mounted hierarchy."""
-    with suppress(OSError):
-        for line in (root / "proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-            before, separator, after = line.partition(" - ")
-            fields, kind = before.split(), after.split()
-            if not separator or len(fields) < 5 or not kind or kind[0] not in ("cgroup", "cgroup2"):
-                continue
-            controllers = set(kind[2].split(",")) if len(kind) > 2 and kind[0] == "cgroup" else set()
-            point = root / _unescaped(fields[4]).lstrip("/")
-            yield 2 if kind[0] == "cgroup2" else 1, controllers, _unescaped(fields[3]), point
+    for line in mountinfo.splitlines():
+        before, separator, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        if not separator or len(fields) < 5 or not kind or kind[0] not in ("cgroup", "cgroup2"):
+            continue
+        controllers = set(kind[2].split(",")) if len(kind) > 2 and kind[0] == "cgroup" else set()
+        yield 2 if kind[0] == "cgroup2" else 1, controllers, _unescaped(fields[3]), _unescaped(fields[4])
 
 
-def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
+def _groups(controller: str, root: Path) -> list[tuple[int, str]]:
     """(version, folder) of this process's group for ``controller`` and of all groups above that can be seen, the own
     one first."""
+    mountinfo, cgroup = _read(f"{root}/proc/self/mountinfo"), _read(f"{root}/proc/self/cgroup")
+    return _groups_of(controller, root, mountinfo or "", cgroup or "")
+
+
+@lru_cache(maxsize=8)
+def _groups_of(controller: str, root: Path, mountinfo: str, cgroup: str) -> list[tuple[int, str]]:
+    """The same, from what the files say: every group that is opened asks, and they hardly ever change."""
     own: dict[str, str] = {}
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
+    with suppress(ValueError):
+        for line in cgroup.splitlines():
             _, named, path = line.split(":", 2)
             own.update(dict.fromkeys(named.split(","), path))
-    for version, controllers, top, point in _mounts(root):
+    found = []
+    for version, controllers, top, point in _mounts(mountinfo):
         key = "" if version == 2 else controller
         if key not in own or (version == 1 and controller not in controllers):
             continue
@@ -75,20 +91,24 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
         names = [name for name in path.split("/") if name not in ("", ".")]
         if ".." in names:
             names = []
-        for depth in range(len(names), -1, -1):
-            yield version, point.joinpath(*names[:depth])
+        # Not joined to the root: mount points begin with a slash.
+        top_folder = Path(f"{root}/{point}")
+        found += [(version, str(top_folder.joinpath(*names[:depth]))) for depth in range(len(names), -1, -1)]
+    return found
 
 
-def _memory_left(version: int, group: Path) -> int | None:
+def _memory_left(version: int, group: str) -> int | None:
     """Bytes that a group may still take; None: no limit. Pages of files that nobody has used lately are given up
     first, so they count as free."""
-    limit = _number(group / ("memory.max" if version == 2 else "memory.limit_in_bytes"))
-    used = _number(group / ("memory.current" if version == 2 else "memory.usage_in_bytes"))
-    if limit is None or used is None or limit >= _UNLIMITED_BYTES:
+    limit = _number(f"{group}/{'memory.max' if version == 2 else 'memory.limit_in_bytes'}")
+    if limit is None or limit >= _UNLIMITED_BYTES:
+        return None
+    used = _number(f"{group}/{'memory.current' if version == 2 else 'memory.usage_in_bytes'}")
+    if used is None:
         return None
     name = "inactive_file" if version == 2 else "total_inactive_file"
-    with suppress(OSError, ValueError, StopIteration):
-        lines = (group / "memory.stat").read_text().splitlines()
+    lines = (_read(f"{group}/memory.stat") or "").splitlines()
+    with suppress(ValueError, StopIteration):
         used -= int(next(line.split()[1] for line in lines if line.split()[:1] == [name]))
     return max(0, limit - max(0, used))
 
@@ -97,8 +117,8 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
     """Bytes that can be had without pushing anybody out, as the kernel and this process's control groups say, and what
     the limit is; empty: the memory of the host. ``root``: where /proc and /sys are."""
     found: list[tuple[int, str]] = []
-    with suppress(OSError, ValueError, IndexError, StopIteration):
-        lines = (root / "proc/meminfo").read_text().splitlines()
+    lines = (_read(f"{root}/proc/meminfo") or "").splitlines()
+    with suppress(ValueError, IndexError, StopIteration):
         found.append((int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024, ""))
     for version, group in _groups("memory", root):
         left = _memory_left(version, group)
@@ -111,16 +131,16 @@ def cpu_quota(root: Path = Path("/")) -> CpuQuota:
     """The narrowest limit on CPU time that holds for this process. ``root``: where /proc and /sys are."""
     quotas = [NO_QUOTA]
     for version, group in _groups("cpu", root):
-        with suppress(OSError, ValueError, ZeroDivisionError):
+        with suppress(ValueError, ZeroDivisionError):
             if version == 2:
-                limit, period = (group / "cpu.max").read_text().split()
+                limit, period = (_read(f"{group}/cpu.max") or "").split()
                 if limit == "max":
                     continue
             else:
-                limit = (group / "cpu.cfs_quota_us").read_text()
-                period = (group / "cpu.cfs_period_us").read_text()
+                limit = _read(f"{group}/cpu.cfs_quota_us") or ""
+                period = _read(f"{group}/cpu.cfs_period_us") or ""
             if int(limit) > 0:
-                quotas.append(CpuQuota(int(limit) / int(period), str(group)))
+                quotas.append(CpuQuota(int(limit) / int(period), group))
     return min(quotas)
 
 

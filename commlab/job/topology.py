@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ..errors import UsageError
@@ -74,8 +75,13 @@ def declared(text: str, size: int) -> Topology:
 def node_key() -> str:
     """A text that is equal on two ranks exactly when they run on one host: host name and the kernel's boot id (two
     machines may both be called ``localhost``; two emulated hosts share a kernel and differ in name)."""
+    return f"{socket.gethostname()} {_boot_id()}"
+
+
+@lru_cache
+def _boot_id() -> str:
     boot_id = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot_id.read_text().strip() if boot_id.exists() else ''}"
+    return boot_id.read_text().strip() if boot_id.exists() else ""
 
 
 def cores_of_node(keys: Sequence[str], nodes: Sequence[Sequence[int]], rank: int) -> int:

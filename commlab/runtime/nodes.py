@@ -4,31 +4,79 @@ across."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 
-from ..window.exchange import open_together
+from ..errors import PeerLostError
+from ..window.exchange import WindowWait
+from ..window.memory import Window
+from ..window.opening import Gather, Opening
 from .control import gather_bytes
 from .group import Group
-from .waiting import SPIN_S
+from .waiting import SPIN_S, gone_words, silence_of, wait_until
+from .waiting import under_way as others_under_way
 
 log = logging.getLogger("commlab")
 
+_OPENING = "the opening of a window"
+_LOOK_S = 10e-3
+"""So often a rank looks again who has opened the window: one that could not wakes nobody."""
 
-def open_window(group: Group, gather: Callable[[bytes, str], list[bytes]] | None = None) -> None:
+
+def open_window(
+    group: Group, gather: Gather | None = None, opened: tuple[Opening, Sequence[bytes]] | None = None
+) -> None:
     """Share memory among all ranks of ``group``, which must be on one node. Collective. Where the memory can't be had
     on any rank, no rank has it, and ``group.window_reason`` says why. ``gather(data, name)``: a quicker way than the
-    group's to bring every rank's data to every rank."""
+    group's to bring every rank's data to every rank. ``opened``: this rank's opening, and all ranks' cards, where they
+    have been exchanged already."""
     if group.size == 1 or len(group.nodes) > 1:
         group.window_reason = "one rank" if group.size == 1 else f"the ranks are on {len(group.nodes)} nodes"
         return
     spin_us = 0.0 if group.crowded else SPIN_S * 1e6
     gather = gather or partial(gather_bytes, group)
-    window, group.window_reason = open_together(group.local_rank, group.size, spin_us, gather)
+    if opened is None:
+        opening = Opening(group.local_rank, group.size)
+        opened = opening, gather(opening.card, "window cards, or reasons against a window")
+    opening, cards = opened
+    window, group.window_reason = opening.conclude(cards, spin_us, gather, partial(_arrived, group))
     if window is not None:
         group.share(window)
     elif group.rank == 0:
         log.warning("no window for the ranks of this node, which send messages instead: %s", group.window_reason)
+
+
+class _Arrival:
+    """Waits until all ranks have said in their control pages how the opening went (:class:`.waiting.Waiter`)."""
+
+    def __init__(self, group: Group, window: Window):
+        self._group, self._window, self.driver = group, window, group.progress
+        self._wait = WindowWait(window)
+
+    def finished(self) -> bool:
+        return self._wait.test()
+
+    def advance(self) -> object:
+        return self._wait.peers()
+
+    def rest(self, idle_s: float) -> None:
+        self._wait.block(1e-3 if others_under_way else _LOOK_S)
+
+    def gone(self) -> str:
+        return gone_words(self._group.rank, self._wait.peers(), self._group.departed, lambda: _OPENING)
+
+    def silence(self, idle_s: float) -> str:
+        peers = list(self._wait.peers())
+        return silence_of(self._group.rank, peers, "rank ", idle_s, _OPENING) if peers else ""
+
+
+def _arrived(group: Group, window: Window) -> None:
+    waiter = _Arrival(group, window)
+    try:
+        wait_until(waiter.finished, waiter, group.timeout_s)
+    except PeerLostError as error:
+        where = f"rank {group.rank}, in {_OPENING}: "
+        raise error if _OPENING in str(error) else PeerLostError(f"{where}{error}") from error
 
 
 def open_levels(group: Group) -> tuple[tuple[Group, Group] | None, str]:

@@ -20,6 +20,9 @@ from .memfd import Mapping, close_all, memfd
 NOWHERE = 2**64 - 1
 """Segment number of an ordinary tensor."""
 
+STAGING = 0
+"""Segment number of a rank's staging area."""
+
 ALIGN_BYTES = 64
 _ARENA_BYTES = 16 * 2**20
 
@@ -48,6 +51,7 @@ class Area:
         self.segments: dict[int, Mapping] = {}
         """By their numbers (kernels/cpu/sync.h)."""
         self._segment_fds: dict[int, int] = {}
+        self._next = STAGING + 1
         self._vacant: deque[int] = deque()
         """Numbers for the next segments, in places of the table that were given back."""
         self._starts: list[tuple[int, int]] = []
@@ -80,18 +84,28 @@ class Area:
 
     def new_segment(self, size_bytes: int) -> int:
         """Raises SharedMemoryError."""
-        if len(self.segments) >= self._most:
+        number = self._vacant[0] if self._vacant else self._next
+        if number >= self._most and not self._vacant:
             raise SharedMemoryError(
                 f"this rank's window has {self._most} segments, the most there can be; ask for fewer, larger tensors"
             )
-        number = self._vacant[0] if self._vacant else len(self.segments)
-        fd, mapping = self.memory(f"segment {number}", size_bytes)
+        self._make(number, size_bytes)
         if self._vacant:
             self._vacant.popleft()
+        else:
+            self._next += 1
+        return number
+
+    def new_staging(self, size_bytes: int) -> None:
+        """Make segment STAGING. Raises SharedMemoryError."""
+        with self._sorting:
+            self._make(STAGING, size_bytes)
+
+    def _make(self, number: int, size_bytes: int) -> None:
+        fd, mapping = self.memory(f"segment {number}", size_bytes)
         self.segments[number], self._segment_fds[number] = mapping, fd
         self.sync.add_segment(number, fd, size_bytes)
         bisect.insort(self._starts, (mapping.address, number))
-        return number
 
     def _give_back(self, number: int) -> None:
         """Nobody has anything of this segment any more: its memory goes once the peers have let go too."""

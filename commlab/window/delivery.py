@@ -49,8 +49,11 @@ def inline_page(table: Table, stream: Sequence[torch.Tensor]) -> npt.NDArray[np.
     return page
 
 
-def attachment(page: npt.NDArray[np.uint8]) -> Attachment:
-    """What :func:`inline_page` made, as the exchange publishes it. ``page`` has to live until then."""
+def attachment(window: Window, page: npt.NDArray[np.uint8], table: Table) -> Attachment:
+    """What :func:`inline_page` made, as the exchange publishes it. ``page`` has to live until then. A stream that did
+    not fit has a staging area to pass from here on. Raises SharedMemoryError."""
+    if not window.has_staging and not _is_inline(table):
+        window.make_staging()
     return Attachment(address=page.ctypes.data, size_bytes=page.nbytes)
 
 
@@ -70,8 +73,8 @@ def deliver(
     expects). ``tables``: everyone's, on which all agree. Runs after the exchange that has published
     :func:`inline_page`."""
     table_bytes = tables[0].nbytes
-    lengths = [int(table[1].max(initial=0)) for table in tables]
-    inline = [table_bytes + length <= INLINE_BYTES for length in lengths]
+    lengths = [_stream_bytes(table) for table in tables]
+    inline = [_is_inline(table) for table in tables]
     for peer, table in _neighbours_first(window, tables):
         if inline[peer] and outs[peer].numel():
             source = window.sync.inline_address(peer) + table_bytes + int(table[0, window.rank])
@@ -79,13 +82,15 @@ def deliver(
     rounds = max(
         (-(-length // _HALF_BYTES) for length, fits in zip(lengths, inline, strict=True) if not fits), default=0
     )
+    # Mapped before this rank arrives: a peer that goes on, and ends, has this rank's arrival.
+    areas = {peer: window.staging_of(peer) for peer in range(window.size) if rounds and not inline[peer]}
     for count in range(rounds):
         # Two halves, used alternately: what this round writes was read in the round before the last one, and everyone
         # has left that. The operation before may still be read when this one begins, so its exchange comes first.
         half_bytes = count % 2 * _HALF_BYTES
         shown = Range(count * _HALF_BYTES, (count + 1) * _HALF_BYTES)
         if not inline[window.rank]:
-            _show(stream, shown, window.staging[window.rank] + half_bytes)
+            _show(stream, shown, areas[window.rank] + half_bytes)
         window.sync.arrive()
         yield from wait(window)
         for peer, table in _neighbours_first(window, tables):
@@ -93,9 +98,18 @@ def deliver(
             found = wanted.intersect(shown)
             if not inline[peer] and found.numel:
                 target = outs[peer].data_ptr() + found.start - wanted.start
-                _copy(target, window.staging[peer] + half_bytes + found.start - shown.start, found.numel)
+                _copy(target, areas[peer] + half_bytes + found.start - shown.start, found.numel)
     written = sum(out.numel() for out in outs)
     return NodeStep("delivery", written + lengths[window.rank], written + lengths[window.rank])
+
+
+def _stream_bytes(table: Table) -> int:
+    return int(table[1].max(initial=0))
+
+
+def _is_inline(table: Table) -> bool:
+    """Whether the stream travels behind its table."""
+    return table.nbytes + _stream_bytes(table) <= INLINE_BYTES
 
 
 def _neighbours_first(window: Window, tables: Sequence[Table]) -> list[tuple[int, Table]]:

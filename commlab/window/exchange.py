@@ -1,12 +1,12 @@
 """How the ranks of a window meet: what a rank publishes with its next operation, the wait for all ranks, the agreement
-check, and the opening of the window on all ranks or none."""
+check."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..errors import PeerLostError, SharedMemoryError
+from ..errors import PeerLostError
 from .area import NOWHERE
 from .memory import Window
 
@@ -78,42 +78,3 @@ class WindowExchange:
 
     def agreed(self, record: bytes) -> bool:
         return bool(self._window.sync.agreed())
-
-
-_DONE = b"\0"
-"""Begins what a rank says whose move has worked; else it says the reason, which is text."""
-
-
-def open_together(
-    local_rank: int, size: int, spin_us: float, gather: Callable[[bytes, str], list[bytes]]
-) -> tuple[Window | None, str]:
-    """The window of ``size`` ranks, or None on all of them, and why. Collective over them; ``gather(data, name)``:
-    every rank's data on every rank."""
-    made: list[Window] = []
-    cards: list[bytes] = []
-
-    def make() -> bytes:
-        made.append(Window(local_rank, size, spin_us))
-        return made[0].card()
-
-    def open_all() -> bytes:
-        made[0].open([card[1:] for card in cards])
-        return b""
-
-    def open_staging() -> bytes:
-        made[0].open_staging()
-        return b""
-
-    # Each move may fail on some ranks only; after each, all of them go on or none.
-    for move, name in ((make, "window cards"), (open_all, "control pages"), (open_staging, "staging areas")):
-        try:
-            said = _DONE + move()
-        except SharedMemoryError as error:
-            said = str(error).encode(errors="backslashreplace")
-        cards = gather(said, f"{name}, or reasons against a window")
-        reasons = [text.decode() for text in cards if not text.startswith(_DONE)]
-        if reasons:
-            for window in made:
-                window.close()
-            return None, reasons[0]
-    return made[0], ""

@@ -79,6 +79,8 @@ def _piped(
 ) -> Pending:
     """Run ordinary memory through the staging areas. ``moves``: ``"reduce"``, ``"gather"`` or both. ``wide``: where a
     reduction alone leaves its fp32 sums of 16-bit numbers, which are exact there; else the sums go to ``data``."""
+    if not any(chunk.numel for chunk in chunks):
+        return  # nobody waits for anybody, and a peer may be gone with its staging area
     assert built is not None
     piped = built.Piped(
         window.sync,

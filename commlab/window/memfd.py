@@ -26,6 +26,8 @@ _GET_SEALS, _ADD_SEALS = getattr(fcntl, "F_GET_SEALS", 1034), getattr(fcntl, "F_
 _FROM_MEMORY: Any = ctypes.pythonapi.PyMemoryView_FromMemory
 _FROM_MEMORY.restype, _FROM_MEMORY.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _PIECE_BYTES = 64 * 2**20
+_SMALL_BYTES = 2**20
+"""Up to this size nobody asks first: a process takes as much in passing, and to ask costs half a millisecond."""
 _WRITABLE = 0x200  # PyBUF_WRITE
 
 
@@ -65,14 +67,15 @@ def _let_go(mapping: Mapping, dropped: Callable[[], object] | None) -> None:
 def memfd(owner: str, name: str, size_bytes: int) -> int:
     """A new one, all of it allocated, of a size that nobody can change; its name begins with ``owner``. Raises
     SharedMemoryError where the memory is missing, OSError."""
-    _require_memory(size_bytes, size_bytes, name)
+    if size_bytes > _SMALL_BYTES:
+        require_memory(size_bytes, name)
     fd = os.memfd_create(f"commlab {owner} {name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         # Truncating alone would promise memory; the first touch of a page that is not there is a SIGBUS. Not all of it
         # at once, because other ranks take theirs at this moment, and have seen the same memory free.
         for start in range(0, size_bytes, _PIECE_BYTES):
             if start:
-                _require_memory(size_bytes - start, size_bytes, name)
+                require_memory(size_bytes, name, size_bytes - start)
             os.posix_fallocate(fd, start, min(_PIECE_BYTES, size_bytes - start))
         fcntl.fcntl(fd, _ADD_SEALS, _SEALS)
     except (OSError, SharedMemoryError):
@@ -81,10 +84,11 @@ def memfd(owner: str, name: str, size_bytes: int) -> int:
     return fd
 
 
-def _require_memory(left_bytes: int, size_bytes: int, name: str) -> None:
+def require_memory(size_bytes: int, name: str, missing_bytes: int | None = None) -> None:
+    """SharedMemoryError where there is no memory for ``size_bytes``, or for those of them that are still missing."""
     # The kernel would rather kill a process, anybody's, than refuse.
     available, limit = available_memory()
-    if left_bytes > available:
+    if (size_bytes if missing_bytes is None else missing_bytes) > available:
         raise SharedMemoryError(
             f"no {size_bytes / 2**20:.0f} MiB of shared memory for {name}: {available / 2**20:.0f} MiB are left"
             f"{f' ({limit})' if limit else ''}; ask for less, or give the job more memory"

@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 import struct
+import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -21,11 +22,11 @@ import torch
 
 from ..errors import SharedMemoryError
 from ..native import library
-from .area import ALIGN_BYTES, NOWHERE, Area, Place
-from .memfd import Mapping, mapped, opened
+from .area import ALIGN_BYTES, NOWHERE, STAGING, Area, Place
+from .memfd import Mapping, mapped, opened, require_memory
 
 STAGING_BYTES = 4 * 2**20
-"""Per rank: two blocks on their way in and two on their way out (kernels/cpu/piped.h)."""
+"""Of a rank that needs it: two blocks on their way in and two on their way out (kernels/cpu/piped.h)."""
 
 _CARD = struct.Struct("<qqq16s")
 
@@ -38,11 +39,11 @@ def size_class(size_bytes: int) -> int:
 
 
 class Window:
-    """This rank's area and its view of the peers'. Made in three moves, all ranks together: this, then :meth:`open`
-    with every rank's :meth:`card`, then :meth:`open_staging`."""
+    """This rank's area and its view of the peers'. Made in two moves, all ranks together: this, and :meth:`open` with
+    every rank's :meth:`card`; then no rank may give up before all have opened it (:mod:`.opening`)."""
 
-    def __init__(self, local_rank: int, local_size: int, spin_us: float):
-        """Raises SharedMemoryError. ``spin_us``: how long a waiting rank looks before it sleeps."""
+    def __init__(self, local_rank: int, local_size: int):
+        """Raises SharedMemoryError, also where there is no memory for what the first large operation will need."""
         if library.built is None:
             raise SharedMemoryError(f"the native module is missing ({library.missing_reason})")
         if not hasattr(library.built, "NodeSync"):
@@ -54,7 +55,7 @@ class Window:
                 "ranks on each host, or declare smaller nodes (nodes=)"
             )
         self.rank, self.size = local_rank, local_size
-        self._spin_us = spin_us
+        require_memory(self._native.CONTROL_BYTES + STAGING_BYTES, "the window of this rank")
         self._token = secrets.token_bytes(16)
         # Where in a page this rank's data begin. Caches choose a line's set by its address within a page or so: if all
         # ranks' began at the same, the loops that read them side by side would have them all in one set.
@@ -68,8 +69,10 @@ class Window:
         self._tokens: list[bytes] = []
         self._theirs: dict[tuple[int, int], Mapping] = {}
         self.sync: Any = None
-        self.staging: list[int] = []
-        """Addresses of every rank's staging area."""
+        self.has_staging = False
+        """Whether this rank has a staging area that peers can find."""
+        self._staging: list[int] = []
+        self._making = threading.Lock()
 
     def close(self) -> None:
         """Close the descriptors: from here on no peer can map this area. The memory itself goes with the last of its
@@ -77,12 +80,18 @@ class Window:
         every rank must be through with its operations; a second call does nothing."""
         self.area.close()
 
+    @property
+    def page(self) -> int:
+        """The address of this rank's control page."""
+        return self._control.address
+
     def card(self) -> bytes:
         """What peers need to find this rank's control page."""
         return _CARD.pack(os.getpid(), self._control_fd, self.size, self._token)
 
-    def open(self, cards: Sequence[bytes]) -> None:
-        """Map the peers' control pages. Raises SharedMemoryError."""
+    def open(self, cards: Sequence[bytes], spin_us: float) -> None:
+        """Map the peers' control pages. ``spin_us``: how long a waiting rank looks before it sleeps. Raises
+        SharedMemoryError."""
         pages = []
         for peer, card in enumerate(cards):
             pid, fd, _, token = _CARD.unpack(card)
@@ -93,9 +102,8 @@ class Window:
                 mapping = self._control_page(peer, pid, fd, token)
                 self._theirs[peer, NOWHERE] = mapping
             pages.append(mapping.address)
-        self.sync = self._native.NodeSync(self.rank, pages, self._spin_us)
+        self.sync = self._native.NodeSync(self.rank, pages, spin_us)
         self.area.sync = self.sync
-        self.area.new_segment(STAGING_BYTES)
 
     def _control_page(self, peer: int, pid: int, fd: int, token: bytes) -> Mapping:
         """``peer``'s control page, mapped once its head has been read and is the right one."""
@@ -111,9 +119,26 @@ class Window:
             )
         return mapped(mine, self._native.CONTROL_BYTES, f"{what} of process {pid}")
 
-    def open_staging(self) -> None:
-        """Once every rank has returned from :meth:`open`: map the staging areas."""
-        self.staging = [self.address(peer, Place(0, 0)) for peer in range(self.size)]
+    def make_staging(self) -> None:
+        """Give this rank its staging area, if it has none yet; before it publishes an operation whose numbers may pass
+        there. Not with the window: most groups exchange little, and 4 MiB take a millisecond. Raises
+        SharedMemoryError."""
+        with self._making:
+            if not self.has_staging:
+                self.area.new_staging(STAGING_BYTES)
+                self.has_staging = True
+
+    @property
+    def staging(self) -> list[int]:
+        """Addresses of every rank's staging area. Only once all ranks have made theirs, and told so; and before this
+        rank arrives again, because a peer whose last operation it is may end then."""
+        if not self._staging:
+            self._staging = [self.staging_of(peer) for peer in range(self.size)]
+        return self._staging
+
+    def staging_of(self, peer: int) -> int:
+        """The address of ``peer``'s staging area; only once ``peer`` has made it, and told so."""
+        return self.address(peer, Place(STAGING, 0))
 
     def let_go(self) -> None:
         """Unmap what the peers have given back. Cost: next to nothing; not collective."""

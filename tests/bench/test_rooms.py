@@ -63,11 +63,11 @@ def test_rooms_and_commands_are_these() -> None:
             "compare",
             "fuzz",
             "horovod_build",
+            "hvd",
             "overlap",
             "pack",
-            "precision",
         ),
-        *("ps", "report", "step", "straggler", "timeline", "train"),
+        *("precision", "ps", "report", "step", "straggler", "timeline", "train"),
     }
 
 

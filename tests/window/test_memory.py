@@ -49,12 +49,12 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 def pair() -> tuple[Window, Window]:
     """Both ranks of a node in one process: each opens the other's part as any process would."""
-    windows = Window(0, 2, 0.0), Window(1, 2, 0.0)
+    windows = Window(0, 2), Window(1, 2)
     cards = [window.card() for window in windows]
     for window in windows:
-        window.open(cards)
+        window.open(cards, 0.0)
     for window in windows:
-        window.open_staging()
+        window.make_staging()
     return windows
 
 
@@ -189,7 +189,7 @@ WRONG: dict[str, tuple[Callable[[Card, Window], Card], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_page_that_is_not_the_peers_is_refused(case: str, tmp_path: Path) -> None:
     doctored, message = WRONG[case]
-    first, second, third = Window(0, 3, 0.0), Window(1, 3, 0.0), Window(2, 3, 0.0)
+    first, second, third = Window(0, 3), Window(1, 3), Window(2, 3)
     stranger = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     os.write(stranger, b"not a window")
     card = doctored(_CARD.unpack(second.card()), third)
@@ -197,21 +197,21 @@ def test_a_page_that_is_not_the_peers_is_refused(case: str, tmp_path: Path) -> N
         card = (card[0], stranger, *card[2:])
     before = (tmp_path / "file").read_bytes()
     with pytest.raises(SharedMemoryError, match=message):
-        first.open([first.card(), _CARD.pack(*card), third.card()])
+        first.open([first.card(), _CARD.pack(*card), third.card()], 0.0)
     assert (tmp_path / "file").read_bytes() == before
     os.close(stranger)
     closed(first, second, third)
 
 
 def test_a_strangers_memory_of_the_right_size_is_not_written() -> None:
-    first, second = Window(0, 2, 0.0), Window(1, 2, 0.0)
+    first, second = Window(0, 2), Window(1, 2)
     size_bytes = first._native.CONTROL_BYTES
     stranger = os.memfd_create("stranger", os.MFD_CLOEXEC)
     content = bytes(range(256)) * (size_bytes // 256)
     os.write(stranger, content.ljust(size_bytes, b"."))
     card = _CARD.unpack(second.card())
     with pytest.raises(SharedMemoryError, match="no memory of commlab"):
-        first.open([first.card(), _CARD.pack(card[0], stranger, *card[2:])])
+        first.open([first.card(), _CARD.pack(card[0], stranger, *card[2:])], 0.0)
     assert os.pread(stranger, size_bytes, 0) == content.ljust(size_bytes, b".")
     os.close(stranger)
     closed(first, second)
@@ -229,7 +229,7 @@ def test_missing_memory_is_an_error_and_no_sigbus(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(SharedMemoryError, match="no 9 MiB of shared memory for segment 1: No space left on device"):
             first.allocate(9 * 2**20)
         with pytest.raises(SharedMemoryError, match="for control page"):
-            Window(0, 2, 0.0)
+            Window(0, 2)
         assert descriptors() == before
 
     def none_left(name: str, flags: int) -> int:
@@ -238,7 +238,7 @@ def test_missing_memory_is_an_error_and_no_sigbus(monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patched:
         patched.setattr(os, "memfd_create", none_left)
         with pytest.raises(SharedMemoryError, match="no 0 MiB of shared memory for control page: Too many open files"):
-            Window(0, 2, 0.0)
+            Window(0, 2)
     with monkeypatch.context() as patched:
         patched.setattr(memfd, "available_memory", lambda: (8 * 2**20, ""))
         with pytest.raises(SharedMemoryError, match="no 9 MiB of shared memory for segment 1: 8 MiB are left"):
@@ -261,24 +261,23 @@ def test_there_is_an_end_to_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_peer_that_has_ended_is_named() -> None:
     """Another process: alive, then dead and not yet waited for, then gone."""
     here_from_there, there_to_here = os.pipe()
-    here = Window(0, 2, 0.0)
+    here = Window(0, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if not pid:
         try:
-            there = Window(1, 2, 0.0)
+            there = Window(1, 2)
             os.write(there_to_here, there.card())
-            there.open([_from_parent(here), there.card()])
+            there.open([_from_parent(here), there.card()], 0.0)
             there.sync.arrive()
             os.write(there_to_here, b"r")
             signal.pause()
         finally:
             os._exit(1)
     try:
-        here.open([here.card(), os.read(here_from_there, _CARD.size)])
+        here.open([here.card(), os.read(here_from_there, _CARD.size)], 0.0)
         assert os.read(here_from_there, 1) == b"r"
-        here.open_staging()
         wait: Any = WindowWait(here)
         here.sync.arrive()
         assert wait.test()
@@ -434,4 +433,4 @@ def test_a_strangers_descriptor_is_not_opened(tmp_path: Path) -> None:
 def test_more_ranks_than_a_window_has_room_for() -> None:
     """B10: refused before anything is made, with the way out."""
     with pytest.raises(SharedMemoryError, match="a window has room for 512 ranks, and this node has 513; launch fewer"):
-        Window(0, 513, 0.0)
+        Window(0, 513)

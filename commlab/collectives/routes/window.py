@@ -25,8 +25,12 @@ def reason_against(group: Group, kind: str) -> str:
 
 
 def attach(call: Call) -> Attachment:
-    """Where this rank's numbers lie in the window, if they do."""
-    place = _window(call).locate(call.flat)
+    """Where this rank's numbers lie in the window, if they do. If any rank's do not, all ranks' pass the staging
+    areas."""
+    window = _window(call)
+    if not window.has_staging:
+        window.make_staging()
+    place = window.locate(call.flat)
     return NOTHING if place is None else Attachment(place.segment, place.offset)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import commlab
 from commlab.runtime.group import Group
 from commlab.runtime.nodes import open_window
+from commlab.window import memfd
 from commlab.window.memory import _CARD, Window
 
 pytestmark = pytest.mark.usefixtures("small_heap")
@@ -148,7 +149,7 @@ UNAVAILABLE = {
     "wrong token": (wrong_token, r"process \d+, said to be local rank 1, shows another job's window"),
     "no such process": (no_process, r"cannot open the control page of local rank 1 of process 4194305"),
     "another rank": (anothers, r"process \d+, said to be local rank 1, shows the window of local rank 0"),
-    "no memory": (None, r"no 4 MiB of shared memory for segment 0: No space left on device"),
+    "no memory": (None, r"no 4 MiB of shared memory for the window of this rank: 3 MiB are left \(a limit\)"),
 }
 
 
@@ -160,14 +161,7 @@ def test_where_one_rank_has_no_window_none_has(ranks: Ranks, case: str, monkeypa
     before = mappings()
     if group.rank == 1:
         if doctor is None:
-            really = os.posix_fallocate
-
-            def allocate(fd: int, offset: int, size_bytes: int) -> None:
-                if size_bytes > 2**20:
-                    raise OSError(28, os.strerror(28))
-                really(fd, offset, size_bytes)
-
-            monkeypatch.setattr(os, "posix_fallocate", allocate)
+            monkeypatch.setattr(memfd, "available_memory", lambda: (3 * 2**20, "a limit"))
         else:
             card = Window.card
             monkeypatch.setattr(Window, "card", lambda window: doctor(window, card(window)))
@@ -180,6 +174,35 @@ def test_where_one_rank_has_no_window_none_has(ranks: Ranks, case: str, monkeypa
         assert (got == group.size * (group.size - 1) / 2).all()
     with pytest.raises(commlab.UsageError, match=f"rank {group.rank}: algorithm window is not to be had: {message}"):
         commlab.allreduce(torch.ones(5), algorithm="window", group=group)
+    group.close()
+
+
+def test_memory_that_is_gone_when_it_is_needed(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The staging area is made by the first large operation. Where that has no memory it is refused on all ranks, and
+    nothing was moved; small ones go on, and so do large ones once there is memory again."""
+    group = ranks.world.subgroup(range(ranks.size))
+    assert group is not None
+    open_window(group)
+    large = torch.full((50_000,), float(group.rank))
+    rows, got = torch.full((group.size * 20_000,), float(group.rank)), torch.empty(group.size * 20_000)
+    with monkeypatch.context() as patched:
+        if group.rank == 1:
+
+            def full(fd: int, offset: int, size_bytes: int) -> None:
+                raise OSError(28, os.strerror(28))
+
+            patched.setattr(os, "posix_fallocate", full)
+        for call in (
+            lambda: commlab.allreduce(large, "sum", group=group),
+            lambda: commlab.alltoall(got, rows, group=group),
+        ):
+            with pytest.raises(commlab.RefusedError, match=r"rank 1.*no 4 MiB of shared memory for segment 0"):
+                call()
+        assert (large == group.rank).all()
+        assert commlab.allreduce(torch.ones(5), "sum", group=group)[0] == group.size
+    assert (commlab.allreduce(large, "sum", group=group) == group.size * (group.size - 1) / 2).all()
+    commlab.alltoall(got, rows, group=group)
+    assert got.view(group.size, -1)[:, -1].tolist() == list(range(group.size))
     group.close()
 
 
