@@ -64,7 +64,7 @@ def test_kubernetes_takes_them() -> None:
     for item in (service, job, *templates):
         kubernetes_validate.validate(item, "1.37", strict=True)
     # The check sees something.
-    for change in ({"completionMode": "Indexed", "completion": 2}, {"parallelism": "two"}, {"template": None}):
+    for change in ({"completionMode": "Indexed", "completion": 2}, {"parallelism": "two"}, {"template": {"spec": {}}}):
         with pytest.raises(kubernetes_validate.ValidationError):
             kubernetes_validate.validate({**job, "spec": {**job["spec"], **change}}, "1.37", strict=True)
 
