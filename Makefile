@@ -34,13 +34,13 @@ PIP_IN     := $(PIP) install --quiet --constraint constraints.txt
 TORCH      := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 BUILD      := scikit-build-core nanobind cmake ninja
 LINT       := ruff mypy clang-format
-EXAMPLES   := scikit-learn accelerate
+EXAMPLES   := scikit-learn accelerate 'ray[train]' kubernetes-validate
 DOCS       := mkdocs mkdocs-material mkdocstrings-python ruff
 NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
 CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-serial test-mpi examples horovod horovod-tests lint format native docs wheel \
+.PHONY: help venv train test test-serial test-mpi test-slurm examples horovod horovod-tests lint format native docs wheel \
   wheel-check fuzz-links stress-links clean distclean
 .DELETE_ON_ERROR:
 
@@ -62,8 +62,11 @@ test-serial: venv ## the tests that need no mpirun
 test-mpi: venv ## the tests that run on 8 ranks
 	python tests/mpi/launch.py $(RANKS) $(PYTEST_ARGS)
 
-examples: $(VENV)/.examples venv ## run every script of docs/examples
-	python -m pytest tests/test_examples.py --examples $(PYTEST_ARGS)
+test-slurm: venv ## docs/launch/slurm.sbatch under a real Slurm of two nodes (root; installs Debian's packages)
+	python tests/helpers/slurm.py && python -m pytest tests/test_slurm.py --slurm $(PYTEST_ARGS) || test $$? = 77
+
+examples: $(VENV)/.examples venv ## run every script of docs/examples, and check Kubernetes' manifests
+	python -m pytest tests/test_examples.py tests/test_kubernetes.py --examples $(PYTEST_ARGS)
 
 horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's cache), for strategy horovod
 	python -m bench.horovod_build $(ARGS)

@@ -20,6 +20,7 @@ from .errors import AgreedError, NotFiniteError, UsageError
 from .job.launch import detect, end_job
 from .trainer.build import compiled, device_of, make_optimizer
 from .trainer.config import Config
+from .trainer.preemption import EXIT_CODE, Preemption, listening
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"commlab: {error}", file=sys.stderr)
         return 2
     try:
-        return train(config, started_s)
+        with listening(bool(config.checkpoint_every)) as preemption:
+            return train(config, started_s, preemption)
     except (AgreedError, NotFiniteError) as error:
         # All ranks in lockstep have it; without lockstep one worker may be the only one.
         if launch.rank == 0 or not config.lockstep:
@@ -71,9 +73,9 @@ def prepare_streams() -> None:
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def train(config: Config, started_s: float) -> int:
+def train(config: Config, started_s: float, preemption: Preemption) -> int:
     """Train one model on all ranks; returns the exit code. ``started_s``: when the process began, by
-    ``time.perf_counter()``. Collective."""
+    ``time.perf_counter()``; ``preemption``: whether this rank is warned of the job's end. Collective."""
     from .runtime import world
     from .runtime.control import gather_int, raise_together
     from .trainer.outputs import Outputs, save_somewhere
@@ -122,7 +124,7 @@ def train(config: Config, started_s: float) -> int:
     engine = strategy(config.strategy, model, optimizer, group, **vars(config.options))
     if engine.role == "server":  # strategy() has returned because all workers are done
         end(config, group)
-        return 0
+        return EXIT_CODE if preemption.warned else 0
     everyone, group, model = group, engine.group, engine.model
     sampler = raise_together(
         group,
@@ -144,6 +146,14 @@ def train(config: Config, started_s: float) -> int:
     raise_together(group, lambda: outputs.require_room(model_bytes, total_steps) if outputs else None)
     cursor = {**sampler.state_dict(0), "text": corpus.digest(), **config.shaping()}
     start_step = resume(config, group, checkpoints, cursor, total_steps)
+
+    def leave() -> None:
+        engine.close(state=False)
+        checkpoints.close()
+        end(config, everyone)
+        if outputs is not None:
+            outputs.close()
+
     report.opening(corpus.summary(), threads, why, len(blocks), start_step, checkpoints.refused)
 
     for step, rank in engine.turns(start_step, total_steps):
@@ -170,13 +180,17 @@ def train(config: Config, started_s: float) -> int:
         with report.phase("step"):
             updated = engine.step()
             engine.zero_grad()
-        report.step_ends(batch, losses.cpu(), total, float(optimizer.param_groups[0]["lr"]))
+        report.step_ends(batch, losses.cpu(), total, float(optimizer.param_groups[0]["lr"]), preemption.warned)
         if updated and engine.averages:
             schedule.step()
-        if config.checkpoint_every and (batch.step + 1) % config.checkpoint_every == 0:
+        if config.checkpoint_every and ((batch.step + 1) % config.checkpoint_every == 0 or report.preempted):
             begun_s = time.perf_counter()
             path = checkpoints.save(batch.step + 1, {**cursor, **sampler.state_dict(batch.step + 1)})
             report.saved(batch.step + 1, path, time.perf_counter() - begun_s)
+            if report.preempted:
+                report.leaving(batch.step + 1)
+                leave()
+                return EXIT_CODE
         if config.eval_every and (batch.step + 1) % config.eval_every == 0 and batch.step + 1 < total_steps:
             engine.settle()
             report.evaluated(batch.step + 1, held_out_bits(config, group, bare_model, held_out))
@@ -198,11 +212,7 @@ def train(config: Config, started_s: float) -> int:
                 report.sampled(generate(bare_model, corpus, config.sample, seed=config.seed, limit_s=config.sample_s))
     report.closing(folder)
     code = 2 if any(gather_int(group, bool(trouble or report.trouble), "what could not be written")) else 0
-    engine.close(state=False)
-    checkpoints.close()
-    end(config, everyone)
-    if outputs is not None:
-        outputs.close()
+    leave()
     return code
 
 

@@ -15,6 +15,7 @@ pytest.register_assert_rewrite(*(helper.stem for helper in (Path(__file__).paren
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--examples", action="store_true", help="run every script of docs/examples, the slow ones too")
+    parser.addoption("--slurm", action="store_true", help="run the script for Slurm under a real one")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,8 +27,12 @@ def every_example(request: pytest.FixtureRequest) -> None:
 
 
 def run(name: str, *arguments: str, ranks: int = 2) -> Job:
+    return run_alone(name, *arguments, launcher=mpirun(ranks))
+
+
+def run_alone(name: str, *arguments: str, launcher: Sequence[str] = (sys.executable,)) -> Job:
     """Without a warning, as a user would see it."""
-    command = [*mpirun(ranks), "-W", "error::UserWarning:commlab", str(EXAMPLES / f"{name}.py"), *arguments]
+    command = [*launcher, "-W", "error::UserWarning:commlab", str(EXAMPLES / f"{name}.py"), *arguments]
     return finish(
         subprocess.Popen(
             command,
@@ -52,9 +58,10 @@ def test_an_example_is_short_and_says_how_to_run_it(name: str) -> None:
     code = [line for line in text.splitlines() if line.strip()]
     words = ast.get_docstring(ast.parse(text)) or ""
     assert len(code) - len(words.splitlines()) <= 80, f"{len(code)} lines"
-    assert re.search(rf"mpirun -n [23] python docs/examples/{name}\.py", words) and "What it shows:" in words
+    assert re.search(rf"(mpirun -n [23] |^ +)python docs/examples/{name}\.py", words, re.M)
+    assert "What it shows:" in words
     assert f"(examples/{name}.py)" in (EXAMPLES.parent / "examples.md").read_text()
-    assert re.search(rf"\b(run|killed)\(\"{name}\"", Path(__file__).read_text()), "no test runs it"
+    assert re.search(rf"\b(run|run_alone|killed)\(\"{name}\"", Path(__file__).read_text()), "no test runs it"
 
 
 def test_gan() -> None:
@@ -108,3 +115,14 @@ def test_finetune() -> None:
     [(first, last)] = found(r"^2 ranks over commlab: loss (\S+), then (\S+)$", job)
     assert float(last) < float(first) < 8 * 0.6932 + 0.1
     assert "all ranks have the same parameters: True" in job.output
+
+
+@pytest.mark.usefixtures("every_example")
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'ray[train]'")
+def test_ray_workers() -> None:
+    """Issue 17.4: Ray's workers have one window, or name the backend; either way the loss is that of one process."""
+    job = run_alone("ray_workers")
+    ways = found(r"^2 workers of Ray, (.*): loss (\S+)$", job)
+    assert [way for way, _ in ways] == ["strategy dps, a window", "DDP over commlab"], job.output
+    [[alone]] = found(r"^one process: loss (\S+)$", job)
+    assert [float(loss) for _, loss in ways] == pytest.approx([float(alone)] * 2, rel=1e-4)

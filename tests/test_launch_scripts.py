@@ -1,4 +1,7 @@
-"""The scripts of docs/launch do what they say: run with launchers that only tell what they were given."""
+"""The scripts of docs/launch do what they say: run with launchers that only tell what they were given.
+
+test_slurm.py runs the one for Slurm under a real Slurm.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ import pytest
 from commlab.trainer.config import Config
 
 LAUNCH = Path(__file__).parents[1] / "docs" / "launch"
-SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.name != "hosts")
+SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 TELLS = f"""#!{sys.executable}
 import json, os, sys
 print(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]), flush=True)
@@ -86,9 +90,12 @@ def test_what_the_launchers_are_given(environment: dict[str, str]) -> None:
     assert Config.from_argv(slurm[slurm.index("-m") + 2 :]).threads == 3
 
 
-def test_it_queues_itself_again(environment: dict[str, str], tmp_path: Path) -> None:
-    """Slurm tells the script, not the ranks, that time is nearly up."""
-    (tmp_path / "srun").write_text(TELLS + "import time\ntime.sleep(60)\n")
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (138, True), (0, False)])
+def test_it_queues_itself_again(environment: dict[str, str], tmp_path: Path, code: int, requeued: bool) -> None:
+    """Slurm tells the script that time is nearly up, and the script the ranks. When they have ended, with a checkpoint
+    or without, the job goes into the queue, unless training was done."""
+    answers = f"import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit({code}))\n"
+    (tmp_path / "srun").write_text(TELLS.replace("print", answers + "print", 1) + "time.sleep(60)\n")
     process = subprocess.Popen(
         ["bash", str(LAUNCH / "slurm.sbatch")],
         env=environment,
@@ -101,10 +108,12 @@ def test_it_queues_itself_again(environment: dict[str, str], tmp_path: Path) -> 
     try:
         assert json.loads(process.stdout.readline())[0] == "srun"
         process.send_signal(signal.SIGUSR1)
-        assert json.loads(process.stdout.readline()) == ["scontrol", "requeue", "77"]
-        process.wait(30)
+        assert process.wait(30) == code
+        calls = [json.loads(line) for line in process.stdout]
+        assert calls == ([["scontrol", "requeue", "77"]] if requeued else [])
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
         process.stdout.close()
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from commlab.train import main
+from commlab.trainer.report import Report
 
 MODEL = {"model_type": "gpt2", "vocab_size": 256, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
 STEPS = 6
@@ -197,3 +199,28 @@ def test_an_evaluation_without_a_byte_is_refused(capsys: pytest.CaptureFixture[s
     Path("text.txt").write_text("abcdefghijklmnopqrstuvwxyz")
     assert run("--output", "o", *short) == 2
     assert "is too short: 26 bytes make 26 tokens to train on and 2 held out" in capsys.readouterr().err
+
+
+def test_a_warned_run_saves_and_goes_on_later(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Issue 17.4: SIGUSR1, by which schedulers say that the time is nearly up. The exit code asks to be started
+    again."""
+    assert run("--output", "whole") == 0
+    whole = rows()
+    Path("m.jsonl").unlink()
+
+    def phase(self: Report, name: str, _phase: Any = Report.phase) -> Any:
+        if name == "backward" and self._steps_done == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return _phase(self, name)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "phase", phase)
+        assert run("--output", "parts", "--checkpoint-every", "100") == 75
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert "SIGUSR1: the run ends after step 4, which is saved; --resume goes on" in capsys.readouterr().out
+    assert not Path("parts/model.safetensors").exists()
+    assert run("--output", "parts", "--checkpoint-every", "100", "--resume") == 0
+    assert "resume: from step 4 in parts/checkpoints" in capsys.readouterr().out
+    assert rows() == whole
+    assert weights("parts") == weights("whole")

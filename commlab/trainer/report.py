@@ -36,8 +36,8 @@ class _Step(NamedTuple):
 
     batch: Batch
     values: Handle | None
-    """The sum over ranks of the loss and of each rank's seconds of computation, on its way; None where ranks are not in
-    lockstep."""
+    """The sums over ranks of the loss, of warnings and of each rank's seconds of computation, on their way; None where
+    ranks are not in lockstep."""
     row: dict[str, Any]
     """The step's line of metrics."""
     counts: bool
@@ -67,6 +67,8 @@ class Report:
         """Whether memory is measured in this step: the largest tensors exist once an optimizer step was made."""
         self._memory_bytes = 0
         """The most memory that was measured on this rank."""
+        self.preempted = False
+        """Whether a rank had been warned of the job's end when it ended the step before; equal on all ranks."""
 
     def _print(self, text: str) -> None:
         if self._on_rank_0:
@@ -176,8 +178,9 @@ class Report:
         if self._measures_memory:
             self._memory_bytes = max(self._memory_bytes, memory_bytes())
 
-    def step_ends(self, batch: Batch, losses: torch.Tensor, total: int, lr: float) -> None:
-        """Take in a step. ``losses``: the sum of this rank's token losses; ``total``: the tokens of all ranks.
+    def step_ends(self, batch: Batch, losses: torch.Tensor, total: int, lr: float, warned: bool = False) -> None:
+        """Take in a step. ``losses``: the sum of this rank's token losses; ``total``: the tokens of all ranks;
+        ``warned``: whether this rank has been warned that the job will end.
 
         The mean loss over all ranks, and how long each rank has computed, are known and shown one step later: no rank
         waits for them.
@@ -220,8 +223,8 @@ class Report:
         if len(self.group.nodes) > 1:
             row["interface_bytes_sent"] = interface_bytes_sent() - self._interface_bytes_before
         self._finish_step()
-        values = torch.zeros(1 + self.group.size, dtype=torch.float64, device="cpu")
-        values[0], values[1 + self.group.rank] = losses / total, forward_s + backward_s
+        values = torch.zeros(2 + self.group.size, dtype=torch.float64, device="cpu")
+        values[0], values[1], values[2 + self.group.rank] = losses / total, warned, forward_s + backward_s
         # Ranks that are not in lockstep wait for no other rank's values: rank 0 shows its own loss.
         handle = allreduce_async(values, "sum", "loss", group=self.group) if self.engine.averages else None
         self._last_step = _Step(batch, handle, {**row, "loss": float(values[0])}, counts)
@@ -237,7 +240,8 @@ class Report:
         batch, values, row, counts = self._last_step
         self._last_step = None
         if values is not None:
-            row["loss"], *compute_s = values.wait().tolist()
+            row["loss"], warnings, *compute_s = values.wait().tolist()
+            self.preempted = self.preempted or warnings > 0
             if not self._exchanges_by_library:
                 row["slowest_compute_s"] = max(compute_s)
                 row["slowest_rank"] = compute_s.index(max(compute_s))
@@ -281,6 +285,12 @@ class Report:
         self._finish_step()
         self._write({"step": step, "checkpoint_s": took_s})
         self._print(f"checkpoint {path} ({took_s:.2f} s)")
+
+    def leaving(self, step: int) -> None:
+        """Show that the run ends because a rank was warned, with a checkpoint after ``step`` steps."""
+        self._display.close()
+        self._print(f"SIGUSR1: the run ends after step {step}, which is saved; --resume goes on")
+        self._metrics.close()
 
     def evaluated(self, step: int, bits: float) -> None:
         """Show ``bits``, the held-out bits per byte after ``step`` steps."""
