@@ -34,14 +34,14 @@ PIP_IN     := $(PIP) install --quiet --constraint constraints.txt
 TORCH      := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 BUILD      := scikit-build-core nanobind cmake ninja
 LINT       := ruff mypy clang-format
-EXAMPLES   := scikit-learn accelerate
+EXAMPLES   := scikit-learn accelerate datasets
 DOCS       := mkdocs mkdocs-material mkdocstrings-python ruff
 NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
 CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-serial test-mpi examples horovod horovod-tests lint format native docs wheel \
-  wheel-check fuzz-links stress-links clean distclean
+.PHONY: help venv train test test-serial test-mpi test-mpis examples horovod horovod-tests lint format native docs \
+  wheel wheel-check fuzz-links stress-links clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -62,8 +62,11 @@ test-serial: venv ## the tests that need no mpirun
 test-mpi: venv ## the tests that run on 8 ranks
 	python tests/mpi/launch.py $(RANKS) $(PYTEST_ARGS)
 
-examples: $(VENV)/.examples venv ## run every script of docs/examples
-	python -m pytest tests/test_examples.py --examples $(PYTEST_ARGS)
+test-mpis: venv ## what differs between MPIs, on Open MPI and Intel MPI: a tenth of the tests; ARGS=impi for one
+	python .ci/mpis.py $(ARGS)
+
+examples: $(VENV)/.examples venv ## run every script of docs/examples, and the tests that need their packages
+	python -m pytest tests/test_examples.py tests/trainer/data/test_formats.py --examples $(PYTEST_ARGS)
 
 horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's cache), for strategy horovod
 	python -m bench.horovod_build $(ARGS)
