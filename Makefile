@@ -34,14 +34,14 @@ PIP_IN     := $(PIP) install --quiet --constraint constraints.txt
 TORCH      := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 BUILD      := scikit-build-core nanobind cmake ninja
 LINT       := ruff mypy clang-format
-EXAMPLES   := scikit-learn accelerate 'ray[train]' kubernetes-validate
+EXAMPLES   := scikit-learn accelerate datasets 'ray[train]' kubernetes-validate
 DOCS       := mkdocs mkdocs-material mkdocstrings-python ruff
 NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
 CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-serial test-mpi test-slurm examples horovod horovod-tests lint format native docs wheel \
-  wheel-check fuzz-links stress-links clean distclean
+.PHONY: help venv train test test-serial test-mpi test-mpis test-slurm examples horovod horovod-tests lint format native \
+  docs wheel wheel-check fuzz-links stress-links clean distclean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -65,8 +65,11 @@ test-mpi: venv ## the tests that run on 8 ranks
 test-slurm: venv ## docs/launch/slurm.sbatch under a real Slurm of two nodes (root; installs Debian's packages)
 	python tests/helpers/slurm.py && python -m pytest tests/test_slurm.py --slurm $(PYTEST_ARGS) || test $$? = 77
 
-examples: $(VENV)/.examples venv ## run every script of docs/examples, and check Kubernetes' manifests
-	python -m pytest tests/test_examples.py tests/test_kubernetes.py --examples $(PYTEST_ARGS)
+test-mpis: venv ## what differs between MPIs, on Open MPI and Intel MPI: a tenth of the tests; ARGS=impi for one
+	python .ci/mpis.py $(ARGS)
+
+examples: $(VENV)/.examples venv ## run every script of docs/examples, the tests that need their packages, and check Kubernetes' manifests
+	python -m pytest tests/test_examples.py tests/test_kubernetes.py tests/trainer/data/test_formats.py --examples $(PYTEST_ARGS)
 
 horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's cache), for strategy horovod
 	python -m bench.horovod_build $(ARGS)

