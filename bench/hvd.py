@@ -1,7 +1,7 @@
 """``mpirun -n P python -m bench.hvd``: Horovod's API on commlab against Horovod, where that is built.
 
 Each side is up only while it is measured, because Horovod's thread takes time from all else in its process; the sides
-take turns, as often as there are rounds. Three tables: allreduce in place by size; what a computation loses to an
+follow each other in every round. Three tables: allreduce in place by size; what a computation loses to an
 ``hvd.init()`` that nobody uses; a step of a small convolutional net under DistributedOptimizer, in images per second.
 Horovod is built by ``python -m bench.horovod_build``; without it commlab's rows stand alone.
 """
@@ -42,7 +42,7 @@ Samples = dict[str, list[float]]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=sizes, default="4B,64KB,1MB,100MB", metavar="LIST", help="of allreduce")
-    parser.add_argument("--rounds", type=count, default=9, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=9, help="rounds of each side (default: %(default)s)")
     parser.add_argument("--batch", type=count, default=16, help="images of a rank's step (default: %(default)s)")
 
 
@@ -67,18 +67,18 @@ def sides(ranks: Ranks) -> tuple[dict[str, Any], str]:
     return found, missing
 
 
-class Turns:
+class Rounds:
     """The sides of a benchmark, one of them up at a time."""
 
     def __init__(self, session: Session, found: dict[str, Any]):
-        self.ranks, self.rounds, self.found = session.ranks, session.options.rounds, found
+        self.ranks, self.count, self.found = session.ranks, session.options.rounds, found
 
     def take(self, what: str, body: Callable[[str, Any], None]) -> None:
         """``body(name, hvd)`` for each side, so often as there are rounds, and once more to begin with."""
         show = progress_line(self.ranks, what)
-        for round_ in range(-1, self.rounds):
+        for round_ in range(-1, self.count):
             for name, hvd in self.found.items():
-                show(f"round {max(0, round_) + 1} of {self.rounds}: {name}")
+                show(f"round {max(0, round_) + 1} of {self.count}: {name}")
                 hvd.init()
                 try:
                     body(name if round_ >= 0 else "", hvd)
@@ -119,11 +119,11 @@ def record(op: str, name: str, samples: Samples, wrong: int, ranks: Ranks, **mor
     return found
 
 
-def allreduce(turns: Turns, size_bytes: int) -> Section:
-    numel, size = max(1, size_bytes // 4), turns.ranks.size
+def allreduce(rounds: Rounds, size_bytes: int) -> Section:
+    numel, size = max(1, size_bytes // 4), rounds.ranks.size
     whole = torch.empty(numel)
-    samples: Samples = {name: [] for name in turns.found}
-    wrong = dict.fromkeys(turns.found, 0)
+    samples: Samples = {name: [] for name in rounds.found}
+    wrong = dict.fromkeys(rounds.found, 0)
 
     def body(name: str, hvd: Any) -> None:
         def work() -> None:
@@ -131,15 +131,15 @@ def allreduce(turns: Turns, size_bytes: int) -> Section:
 
         whole.fill_(1.0)
         work()
-        differs = int(turns.ranks.total([float((whole != size).any())])[0])
+        differs = int(rounds.ranks.total([float((whole != size).any())])[0])
         whole.zero_()
-        spent_s = turns.seconds(work)
+        spent_s = rounds.seconds(work)
         if name:
             wrong[name] += differs
             samples[name].append(spent_s)
 
-    turns.take(f"allreduce {format_bytes(4 * numel)}", body)
-    found = [record("allreduce", name, samples, wrong[name], turns.ranks, bytes=4 * numel) for name in samples]
+    rounds.take(f"allreduce {format_bytes(4 * numel)}", body)
+    found = [record("allreduce", name, samples, wrong[name], rounds.ranks, bytes=4 * numel) for name in samples]
     cells = [
         [
             each["contestant"],
@@ -153,14 +153,14 @@ def allreduce(turns: Turns, size_bytes: int) -> Section:
     return Section(f"{title}\n{table.render(HEAD, cells)}\n", found)
 
 
-def idle(turns: Turns) -> Section:
+def idle(rounds: Rounds) -> Section:
     """A product of matrices, in every rank, while nobody uses what is up."""
     left, right = torch.ones(384, 384), torch.ones(384, 384)
     out = torch.empty(384, 384)
-    samples: Samples = {"nothing": [], **{name: [] for name in turns.found}}
+    samples: Samples = {"nothing": [], **{name: [] for name in rounds.found}}
 
     def body(name: str, hvd: Any) -> None:
-        spent_s = turns.seconds(lambda: torch.mm(left, right, out=out))
+        spent_s = rounds.seconds(lambda: torch.mm(left, right, out=out))
         if name:
             samples[name].append(spent_s)
 
@@ -172,19 +172,19 @@ def idle(turns: Turns) -> Section:
 
         shutdown = init
 
-    turns.found = {"nothing": Nothing, **turns.found}
+    rounds.found = {"nothing": Nothing, **rounds.found}
     try:
-        turns.take("an idle init()", body)
+        rounds.take("an idle init()", body)
     finally:
-        del turns.found["nothing"]
+        del rounds.found["nothing"]
     found, cells = [], []
     for name in samples:
-        # Of turns that follow each other: what else runs on the machine changes more slowly.
+        # Of measurements that follow each other: what else runs on the machine changes more slowly.
         pairs = zip(samples[name], samples["nothing"], strict=True)
         loss = median(with_s / without_s for with_s, without_s in pairs) - 1
-        found.append(record("idle init", name, samples, 0, turns.ranks, loses=round(loss, 4)))
+        found.append(record("idle init", name, samples, 0, rounds.ranks, loses=round(loss, 4)))
         cells.append([name, f"{median(samples[name]) * 1e3:.2f}", "" if name == "nothing" else f"{100 * loss:.1f} %"])
-    title = f"a product of matrices beside an idle hvd.init(), {turns.ranks.size} ranks"
+    title = f"a product of matrices beside an idle hvd.init(), {rounds.ranks.size} ranks"
     return Section(f"{title}\n{table.render(IDLE_HEAD, cells)}\n", found)
 
 
@@ -197,11 +197,11 @@ def small_net() -> nn.Module:
     )
 
 
-def images(turns: Turns, batch: int) -> Section:
+def images(rounds: Rounds, batch: int) -> Section:
     """Horovod's synthetic benchmark: random images, the same again in every step."""
-    samples: Samples = {name: [] for name in turns.found}
-    wrong = dict.fromkeys(turns.found, 0)
-    generator = torch.Generator().manual_seed(turns.ranks.rank)
+    samples: Samples = {name: [] for name in rounds.found}
+    wrong = dict.fromkeys(rounds.found, 0)
+    generator = torch.Generator().manual_seed(rounds.ranks.rank)
     data = torch.randn(batch, *_IMAGE, generator=generator)
     labels = torch.randint(0, 10, (batch,), generator=generator)
 
@@ -217,22 +217,22 @@ def images(turns: Turns, batch: int) -> Section:
             nn.functional.cross_entropy(net(data), labels).backward()
             optimizer.step()
 
-        spent_s = turns.seconds(work)
+        spent_s = rounds.seconds(work)
         digest = float(sum(p.detach().double().sum() for p in net.parameters()))
-        differs = turns.ranks.maximum([digest])[0] != -turns.ranks.maximum([-digest])[0]
+        differs = rounds.ranks.maximum([digest])[0] != -rounds.ranks.maximum([-digest])[0]
         if name:
             wrong[name] += int(differs)
             samples[name].append(spent_s)
 
-    turns.take("a step of a small net", body)
+    rounds.take("a step of a small net", body)
     found, cells = [], []
     for name in samples:
-        each = record("step", name, samples, wrong[name], turns.ranks, images=batch)
-        rate = batch * turns.ranks.size / (each["p50_us"] / 1e6)
+        each = record("step", name, samples, wrong[name], rounds.ranks, images=batch)
+        rate = batch * rounds.ranks.size / (each["p50_us"] / 1e6)
         each["images_per_s"] = round(rate, 1)
         found.append(each)
         cells.append([name, f"{rate:.0f}", str(each["wrong"]), format_ratio(each.get("ratio_horovod"))])
-    title = f"DistributedOptimizer, a small convolutional net, {batch} images a rank, {turns.ranks.size} ranks"
+    title = f"DistributedOptimizer, a small convolutional net, {batch} images a rank, {rounds.ranks.size} ranks"
     return Section(f"{title}\n{table.render(STEP_HEAD, cells)}\n", found)
 
 
@@ -240,11 +240,11 @@ def measure(session: Session) -> Iterator[Section]:
     found, missing = sides(session.ranks)
     if missing:
         yield Section(missing)
-    turns = Turns(session, found)
+    rounds = Rounds(session, found)
     for size_bytes in session.options.sizes:
-        yield allreduce(turns, size_bytes)
-    yield idle(turns)
-    yield images(turns, session.options.batch)
+        yield allreduce(rounds, size_bytes)
+    yield idle(rounds)
+    yield images(rounds, session.options.batch)
 
 
 PROGRAM = RankProgram(

@@ -58,6 +58,7 @@ BENCH_COMMANDS = {
         "compare",
         "fuzz",
         "horovod_build",
+        "hvd",
         "overlap",
         "pack",
         "precision",

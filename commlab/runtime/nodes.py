@@ -67,7 +67,7 @@ class _Arrival:
 
     def silence(self, idle_s: float) -> str:
         peers = list(self._wait.peers())
-        return silence_of(self._group.rank, peers, "rank ", idle_s, _OPENING) if peers else ""
+        return silence_of(self._group.rank, peers, "rank", idle_s, _OPENING) if peers else ""
 
 
 def _arrived(group: Group, window: Window) -> None:
