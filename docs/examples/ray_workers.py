@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 
 import ray
 import torch
-from ray.train import RunConfig, ScalingConfig, report
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,7 +42,7 @@ def batches() -> list[Tensor]:
     return [torch.randperm(400, generator=order)[:BATCH] for _ in range(STEPS)]
 
 
-def with_an_engine() -> None:
+def with_an_engine(config: dict[str, str]) -> None:
     group = commlab.init(transport="torch")
     model, optimizer, inputs, targets = prepare()
     engine = commlab.strategy("dps", model, optimizer, max_grad_norm=1.0)
@@ -52,13 +53,15 @@ def with_an_engine() -> None:
         engine.step()
         engine.zero_grad()
     engine.settle()
-    loss = F.mse_loss(model(inputs), targets).item()
-    report({"loss": loss, "how": f"strategy dps, {'a' if group.window else 'no'} window"})
+    if group.rank == 0:
+        loss = F.mse_loss(model(inputs), targets).item()
+        window = "a window" if group.window else "no window"
+        Path(config["found"]).write_text(f"strategy dps, {window}: loss {loss:.6f}")
     engine.close()
     commlab.shutdown()
 
 
-def with_ddp() -> None:
+def with_ddp(config: dict[str, str]) -> None:
     bare, optimizer, inputs, targets = prepare()
     model = prepare_model(bare, move_to_device=False)
     rank = ray.train.get_context().get_world_rank()
@@ -68,8 +71,9 @@ def with_ddp() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    loss = F.mse_loss(bare(inputs), targets).item()
-    report({"loss": loss, "how": f"DDP over {torch.distributed.get_backend()}"})
+    if rank == 0:
+        loss = F.mse_loss(bare(inputs), targets).item()
+        Path(config["found"]).write_text(f"DDP over {torch.distributed.get_backend()}: loss {loss:.6f}")
 
 
 def one_process() -> float:
@@ -87,9 +91,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Any] = {"scaling_config": ScalingConfig(num_workers=WORKERS)}
         common["run_config"] = RunConfig(storage_path=folder)
+        common["train_loop_config"] = {"found": f"{folder}/found"}
         for loop, config in ((with_an_engine, TorchConfig()), (with_ddp, TorchConfig(backend="commlab"))):
-            metrics = TorchTrainer(loop, torch_config=config, **common).fit().metrics
-            print(f"{WORKERS} workers of Ray, {metrics['how']}: loss {metrics['loss']:.6f}")
+            TorchTrainer(loop, torch_config=config, **common).fit()
+            print(f"{WORKERS} workers of Ray, {Path(folder, 'found').read_text()}")
     print(f"one process: loss {one_process():.6f}")
     ray.shutdown()
 
