@@ -14,6 +14,9 @@ from ..errors import UsageError
 from .bucket import Bucket
 from .parameters import NamedParameter
 
+POLL_EVERY_S = 100e-6
+"""Small layers have hooks more often, and a look at what is under way costs some of that time."""
+
 
 class Waitable(Protocol):
     """The exchange of a bucket, under way."""
@@ -71,6 +74,8 @@ class GradientBuckets:
         self._keep_gradients = keep_gradients
         self._finite = True
         self._next = 0
+        self._poll_at_s = 0.0
+        """When operations under way are next to be moved on."""
         self._packed: deque[Bucket] = deque()
         """Buckets that are packed and not launched yet: their copies to the host are under way."""
         self._step_scale: float | None = None
@@ -115,9 +120,14 @@ class GradientBuckets:
             if not self.overlap:
                 return
             started_s = time.perf_counter()
+            leaves = bucket.index == self._next and not bucket.waiting
+            if not leaves and not self._packed and started_s < self._poll_at_s:
+                return
             self._launch_ready()
             self._poll()
-            self.launch_s += time.perf_counter() - started_s
+            stopped_s = time.perf_counter()
+            self._poll_at_s = stopped_s + POLL_EVERY_S
+            self.launch_s += stopped_s - started_s
 
         return on_gradient
 

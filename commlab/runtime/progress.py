@@ -182,6 +182,8 @@ class Progress:
 
     def poll(self) -> None:
         """Move on without waiting."""
+        if not self._queue and self._thread is None:
+            return
         if self._lock.acquire(blocking=False):
             try:
                 self._advance()

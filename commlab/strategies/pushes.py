@@ -1,17 +1,25 @@
-"""The pushes of a step where the node is the unit: each bucket is reduced in the node's memory, then its shards travel.
+"""The pushes of a step where the node is the unit: buckets are reduced in the node's memory, then their shards travel.
 
     all ranks     agree that a step's gradients begin to leave                            one small exchange for a step
     node          local rank l reduces shard l out of its node's memories                 (window)
     across        the ranks with local rank l allreduce shard l, all l at a time          (any algorithm)
 
-A bucket's second half begins when its first has ended, and overlaps the first half of the next bucket: each level has a
-queue of its own, in the order of the buckets on all ranks. Nothing leaves before all ranks are known to be in backward,
-so that a rank that does something else instead is named on all of them, and nobody waits for it.
+The ranks of a node meet once for all buckets that each of them has packed by then, not once for each bucket: every rank
+says with its arrival how many it has, and the least of these numbers is what all of them reduce. Where nothing computes
+between the buckets, or a rank waits for a slower one, a step has one such meeting. A bucket's second half begins when
+its first has ended, and overlaps the first half of the next ones: each level has a queue of its own, in the order of
+the buckets on all ranks. Nothing leaves before all ranks are known to be in backward, so that a rank that does
+something else instead is named on all of them, and nobody waits for it.
+
+A meeting has no end of its own: a rank may go on while others still read its buckets. Their memory is written again
+when the next step packs, and by then all ranks have met once more (:meth:`Pushes.settle`).
 """
 
 from __future__ import annotations
 
+import struct
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -19,30 +27,52 @@ import torch
 
 from ..chunks import Range
 from ..collectives.allreduce import allreduce_async
-from ..collectives.halves import reduce_chunks_async
 from ..errors import CommlabError
 from ..gradients.bucket import Bucket
-from ..native.dtypes import WIRES
+from ..native.dtypes import HALVES, WIRES
 from ..runtime.agreement import Signature
+from ..runtime.control import exchange_records
 from ..runtime.ending import HARMLESS
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..schedules.step import NodeStep
+from ..transport.base import Pending
+from ..window import loops
+from ..window.area import NOWHERE, Place
+from ..window.exchange import Attachment
 
 _WIRE_OF: Final = {dtype: name for name, dtype in WIRES.items()}
+
+
+class _Shard:
+    """This rank's shard of a bucket: how it is reduced out of the memory of all ranks of the node. ``places``: of each
+    local rank, where its bucket lies."""
+
+    def __init__(self, node: Group, bucket: Bucket, own: Range, places: Sequence[Place]):
+        self._node, self._bucket, self._own, self._places = node, bucket, own, places
+        flat = bucket.flat
+        self.signature = Signature(
+            "reduce_scatter", tuple(flat.shape), flat.dtype, bucket.name, "mean, and what follows"
+        )
+
+    def reduce(self) -> torch.Tensor:
+        """The shard of the node's mean: a view of the bucket, or for 16 bits fp32 sums that were never rounded."""
+        window, flat, own = self._node.window, self._bucket.flat, self._own
+        assert window is not None
+        shard = flat[own.start : own.stop]
+        if flat.dtype in HALVES:
+            shard = torch.empty(own.numel, dtype=torch.float32, device="cpu")
+        self._node.account(loops.reduce_at(window, self._places, flat.dtype, own, shard, self._node.size))
+        return shard
 
 
 class Push:
     """A bucket on its way: a :class:`commlab.gradients.hooks.Waitable`."""
 
-    def __init__(self, step: _StepPushes, bucket: Bucket, chunks: tuple[Range, ...]):
-        self._step, self._bucket, self._chunks = step, bucket, chunks
-        self._reduction: Handle | None = None
-        """In the node."""
+    def __init__(self, step: _StepPushes, bucket: Bucket):
+        self._step, self.bucket = step, bucket
         self._exchange: Handle | None = None
         """With the other nodes."""
-        self._failed: Exception | None = None
-        self._lock = threading.Lock()
 
     @property
     def result(self) -> torch.Tensor:
@@ -55,47 +85,22 @@ class Push:
     def wait(self, timeout_s: float | None = None) -> torch.Tensor:
         """Return :attr:`result` once it is there; raise what went wrong."""
         self._step.reduce_all(timeout_s)
-        if self._exchange is None:
-            assert self._failed is not None
-            raise self._failed
+        assert self._exchange is not None
         found: torch.Tensor = self._exchange.wait(timeout_s)
         self._step.pushes.count()
         return found
 
-    def begin(self) -> None:
-        """All ranks are known to push."""
-        bucket, node = self._bucket, self._step.pushes.node
-        self._reduction = reduce_chunks_async(bucket.flat, self._chunks, "mean", bucket.name, group=node)
-        self._reduction.when_finished(self._reduced)
+    def exchange(self, shard: torch.Tensor) -> None:
+        """The node's part is done: let the other nodes have ``shard``."""
+        pushes, wire = self._step.pushes, _WIRE_OF.get(self.bucket.dtype)
+        self._exchange = allreduce_async(shard, "mean", self.bucket.name, pushes.algorithm, wire, pushes.across)
 
-    def reduce(self, timeout_s: float | None) -> None:
-        """Wait for the node's part, and let the other nodes have it."""
-        assert self._reduction is not None
-        try:
-            self._reduction.wait(timeout_s)
-        except HARMLESS:
-            self._reduced(self._reduction)
-            if self._exchange is not None:
-                with suppress(CommlabError):  # the other nodes must hear of it before this rank goes its way
-                    self._exchange.wait(timeout_s)
-            raise
-        self._reduced(self._reduction)
-
-    def _reduced(self, reduction: Handle) -> None:
-        with self._lock:  # another thread may end the reduction that this one waits for
-            if self._exchange is not None or self._failed is not None:
-                return
-            pushes, wire, error = self._step.pushes, _WIRE_OF.get(self._bucket.dtype), reduction.error
-            try:
-                if isinstance(error, HARMLESS):
-                    # The other nodes wait for this one, and have not seen what went wrong here.
-                    self._exchange = pushes.across.refuse("allreduce", self._bucket.name, error)
-                elif error is None:
-                    self._exchange = allreduce_async(
-                        reduction.result, "mean", self._bucket.name, pushes.algorithm, wire, pushes.across
-                    )
-            except Exception as error:  # for whoever waits, and not for whoever has moved the reduction on
-                self._failed = error
+    def refuse(self, error: Exception, timeout_s: float | None) -> None:
+        """The other nodes wait for this one, and have not seen what went wrong here: tell them."""
+        if self._exchange is None:
+            self._exchange = self._step.pushes.across.refuse("allreduce", self.bucket.name, error)
+        with suppress(CommlabError):  # they must hear of it before this rank goes its way
+            self._exchange.wait(timeout_s)
 
 
 class _StepPushes:
@@ -104,11 +109,13 @@ class _StepPushes:
     def __init__(self, pushes: Pushes, gate: Handle):
         self.pushes, self._gate = pushes, gate
         self._made: list[Push] = []
-        self._begun = 0
-        """So many of them have begun."""
+        self._reduced = 0
+        """So many of them have gone through the node's memory, and are on their way to the other nodes."""
+        self._meeting: Handle | None = None
+        """Of the ranks of the node, for the pushes from there on."""
         self._failed: Exception | None = None
-        self._lock = threading.Lock()
-        gate.when_finished(self._opened)
+        self._lock = threading.RLock()  # a meeting may end while it is being submitted
+        gate.when_finished(lambda _: self._go_on())
 
     @property
     def count(self) -> int:
@@ -119,30 +126,59 @@ class _StepPushes:
         with self._lock:
             self._made.append(push)
             if self._gate.finished:
-                self._begin()
+                self._go_on()
 
-    def _opened(self, _: Handle) -> None:
+    def _go_on(self) -> None:
+        """Meet the ranks of the node for what this rank has made since they last met."""
         with self._lock:
-            self._begin()
+            while self._gate.error is None and self._failed is None and self._reduced < len(self._made):
+                if self._meeting is not None and not self._meeting.finished:
+                    return
+                try:
+                    if self._meeting is None:
+                        signature = self.pushes.shards[self._reduced].signature
+                        self._meeting = self.pushes.node.submit(signature, self._meet(), attached=self._attach)
+                        self._meeting.when_finished(lambda _: self._go_on())
+                    elif self._meeting.error is not None:
+                        return  # for whoever waits
+                    else:
+                        self._meeting = None
+                except Exception as error:  # for whoever waits, and not for whoever has moved the gate on
+                    self._failed = error
 
-    def _begin(self) -> None:
-        if self._gate.error is not None:
-            return
-        while self._begun < len(self._made) and self._failed is None:
-            try:
-                self._made[self._begun].begin()
-            except Exception as error:  # for whoever waits, and not for whoever has moved the gate on
-                self._failed = error
-            self._begun += 1
+    def _attach(self) -> Attachment:
+        return Attachment(NOWHERE, len(self._made))
+
+    def _meet(self) -> Pending:
+        """Reduce what all ranks of the node have packed, and send it on."""
+        window = self.pushes.node.window
+        assert window is not None
+        packed = min(count for _, count in window.sync.places())
+        try:
+            while self._reduced < packed:
+                push, shard = self._made[self._reduced], self.pushes.shards[self._reduced]
+                push.exchange(shard.reduce())
+                self._reduced += 1
+        except Exception as error:  # of the other level, whose end does not end this one
+            self._failed = error
+        yield from ()  # there is nothing to wait for
 
     def reduce_all(self, timeout_s: float | None) -> None:
         """Wait until all pushes have gone through the node's memory: what other nodes wait for comes first."""
-        self._gate.wait(timeout_s)
-        self._opened(self._gate)  # another thread may have ended the gate, and not come to this yet
-        if self._failed is not None:
-            raise self._failed
-        for push in self._made:
-            push.reduce(timeout_s)
+        if self._reduced < len(self._made):
+            self._gate.wait(timeout_s)
+        while self._reduced < len(self._made):
+            self._go_on()  # another thread may have ended the gate or a meeting, and not come to this yet
+            if self._failed is not None:
+                raise self._failed
+            meeting = self._meeting
+            if meeting is None:
+                continue
+            try:
+                meeting.wait(timeout_s)
+            except HARMLESS as error:
+                self._made[self._reduced].refuse(error, timeout_s)
+                raise
 
 
 class Pushes:
@@ -151,8 +187,11 @@ class Pushes:
 
     def __init__(self, group: Group, node: Group, across: Group, algorithm: str):
         self.group, self.node, self.across, self.algorithm = group, node, across, algorithm
+        self.shards: list[_Shard] = []
+        """This rank's shards of the buckets, in their order."""
         self._step: _StepPushes | None = None
-        self._buckets = 0
+        self._settled = True
+        """Whether no rank reads any bucket."""
         self._given_up = False
         """Whether the last step was not pushed to its end."""
         self._counted = dict.fromkeys((node, across), (0, 0, 0, 0))
@@ -169,13 +208,40 @@ class Pushes:
                 self.group.messages_sent += messages
                 self.group.account(NodeStep("push", read, written))
 
-    def plan(self, buckets: int) -> None:
-        """From the next step on there are so many buckets."""
+    def plan(self, buckets: Sequence[Bucket], chunks: Sequence[Sequence[Range]]) -> None:
+        """From the next step on there are these buckets; ``chunks``: the shards of each, one for each local rank.
+        Collective."""
         self._look_back()
-        self._step, self._buckets = None, buckets
+        node, window = self.node, self.node.window
+        assert window is not None
+        own = [window.locate(bucket.flat) or Place(NOWHERE, 0) for bucket in buckets]
+        packed = b"".join(struct.pack("<QQ", *place) for place in own)
+        rows = [list(struct.iter_unpack("<QQ", row)) for row in exchange_records(node, packed, "places of the buckets")]
+        self._step, self.shards = (
+            None,
+            [
+                _Shard(node, bucket, shards[node.rank], [Place(*row[at]) for row in rows])
+                for at, (bucket, shards) in enumerate(zip(buckets, chunks, strict=True))
+            ],
+        )
+
+    def settle(self) -> None:
+        """Before gradients are packed: wait until no rank reads what the last step has packed. Where that step was made
+        to its end, all ranks have met since (:meth:`met`), and nothing is to be done. Collective. DisagreementError
+        where this rank has given the last step up, and others have not."""
+        self._look_back()
+        settled, self._step, self._settled = self._settled, None, True
+        if self._given_up:
+            self._tell_given_up()
+        elif not settled:
+            self.group.barrier()
+
+    def met(self) -> None:
+        """All ranks of the node have met after they had waited for their pushes."""
+        self._settled = True
 
     def _look_back(self) -> None:
-        self._given_up |= self._step is not None and self._step.count < self._buckets
+        self._given_up |= self._step is not None and self._step.count < len(self.shards)
 
     def _tell_given_up(self) -> None:
         """Ranks that have not given up the last step still wait for the rest of it, and are told in its place.
@@ -191,16 +257,13 @@ class Pushes:
         if errors:
             raise errors[0]
 
-    def launch(self, bucket: Bucket, chunks: tuple[Range, ...]) -> Push:
-        """Start to push a packed bucket; ``chunks``: the shards, one for each local rank. Collective, in the order of
-        the buckets, which begins anew in each step."""
-        if self._step is None or bucket.index == 0:
-            self._look_back()
-            if self._given_up:
-                self._tell_given_up()
+    def launch(self, bucket: Bucket) -> Push:
+        """Start to push a packed bucket. Collective, in the order of the buckets, which begins anew with
+        :meth:`settle`."""
+        if self._step is None:
             flat = bucket.flat
             signature = Signature("reduce_scatter", tuple(flat.shape), flat.dtype, bucket.name, "mean, nodes first")
-            self._step = _StepPushes(self, self.group.submit(signature))
-        push = Push(self._step, bucket, chunks)
+            self._step, self._settled = _StepPushes(self, self.group.submit(signature)), False
+        push = Push(self._step, bucket)
         self._step.add(push)
         return push

@@ -92,10 +92,10 @@ class Sharded(Strategy):
         """Cut what is trained into buckets and chunks, and move parameters into flat buffers."""
         training, group, holders = self.training, self.training.group, self.training.holders
         self.buckets = start_buckets(training, self.launch, keep_gradients=False)
-        if self._pushes is not None:
-            self._pushes.plan(len(self.buckets.buckets))
         self._chunks = [self.owners(bucket.numel, holders.size) for bucket in self.buckets.buckets]
         """Of each bucket: who owns what."""
+        if self._pushes is not None:
+            self._pushes.plan(self.buckets.buckets, self._chunks)
         self._owned: list[list[Owned]] = [
             owned(bucket, chunks[holders.rank])
             for bucket, chunks in zip(self.buckets.buckets, self._chunks, strict=True)
@@ -159,10 +159,15 @@ class Sharded(Strategy):
 
     # A step.
 
+    def backward(self, loss: torch.Tensor | None, retain_graph: bool) -> None:
+        if self._pushes is not None and self.buckets.syncing:
+            self._pushes.settle()
+        super().backward(loss, retain_graph)
+
     def launch(self, bucket: Bucket) -> Waitable:
         training, chunks = self.training, self._chunks[bucket.index]
         if self._pushes is not None:
-            return self._pushes.launch(bucket, chunks)
+            return self._pushes.launch(bucket)
         squares = bucket.squares if training.wants_norm else None
         return reduce_chunks_async(
             bucket.flat,
@@ -299,6 +304,8 @@ class Sharded(Strategy):
         group, algorithm = self.training.group, self.training.options.algorithm
         if self.training.in_window:
             self.training.holders.barrier()
+            if self._pushes is not None:
+                self._pushes.met()
             return
         pulls = [
             gather_chunks_async(each.host, chunks, f"parameters of bucket {index}", algorithm, group=group)

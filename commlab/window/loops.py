@@ -195,6 +195,17 @@ def reduce_chunks(
         return NodeStep("reduce through blocks", size_bytes - own_bytes + read_bytes, size_bytes)
 
 
+def reduce_at(
+    window: Window, places: Sequence[Place], dtype: torch.dtype, own: Range, into: torch.Tensor, divisor: float
+) -> NodeStep:
+    """Add up the range ``own`` of all ranks' data, numbers of ``dtype`` at ``places``, divide, and write the result to
+    ``into``, all at once: every rank's data are there, and stay until the ranks meet again."""
+    if own.numel:
+        with trace.span("window reduce", "window"):
+            _gather_reduce(window, places, own, dtype, "sum", divisor, (into.data_ptr(),), into.dtype, None)
+    return NodeStep("reduce", own.numel * dtype.itemsize * window.size, own.numel * into.element_size())
+
+
 def gather_chunks(window: Window, flat: torch.Tensor, chunks: Sequence[Range]) -> Loop:
     """Copy every rank's chunk into this rank's ``flat``."""
     assert built is not None

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commlab.errors import UsageError
+from commlab.gradients import hooks
 from commlab.gradients.bucket import Bucket, plan, usual_bytes
 from commlab.gradients.hooks import GradientBuckets
 from commlab.gradients.parameters import NamedParameter, named_parameters
@@ -134,7 +135,8 @@ def forward(layers: list[torch.nn.Module], log: Log) -> torch.Tensor:
     return hidden.sum()
 
 
-def test_a_bucket_leaves_during_backward_as_soon_as_it_is_complete() -> None:
+def test_a_bucket_leaves_during_backward_as_soon_as_it_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "POLL_EVERY_S", 0.0)
     model = chain()
     log = Log(model, LINEAR_BYTES)
     forward(list(model), log).backward()
@@ -151,6 +153,16 @@ def test_a_bucket_leaves_during_backward_as_soon_as_it_is_complete() -> None:
     assert log.events.count("poll") == 8, "operations under way move on with every gradient"
     log.buckets.flush()
     assert len(log.launched()) == 8, "nothing is left to launch"
+
+
+def test_gradients_that_follow_close_upon_each_other_move_operations_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a bucket that leaves always does."""
+    monkeypatch.setattr(hooks, "POLL_EVERY_S", 60.0)
+    model = chain()
+    log = Log(model, LINEAR_BYTES)
+    forward(list(model), log).backward()
+    assert log.launched()[1::2] == ["bucket 0", "bucket 1", "bucket 2", "bucket 3"]
+    assert log.events.count("poll") == 5, "the first gradient, and the four that complete a bucket"
 
 
 def test_without_overlap_all_leave_after_backward_in_the_same_order() -> None:
