@@ -51,7 +51,7 @@ def connect(options: argparse.Namespace) -> commlab.Group:
     return commlab.init()
 
 
-def sides(ranks: Ranks) -> tuple[dict[str, Any], str]:
+def both_sides(ranks: Ranks) -> tuple[dict[str, Any], str]:
     """The modules that all ranks can import, by side, and why one is missing. Collective."""
     found, missing = {}, ""
     for name, module in SIDES.items():
@@ -67,7 +67,7 @@ def sides(ranks: Ranks) -> tuple[dict[str, Any], str]:
     return found, missing
 
 
-class Rounds:
+class Alternation:
     """The sides of a benchmark, one of them up at a time."""
 
     def __init__(self, session: Session, found: dict[str, Any]):
@@ -119,11 +119,11 @@ def record(op: str, name: str, samples: Samples, wrong: int, ranks: Ranks, **mor
     return found
 
 
-def allreduce(rounds: Rounds, size_bytes: int) -> Section:
-    numel, size = max(1, size_bytes // 4), rounds.ranks.size
+def allreduce(alternation: Alternation, size_bytes: int) -> Section:
+    numel, size = max(1, size_bytes // 4), alternation.ranks.size
     whole = torch.empty(numel)
-    samples: Samples = {name: [] for name in rounds.found}
-    wrong = dict.fromkeys(rounds.found, 0)
+    samples: Samples = {name: [] for name in alternation.found}
+    wrong = dict.fromkeys(alternation.found, 0)
 
     def body(name: str, hvd: Any) -> None:
         def work() -> None:
@@ -131,15 +131,15 @@ def allreduce(rounds: Rounds, size_bytes: int) -> Section:
 
         whole.fill_(1.0)
         work()
-        differs = int(rounds.ranks.total([float((whole != size).any())])[0])
+        differs = int(alternation.ranks.total([float((whole != size).any())])[0])
         whole.zero_()
-        spent_s = rounds.seconds(work)
+        spent_s = alternation.seconds(work)
         if name:
             wrong[name] += differs
             samples[name].append(spent_s)
 
-    rounds.take(f"allreduce {format_bytes(4 * numel)}", body)
-    found = [record("allreduce", name, samples, wrong[name], rounds.ranks, bytes=4 * numel) for name in samples]
+    alternation.take(f"allreduce {format_bytes(4 * numel)}", body)
+    found = [record("allreduce", name, samples, wrong[name], alternation.ranks, bytes=4 * numel) for name in samples]
     cells = [
         [
             each["contestant"],
@@ -153,14 +153,14 @@ def allreduce(rounds: Rounds, size_bytes: int) -> Section:
     return Section(f"{title}\n{table.render(HEAD, cells)}\n", found)
 
 
-def idle(rounds: Rounds) -> Section:
+def idle(alternation: Alternation) -> Section:
     """A product of matrices, in every rank, while nobody uses what is up."""
     left, right = torch.ones(384, 384), torch.ones(384, 384)
     out = torch.empty(384, 384)
-    samples: Samples = {"nothing": [], **{name: [] for name in rounds.found}}
+    samples: Samples = {"nothing": [], **{name: [] for name in alternation.found}}
 
     def body(name: str, hvd: Any) -> None:
-        spent_s = rounds.seconds(lambda: torch.mm(left, right, out=out))
+        spent_s = alternation.seconds(lambda: torch.mm(left, right, out=out))
         if name:
             samples[name].append(spent_s)
 
@@ -172,19 +172,19 @@ def idle(rounds: Rounds) -> Section:
 
         shutdown = init
 
-    rounds.found = {"nothing": Nothing, **rounds.found}
+    alternation.found = {"nothing": Nothing, **alternation.found}
     try:
-        rounds.take("an idle init()", body)
+        alternation.take("an idle init()", body)
     finally:
-        del rounds.found["nothing"]
+        del alternation.found["nothing"]
     found, cells = [], []
     for name in samples:
         # Of measurements that follow each other: what else runs on the machine changes more slowly.
         pairs = zip(samples[name], samples["nothing"], strict=True)
         loss = median(with_s / without_s for with_s, without_s in pairs) - 1
-        found.append(record("idle init", name, samples, 0, rounds.ranks, loses=round(loss, 4)))
+        found.append(record("idle init", name, samples, 0, alternation.ranks, loses=round(loss, 4)))
         cells.append([name, f"{median(samples[name]) * 1e3:.2f}", "" if name == "nothing" else f"{100 * loss:.1f} %"])
-    title = f"a product of matrices beside an idle hvd.init(), {rounds.ranks.size} ranks"
+    title = f"a product of matrices beside an idle hvd.init(), {alternation.ranks.size} ranks"
     return Section(f"{title}\n{table.render(IDLE_HEAD, cells)}\n", found)
 
 
@@ -197,11 +197,11 @@ def small_net() -> nn.Module:
     )
 
 
-def images(rounds: Rounds, batch: int) -> Section:
+def images(alternation: Alternation, batch: int) -> Section:
     """Horovod's synthetic benchmark: random images, the same again in every step."""
-    samples: Samples = {name: [] for name in rounds.found}
-    wrong = dict.fromkeys(rounds.found, 0)
-    generator = torch.Generator().manual_seed(rounds.ranks.rank)
+    samples: Samples = {name: [] for name in alternation.found}
+    wrong = dict.fromkeys(alternation.found, 0)
+    generator = torch.Generator().manual_seed(alternation.ranks.rank)
     data = torch.randn(batch, *_IMAGE, generator=generator)
     labels = torch.randint(0, 10, (batch,), generator=generator)
 
@@ -217,34 +217,34 @@ def images(rounds: Rounds, batch: int) -> Section:
             nn.functional.cross_entropy(net(data), labels).backward()
             optimizer.step()
 
-        spent_s = rounds.seconds(work)
+        spent_s = alternation.seconds(work)
         digest = float(sum(p.detach().double().sum() for p in net.parameters()))
-        differs = rounds.ranks.maximum([digest])[0] != -rounds.ranks.maximum([-digest])[0]
+        differs = alternation.ranks.maximum([digest])[0] != -alternation.ranks.maximum([-digest])[0]
         if name:
             wrong[name] += int(differs)
             samples[name].append(spent_s)
 
-    rounds.take("a step of a small net", body)
+    alternation.take("a step of a small net", body)
     found, cells = [], []
     for name in samples:
-        each = record("step", name, samples, wrong[name], rounds.ranks, images=batch)
-        rate = batch * rounds.ranks.size / (each["p50_us"] / 1e6)
+        each = record("step", name, samples, wrong[name], alternation.ranks, images=batch)
+        rate = batch * alternation.ranks.size / (each["p50_us"] / 1e6)
         each["images_per_s"] = round(rate, 1)
         found.append(each)
         cells.append([name, f"{rate:.0f}", str(each["wrong"]), format_ratio(each.get("ratio_horovod"))])
-    title = f"DistributedOptimizer, a small convolutional net, {batch} images a rank, {rounds.ranks.size} ranks"
+    title = f"DistributedOptimizer, a small convolutional net, {batch} images a rank, {alternation.ranks.size} ranks"
     return Section(f"{title}\n{table.render(STEP_HEAD, cells)}\n", found)
 
 
 def measure(session: Session) -> Iterator[Section]:
-    found, missing = sides(session.ranks)
+    found, missing = both_sides(session.ranks)
     if missing:
         yield Section(missing)
-    rounds = Rounds(session, found)
+    alternation = Alternation(session, found)
     for size_bytes in session.options.sizes:
-        yield allreduce(rounds, size_bytes)
-    yield idle(rounds)
-    yield images(rounds, session.options.batch)
+        yield allreduce(alternation, size_bytes)
+    yield idle(alternation)
+    yield images(alternation, session.options.batch)
 
 
 PROGRAM = RankProgram(
