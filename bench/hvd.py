@@ -51,7 +51,7 @@ def connect(options: argparse.Namespace) -> commlab.Group:
     return commlab.init()
 
 
-def both_sides(ranks: Ranks) -> tuple[dict[str, Any], str]:
+def importable(ranks: Ranks) -> tuple[dict[str, Any], str]:
     """The modules that all ranks can import, by side, and why one is missing. Collective."""
     found, missing = {}, ""
     for name, module in SIDES.items():
@@ -237,7 +237,7 @@ def images(alternation: Alternation, batch: int) -> Section:
 
 
 def measure(session: Session) -> Iterator[Section]:
-    found, missing = both_sides(session.ranks)
+    found, missing = importable(session.ranks)
     if missing:
         yield Section(missing)
     alternation = Alternation(session, found)
