@@ -3,8 +3,9 @@
 Gradients that are there already are packed, exchanged and clipped, the optimizer (fused AdamW) updates, and every rank
 has the new parameters. commlab's strategies, by their public calls, against DDP, Horovod, and gloo with everything by
 hand at its best: one allreduce of one flat buffer that needs no packing, torch's clip_grad_norm_, fused AdamW. What
-autograd costs to hand over gradients that nobody computes (a few 100 us) is in the time of all but gloo. Horovod's
-thread wakes in everybody's steps: give it a launch with ``dps`` alone.
+autograd costs to hand over gradients that nobody computes (a few 100 us) is in the time of all but gloo. CPU and
+switches (threads that went to sleep) are those of all ranks in one step, medians: where ranks share cores, they tell
+more than the time. Horovod's thread wakes in everybody's steps: give it a launch with ``dps`` alone.
 
 Memory: the model four to five times per rank and contestant. Where that is too much, name one contestant a launch and
 alternate the launches.
@@ -14,15 +15,18 @@ from __future__ import annotations
 
 import argparse
 import random
+import resource
 import sys
 import time
 from collections.abc import Iterator
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 import commlab
+from commlab.runtime.links import LINKS
 from commlab.strategies.options import KNOWN
 from commlab.trainer.model import build_model, describe_model
 
@@ -43,7 +47,7 @@ from .core.ranks import Ranks, share_cores
 from .core.results import Record
 from .core.stats import format_ratio, ratio
 
-HEAD = ("contestant", "p50 ms", "wrong", "/ best peer")
+HEAD = ("contestant", "p50 ms", "CPU ms", "switches", "wrong", "/ best peer")
 STRATEGIES = ("dps", "dps-node", "dps-job", "allreduce", "ps", "ddp", "horovod")
 """dps-node and dps-job: with ``shard`` of that name, to be compared in one launch."""
 PEERS = ("gloo", "ddp", "horovod")
@@ -61,7 +65,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard", choices=KNOWN["shard"], default="auto", help="of dps, on several nodes (default: %(default)s)"
     )
+    parser.add_argument(
+        "--links", choices=LINKS, default="auto", help="what joins several nodes (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=count, default=7, help="steps of each, interleaved (default: %(default)s)")
+
+
+class Spent(NamedTuple):
+    """What this process has taken of the cores so far: all its threads, user and system."""
+
+    cpu_s: float
+    switches: float
+    """How often a thread has gone to sleep: to wait for a peer, or for another thread."""
+
+    @classmethod
+    def now(cls) -> Spent:
+        return cls(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw)
 
 
 class Stepper:
@@ -70,6 +89,8 @@ class Stepper:
     def __init__(self, known: KnownGradients):
         self.known, self.model, self.reference = known, Parameters(known.shapes), Reference(known)
         self.samples_s: list[float] = []
+        self.spent: list[Spent] = []
+        """What each step took of all ranks' cores."""
         self.wrong = 0
 
     def fill(self) -> None:
@@ -143,7 +164,7 @@ def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
 
 def connect(options: argparse.Namespace) -> commlab.Group:
     share_cores()
-    return commlab.init()
+    return commlab.init(links=options.links)
 
 
 def measure(session: Session) -> Iterator[Section]:
@@ -167,11 +188,16 @@ def measure(session: Session) -> Iterator[Section]:
             stepper = steppers[name]
             stepper.fill()
             ranks.barrier()
-            started_s = time.perf_counter()
+            before, started_s = Spent.now(), time.perf_counter()
             norm = stepper.step()
-            spent_s = ranks.maximum([time.perf_counter() - started_s])[0]
+            own_s, after = time.perf_counter() - started_s, Spent.now()
+            # Whoever is done sleeps: a rank that spins in a barrier would take a core from those that are not.
+            ranks.rest()
+            spent_s = ranks.maximum([own_s])[0]
+            spent = Spent(*ranks.total([now - then for now, then in zip(after, before, strict=True)]))
             if round_ >= 0:  # the first makes what is made on first use
                 stepper.samples_s.append(spent_s)
+                stepper.spent.append(spent)
             stepper.check(norm)
     show("")
     for stepper in steppers.values():
@@ -199,6 +225,8 @@ def records(steppers: dict[str, Stepper], ranks: Ranks, model: str, numel: int) 
             "kind": "peer" if kind in PEERS else "commlab",
             "wire": wire or None,
             "p50_us": round(median(stepper.samples_s) * 1e6, 1),
+            "cpu_us": round(median(spent.cpu_s for spent in stepper.spent) * 1e6, 1),
+            "switches": median(spent.switches for spent in stepper.spent),
             "wrong": stepper.wrong,
             "rounds": len(stepper.samples_s),
             "samples_us": [round(sample * 1e6, 1) for sample in stepper.samples_s],
@@ -212,7 +240,14 @@ def records(steppers: dict[str, Stepper], ranks: Ranks, model: str, numel: int) 
 
 def cells(record: Record) -> tuple[str, ...]:
     compared = f"{format_ratio(record['ratio_best_peer'])} {record['best_peer']}" if "best_peer" in record else ""
-    return record["contestant"], f"{record['p50_us'] / 1e3:.1f}", str(record["wrong"]), compared
+    return (
+        record["contestant"],
+        f"{record['p50_us'] / 1e3:.1f}",
+        f"{record['cpu_us'] / 1e3:.1f}",
+        f"{record['switches']:.0f}",
+        str(record["wrong"]),
+        compared,
+    )
 
 
 PROGRAM = RankProgram("bench.step", __doc__, arguments, measure, connect, formatter=AsWritten)

@@ -135,6 +135,7 @@ void register_window(nb::module_& m) {
       .def(
           "wait", [](NodeSync& self, double timeout_us) { return self.wait(timeout_us); },
           nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("look_us", &NodeSync::look_us)
       .def("agreed", &agreed)
       .def("inline_address",
            [](const NodeSync& self, std::size_t rank) {

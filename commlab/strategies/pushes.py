@@ -45,11 +45,11 @@ _WIRE_OF: Final = {dtype: name for name, dtype in WIRES.items()}
 
 
 class _Shard:
-    """This rank's shard of a bucket: how it is reduced out of the memory of all ranks of the node. ``packed``: of each
+    """This rank's shard of a bucket: how it is reduced out of the memory of all ranks of the node. ``sources``: of each
     local rank, where its bucket lies."""
 
-    def __init__(self, node: Group, bucket: Bucket, own: Range, packed: Sequence[Place]):
-        self._node, self._bucket, self._own, self._packed = node, bucket, own, packed
+    def __init__(self, node: Group, bucket: Bucket, own: Range, sources: Sequence[Place]):
+        self._node, self._bucket, self._own, self._sources = node, bucket, own, sources
         flat = bucket.flat
         self.signature = Signature(
             "reduce_scatter", tuple(flat.shape), flat.dtype, bucket.name, "mean, and what follows"
@@ -62,7 +62,7 @@ class _Shard:
         shard = flat[own.start : own.stop]
         if flat.dtype in HALVES:
             shard = torch.empty(own.numel, dtype=torch.float32, device="cpu")
-        self._node.account(loops.reduce_at(window, self._packed, flat.dtype, own, shard, self._node.size))
+        self._node.account(loops.reduce_at(window, self._sources, flat.dtype, own, shard, self._node.size))
         return shard
 
 

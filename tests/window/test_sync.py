@@ -185,6 +185,24 @@ def test_a_wait_ends_in_time_and_names_the_lowest_late_rank(node: Any, spin_us: 
     assert [sync.wait(0.0) for sync in syncs] == [-1] * 4
 
 
+def test_waits_that_a_look_does_not_see_the_end_of_look_less(node: Any) -> None:
+    """A look of 2 ms in vain is 2 ms of a core that others may want, also where nobody can count them (hosts that are
+    containers of one machine). Asleep at once stays asleep at once."""
+    ranks = node(2)
+    sync, peer = ranks.sync(0, 2000.0), ranks.sync(1)
+    assert sync.look_us == 2000.0 and peer.look_us == 0.0
+    sync.arrive()
+    looks_us = []
+    for _ in range(12):
+        assert sync.wait(2500.0) == 1
+        looks_us.append(sync.look_us)
+    assert looks_us[-1] == 20.0 and looks_us == sorted(looks_us, reverse=True)
+    peer.arrive()
+    assert sync.wait(0.0) == -1
+    peer.arrive()
+    assert peer.wait(100.0) == 0 and peer.look_us == 0.0
+
+
 def test_a_killed_sleeper_leaves_nothing_held(node: Any) -> None:
     """It is counted as asleep for ever, and the others meet all the same; only it is late."""
     ranks = node(3)
