@@ -32,23 +32,27 @@ class Presence:
     """This rank has come, until :meth:`close`."""
 
     def __init__(self, launch: Launch):
-        self._launch, self._parent = launch, launch_process(launch)
+        self._parent = launch_process(launch)
+        # Open MPI may number a host's ranks in another order than the job's: where both counts are the same, only the
+        # job's numbers are the ones that users know.
+        self._all_here = launch.local_size == launch.size
+        self._number = launch.rank if self._all_here else launch.local_rank
+        self._numbers = launch.local_size
         self._socket: socket.socket | None = None
         with suppress(OSError, AttributeError):
             own = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            own.bind(f"\0{self.name(launch.local_rank)}")
+            own.bind(f"\0{self.name(self._number)}")
             self._socket = own
 
-    def name(self, local_rank: int) -> str:
-        return f"commlab-init-{os.getuid()}-{self._parent}-{local_rank}"
+    def name(self, number: int) -> str:
+        return f"commlab-init-{os.getuid()}-{self._parent}-{number}"
 
     def peers(self) -> list[tuple[str, str]]:
         """(socket name, words for messages) of the other ranks of this host. A rank is named by its number in the job
         where all ranks are on this host, else by its number on the host."""
-        launch = self._launch
-        word = "rank" if launch.local_size == launch.size else "local rank"
-        others = (local_rank for local_rank in range(launch.local_size) if local_rank != launch.local_rank)
-        return [(self.name(local_rank), f"{word} {local_rank}") for local_rank in others]
+        word = "rank" if self._all_here else "local rank"
+        others = (number for number in range(self._numbers) if number != self._number)
+        return [(self.name(number), f"{word} {number}") for number in others]
 
     def missing(self) -> list[str]:
         """The ranks of this host that have not come."""

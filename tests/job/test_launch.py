@@ -12,6 +12,7 @@ import pytest
 import commlab
 from commlab.errors import UsageError
 from commlab.job.launch import Launch, detect
+from commlab.job.presence import Presence
 
 OPENMPI = {
     "OMPI_COMM_WORLD_RANK": "5",
@@ -210,3 +211,17 @@ def test_importing_commlab_imports_nothing_heavy() -> None:
     assert set(commlab.__all__) <= set(dir(commlab))
     with pytest.raises(AttributeError, match="no attribute 'allreduze'"):
         _ = commlab.allreduze
+
+
+def test_who_has_not_come_is_named_by_the_job_s_number() -> None:
+    """Issue 17, row 5: Open MPI numbers the ranks of a host in another order than the job's."""
+    here = [Launch("openmpi", rank, 3, local_rank, 3) for rank, local_rank in ((0, 0), (1, 2), (2, 1))]
+    come = [Presence(here[rank]) for rank in (0, 2)]
+    try:
+        assert [presence.missing() for presence in come] == [["rank 1"], ["rank 1"]]
+    finally:
+        for presence in come:
+            presence.close()
+    of_two_hosts = Presence(Launch("openmpi", 5, 6, 1, 3))
+    assert of_two_hosts.missing() == ["local rank 0", "local rank 2"]
+    of_two_hosts.close()
