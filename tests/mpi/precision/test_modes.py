@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,92 +14,25 @@ import numpy as np
 import pytest
 import torch
 import training
+from lessons import STEPS, taught
 from mpi_ranks import Ranks
 from mpi_strategies import OURS
 from mpi_windows import close_all, few_ranks, window_group
 
 import commlab
-from commlab import apex
-from commlab.chunks import split
-from commlab.precision.loss_scale import LossScale
 from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
-from commlab.strategies.engine import Engine
 from commlab.trainer.data.batches import Blocks
 from commlab.trainer.data.corpus import load_corpus
 from commlab.trainer.model import build_model, loss_sum
 
-ALONE = "Horovod's thread stays: it takes part in what MPI does until the process ends"
-
-STEPS, SAMPLES, WIDTH, SEQ_LEN = 20, 24, 12, 32
+SEQ_LEN = 32
 
 
 @pytest.fixture(scope="module", autouse=True)
 def close_groups() -> Iterator[None]:
     yield
     close_all()
-
-
-def learner() -> torch.nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        return torch.nn.Sequential(
-            torch.nn.Linear(WIDTH, 32), torch.nn.LayerNorm(32), torch.nn.GELU(), torch.nn.Linear(32, 4)
-        )
-
-
-def lesson(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs, and targets that can be learned from them."""
-    inputs = torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(step))
-    return inputs, torch.stack([inputs[:, :3].sum(1), inputs[:, 3], inputs[:, 4] * 2, inputs[:, 5:7].mean(1)], 1)
-
-
-Tamper = Callable[[torch.Tensor, int], torch.Tensor]
-
-
-def taught(
-    strategy: str,
-    group: Group,
-    skip: int | None = None,
-    tamper: Tamper = lambda loss, step: loss,
-    scale: float = 2.0**10,
-    growth_interval: int = 2000,
-    optimizer: str = "AdamW",
-    **options: Any,
-) -> tuple[Engine, list[float], list[bytes], list[bool]]:
-    """The engine, each step's loss over all ranks, the parameters' digests, and whether there was an update.
-
-    ``skip``: a step that is not taken at all, as if it had overflowed. ``tamper(loss, step)`` on this rank's loss.
-    """
-    model = learner()
-    made = getattr(torch.optim, optimizer)(model.parameters(), lr=0.02)
-    engine = commlab.strategy(strategy, model, made, group, **options)
-    loss_scale = engine.precision.loss_scale
-    if loss_scale is not None:
-        loss_scale.value, loss_scale.growth_interval = scale, growth_interval
-    losses, digests, updates = [], [], []
-    for step in range(STEPS):
-        inputs, targets = lesson(step)
-        own = split(SAMPLES, group.size)[group.rank]
-        with engine.autocast():
-            got = engine.model(inputs[own.start : own.stop])
-            loss = (got.float() - targets[own.start : own.stop]).square().sum()
-        losses.append(float(loss.detach()))
-        if step == skip:
-            assert loss_scale is not None
-            loss_scale.update(True)
-            updates.append(False)
-        else:
-            engine.backward(tamper(loss, step), own.numel, SAMPLES)
-            updates.append(engine.step())
-            engine.zero_grad()
-        digests.append(training.digest(model))
-    engine.close()
-    rows = gather_bytes(group, torch.tensor(losses).numpy().tobytes(), "losses")
-    total = torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0) / SAMPLES
-    same = gather_bytes(group, b"".join(digests), "digests")
-    assert len(set(same)) == 1, "ranks have different parameters"
-    return engine, total.tolist(), digests, updates
 
 
 @cache
@@ -237,55 +170,3 @@ def test_gpt2_with_autocast_follows_fp32(ranks: Ranks, strategy: str, precision:
         for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
             assert abs(mine - theirs) <= 0.02 * theirs, f"step {step}: {mine:.4f}, in fp32 {theirs:.4f}"
         assert got != wanted
-
-
-def test_horovod_in_16_bits(ranks: Ranks) -> None:
-    """On all ranks of the launch: follows fp32 on both wires, and an inf on one rank skips the step on all."""
-    pytest.importorskip("horovod.torch")
-    group = ranks.world
-    _, wanted, _, _ = taught("horovod", group)
-    for precision, wire in (("bf16", None), ("fp16", None), ("fp16", "fp16")):
-        engine, got, _, updates = taught("horovod", group, precision=precision, autocast="on", wire=wire)
-        assert all(updates) and engine.precision.casts
-        for step, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
-            assert abs(mine - theirs) <= 0.02 * theirs, f"step {step}: {mine:.4f}, in fp32 {theirs:.4f}"
-
-    def tamper(loss: torch.Tensor, step: int) -> torch.Tensor:
-        return loss * math.inf if step == 7 and group.rank == 3 else loss
-
-    options: dict[str, Any] = {"precision": "fp16", "autocast": "off", "max_grad_norm": 1.0}
-    hurt, _, digests, updates = taught("horovod", group, tamper=tamper, **options)
-    _, _, flagged, _ = taught("horovod", group, skip=7, **options)
-    assert updates == [step != 7 for step in range(STEPS)] and hurt.skipped_steps == 1
-    assert digests == flagged
-
-
-def test_horovod_with_apex(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the stand-in for Apex: the same as ``allreduce`` with it, to the rounding of Horovod's fp16 sums."""
-    pytest.importorskip("horovod.torch")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "tests/helpers/fake_apex"))
-    monkeypatch.setattr(apex, "_sees_gpu", lambda: True)
-
-    def curve(strategy: str) -> list[float]:
-        model = learner()
-        optimizer = apex.fused_adam(model.parameters(), lr=0.02)
-        # Low, because Horovod adds in fp16 before it divides: sums overflow where means do not.
-        low = LossScale(value=16.0)
-        engine = commlab.strategy(strategy, model, optimizer, ranks.world, precision="apex", loss_scale=low)
-        losses = []
-        for step in range(STEPS):
-            inputs, targets = lesson(step)
-            own = split(SAMPLES, ranks.size)[ranks.rank]
-            loss = (engine.model(inputs[own.start : own.stop].half()).float() - targets[own.start : own.stop]).square()
-            engine.backward(loss.sum(), own.numel, SAMPLES)
-            assert engine.step()
-            engine.zero_grad()
-            losses.append(float(loss.detach().sum()))
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
-        engine.close()
-        rows = gather_bytes(ranks.world, torch.tensor(losses).numpy().tobytes(), "losses")
-        return torch.stack([torch.frombuffer(bytearray(row), dtype=torch.float32) for row in rows]).sum(0).tolist()
-
-    mine, wanted = curve("horovod"), curve("allreduce")
-    assert wanted[-1] < wanted[0] / 3
-    assert mine == pytest.approx(wanted, rel=0.02)
