@@ -147,7 +147,7 @@ def test_finetune() -> None:
 @pytest.mark.usefixtures("every_example")
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs ray: pip install 'ray[train]'")
 def test_ray_workers() -> None:
-    """Issue 17.4: Ray's workers have one window, or name the backend; either way the loss is that of one process."""
+    """Ray's workers have one window, or name the backend; either way the loss is that of one process."""
     job = run_alone("ray_workers")
     ways = found(r"^2 workers of Ray, (.*): loss (\S+)$", job)
     assert [way for way, _ in ways] == ["strategy dps, a window", "DDP over commlab"], job.output
