@@ -111,7 +111,7 @@ def test_digits() -> None:
 @pytest.mark.usefixtures("every_example")
 @pytest.mark.skipif(find_spec("sklearn") is None, reason="needs scikit-learn: pip install scikit-learn")
 def test_hvd_digits(tmp_path: Path) -> None:
-    """Issue 17, row 3: one line is changed, and the losses are those of one process, and Horovod's where it is built.
+    """One line is changed, and the losses are those of one process, and Horovod's where it is built.
 
     A mean over shares is rounded P + 1 times more than one over the whole batch, by 2^-24 of its size each time. What
     125 steps make of that was looked at with 2 and 3 ranks: 1e-6 at most, in the last digit that is printed.

@@ -1,6 +1,6 @@
 """The manifests of docs/launch are what Kubernetes and Kubeflow's MPI operator take, and they start the trainer.
 
-Issue 17.4: a manifest for each, checked against the schemas. kubernetes-validate has those of Kubernetes.
+A manifest for each, checked against the schemas. kubernetes-validate has those of Kubernetes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """docs/launch/slurm.sbatch under a real Slurm of two nodes: ``make test-slurm`` (pytest --slurm).
 
-Issue 17.4: real schedulers, not stand-ins.
+Real schedulers, not stand-ins.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ def test_an_evaluation_without_a_byte_is_refused(capsys: pytest.CaptureFixture[s
 
 
 def test_a_warned_run_saves_and_goes_on_later(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    """Issue 17.4: SIGUSR1, by which schedulers say that the time is nearly up. The exit code asks to be started
+    """SIGUSR1, by which schedulers say that the time is nearly up. The exit code asks to be started
     again."""
     assert run("--output", "whole") == 0
     whole = rows()

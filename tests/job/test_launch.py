@@ -214,7 +214,7 @@ def test_importing_commlab_imports_nothing_heavy() -> None:
 
 
 def test_who_has_not_come_is_named_by_the_job_s_number() -> None:
-    """Issue 17, row 5: Open MPI numbers the ranks of a host in another order than the job's."""
+    """Open MPI numbers the ranks of a host in another order than the job's."""
     here = [Launch("openmpi", rank, 3, local_rank, 3) for rank, local_rank in ((0, 0), (1, 2), (2, 1))]
     come = [Presence(here[rank]) for rank in (0, 2)]
     try:
