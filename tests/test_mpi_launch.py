@@ -41,7 +41,7 @@ def test_a_file_and_a_folder_can_be_chosen(launcher: dict[str, Any]) -> None:
 
 
 def test_the_chosen_tenth(launcher: dict[str, Any]) -> None:
-    """Issue 17, row 5: every line of chosen.txt is a file with tests, of which the others start mpirun themselves."""
+    """Every line of chosen.txt is a file with tests, of which the others start mpirun themselves."""
     chosen = runpy.run_path(str(ROOT / ".ci/mpis.py"))["chosen"]
     under, starting = chosen()
     assert launcher["chosen"](under)[1] == sorted(ROOT / file for file in under)

@@ -32,7 +32,7 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_the_mpi_beside_python_is_found(beside: Path, kind: str) -> None:
-    """Issue 17, row 5: also where the environment was not activated."""
+    """Also where the environment was not activated."""
     line, title = ANSWERS[kind]
     executable(beside / "mpirun", line)
     mpi = find_mpi(kind)
@@ -48,7 +48,7 @@ def test_what_is_no_mpi_is_quoted(beside: Path) -> None:
 
 
 def test_fabrics_of_intel_mpi_lie_where_the_release_has_them(tmp_path: Path) -> None:
-    """Issue 17, row 5: a wrong folder would leave Intel MPI without a network, and only between nodes."""
+    """A wrong folder would leave Intel MPI without a network, and only between nodes."""
     (tmp_path / "lib").mkdir()
     assert intel_variables(tmp_path)["FI_PROVIDER_PATH"] == str(tmp_path / "lib")
     (tmp_path / "lib/libfabric").mkdir()
