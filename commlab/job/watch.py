@@ -58,6 +58,8 @@ class Watch:
         self._listeners: dict[int, tuple[socket.socket, str]] = {}
         """By descriptor: who listens for peers, and the token that they must show."""
         self._expected = 0
+        self._met = threading.Event()
+        """Set once all ranks report to this one that are to."""
         self._pids: dict[int, int] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -123,6 +125,8 @@ class Watch:
     def start(self, expected: int) -> None:
         """Listen from now on, until ``expected`` ranks report to this one, and to all of them."""
         self._expected = expected
+        if expected <= 0:
+            self._met.set()
         if self._links or self._listeners:
             self._thread = threading.Thread(target=self._run, name="commlab watch", daemon=True)
             self._thread.start()
@@ -170,6 +174,7 @@ class Watch:
         for rank, (how, _) in list(self._gone.items()):
             self._send(link, _line(rank=rank, how=how))
         if self._expected <= 0:
+            self._met.set()
             for other, _ in self._listeners.values():
                 other.close()
             self._listeners.clear()
@@ -283,6 +288,9 @@ def meet(
         reason = watch.join(nodes[0][0], cards[nodes[0][0]], local=False)
     watch.start((len(mine) - 1 if first else 0) + others)
     reasons = [said.decode(errors="replace") for said in gather(reason.encode(), "reasons against a watch")]
+    if not any(reasons):
+        # All have connected. A rank that left before its thread took them in would tell them nothing.
+        watch._met.wait(CONNECT_S)
     return watch, [said for said in reasons if said]
 
 
