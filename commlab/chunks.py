@@ -5,7 +5,8 @@ buffer > bucket > chunk > segment: a bucket is cut into one chunk per rank, a ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 
@@ -52,6 +53,12 @@ def whole_at(owner: int, numel: int, parts: int) -> tuple[Range, ...]:
     return tuple(
         Range(0, 0 if part < owner else numel) if part <= owner else Range(numel, numel) for part in range(parts)
     )
+
+
+def adjoining(sizes: Iterable[int]) -> tuple[Range, ...]:
+    """Ranges of these sizes, one behind the other."""
+    bounds = list(accumulate(sizes, initial=0))
+    return tuple(Range(start, stop) for start, stop in pairwise(bounds))
 
 
 def segments(chunk: Range, segment_numel: int) -> list[Range]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 from sources import BUILT, ROOT, Defined, circles, definitions, files_of, imports, module_graph, module_of
-from tree import drawn, tree_of_folders, tree_of_page
+from tree import BENCH_COMMANDS, drawn, tree_of_folders, tree_of_page
 
 COMMLAB = files_of("commlab")
 BENCH = files_of("bench")
@@ -49,24 +49,6 @@ FLOORS = (
 )
 
 LOOSE_FILES = {"__init__", "__main__", "errors", "trace", "chunks", "train"}
-BENCH_COMMANDS = {
-    *(
-        "accuracy",
-        "allreduce",
-        "c10d",
-        "cluster",
-        "compare",
-        "fuzz",
-        "horovod_build",
-        "hvd",
-        "overlap",
-        "pack",
-        "precision",
-        "ps",
-        "report",
-    ),
-    *("step", "straggler", "timeline", "train"),
-}
 BENCH_ROOMS = {"core", "contestants", "training", "hosts", "pictures", "results"}
 
 

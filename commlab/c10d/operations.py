@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 import torch
 import torch.distributed as dist
 
-from ..chunks import Range, whole_at
+from ..chunks import Range, adjoining, whole_at
 from ..collectives.allreduce import allreduce as allreduce_now
 from ..collectives.allreduce import allreduce_async
 from ..collectives.delivery import bytes_of, deliver_async
@@ -19,7 +19,7 @@ from ..native.versions import count_write
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
-from .tensors import Tensors, adjoining, aligned, as_moved, flat_of, movable, require, room_for, write, write_all
+from .tensors import Tensors, aligned, as_moved, flat_of, movable, require, room_for, write, write_all
 from .work import CommlabWork
 
 Work = CommlabWork | None

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import torch
 
-from ..chunks import Range
 from ..collectives.delivery import bytes_of
 from ..native.dtypes import DTYPES
 
@@ -48,15 +47,6 @@ def require(rank: int, size: int, kind: str, holds: bool, out: torch.Tensor, par
             f"rank {rank}: {kind} among {size} ranks: the whole has {sum(part.numel() for part in parts)} "
             f"numbers, parts of {sizes}; this rank's part has {out.numel()} numbers, {list(out.shape)} of {out.dtype}"
         )
-
-
-def adjoining(sizes: Sequence[int]) -> tuple[Range, ...]:
-    """Ranges of these sizes, one behind the other."""
-    found, start = [], 0
-    for size in sizes:
-        found.append(Range(start, start + size))
-        start += size
-    return tuple(found)
 
 
 _UNITS: Final = ((8, torch.int64), (4, torch.int32), (2, torch.float16))

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 
-from ..chunks import Range
+from ..chunks import Range, adjoining
 from ..errors import UsageError
 from ..native.versions import count_write
 from ..runtime import raw
@@ -23,27 +24,30 @@ from ..runtime.handle import Handle
 from ..runtime.world import resolve
 from .delivery import bytes_of, deliver_async
 from .plan import where_of
-from .staging import Moved, as_flat, moved, put_back, require_name, root_of
+from .staging import as_flat, carried, put_back, require_name, root_of
 from .tensors import described, readable
 
-
-def _adjoining(pieces: Sequence[torch.Tensor]) -> list[Range]:
-    found, start = [], 0
-    for piece in pieces:
-        found.append(Range(start, start + piece.numel()))
-        start += piece.numel()
-    return found
+_Carried: TypeAlias = tuple[torch.Tensor, str]
+"""What :func:`commlab.collectives.staging.carried` gives."""
 
 
-def _one_each(where: str, group: Group, tensors: Sequence[torch.Tensor]) -> None:
+def _alike(where: str, what: _Carried, tensor: torch.Tensor, other: _Carried) -> None:
+    if other[0].dtype is not what[0].dtype or other[1] != what[1]:
+        raise UsageError(f"{where} and {described(tensor)}: both must be of one dtype, and of one scale")
+
+
+def _of_root(
+    where: str, group: Group, mine: _Carried, tensors: Sequence[torch.Tensor] | None, word: str, *, written: bool
+) -> list[torch.Tensor]:
+    """The memory of the root's ``tensors``, one for each rank."""
+    tensors = tensors or ()
     if len(tensors) != group.size:
         raise UsageError(f"{where}: {len(tensors)} tensors among {group.size} ranks: give one for each rank")
-
-
-def _alike(where: str, what: Moved, others: Iterable[tuple[torch.Tensor, Moved]]) -> None:
-    for tensor, other in others:
-        if other.memory.dtype is not what.memory.dtype or other.meaning != what.meaning:
-            raise UsageError(f"{where} and {described(tensor)}: both must be of one dtype, and of one scale")
+    found = []
+    for tensor in tensors:
+        found.append(carried(tensor, f"{where} {word} {described(tensor)}", written=written))
+        _alike(where, mine, tensor, found[-1])
+    return [memory for memory, _ in found]
 
 
 def _meeting(pieces: Sequence[torch.Tensor]) -> bool:
@@ -67,7 +71,15 @@ def _start(
         for room, out in zip(rooms, outs, strict=True):
             put_back(room, out)
 
-    return deliver_async(group, signature, stream, _adjoining(stream), [bytes_of(room) for room in rooms], None, finish)
+    return deliver_async(
+        group,
+        signature,
+        stream,
+        adjoining(piece.numel() for piece in stream),
+        [bytes_of(room) for room in rooms],
+        None,
+        finish,
+    )
 
 
 def _apart(stream: Sequence[torch.Tensor]) -> Iterable[torch.Tensor]:
@@ -98,10 +110,10 @@ def alltoall(
         where = where_of(group, "alltoall", tensor)
         require_name(where, name)
         into = f"{where} into {described(out)}"
-        given, target = moved(tensor, where, written=False), moved(out, into, written=True)
-        _alike(where, given, [(out, target)])
-        parts, outs = _rows(where, group, given.memory, splits), _rows(into, group, target.memory, out_splits)
-        signature = Signature("alltoall", (), tensor.dtype, name, given.meaning)
+        given, target = carried(tensor, where, written=False), carried(out, into, written=True)
+        _alike(where, given, out, target)
+        parts, outs = _rows(where, group, given[0], splits), _rows(into, group, target[0], out_splits)
+        signature = Signature("alltoall", (), tensor.dtype, name, given[1])
         handle = _start(into, group, signature, outs, parts)
     except Exception as error:
         handle = group.refuse("alltoall", name, error)
@@ -122,6 +134,10 @@ def _rows(where: str, group: Group, whole: torch.Tensor, splits: Sequence[int] |
     return list(whole.split(list(splits)))
 
 
+def _rooted(kind: str, tensor: torch.Tensor, name: str | None, root: int, mine: _Carried) -> Signature:
+    return Signature(kind, (), tensor.dtype, name, ", ".join(filter(None, (f"root {root}", mine[1]))))
+
+
 def gather(
     outs: Sequence[torch.Tensor] | None,
     tensor: torch.Tensor,
@@ -136,16 +152,12 @@ def gather(
         root = root_of(group, "gather", root)
         where = where_of(group, "gather", tensor)
         require_name(where, name)
-        given = moved(tensor, where, written=False)
-        rooms = [_NOTHING] * group.size
+        mine = carried(tensor, where, written=False)
+        rooms, parts = [_NOTHING] * group.size, [_NOTHING] * group.size
+        parts[root] = mine[0]
         if group.rank == root:
-            _one_each(where, group, outs or ())
-            targets = [moved(out, f"{where} into {described(out)}", written=True) for out in outs or ()]
-            _alike(where, given, zip(outs or (), targets, strict=True))
-            rooms = [target.memory for target in targets]
-        parts = [given.memory if rank == root else _NOTHING for rank in range(group.size)]
-        detail = ", ".join(filter(None, (f"root {root}", given.meaning)))
-        handle = _start(where, group, Signature("gather", (), tensor.dtype, name, detail), rooms, parts)
+            rooms = _of_root(where, group, mine, outs, "into", written=True)
+        handle = _start(where, group, _rooted("gather", tensor, name, root, mine), rooms, parts)
     except Exception as error:
         handle = group.refuse("gather", name, error)
     handle.wait()
@@ -169,16 +181,12 @@ def scatter(
         root = root_of(group, "scatter", root)
         where = where_of(group, "scatter", out)
         require_name(where, name)
-        target = moved(out, where, written=True)
-        parts = [_NOTHING] * group.size
+        mine = carried(out, where, written=True)
+        rooms, parts = [_NOTHING] * group.size, [_NOTHING] * group.size
+        rooms[root] = mine[0]
         if group.rank == root:
-            _one_each(where, group, tensors or ())
-            given = [moved(each, f"{where} of {described(each)}", written=False) for each in tensors or ()]
-            _alike(where, target, zip(tensors or (), given, strict=True))
-            parts = [each.memory for each in given]
-        rooms = [target.memory if rank == root else _NOTHING for rank in range(group.size)]
-        detail = ", ".join(filter(None, (f"root {root}", target.meaning)))
-        handle = _start(where, group, Signature("scatter", (), out.dtype, name, detail), rooms, parts)
+            parts = _of_root(where, group, mine, tensors, "of", written=False)
+        handle = _start(where, group, _rooted("scatter", out, name, root, mine), rooms, parts)
     except Exception as error:
         handle = group.refuse("scatter", name, error)
     handle.wait()
@@ -202,7 +210,7 @@ def allgather_parts(tensor: torch.Tensor, name: str | None = None, group: Group 
         require_name(where, name)
         given = readable(tensor, where)
         rows = given if given.dim() else given.reshape(1)
-        meaning, detail = raw.meaning_of(rows), moved(rows, where, written=False).meaning
+        meaning, detail = raw.meaning_of(rows), carried(rows, where, written=False)[1]
         own, row_bytes = raw.bytes_of(rows).to("cpu"), rows.shape[1:].numel() * rows.element_size()
         if not row_bytes:  # rows without numbers: how many there are is all there is to tell
             own = torch.tensor([rows.shape[0]], dtype=torch.int64, device="cpu").view(torch.uint8)

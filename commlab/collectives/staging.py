@@ -65,15 +65,18 @@ class Moved(NamedTuple):
         return tuple(Range(chunk.start * scale, chunk.stop * scale) for chunk in chunks)
 
 
-def moved(tensor: torch.Tensor, where: str, *, written: bool) -> Moved:
-    """``tensor``, to be given away, and where it is ``written``, to be overwritten."""
+def carried(tensor: torch.Tensor, where: str, *, written: bool) -> tuple[torch.Tensor, str]:
+    """The memory of ``tensor``, to be given away, and where it is ``written``, to be overwritten, in a dtype that can
+    be moved; and what ranks must agree on beside that dtype."""
     memory = writable(tensor, where) if written else readable(tensor, where)
-    if memory.dtype in DTYPES:
-        flat = as_flat(memory, memory.dtype)
-        return Moved(memory, flat, flat, "")
-    memory, meaning = carrier(memory, where)
+    return (memory, "") if memory.dtype in DTYPES else carrier(memory, where)
+
+
+def moved(tensor: torch.Tensor, where: str, *, written: bool) -> Moved:
+    """:func:`carried`, as a flat buffer."""
+    memory, meaning = carried(tensor, where, written=written)
     flat = as_flat(memory, memory.dtype)
-    return Moved(memory, flat, as_bytes(flat), meaning)
+    return Moved(memory, flat, as_bytes(flat) if meaning else flat, meaning)
 
 
 def root_of(group: Group, kind: str, root: int) -> int:

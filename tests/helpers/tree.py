@@ -13,6 +13,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPS = ("commlab", "bench", "tests")
+BENCH_COMMANDS = {
+    *(
+        "accuracy",
+        "allreduce",
+        "c10d",
+        "cluster",
+        "compare",
+        "fuzz",
+        "horovod_build",
+        "hvd",
+        "overlap",
+        "pack",
+        "precision",
+        "ps",
+        "report",
+    ),
+    *("step", "straggler", "timeline", "train"),
+}
+"""The commands of bench, one file each."""
 COLUMN = 20
 WIDTH = 120
 
