@@ -29,8 +29,8 @@ from .core.arguments import count, sizes
 from .core.harness import progress_line
 from .core.program import AsWritten, RankProgram, Section, Session
 from .core.ranks import Ranks, share_cores
-from .core.results import Record
-from .core.stats import format_bytes, format_ratio, format_us, ratio
+from .core.results import row_beside
+from .core.stats import format_bytes, format_ratio, format_us
 
 HEAD = ("contestant", "p50 us", "wrong", "/ gloo")
 STEP_HEAD = ("contestant", "p50 ms", "exposed ms", "wrong", "/ gloo", "exposed / gloo's")
@@ -88,30 +88,13 @@ def one_size(size_bytes: int, groups: dict[str, Any], session: Session) -> Secti
     }
     samples = interleaved(ranks, ways, session.options.rounds, show)
     show("")
-    found = [_record("all_reduce", name, samples, wrong[name], ranks, bytes=4 * numel) for name in samples]
+    found = [row_beside("gloo", "all_reduce", name, samples, wrong[name], ranks, bytes=4 * numel) for name in samples]
     cells = [
         [each["contestant"], format_us(each["p50_us"] / 1e6), str(each["wrong"]), format_ratio(each.get("ratio_gloo"))]
         for each in found
     ]
     title = f"all_reduce, {format_bytes(4 * numel)} of float32, {ranks.size} ranks"
     return Section(f"{title}\n{table.render(HEAD, cells)}\n", found)
-
-
-def _record(op: str, name: str, samples: Samples, wrong: int, ranks: Ranks, **more: Any) -> Record:
-    record: Record = {
-        "type": "row",
-        "op": op,
-        "ranks": ranks.size,
-        "contestant": name,
-        "p50_us": round(median(samples[name]) * 1e6, 2),
-        "wrong": wrong,
-        "rounds": len(samples[name]),
-        "samples_us": [round(sample * 1e6, 2) for sample in samples[name]],
-        **more,
-    }
-    if name != "gloo":
-        record["ratio_gloo"] = [float(f"{value:.4g}") for value in ratio(samples[name], samples["gloo"])]
-    return record
 
 
 class DDPStepper:
@@ -164,7 +147,9 @@ def steps(groups: dict[str, Any], session: Session) -> Section:
         for name in steppers
     }
     found = [
-        _record("ddp step", name, samples, wrong[name], ranks, exposed_us=round(median(exposed[name]) * 1e6, 1))
+        row_beside(
+            "gloo", "ddp step", name, samples, wrong[name], ranks, exposed_us=round(median(exposed[name]) * 1e6, 1)
+        )
         for name in steppers
     ]
     cells = [
@@ -206,7 +191,7 @@ def new_groups(session: Session) -> Section:
             first(backend)()
             samples[backend].append(ranks.maximum([time.perf_counter() - started_s])[0])
             dist.destroy_process_group(made.pop())
-    found = [_record("new_group", name, samples, int(ones[0] != ranks.size), ranks) for name in samples]
+    found = [row_beside("gloo", "new_group", name, samples, int(ones[0] != ranks.size), ranks) for name in samples]
     cells = [
         [each["contestant"], format_us(each["p50_us"] / 1e6), str(each["wrong"]), format_ratio(each.get("ratio_gloo"))]
         for each in found

@@ -27,8 +27,8 @@ from .core.arguments import count, sizes
 from .core.harness import progress_line
 from .core.program import AsWritten, RankProgram, Section, Session
 from .core.ranks import Ranks, share_cores
-from .core.results import Record
-from .core.stats import format_bytes, format_ratio, format_us, ratio
+from .core.results import row_beside
+from .core.stats import format_bytes, format_ratio, format_us
 
 SIDES = {"commlab": "commlab.horovod.torch", "Horovod": "horovod.torch"}
 HEAD = ("contestant", "p50 us", "wrong", "/ Horovod")
@@ -101,24 +101,6 @@ class Alternation:
         return self.ranks.maximum([time.perf_counter() - started_s])[0] / repeats
 
 
-def record(op: str, name: str, samples: Samples, wrong: int, ranks: Ranks, **more: Any) -> Record:
-    """A row of the result file."""
-    found: Record = {
-        "type": "row",
-        "op": op,
-        "ranks": ranks.size,
-        "contestant": name,
-        "p50_us": round(median(samples[name]) * 1e6, 2),
-        "wrong": wrong,
-        "rounds": len(samples[name]),
-        "samples_us": [round(sample * 1e6, 2) for sample in samples[name]],
-        **more,
-    }
-    if "Horovod" in samples and name != "Horovod":
-        found["ratio_horovod"] = [float(f"{value:.4g}") for value in ratio(samples[name], samples["Horovod"])]
-    return found
-
-
 def allreduce(alternation: Alternation, size_bytes: int) -> Section:
     numel, size = max(1, size_bytes // 4), alternation.ranks.size
     whole = torch.empty(numel)
@@ -139,7 +121,10 @@ def allreduce(alternation: Alternation, size_bytes: int) -> Section:
             samples[name].append(spent_s)
 
     alternation.take(f"allreduce {format_bytes(4 * numel)}", body)
-    found = [record("allreduce", name, samples, wrong[name], alternation.ranks, bytes=4 * numel) for name in samples]
+    found = [
+        row_beside("Horovod", "allreduce", name, samples, wrong[name], alternation.ranks, bytes=4 * numel)
+        for name in samples
+    ]
     cells = [
         [
             each["contestant"],
@@ -182,7 +167,7 @@ def idle(alternation: Alternation) -> Section:
         # Of measurements that follow each other: what else runs on the machine changes more slowly.
         pairs = zip(samples[name], samples["nothing"], strict=True)
         loss = median(with_s / without_s for with_s, without_s in pairs) - 1
-        found.append(record("idle init", name, samples, 0, alternation.ranks, loses=round(loss, 4)))
+        found.append(row_beside("Horovod", "idle init", name, samples, 0, alternation.ranks, loses=round(loss, 4)))
         cells.append([name, f"{median(samples[name]) * 1e3:.2f}", "" if name == "nothing" else f"{100 * loss:.1f} %"])
     title = f"a product of matrices beside an idle hvd.init(), {alternation.ranks.size} ranks"
     return Section(f"{title}\n{table.render(IDLE_HEAD, cells)}\n", found)
@@ -227,7 +212,7 @@ def images(alternation: Alternation, batch: int) -> Section:
     alternation.take("a step of a small net", body)
     found, cells = [], []
     for name in samples:
-        each = record("step", name, samples, wrong[name], alternation.ranks, images=batch)
+        each = row_beside("Horovod", "step", name, samples, wrong[name], alternation.ranks, images=batch)
         rate = batch * alternation.ranks.size / (each["p50_us"] / 1e6)
         each["images_per_s"] = round(rate, 1)
         found.append(each)

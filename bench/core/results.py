@@ -9,14 +9,16 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from commlab.job import launch
 from commlab.job.topology import usable_cores
 
 from .ranks import Ranks, link_bytes_per_s
+from .stats import ratio
 
 Record = dict[str, Any]
 """A line of a result file."""
@@ -99,6 +101,27 @@ def run_line(module: str, launcher: str = "", mpi: str = "none") -> Record:
             if name.startswith(_TELLING) and name not in _LAUNCHERS
         },
     }
+
+
+def row_beside(
+    peer: str, op: str, name: str, samples: Mapping[str, Sequence[float]], wrong: int, ranks: Ranks, **more: Any
+) -> Record:
+    """A contestant's row. ``samples``: of all contestants, by round, in seconds; those of ``peer``, where it took part,
+    are what the ratio is to."""
+    found: Record = {
+        "type": "row",
+        "op": op,
+        "ranks": ranks.size,
+        "contestant": name,
+        "p50_us": round(median(samples[name]) * 1e6, 2),
+        "wrong": wrong,
+        "rounds": len(samples[name]),
+        "samples_us": [round(sample * 1e6, 2) for sample in samples[name]],
+        **more,
+    }
+    if peer in samples and name != peer:
+        found[f"ratio_{peer.lower()}"] = [float(f"{value:.4g}") for value in ratio(samples[name], samples[peer])]
+    return found
 
 
 def append(path: str | Path, lines: Iterable[Record]) -> None:
