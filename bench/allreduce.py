@@ -1,4 +1,8 @@
-"""``mpirun -n P python -m bench.allreduce``: commlab's collectives against MPI, gloo and Horovod, on the same bytes."""
+"""``mpirun -n P python -m bench.allreduce``: commlab's collectives against MPI, gloo and Horovod, on the same bytes.
+
+CPU is what a call takes of all ranks' cores together, user and system time, waits that spin included: where ranks share
+cores with each other, or with computing, it tells more than the time.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +110,9 @@ def one_size(size_bytes: int, at: int, groups: Groups, session: Session) -> Sect
     return Section(f"{title(case, found)}\n{table.render(HEAD, [cells(record) for record in found])}\n", found)
 
 
-HEAD = ("contestant", "p50 us", "p99 us", "algbw", "busbw GB/s", "wrong", "/ floor", "/ best peer", "check us")
+HEAD = (
+    "contestant", "p50 us", "p99 us", "algbw", "busbw GB/s", "CPU us", "wrong", "/ floor", "/ best peer", "check us",
+)  # fmt: skip
 
 
 def records(results: Sequence[Result], case: Case) -> list[Record]:
@@ -134,6 +140,7 @@ def _record(result: Result, results: Sequence[Result], case: Case) -> Record:
         "p99_us": round(percentile(result.samples_s, 99) * 1e6, 3),
         "algbw_GBps": float(f"{algbw:.4g}"),
         "busbw_GBps": float(f"{algbw * bus_factor(case.op, case.size):.4g}"),
+        "cpu_us": round(median(result.cpu_s) * 1e6, 3),
         "bytes_sent": result.bytes_sent,
         "wrong": result.wrong,
         "rounds": len(result.samples_s),
@@ -205,6 +212,7 @@ def cells(record: Record) -> list[str]:
         format_us(record["p99_us"] / 1e6),
         f"{record['algbw_GBps']:.3g}",
         f"{record['busbw_GBps']:.3g}" if "busbw_GBps" in record else "",
+        format_us(record["cpu_us"] / 1e6),
         str(record["wrong"]),
         f"{record['ratio_floor'][0]:.3g}" if "ratio_floor" in record else "",
         format_ratio(record.get("ratio_best_peer")),

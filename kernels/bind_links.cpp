@@ -19,6 +19,7 @@
 #include "links/crc32c.h"
 #include "links/engine.h"
 #include "links/interfaces.h"
+#include "record.h"
 
 namespace nb = nanobind;
 using namespace commlab;
@@ -82,6 +83,8 @@ class HeldRun {
     if (run_) engine_->cancel(run_);
   }
 
+  // From now on the memory that the run works on lives as long.
+  void hold(nb::object keep) { keep_ = std::move(keep); }
   int status() const { return static_cast<int>(run_->status.load(std::memory_order_acquire)); }
   bool wait(double timeout_s) const {
     if (run_->ended()) return true;
@@ -134,6 +137,25 @@ HeldRun launch(std::shared_ptr<Engine> engine, std::uint32_t group, nb::bytes re
   return started(std::move(engine), std::move(run), std::move(keep), awaited, bytes);
 }
 
+// An allreduce of few numbers from its announcement to its end, in one call: 0 once it is done, else the run, which has
+// not ended within `patience_us`, or not well.
+nb::object allreduce_few(const std::shared_ptr<Engine>& engine, std::uint64_t signature, std::uint64_t sequence,
+                         Address data, std::uint32_t group, std::size_t numel, int dtype, int op, double divisor,
+                         std::size_t share_bytes, bool to_each, double patience_us) {
+  auto run = std::make_shared<Run>(Run::Kind::kLaunch, group);
+  const std::uint64_t record = record_of(signature, sequence);
+  run->record.assign(reinterpret_cast<const char*>(&record), sizeof(record));
+  run->few = std::make_unique<Few>(Few{share_bytes, to_each});
+  run->operand = make_operand(data, numel, dtype, op, divisor, false, 0, 0, 0, true);
+  {
+    nb::gil_scoped_release released;
+    engine->post(run, /*awaited=*/true, /*here=*/true);
+    engine->wait(*run, patience_us * 1e-6);
+  }
+  if (run->status.load(std::memory_order_acquire) == Status::kDone) return nb::int_(0);
+  return nb::cast(HeldRun(engine, std::move(run), nb::none()));
+}
+
 }  // namespace
 
 void register_links(nb::module_& m) {
@@ -165,6 +187,7 @@ void register_links(nb::module_& m) {
             Operand(make_operand(buffer, numel, dtype, op, divisor, divides_first, wide, own_start, own_numel, rounds));
       });
   nb::class_<HeldRun>(m, "LinksRun")
+      .def("hold", &HeldRun::hold)
       .def("status", &HeldRun::status)
       .def("wait", &HeldRun::wait)
       .def("peers", &HeldRun::peers)
@@ -172,8 +195,8 @@ void register_links(nb::module_& m) {
       .def("records", &HeldRun::records);
   nb::class_<HeldEngine>(m, "LinksEngine")
       .def("__init__",
-           [](HeldEngine* self, std::uint32_t rank, const std::vector<int>& fds, bool checks, double spin_us) {
-             new (self) HeldEngine{std::make_shared<Engine>(rank, fds, checks, spin_us)};
+           [](HeldEngine* self, std::uint32_t rank, const std::vector<int>& fds, bool checks, double look_us) {
+             new (self) HeldEngine{std::make_shared<Engine>(rank, fds, checks, look_us)};
            })
       .def("add_group", [](HeldEngine& self, std::uint32_t id,
                            const std::vector<std::uint32_t>& ranks) { self.engine->add_group(id, ranks); })
@@ -186,6 +209,13 @@ void register_links(nb::module_& m) {
       .def("message",
            [](HeldEngine& self, std::uint32_t group, std::uint32_t peer, Address data, std::size_t bytes, bool sends,
               nb::object keep) { return message(self.engine, group, peer, data, bytes, sends, std::move(keep)); })
+      .def("allreduce_few",
+           [](HeldEngine& self, std::uint64_t signature, std::uint64_t sequence, Address data, std::uint32_t group,
+              std::size_t numel, int dtype, int op, double divisor, std::size_t share_bytes, bool to_each,
+              double patience_us) {
+             return allreduce_few(self.engine, signature, sequence, data, group, numel, dtype, op, divisor,
+                                  share_bytes, to_each, patience_us);
+           })
       .def("exchange", [](HeldEngine& self, std::uint32_t group, nb::bytes record,
                           bool awaited) { return exchange(self.engine, group, record, awaited); })
       .def(

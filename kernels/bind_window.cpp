@@ -18,6 +18,7 @@
 #include "cpu/gather.h"
 #include "cpu/piped.h"
 #include "cpu/sync.h"
+#include "record.h"
 
 namespace nb = nanobind;
 using namespace commlab;
@@ -86,12 +87,8 @@ void reduce_inline(const NodeSync& sync, Address data, std::size_t numel, int dt
                 /*cached=*/true);
 }
 
-// How allreduce_inline ended. Late: it is announced, but not all ranks have arrived.
+// How allreduce_inline ended. Done: nothing is left to do. Late: it is announced, but not all ranks have arrived.
 constexpr int kDone = 0, kLate = 1, kDisagree = 2;
-
-// Signature.number() of commlab/runtime/agreement.py: there it would take whole numbers of more than 64 bits.
-constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15;
-std::uint64_t record_of(std::uint64_t signature, std::uint64_t sequence) { return signature ^ sequence * kOdd; }
 
 }  // namespace
 
@@ -100,7 +97,6 @@ void register_window(nb::module_& m) {
   nb::set_leak_warnings(false);
   m.attr("CONTROL_BYTES") = sizeof(Control);
   m.attr("INLINE_BYTES") = kInlineBytes;
-  m.attr("INLINE_DONE") = kDone;
   m.attr("MAX_SEGMENTS") = kMaxSegments;
   m.attr("MAX_RANKS") = kMaxRanks;
   m.attr("HEADER_BYTES") = offsetof(Control, arrived);

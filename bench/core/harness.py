@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import BenchError
 from .ranks import Ranks
@@ -80,6 +80,8 @@ class Result:
 
     contestant: Contestant
     samples_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    """What a call took of all ranks' cores, user and system time, per round."""
     wrong: int = 0
     repeats: int = 1
     bytes_sent: int | None = None
@@ -124,6 +126,7 @@ def measure(
     for result in results.values():
         if not result.missing:
             result.samples_s = ranks.maximum(result.samples_s)
+            result.cpu_s = ranks.total(result.cpu_s)
             result.wrong = int(ranks.total([result.wrong])[0])
     return list(results.values())
 
@@ -150,7 +153,7 @@ def _warm_up(result: Result, ranks: Ranks, sample_s: float) -> str:
     spent_s, calls = 0.0, 0
     while spent_s < sample_s and calls < MAX_REPEATS:
         batch = max(1, calls)
-        spent_s += ranks.maximum([_timed(contestant, ranks, batch)[0]])[0]
+        spent_s += ranks.maximum([_timed(contestant, ranks, batch).spent_s])[0]
         calls += batch
     if contestant.bytes_sent:
         result.bytes_sent = int(ranks.maximum([(contestant.bytes_sent() - before) / calls])[0])
@@ -164,22 +167,32 @@ def _sample(result: Result, ranks: Ranks, warm: bool) -> None:
     if warm:
         contestant.work()
         contestant.fill()
-    spent_s, value = _timed(contestant, ranks, result.repeats)
+    spent_s, cpu_s, value = _timed(contestant, ranks, result.repeats)
     if result.repeats > 1:  # repeated in place, the sums are no longer those of one call
         contestant.fill()
         ranks.barrier()
         value = contestant.work()
     result.samples_s.append(spent_s / result.repeats)
+    result.cpu_s.append(cpu_s / result.repeats)
     result.wrong += contestant.wrong(value)
 
 
-def _timed(contestant: Contestant, ranks: Ranks, repeats: int) -> tuple[float, Any]:
+class _Timed(NamedTuple):
+    """Calls of the work on this rank: how long they took, what of the cores, and the last one's value."""
+
+    spent_s: float
+    cpu_s: float
+    value: Any
+
+
+def _timed(contestant: Contestant, ranks: Ranks, repeats: int) -> _Timed:
     work, value = contestant.work, None
     ranks.barrier()
-    start_s = time.perf_counter()
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     for _ in repeat(None, repeats):
         value = work()
-    return time.perf_counter() - start_s, value
+    spent_s = time.perf_counter() - start_s
+    return _Timed(spent_s, time.process_time() - start_cpu_s, value)
 
 
 def progress_line(ranks: Ranks, head: str) -> Callable[[str], None]:

@@ -1,4 +1,4 @@
-"""The allreduce: at once where few numbers travel through the window with the agreement check, else by the route of its
+"""The allreduce: at once where few numbers travel with the agreement check by native code, else by the route of its
 plan. Which tensors an allreduce takes: see :mod:`.operations`."""
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from ..runtime.handle import Handle
 from ..runtime.world import resolve
 from ..transport.base import Pending
 from .plan import Call, Plan, plan_of, where_of
-from .routes import inline
 from .staging import as_flat, put_back
 from .tensors import PAGE_BITS, PLAIN, may_write_at, writable, writable_pages
 
@@ -85,8 +84,9 @@ def allreduce(
     sent, address = None, 0
     try:
         plan = plan_of(group, "allreduce", tensor, op, name, algorithm, wire)
+        at_once = plan.at_once
         if (
-            plan.route is inline
+            at_once is not None
             and type(tensor) in PLAIN
             and tensor.is_cpu
             and tensor.is_contiguous()
@@ -102,11 +102,8 @@ def allreduce(
     except Exception as error:
         group.refuse("allreduce", name, error).wait()
         raise
-    if sent is not None:
-        done = group.allreduce_inline(plan.signature, plan.few, address)
-        if done is not None:
-            if not done:
-                group.go_on(plan.signature, inline.allreduce(Call(group, plan, sent, op)), sent)
+    if sent is not None and at_once is not None:
+        if group.allreduce_at_once(plan.signature, at_once, sent, address):
             if sent is not tensor:
                 put_back(sent, tensor)
             count_write((tensor,))

@@ -15,7 +15,7 @@ from ..native.dtypes import DTYPES, HALVES, MOVED, WIRES, require_wire
 from ..native.norm import Squares
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
-from ..transport.base import Offload, Piggyback
+from ..transport.base import AtOnce, Offload, Piggyback
 from . import routes
 from .select import Conditions, choose
 from .staging import as_flat, put_back
@@ -84,6 +84,8 @@ class Plan(NamedTuple):
     """What ranks must agree on."""
     few: Any = None
     """What a route for few numbers has worked out for a call of this shape."""
+    at_once: AtOnce | None = None
+    """The call as one native call, where its route has such."""
 
     def launches(self, group: Group) -> bool:
         """Whether the transport moves the whole operation by itself, from the moment that the operation is called."""
@@ -175,11 +177,12 @@ def plan_of(
         if len(group.plans) > 4096:
             group.plans.clear()
         row = routes.row_of(chosen)
-        route, few = routes.load(row.file), None
+        route, few, at_once = routes.load(row.file), None, None
         if row.few and kind == "allreduce":
             few_route = routes.load(row.few)
             few = few_route.load_of(group, tensor.numel(), wire_dtype, op)
-            route = route if few is None else few_route
+            if few is not None:
+                route, at_once = few_route, few_route.at_once(group, few, tensor.numel(), wire_dtype, op)
         signature = Signature(kind, tuple(tensor.shape), tensor.dtype, name, detail)
-        found = group.plans[key] = Plan(chosen, route, wire_dtype, signature, few)
+        found = group.plans[key] = Plan(chosen, route, wire_dtype, signature, few, at_once)
     return found

@@ -143,7 +143,8 @@ may_write_at = _writable_probe()
 def _may_write(tensor: torch.Tensor) -> bool:
     last = sum(stride * (size - 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
-    return may_write_at(start) and may_write_at(start + last * tensor.element_size())
+    ends = start, start + last * tensor.element_size()
+    return all(end >> PAGE_BITS in writable_pages or may_write_at(end) for end in ends)
 
 
 def carrier(tensor: torch.Tensor, where: str) -> tuple[torch.Tensor, str]:

@@ -132,6 +132,8 @@ class Agreement:
         if self._transport.moves_itself and self.window is None:
             # Launches keep the order of the calls, whatever is moved in Python: so every announcement is one.
             launch = brought if isinstance(brought, Offload) else None
+            if launch is not None and launch.request is not None:
+                return launch.request
             request = self._transport.launch(record, launch)  # type: ignore[attr-defined]
             if launch is not None:
                 # Returns when the whole operation has ended: the body finds it done.

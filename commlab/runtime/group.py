@@ -16,10 +16,9 @@ from .. import trace
 from ..errors import UsageError
 from ..job.topology import Topology, usable_cores
 from ..job.watch import Watch
-from ..native import library
 from ..schedules.step import NodeStep
-from ..transport.base import Offload, Pending, Piggyback, Request, Transport
-from ..window.exchange import NOTHING, Attachment, Inline
+from ..transport.base import AtOnce, Offload, Pending, Piggyback, Request, Transport
+from ..window.exchange import NOTHING, Attachment
 from ..window.memory import Window
 from .agreement import Agreement, Signature, refusal_of
 from .direct import Direct
@@ -32,11 +31,10 @@ from .waiting import under_way as others_under_way
 log = logging.getLogger("commlab")
 
 
-_INLINE_WAIT_US = 1e5
+_PATIENCE_US = 1e5
 """Back after this long: for signals, and to see who is silent."""
-_INLINE_WAIT_FOR_OTHERS_US = 1e3
+_PATIENCE_FOR_OTHERS_US = 1e3
 """The same where other groups or stores have operations under way, which must be moved on."""
-_INLINE_DONE = getattr(library.built, "INLINE_DONE", 0)
 
 
 class Group:
@@ -111,7 +109,7 @@ class Group:
         self._sequence = 0
         self._closed = False
         self._inline = False
-        """Whether a thread is in the native call of :meth:`allreduce_inline`."""
+        """Whether a thread is in the native call of :meth:`allreduce_at_once`."""
         self._calls = threading.RLock()
         """Held while an operation gets its place in the order."""
         self._awaited: tuple[Handle, int] | None = None
@@ -190,35 +188,46 @@ class Group:
             operation.advance()
         return self.progress.submit(operation, awaited)
 
-    def allreduce_inline(self, signature: Signature, data: Inline, address: int) -> bool | None:
-        """The shortest way through the window for an allreduce of a few numbers, which lie at ``address``: agreement,
-        wait and reduction in one native call, where nothing else is under way. Collective with :meth:`submit`: ranks
-        may differ in which of the two they take. None: not possible now, nothing was done. False: it is announced, but
-        a peer lets this rank wait, or disagrees; then the caller goes on with :meth:`go_on`."""
+    def allreduce_at_once(self, signature: Signature, few: AtOnce, tensor: torch.Tensor, address: int) -> bool:
+        """The shortest way for an allreduce of the few numbers of ``tensor``, which lie at ``address``: agreement, wait
+        and reduction in one native call, where nothing else is under way. Collective with :meth:`submit`: ranks may
+        differ in which of the two they take. Whether it was possible; if not, nothing was done."""
         progress = self.progress
-        if trace.enabled() or not progress.take():
-            return None
-        assert self.window is not None
+        unchecked = self.window is None and not self.agreement.required
+        if unchecked or trace.enabled() or not progress.take():
+            return False
         self._sequence = sequence = self._sequence + 1
+        handle = None
         try:
             self._inline = True
-            patience_us = _INLINE_WAIT_FOR_OTHERS_US if others_under_way else _INLINE_WAIT_US
-            ended = self.window.sync.allreduce_inline(signature.hash, sequence, address, *data.arguments, patience_us)
+            patience_us = _PATIENCE_FOR_OTHERS_US if others_under_way else _PATIENCE_US
+            left = few.call(signature.hash, sequence, address, *few.arguments, patience_us)
+            if left != 0:
+                handle = self._go_on(signature, sequence, *few.resume(self, tensor, left))
         except BaseException as error:
             progress.end(ended_by(error, signature.text(sequence)))
             raise
         finally:
             self._inline = False
             progress.leave()
-        if ended != _INLINE_DONE:
-            return False
-        self.node_bytes_read += data.size_bytes * self.size
-        self.node_bytes_written += data.size_bytes
+        if handle is not None:
+            handle.wait()
+            return True
+        self.node_bytes_read += few.node_bytes * self.size
+        self.node_bytes_written += few.node_bytes
+        self.bytes_sent += few.bytes_sent
+        self.messages_sent += few.messages_sent
         return True
 
-    def go_on(self, signature: Signature, body: Pending, result: torch.Tensor) -> None:
-        """Wait for what :meth:`allreduce_inline` has announced, and then for ``body``."""
-        self._queue(signature, body, result, lambda: None, awaited=True).wait()
+    def _go_on(self, signature: Signature, sequence: int, body: Pending, announced: Offload | None) -> Handle:
+        """Queue the rest of an operation that was announced in the native call, before all that was called since:
+        over a transport by ``announced``. The caller waits for it."""
+        checked = self.agreement.before(signature, sequence, body, lambda: announced)
+        handle = Handle(self.progress, partial(signature.text, sequence), None)
+        self._awaited = handle, threading.get_ident()
+        handle.when_finished(self._no_longer_awaited)
+        self.progress.put_first(Operation(checked, handle, self.rank, self.departed))
+        return handle
 
     def execute(self, execution: Execution) -> Pending:
         """Run an execution and count what it sent."""

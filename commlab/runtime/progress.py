@@ -146,9 +146,8 @@ class Progress:
                 while not (ended or hasattr(operation.waits_for, "block") or time.perf_counter() > stop_s):
                     os.sched_yield()
                     ended = self._step(operation)
-                if ended:
-                    return operation.handle
-                self._append(operation)
+                if not ended:
+                    self.put_first(operation)
             finally:
                 self.leave()
             return operation.handle
@@ -157,6 +156,13 @@ class Progress:
         if not awaited:
             self._work.set()
         return operation.handle
+
+    def put_first(self, operation: Operation) -> None:
+        """Queue an operation that has begun between :meth:`take` and :meth:`leave`: what another thread has appended
+        meanwhile comes after it."""
+        self._queue.appendleft(operation)
+        if self._thread is None:
+            begin_moving(self)
 
     def all_begun(self) -> bool:
         """Whether every operation that was submitted has been announced to the others."""

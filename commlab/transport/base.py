@@ -3,8 +3,8 @@ schedules."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -111,6 +111,23 @@ Pending: TypeAlias = Generator[Request, None, None]
 """A computation that yields the request it waits for, and goes on when that request has been completed."""
 
 
+class AtOnce(NamedTuple):
+    """An allreduce of few numbers as one native call, from the agreement check to the result: all that the call is
+    given, but for where the numbers lie."""
+
+    call: Callable[..., Any]
+    """``call(hash of the signature, sequence, address, *arguments, patience_us)``: 0 where it is done; else what tells
+    how far it came."""
+    arguments: tuple[Any, ...]
+    resume: Callable[[Any, torch.Tensor, Any], tuple[Pending, Offload | None]]
+    """``resume(group, tensor, what call has returned)``: the rest of the operation, and, where a transport moves it,
+    what is under way there."""
+    bytes_sent: int = 0
+    messages_sent: int = 0
+    node_bytes: int = 0
+    """What a rank writes into the window; it reads as much of every rank."""
+
+
 class Contexts:
     """The numbers by which this rank tells the messages of its transports apart. A new transport has the largest number
     that any of the ranks offers that it is split from, so no two transports that share two ranks ever have the same
@@ -152,7 +169,8 @@ class Transport(Protocol):
     moves_itself: bool
     """Whether a thread of the transport's own moves everything on, and takes a :class:`Offload`: then it has
     ``launch(record, launch)``, which starts the operation behind those that were launched before (None: there is
-    nothing behind the announcement), and ``programs``, a table for what was compiled."""
+    nothing behind the announcement), ``few`` and ``resumed`` for an :class:`AtOnce`, and ``programs``, a table for what
+    was compiled."""
 
     def isend(self, data: Bytes, to: int) -> Request: ...
 

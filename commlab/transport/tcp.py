@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..errors import CommlabError, DisagreementError, PeerLostError
@@ -19,6 +19,10 @@ from .base import PIGGYBACK_RANKS, Bytes, Contexts, Exchange, Offload, Piggyback
 
 LINKS_BYTES: Final = 64 * 1024
 """The most that travels to each peer in one frame with a record."""
+
+LOOK_S: Final = 200e-6
+"""A wait that is over sooner is not slept through: to be woken takes a sleeper as long as the answer to a small message
+takes. How long a wait really looks is learned from those before (kernels/cpu/look.h)."""
 
 _PENDING, _DONE, _DISAGREE, _LOST, _MISMATCH = range(5)
 """What a native run says of itself: ``Status`` in kernels/links/run.h."""
@@ -95,9 +99,9 @@ class Links:
     """The connections of this process to all other ranks of the job, and the engine that runs them.
 
     ``descriptors``: a connected socket to each rank, -1 for ``rank`` itself; they belong to the engine from now on.
-    ``checks``: payloads carry a CRC32C, on all ranks or none. ``spin_s``: so long a rank looks again at once before it
-    sleeps. ``launched``: the transport of the launcher, which ends the job and is closed with the links. ``shared``:
-    they end with the last of their transports; else with the transport of all ranks.
+    ``checks``: payloads carry a CRC32C, on all ranks or none. ``look_s``: so long at most a caller that waits looks
+    again at once before it sleeps. ``launched``: the transport of the launcher, which ends the job and is closed with
+    the links. ``shared``: they end with the last of their transports; else with the transport of all ranks.
     """
 
     def __init__(
@@ -105,12 +109,12 @@ class Links:
         rank: int,
         descriptors: Sequence[int],
         checks: bool = True,
-        spin_s: float = 0.0,
+        look_s: float = LOOK_S,
         launched: Transport | None = None,
         shared: bool = False,
     ):
         assert built is not None
-        self.engine = built.LinksEngine(rank, list(descriptors), checks, spin_s * 1e6)
+        self.engine = built.LinksEngine(rank, list(descriptors), checks, look_s * 1e6)
         self.rank, self.size, self._launched = rank, len(descriptors), launched
         self.contexts = Contexts(2**30)
         self.closed = False
@@ -200,6 +204,16 @@ class TcpTransport:
         run = self._engine.launch(
             self._group, record, launch.few, launch.program, launch.operand, launch.keep, launch.awaited
         )
+        return OffloadRequest(self, run)
+
+    def few(self, *arguments: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The native call of an :class:`.base.AtOnce`, and what it is given. ``arguments``: how many numbers, the codes
+        of their dtype and of the reduction, the divisor, the bytes to each peer, whether each gets another share."""
+        return self._engine.allreduce_few, (self._group, *arguments)
+
+    def resumed(self, run: Any, keep: Any) -> OffloadRequest:
+        """What such a call has begun. ``keep``: the tensor."""
+        run.hold(keep)
         return OffloadRequest(self, run)
 
     def split(self, ranks: Sequence[int], context: int, *, any_order: bool = False) -> TcpTransport | None:

@@ -24,14 +24,6 @@ class Attachment(NamedTuple):
 NOTHING = Attachment()
 
 
-class Inline(NamedTuple):
-    """What the native module has to know of an inline allreduce, but for where its data lie."""
-
-    arguments: tuple[int, int, int, float]
-    """How many numbers, the codes of their dtype and of the reduction, the divisor."""
-    size_bytes: int
-
-
 class WindowWait:
     """A request: all ranks of the node have arrived. In messages a rank is named by its number in the window."""
 

@@ -42,7 +42,7 @@ void relax() {
 }  // namespace
 
 NodeSync::NodeSync(std::size_t rank, std::vector<Control*> pages, double spin_us)
-    : rank_(rank), pages_(std::move(pages)), spin_us_(spin_us), look_us_(spin_us) {
+    : rank_(rank), pages_(std::move(pages)), spin_us_(spin_us), look_(spin_us) {
   if (rank_ >= pages_.size()) throw std::invalid_argument("rank outside of the node");
   arrivals_ = pages_[rank_]->arrived.load(std::memory_order_relaxed);
 }
@@ -83,19 +83,19 @@ int NodeSync::wait(double timeout_us, bool soon) {
   const auto waited_us = [&] { return std::chrono::duration<double, std::micro>(Clock::now() - start).count(); };
   bool lost_core = false;
   if (spin_us_ > 0) {
-    const double limit_us = std::min(look_us(), timeout_us);
+    const double limit_us = std::min(look_.us(), timeout_us);
     double looked_us = 0;
     do {
       const double before_us = looked_us;
       for (int round = 0; round < 64; ++round) {
         if ((late = lagging()) < 0) {
-          learn(waited_us(), true, false);
+          look_.learn(waited_us(), true, false);
           return late;
         }
         relax();
       }
       looked_us = waited_us();
-      lost_core = looked_us - before_us > kLostCoreUs;
+      lost_core = Look::lost_core(looked_us - before_us);
     } while (looked_us < limit_us && !lost_core);
   }
   if (soon && spin_us_ <= 0) {
@@ -113,17 +113,8 @@ int NodeSync::wait(double timeout_us, bool soon) {
     if (lagging() >= 0) futex_wait(first.released, seen, left_us);
     first.sleepers.fetch_sub(1, std::memory_order_seq_cst);
   }
-  if (spin_us_ > 0) learn(waited_us(), late < 0, lost_core);
+  if (spin_us_ > 0) look_.learn(waited_us(), late < 0, lost_core);
   return late;
-}
-
-void NodeSync::learn(double waited_us, bool arrived, bool lost_core) {
-  if (shy_waits_ > 0) --shy_waits_;
-  if (lost_core) shy_waits_ = kShyWaits;
-  if (arrived && waited_us <= spin_us_)
-    look_us_ = std::min(spin_us_, std::max(look_us_, 2 * waited_us));
-  else
-    look_us_ = std::max(std::min(kLeastLookUs, spin_us_), look_us_ / 2);
 }
 
 }  // namespace commlab

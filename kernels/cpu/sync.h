@@ -4,11 +4,12 @@
 // dies leaves nothing held.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "look.h"
 
 namespace commlab {
 
@@ -70,28 +71,17 @@ class NodeSync {
   // The same after waiting up to timeout_us. soon: all there is to do before the others arrive is next to nothing, so
   // where ranks share cores this one hands its core on for a moment before it goes to sleep.
   int wait(double timeout_us, bool soon = false);
-  // How long the next wait looks before it sleeps, at most spin_us. Waits that last longer than a look may take make
-  // the next look shorter, waits that a longer look would have seen the end of make it longer; and where this thread
-  // has lost its core while it looked, others want that core, and the next waits hardly look at all.
-  double look_us() const { return shy_waits_ ? std::min(kLeastLookUs, look_us_) : look_us_; }
+  double look_us() const { return look_.us(); }
 
   // Slot and inline data of the last publish(), by rank.
   const Slot& slot(std::size_t rank) const { return pages_[rank]->slots[published_ % 2]; }
   const std::uint8_t* inline_data(std::size_t rank) const { return pages_[rank]->inline_data[published_ % 2]; }
 
  private:
-  // A core whose other users run for a time slice comes back after a millisecond or more; an interrupt takes less.
-  static constexpr double kLostCoreUs = 200;
-  static constexpr double kLeastLookUs = 20;
-  static constexpr int kShyWaits = 64;
-
-  void learn(double waited_us, bool arrived, bool lost_core);
-
   std::size_t rank_;
   std::vector<Control*> pages_;
   double spin_us_;
-  double look_us_;
-  int shy_waits_ = 0;
+  Look look_;
   std::uint32_t arrivals_ = 0;
   std::uint32_t published_ = 0;
   std::size_t first_unseen_ = 0;

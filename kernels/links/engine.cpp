@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -19,11 +20,12 @@ using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 constexpr std::uint64_t kWakeUp = ~0ull;
+constexpr int kEvents = 64;
 
 }  // namespace
 
-Engine::Engine(std::uint32_t rank, const std::vector<int>& fds, bool checks, double spin_us)
-    : rank_(rank), spin_us_(spin_us), lost_(fds.size(), false) {
+Engine::Engine(std::uint32_t rank, const std::vector<int>& fds, bool checks, double look_us)
+    : rank_(rank), look_(look_us), lost_(fds.size(), false) {
   if (rank >= fds.size()) throw std::invalid_argument("the rank is not among the connections");
   epoll_ = epoll_create1(EPOLL_CLOEXEC);
   wake_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -115,6 +117,28 @@ void Engine::work(std::unique_lock<std::mutex>&) {
   }
 }
 
+// Waits for events, asleep; a caller that waits (`looks`) looks for them first, so long as it has learned to. Between
+// two glances others may have the core, the awaited rank for one.
+int Engine::events_within(double timeout_s, bool looks, epoll_event* events) {
+  const int timeout_ms = timeout_s < 0 ? -1 : static_cast<int>(std::min(timeout_s, 1e6) * 1e3 + 0.999);
+  if (!looks || look_.us() <= 0) return epoll_wait(epoll_, events, kEvents, timeout_ms);
+  const auto start = Clock::now();
+  const double limit_us = std::min(look_.us(), timeout_s * 1e6);
+  bool lost_core = false;
+  int found;
+  for (double now_us = 0;;) {
+    found = epoll_wait(epoll_, events, kEvents, 0);
+    if (found != 0 || lost_core || now_us >= limit_us) break;
+    sched_yield();
+    const double before_us = now_us;
+    now_us = seconds_since(start) * 1e6;
+    lost_core = Look::lost_core(now_us - before_us);
+  }
+  if (found == 0) found = epoll_wait(epoll_, events, kEvents, timeout_ms);
+  look_.learn(seconds_since(start) * 1e6, found > 0, lost_core);
+  return found;
+}
+
 // One round of the loop: work, sleep until something happens, work. `until`: comes back before sleeping once that run
 // has ended.
 void Engine::drive(std::unique_lock<std::mutex>& lock, double timeout_s, const Run* until) {
@@ -122,18 +146,8 @@ void Engine::drive(std::unique_lock<std::mutex>& lock, double timeout_s, const R
   if (until && until->ended()) return;
   asleep_ = true;
   lock.unlock();
-  epoll_event events[64];
-  int found = 0;
-  if (spin_us_ > 0 && timeout_s != 0) {
-    const auto start = Clock::now();
-    do {
-      found = epoll_wait(epoll_, events, 64, 0);
-    } while (found == 0 && seconds_since(start) * 1e6 < spin_us_);
-  }
-  if (found == 0) {
-    const int timeout_ms = timeout_s < 0 ? -1 : static_cast<int>(std::min(timeout_s, 1e6) * 1e3 + 0.999);
-    found = epoll_wait(epoll_, events, 64, timeout_ms);
-  }
+  epoll_event events[kEvents];
+  const int found = events_within(timeout_s, until != nullptr, events);
   lock.lock();
   asleep_ = false;
   awake_ = true;

@@ -1,13 +1,15 @@
 // The engine of a process: the connections to all other ranks, and the operations of all groups that run over them.
 //
 // Whoever waits helps: a thread that waits for an operation runs the loop itself. Only while operations are under way
-// and nobody waits does the engine's own thread run it. Both sleep in epoll until there is something to do; neither
-// spins, and neither knows Python.
+// and nobody waits does the engine's own thread run it. Both sleep in epoll until there is something to do, a caller
+// after a short look; neither knows Python.
 //
 //   mutex_     held by whoever looks at runs, groups or links; never while asleep
 //   driving_   one thread at a time runs the loop; others sleep until their run has ended or the loop is free
 //   posted_    where a run is left for a thread that is busy in the loop, so that nobody waits to post
 #pragma once
+
+#include <sys/epoll.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -21,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/look.h"
 #include "link.h"
 #include "run.h"
 
@@ -29,8 +32,9 @@ namespace commlab::links {
 class Engine final : public Events {
  public:
   // `fds[r]`: a connected stream socket to rank r of the job, which the engine takes over; -1 for `rank` itself.
-  // `checks`: payloads carry a checksum. `spin_us`: so long the loop looks again at once before it sleeps.
-  Engine(std::uint32_t rank, const std::vector<int>& fds, bool checks, double spin_us);
+  // `checks`: payloads carry a checksum. `look_us`: so long at most a caller that waits looks again at once before it
+  // sleeps; the engine's own thread never does.
+  Engine(std::uint32_t rank, const std::vector<int>& fds, bool checks, double look_us);
   ~Engine() override;
 
   // A group of ranks of the job, with a number that no other group of any of its ranks has.
@@ -71,6 +75,7 @@ class Engine final : public Events {
 
   // engine.cpp: who runs the loop
   void drive(std::unique_lock<std::mutex>& lock, double timeout_s, const Run* until);
+  int events_within(double timeout_s, bool looks, epoll_event* events);
   void work(std::unique_lock<std::mutex>& lock);
   void serve();
   void poke();
@@ -98,7 +103,7 @@ class Engine final : public Events {
   Group& group_of(const Run& run) { return *groups_.at(run.group); }
 
   const std::uint32_t rank_;
-  const double spin_us_;
+  Look look_;
   std::vector<std::unique_ptr<Link>> links_;
   std::vector<bool> lost_;
   std::unordered_map<std::uint32_t, std::unique_ptr<Group>> groups_;

@@ -3,30 +3,42 @@ every rank reduces all numbers by itself.
 
 Cost of an allreduce of n elements: one wait; each rank reads P n elements and writes n. Nothing is sent. Rounding: all
 contributions are added in rank order, in fp32 where they have 16 bits, divided, and rounded once. The shortest way of
-all, :meth:`commlab.runtime.group.Group.allreduce_inline`, does in one native call what this file does in steps; where a
-peer lets that call wait, the rest of the operation goes on here.
+all, :meth:`commlab.runtime.group.Group.allreduce_at_once`, does in one native call what this file does in steps; where
+a peer lets that call wait, the rest of the operation goes on here.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 
 from ...native.dtypes import DTYPES, OP_CODES
 from ...runtime.group import Group
-from ...transport.base import Pending
+from ...transport.base import AtOnce, Pending
 from ...window import loops
-from ...window.exchange import Attachment, Inline
+from ...window.exchange import Attachment
 from ..plan import Call, divided
 
 CASTS = False
 
 
-def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> Inline | None:
-    """What the native call has to know."""
-    if group.window is None or not 0 < numel * wire.itemsize <= loops.INLINE_BYTES:
-        return None
+def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> int | None:
+    """The bytes of the numbers, where the control pages have room for them."""
+    size_bytes = numel * wire.itemsize
+    return size_bytes if group.window is not None and 0 < size_bytes <= loops.INLINE_BYTES else None
+
+
+def at_once(group: Group, few: int, numel: int, wire: torch.dtype, op: str) -> AtOnce:
+    """The native call of the window. ``few``: the bytes of the numbers."""
+    assert group.window is not None
     divisor, reduction = divided(op, group.size)
-    return Inline((numel, DTYPES[wire][0], OP_CODES[reduction], divisor), numel * wire.itemsize)
+    arguments = numel, DTYPES[wire][0], OP_CODES[reduction], divisor
+    return AtOnce(group.window.sync.allreduce_inline, arguments, partial(_resume, reduction, divisor), node_bytes=few)
+
+
+def _resume(op: str, divisor: float, group: Group, tensor: torch.Tensor, left: object) -> tuple[Pending, None]:
+    return _reduce(group, tensor, op, divisor), None
 
 
 def attach(call: Call) -> Attachment:
@@ -37,7 +49,10 @@ def attach(call: Call) -> Attachment:
 
 def allreduce(call: Call) -> Pending:
     """Reduce everything on every rank, out of the control pages."""
-    group = call.group
+    return _reduce(call.group, call.flat, call.op, call.divisor)
+
+
+def _reduce(group: Group, tensor: torch.Tensor, op: str, divisor: float) -> Pending:
     assert group.window is not None
-    group.account(loops.reduce_inline(group.window, call.flat.detach().view(-1), call.op, call.divisor))
+    group.account(loops.reduce_inline(group.window, tensor.detach().view(-1), op, divisor))
     yield from ()  # the computation has nothing to wait for

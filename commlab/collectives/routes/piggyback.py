@@ -12,15 +12,17 @@ once.
 from __future__ import annotations
 
 from ctypes import memmove
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from ... import native
+from ...native.dtypes import DTYPES, OP_CODES
 from ...runtime import programs
 from ...runtime.group import Group
-from ...transport.base import RECORD_BYTES, Offload, Pending, Piggyback
-from ..plan import Call
+from ...transport.base import RECORD_BYTES, AtOnce, Offload, Pending, Piggyback
+from ..plan import Call, divided
 from . import schedule
 
 CASTS = False
@@ -49,6 +51,26 @@ def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> Load | None
         return Load(numel * wire.itemsize, to_each=False)
     share_bytes = -(-numel // group.size) * wire.itemsize
     return Load(share_bytes, to_each=True) if share_bytes <= room_bytes else None
+
+
+def at_once(group: Group, few: Load, numel: int, wire: torch.dtype, op: str) -> AtOnce | None:
+    """The native call of the links."""
+    if not group.transport.moves_itself:
+        return None
+    divisor, reduction = divided(op, group.size)
+    arguments = numel, DTYPES[wire][0], OP_CODES[reduction], divisor, *few
+    call, arguments = group.transport.few(*arguments)  # type: ignore[attr-defined]
+    messages = (group.size - 1) * (2 if few.to_each else 1)
+    sent_bytes = messages * few.share_bytes
+    return AtOnce(call, arguments, partial(_resume, few, sent_bytes, messages), sent_bytes, messages)
+
+
+def _resume(
+    few: Load, sent_bytes: int, messages: int, group: Group, tensor: torch.Tensor, left: Any
+) -> tuple[Pending, Offload]:
+    launch = Offload(None, tensor, None, few, sent_bytes, messages)
+    launch.request = group.transport.resumed(left, tensor)  # type: ignore[attr-defined]
+    return programs.finish(group, group.transport, launch), launch
 
 
 def attach(call: Call) -> Piggyback | Offload:

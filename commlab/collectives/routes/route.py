@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from ...runtime.group import Group
-from ...transport.base import Offload, Pending, Piggyback
+from ...transport.base import AtOnce, Offload, Pending, Piggyback
 from ...window.exchange import Attachment
 from ..plan import Call
 
@@ -50,6 +50,9 @@ class FewRoute(Protocol):
 
     def load_of(self, group: Group, numel: int, wire: torch.dtype, op: str) -> Any:
         """What is worth keeping of an allreduce of ``numel`` numbers; None where these numbers can't travel so."""
+
+    def at_once(self, group: Group, few: Any, numel: int, wire: torch.dtype, op: str) -> AtOnce | None:
+        """The operation as one native call; None where it takes more. ``few``: what :meth:`load_of` has found."""
 
     def attach(self, call: Call) -> Attachment | Piggyback | Offload:
         """What this rank tells the others with its record: its numbers."""

@@ -1,0 +1,163 @@
+"""Allreduces of few numbers over links, each in one native call from the announcement to the result."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from closed_form import DTYPES, expected, numbers, ops_for, same_bits
+from linked import Mesh, on_all
+
+import commlab
+from commlab.collectives.routes import piggyback
+from commlab.errors import DisagreementError, PeerLostError, RefusedError, UsageError
+from commlab.runtime import group as group_module
+from commlab.runtime.group import Group
+from commlab.transport.tcp import LINKS_BYTES, missing_reason
+
+pytestmark = pytest.mark.skipif(bool(missing_reason()), reason=missing_reason())
+
+
+@pytest.fixture
+def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    mesh = Mesh(getattr(request, "param", 3))
+    yield mesh
+    mesh.close()
+
+
+def edges(size: int, dtype: torch.dtype) -> list[int]:
+    """Numbers at which the way changes, and between; the most of all for one dtype alone, for the sake of time."""
+    everything, most = piggyback.EVERYTHING_BYTES // dtype.itemsize, LINKS_BYTES // dtype.itemsize * size
+    largest = [most - 1, most] if dtype is torch.float16 else []
+    return [1, everything, everything + 1, everything + size + 1, *largest]
+
+
+def reduced(group: Group, numel: int, dtype: torch.dtype = torch.float32, op: str = "sum") -> torch.Tensor:
+    return commlab.allreduce(numbers(group.rank, numel, dtype, op), op, group=group)
+
+
+def right(got: object, size: int, numel: int, dtype: torch.dtype = torch.float32, op: str = "sum") -> bool:
+    return isinstance(got, torch.Tensor) and same_bits(got + 0, expected(op, size, numel, dtype) + 0)
+
+
+@pytest.mark.parametrize("mesh", [2, 7], indirect=True)
+def test_exact_and_counted(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is queued, and what is sent is counted as in the queue."""
+    groups, peers = mesh.groups(), mesh.size - 1
+    monkeypatch.setattr(Group, "_queue", None)
+    monkeypatch.setattr(group_module, "_PATIENCE_US", 20e6)
+    for dtype in DTYPES:
+        for at, numel in enumerate(edges(mesh.size, dtype)):
+            op = ops_for(dtype)[at % len(ops_for(dtype))]
+            before = [(group.bytes_sent, group.messages_sent) for group in groups]
+            results = on_all(groups, lambda group, n=numel, d=dtype, o=op: reduced(group, n, d, o))
+            assert all(right(each, mesh.size, numel, dtype, op) for each in results), (dtype, numel, op, results)
+            all_bytes = numel * dtype.itemsize
+            everything = all_bytes <= piggyback.EVERYTHING_BYTES
+            share_bytes = all_bytes if everything else -(-numel // mesh.size) * dtype.itemsize
+            messages = peers if everything else 2 * peers
+            for group, (sent, told) in zip(groups, before, strict=True):
+                assert (group.bytes_sent - sent, group.messages_sent - told) == (messages * share_bytes, messages)
+
+
+def test_wires_and_parameters(mesh: Mesh) -> None:
+    """A 16-bit wire is a copy that is put back; a parameter is written, and autograd is told."""
+    groups = mesh.groups()
+
+    def one(group: Group) -> tuple[torch.Tensor, int]:
+        parameter = torch.nn.Parameter(torch.full((9,), float(group.rank + 1)))
+        version = parameter._version
+        return commlab.allreduce(parameter, wire="fp16", group=group).detach(), parameter._version - version
+
+    for result in on_all(groups, one):
+        assert isinstance(result, tuple), result
+        assert result[0].tolist() == [2.0] * 9 and result[1] >= 1
+
+
+def test_a_late_rank_and_what_is_queued(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for long goes on in the queue; ranks may differ in the way that they take, and order is kept."""
+    monkeypatch.setattr(group_module, "_PATIENCE_US", 1e3)
+    groups = mesh.groups()
+
+    def one(group: Group, late: int) -> list[torch.Tensor]:
+        if group.rank == late:
+            time.sleep(0.05)
+        first = reduced(group, 3000)
+        queued = commlab.allreduce_async(numbers(group.rank, 200_000, torch.float32), "sum", group=group)
+        if group.rank == (late + 1) % group.size:
+            queued.wait()  # then the next one finds nothing under way
+        return [first, reduced(group, 5), queued.wait()]
+
+    for late in range(mesh.size):
+        for results in on_all(groups, lambda group, late=late: one(group, late)):
+            assert isinstance(results, list), results
+            assert [right(*each) for each in zip(results, [3] * 3, [3000, 5, 200_000], strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("patience_us", [1e5, 0.0])
+def test_disagreement(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, patience_us: float) -> None:
+    """On all ranks, with both sides, and the group goes on."""
+    monkeypatch.setattr(group_module, "_PATIENCE_US", patience_us)
+    groups = mesh.groups()
+    for wrong in range(mesh.size):
+        for result in on_all(groups, lambda group, wrong=wrong: reduced(group, 7 + (group.rank == wrong))):
+            assert isinstance(result, DisagreementError)
+            assert "float32[7]" in str(result) and "float32[8]" in str(result)
+        assert all(right(each, 3, 11) for each in on_all(groups, lambda group: reduced(group, 11)))
+
+
+def test_one_rank_refuses(mesh: Mesh) -> None:
+    groups = mesh.groups()
+
+    def one(group: Group) -> torch.Tensor:
+        tensor = torch.ones(1).expand(4) if group.rank == 1 else torch.ones(4)
+        return commlab.allreduce(tensor, group=group)
+
+    for result in on_all(groups, one):
+        assert isinstance(result, RefusedError | UsageError) and "share one place in memory" in str(result)
+    assert all(right(each, 3, 4) for each in on_all(groups, lambda group: reduced(group, 4)))
+
+
+def test_a_rank_is_gone(mesh: Mesh) -> None:
+    groups = mesh.groups()
+    on_all(groups, lambda group: reduced(group, 4))
+    mesh.links[2].engine.leave(0.0)
+    for result in on_all(groups[:2], lambda group: reduced(group, 4)):
+        assert isinstance(result, PeerLostError) and "lost rank 2" in str(result)
+
+
+def test_another_thread_meanwhile(mesh: Mesh) -> None:
+    """While one thread is in the native call, another one's operation is refused by name, on all ranks."""
+    groups, errors = mesh.groups(), list[BaseException]()
+
+    def one(group: Group) -> torch.Tensor:
+        if group.rank:
+            time.sleep(0.1)  # rank 0's two threads are there by now
+        return reduced(group, 6)
+
+    def beside() -> None:
+        time.sleep(0.03)
+        try:
+            reduced(groups[0], 6)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    results = on_all(groups, one)
+    on_all(groups[1:], lambda group: reduced(group, 6))  # meets the refusal
+    thread.join(20)
+    assert not thread.is_alive() and all(right(each, 3, 6) for each in results)
+    assert len(errors) == 1 and "two threads" in str(errors[0])
+
+
+def test_without_the_check(mesh: Mesh) -> None:
+    """Turned off after the plan was made: the numbers go by messages of their own."""
+    groups = mesh.groups()
+    assert all(right(each, 3, 8) for each in on_all(groups, lambda group: reduced(group, 8)))
+    for group in groups:
+        group.agreement.required = False
+    assert all(right(each, 3, 8) for each in on_all(groups, lambda group: reduced(group, 8)))
