@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from statistics import median
 
 import commlab
@@ -19,6 +20,7 @@ from commlab.runtime.world import TRANSPORTS, WINDOWS
 from .contestants import PEERS, floor
 from .contestants.case import DTYPES, EXACT_UP_TO, OPS, Case
 from .contestants.commlab import NAMES, Groups, commlab_blocks, groups_of
+from .contestants.products import Products
 from .core import harness, table
 from .core.arguments import count, names, sizes
 from .core.harness import Block, Result, progress_line
@@ -56,6 +58,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transport", choices=TRANSPORTS, default="mpi")
     parser.add_argument("--window", choices=WINDOWS, default="auto", help="off: the ranks of a node send messages too")
     parser.add_argument("--links", choices=LINKS, default="auto", help="what joins several nodes")
+    parser.add_argument(
+        "--computing",
+        action="store_true",
+        help="beside a thread of matrix products in every rank (its CPU counts)",
+    )
     parser.add_argument("--links-check", choices=("on", "off"), default="on", help="off: frames carry no checksum")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for one turn; then the job ends")
@@ -105,7 +112,8 @@ def one_size(size_bytes: int, at: int, groups: Groups, session: Session) -> Sect
     show = progress_line(ranks, f"{options.op} {format_bytes(case.bytes)} ({at + 1} of {len(options.sizes)})")
     blocks = contestants(case, groups, options)
     sample_s = options.sample_ms / 1e3
-    results = harness.measure(blocks, ranks, options.rounds, options.seed + at, options.timeout, show, sample_s)
+    with Products() if options.computing else nullcontext():
+        results = harness.measure(blocks, ranks, options.rounds, options.seed + at, options.timeout, show, sample_s)
     found = records(results, case)
     return Section(f"{title(case, found)}\n{table.render(HEAD, [cells(record) for record in found])}\n", found)
 

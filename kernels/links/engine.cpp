@@ -118,11 +118,16 @@ void Engine::work(std::unique_lock<std::mutex>&) {
 }
 
 // Waits for events, asleep; a caller that waits (`looks`) looks for them first, so long as it has learned to. Between
-// two glances others may have the core, the awaited rank for one.
+// two glances others may have the core, the awaited rank for one; where others compute on it, that costs a time slice,
+// and a sleeper is woken at once.
 int Engine::events_within(double timeout_s, bool looks, epoll_event* events) {
   const int timeout_ms = timeout_s < 0 ? -1 : static_cast<int>(std::min(timeout_s, 1e6) * 1e3 + 0.999);
-  if (!looks || look_.us() <= 0) return epoll_wait(epoll_, events, kEvents, timeout_ms);
   const auto start = Clock::now();
+  if (!looks || look_.shy() || look_.us() <= 0) {
+    const int found = epoll_wait(epoll_, events, kEvents, timeout_ms);
+    if (looks) look_.learn(seconds_since(start) * 1e6, found > 0, false);
+    return found;
+  }
   const double limit_us = std::min(look_.us(), timeout_s * 1e6);
   bool lost_core = false;
   int found;
