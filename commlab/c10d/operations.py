@@ -101,9 +101,9 @@ def allreduce(pg: Members, tensors: Tensors, reduce_op: Any, awaited: bool) -> W
     tensor, group, span = tensors[0], pg.group, pg.begin("all_reduce", tensors)
     in_place = numbers.lies_in(tensor)
     if awaited and span is None:
-        with torch.no_grad():
-            allreduce_now(numbers.flat, numbers.op, group=group)
-            if not in_place:
+        allreduce_now(numbers.flat, numbers.op, group=group)
+        if not in_place:
+            with torch.no_grad():
                 numbers.finish(numbers.flat, tensor)
         return pg.work((), list(tensors))
     handle = allreduce_async(numbers.flat, numbers.op, group=group)
