@@ -8,6 +8,7 @@ is in :mod:`.handshake`; docs/links.md has the reasons and the figures.
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Sequence
@@ -17,8 +18,14 @@ from ..errors import CommlabError, DisagreementError, PeerLostError
 from ..native.library import built
 from .base import PIGGYBACK_RANKS, Bytes, Contexts, Exchange, Offload, Piggyback, Transport
 
+log = logging.getLogger("commlab")
+
 LINKS_BYTES: Final = 64 * 1024
 """The most that travels to each peer in one frame with a record."""
+
+KEEPER: Final = "COMMLAB_KEEPER"
+"""The environment variable that turns off, with ``off``, the process that keeps a killed rank's memory until its
+connections are closed: for schedulers that add up the memory of a job's processes, which counts this memory twice."""
 
 _PENDING, _DONE, _DISAGREE, _LOST, _MISMATCH = range(5)
 """What a native run says of itself: ``Status`` in kernels/links/run.h."""
@@ -29,6 +36,15 @@ def missing_reason() -> str:
     if built is None:
         return "the native module is not built"
     return "" if hasattr(built, "LinksEngine") else "links need Linux"
+
+
+def keeps_memory() -> bool:
+    """Whether this process, if it is killed, keeps its memory until its connections are closed (see :data:`KEEPER`). A
+    value that means nothing is warned of, and is ``on``."""
+    value = os.environ.get(KEEPER) or "on"
+    if value not in ("on", "off"):
+        log.warning("%s=%r means nothing: there are on (the default) and off", KEEPER, value)
+    return value != "off"
 
 
 class TcpRequest:
@@ -110,7 +126,7 @@ class Links:
         shared: bool = False,
     ):
         assert built is not None
-        self.engine = built.LinksEngine(rank, list(descriptors), checks, spin_s * 1e6)
+        self.engine = built.LinksEngine(rank, list(descriptors), checks, spin_s * 1e6, keeps_memory())
         self.rank, self.size, self._launched = rank, len(descriptors), launched
         self.contexts = Contexts(2**30)
         self.closed = False
