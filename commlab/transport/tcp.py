@@ -229,7 +229,9 @@ class TcpTransport:
         """The error for a run that ended with ``status``."""
         if status == _LOST:
             rank = self._ranks.index(job_rank)
-            return PeerLostError(f"the links lost rank {rank}: {text}")
+            lost = PeerLostError(f"the links lost rank {rank}: {text}")
+            lost.rank = rank
+            return lost
         if status == _MISMATCH:
             return DisagreementError(f"rank {self.rank}: ranks disagree on sizes: {text}")
         return CommlabError(f"rank {self.rank}: {text}")
