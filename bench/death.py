@@ -1,10 +1,10 @@
 """``python -m bench.death``: one rank is killed in the middle of an allreduce. How long until all others know of it?
 
 Ranks joined by links, each on a node of its own, reduce without an end; each has torch, and has written to
-``--memory``. One of them, by turns, is sent SIGKILL at a random moment: every other rank must raise PeerLostError that names it.
-The time runs from just before the signal until the last of them has raised. Each round kills once in every row, in a
-new order: with the process that keeps a killed rank's memory until its connections are closed (docs/links.md), and,
-with ``--rows keeper,none``, without it. Exit code 1: a rank raised nothing, or named another rank.
+``--memory``. One of them, by turns, is sent SIGKILL at a random moment: every other rank must raise PeerLostError that
+names it. The time runs from just before the signal until the last of them has raised. Each round kills once in every
+row, in a new order: with the process that keeps a killed rank's memory until its connections are closed
+(docs/links.md), and, with ``--rows keeper,none``, without it. Exit code 1: a rank raised nothing, or named another one.
 
     python -m bench.death                                     4 ranks of this host, over loopback
     python -m bench.death --hosts --rate 10gbit --rounds 7    on emulated hosts
