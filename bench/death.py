@@ -40,7 +40,7 @@ from .core.results import Record
 from .core.stats import parse_bytes
 from .hosts.namespaces import Cluster
 from .hosts.plan import INTERFACE, HostLink
-from .training.killed import Request
+from .training.killed import RankRequest
 
 ROWS = {"keeper": "on", "none": "off"}
 """The rows by their names on the command line; what KEEPER is set to."""
@@ -72,7 +72,7 @@ class Host:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        self._said = b""
+        self._unread = b""
 
     def ask(self, **request: Any) -> None:
         assert self._process.stdin is not None
@@ -83,13 +83,13 @@ class Host:
         """The next thing that the host says; BenchError where it is none of those that are expected."""
         assert self._process.stdout is not None
         stop_s = time.monotonic() + LIMIT_S
-        while b"\n" not in self._said:
+        while b"\n" not in self._unread:
             ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, stop_s - time.monotonic()))
             found = os.read(self._process.stdout.fileno(), 65536) if ready else b""
             if not found:
                 raise BenchError(f"a host said nothing for {LIMIT_S:.0f} s where it should say {' or '.join(expected)}")
-            self._said += found
-        line, _, self._said = self._said.partition(b"\n")
+            self._unread += found
+        line, _, self._unread = self._unread.partition(b"\n")
         said: Record = json.loads(line)
         if said["event"] not in expected:
             raise BenchError(f"a host said {said} where it should say {' or '.join(expected)}")
@@ -164,7 +164,7 @@ def killed(
     launch = {"MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(len(made))}
     launch |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     for rank, host in enumerate(made):
-        request = Request(rank, len(made), {**variables, **launch, "RANK": str(rank)}, options.size, options.memory)
+        request = RankRequest(rank, len(made), {**variables, **launch, "RANK": str(rank)}, options.size, options.memory)
         host.ask(begin=asdict(request))
     for host in made:
         host.answer("ready")

@@ -1,7 +1,7 @@
 """``python -m bench.training.killed``: the ranks of one host for :mod:`bench.death`, forked from a process that has
 torch, one after the other.
 
-Requests come as lines of JSON on stdin. ``{"begin": {...}}`` forks a rank, with the fields of :class:`Request`;
+Requests come as lines of JSON on stdin. ``{"begin": {...}}`` forks a rank, with the fields of :class:`RankRequest`;
 ``{"end": "kill"}`` sends the rank SIGKILL, ``{"end": "wait"}`` waits for its end. On stdout the host says what happens:
 ``ready``, once the rank has exchanged something; ``raised``, when and with which words an exchange raised; ``killed``
 and when; ``ended``. Times are those of the host's monotonic clock, in seconds.
@@ -24,7 +24,7 @@ LIMIT_S = 120
 
 
 @dataclass(frozen=True)
-class Request:
+class RankRequest:
     """What the rank is, and what it does until it is killed or misses another one."""
 
     rank: int
@@ -56,7 +56,7 @@ def main() -> int:
         if "begin" in request:
             child = os.fork()
             if not child:
-                _run(Request(**request["begin"]))
+                _run(RankRequest(**request["begin"]))
             continue
         if request["end"] == "kill":
             at_s = time.monotonic()
@@ -67,7 +67,7 @@ def main() -> int:
     return 0
 
 
-def _run(request: Request) -> NoReturn:
+def _run(request: RankRequest) -> NoReturn:
     signal.alarm(LIMIT_S)
     code = 1
     with suppress(BaseException):
@@ -75,7 +75,7 @@ def _run(request: Request) -> NoReturn:
     os._exit(code)
 
 
-def _exchange(request: Request) -> bool:
+def _exchange(request: RankRequest) -> bool:
     import torch
 
     import commlab
