@@ -113,6 +113,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=parse_bytes, default="25MB", help="of float32, reduced (default %(default)s)")
     parser.add_argument("--memory", type=parse_bytes, default="1GB", help="of each rank (default %(default)s)")
     parser.add_argument("--rounds", type=count, default=50, help="kills in each row (default %(default)s)")
+    parser.add_argument("--limit", type=float, default=math.inf, metavar="S", help="begin no round later than that")
     parser.add_argument("--hosts", action="store_true", help="a host for each rank, as by bench.cluster")
     parser.add_argument("--rate", default="10gbit", help="of the hosts' links (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, and of the order of the rows")
@@ -121,8 +122,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace, run: Record) -> Iterator[Section]:
     chance = random.Random(options.seed)
     found: dict[str, list[Kill]] = {row: [] for row in options.rows}
+    stop_s = time.monotonic() + options.limit
     with hosts(options) as (made, variables):
         for round_ in range(options.rounds):
+            if round_ and time.monotonic() > stop_s:
+                break
             for row in chance.sample(options.rows, len(options.rows)):
                 kill = killed(made, round_ % len(made), {**variables, KEEPER: ROWS[row]}, options, chance)
                 print(f"round {round_ + 1} of {options.rounds}, {row}: {kill.last_ms:.1f} ms", file=sys.stderr)

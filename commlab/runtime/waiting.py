@@ -28,7 +28,7 @@ WARN_AFTER_S = 10.0
 GONE_AFTER_S = 0.3
 """So long a rank that has left may still be waited for: what it has sent before may be on its way."""
 
-WORDS_S = 0.02
+WORDS_S = 0.01
 """So long the watch is asked how a rank has ended that is known to be lost. Its words are worth no longer wait."""
 
 SPIN_S = 2e-3
