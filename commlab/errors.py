@@ -34,6 +34,9 @@ class NotFiniteError(CommlabError, ArithmeticError):
 class PeerLostError(CommlabError, ConnectionError):
     """A peer's process or its connection is gone."""
 
+    rank: int | None = None
+    """The peer's rank in the group, where the transport knows at once who is lost, as links do."""
+
 
 class PeerTimeoutError(CommlabError, TimeoutError):
     """A peer lives, as far as is known, but has not answered within the timeout."""

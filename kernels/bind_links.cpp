@@ -19,6 +19,7 @@
 #include "links/crc32c.h"
 #include "links/engine.h"
 #include "links/interfaces.h"
+#include "links/keeper.h"
 #include "record.h"
 
 namespace nb = nanobind;
@@ -175,6 +176,7 @@ void register_links(nb::module_& m) {
   };
   struct HeldEngine {
     std::shared_ptr<Engine> engine;
+    std::shared_ptr<Keeper> keeper;
   };
   nb::class_<HeldProgram>(m, "LinksProgram")
       .def("__init__",
@@ -195,16 +197,22 @@ void register_links(nb::module_& m) {
       .def("records", &HeldRun::records);
   nb::class_<HeldEngine>(m, "LinksEngine")
       .def("__init__",
-           [](HeldEngine* self, std::uint32_t rank, const std::vector<int>& fds, bool checks, double look_us) {
-             new (self) HeldEngine{std::make_shared<Engine>(rank, fds, checks, look_us)};
-           })
+           [](HeldEngine* self, std::uint32_t rank, const std::vector<int>& fds, bool checks, double look_us,
+              bool keeper) {
+             new (self) HeldEngine{std::make_shared<Engine>(rank, fds, checks, look_us),
+                                   keeper ? Keeper::of_this_process() : nullptr};
+           },
+           nb::arg("rank"), nb::arg("fds"), nb::arg("checks"), nb::arg("look_us"), nb::arg("keeper") = false)
+      .def("keeper", [](const HeldEngine& self) { return self.keeper ? self.keeper->pid() : 0; })
       .def("add_group", [](HeldEngine& self, std::uint32_t id,
                            const std::vector<std::uint32_t>& ranks) { self.engine->add_group(id, ranks); })
       .def("remove_group", [](HeldEngine& self, std::uint32_t id) { self.engine->remove_group(id); })
       .def("leave",
            [](HeldEngine& self, double timeout_s) {
+             std::shared_ptr<Keeper> keeper = std::move(self.keeper);
              nb::gil_scoped_release released;
              self.engine->leave(timeout_s);
+             keeper.reset();
            })
       .def("message",
            [](HeldEngine& self, std::uint32_t group, std::uint32_t peer, Address data, std::size_t bytes, bool sends,

@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import trace
@@ -30,6 +30,7 @@ from .handle import Handle
 from .waiting import (
     GONE_AFTER_S,
     SPIN_S,
+    WORDS_S,
     begin_moving,
     gone_words,
     others_move,
@@ -89,7 +90,8 @@ class Operation:
     def lost(self, error: PeerLostError) -> PeerLostError:
         """The transport knows the peer; the operation knows what was to be done with it, and perhaps how the peer has
         ended."""
-        gone = self.gone(wait_s=GONE_AFTER_S)
+        peers, wait_s = (self.peers(), GONE_AFTER_S) if error.rank is None else ((error.rank,), WORDS_S)
+        gone = self._gone(peers, wait_s)
         who, _, what = gone.partition(f" while rank {self._rank} is in ")
         if not gone:
             named = PeerLostError(f"rank {self._rank}: {error}, in {self.handle.describe()}")
@@ -97,13 +99,16 @@ class Operation:
             named = PeerLostError(f"{gone}: {error}")
         else:
             named = PeerLostError(f"rank {self._rank}: {who}, in {what}: {error}")
+        named.rank = error.rank
         named.__cause__ = error
         return named
 
-    def gone(self, wait_s: float = 0.0) -> str:
-        """The sentence that says which of the awaited ranks have left, and how; empty while all are there.
-        ``wait_s``: how long the news may take, where it is known that there are some."""
-        return gone_words(self._rank, self.peers(), self._departed, self.handle.describe, wait_s)
+    def gone(self) -> str:
+        """The sentence that says which of the awaited ranks have left, and how; empty while all are there."""
+        return self._gone(self.peers(), 0.0)
+
+    def _gone(self, peers: Sequence[int], wait_s: float) -> str:
+        return gone_words(self._rank, peers, self._departed, self.handle.describe, wait_s)
 
     def peers(self) -> tuple[int, ...]:
         """The ranks that the operation waits for."""

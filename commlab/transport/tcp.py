@@ -8,6 +8,7 @@ is in :mod:`.handshake`; docs/links.md has the reasons and the figures.
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,12 +18,18 @@ from ..errors import CommlabError, DisagreementError, PeerLostError
 from ..native.library import built
 from .base import PIGGYBACK_RANKS, Bytes, Contexts, Exchange, Offload, Piggyback, Transport
 
+log = logging.getLogger("commlab")
+
 LINKS_BYTES: Final = 64 * 1024
 """The most that travels to each peer in one frame with a record."""
 
 LOOK_S: Final = 200e-6
 """A wait that is over sooner is not slept through: to be woken takes a sleeper as long as the answer to a small message
 takes. How long a wait really looks is learned from those before (kernels/cpu/look.h)."""
+
+KEEPER: Final = "COMMLAB_KEEPER"
+"""The environment variable that turns off, with ``off``, the process that keeps a killed rank's memory until its
+connections are closed: for schedulers that add up the memory of a job's processes, which counts this memory twice."""
 
 _PENDING, _DONE, _DISAGREE, _LOST, _MISMATCH = range(5)
 """What a native run says of itself: ``Status`` in kernels/links/run.h."""
@@ -33,6 +40,15 @@ def missing_reason() -> str:
     if built is None:
         return "the native module is not built"
     return "" if hasattr(built, "LinksEngine") else "links need Linux"
+
+
+def keeps_memory() -> bool:
+    """Whether this process, if it is killed, keeps its memory until its connections are closed (see :data:`KEEPER`). A
+    value that means nothing is warned of, and is ``on``."""
+    value = os.environ.get(KEEPER) or "on"
+    if value not in ("on", "off"):
+        log.warning("%s=%r means nothing: there are on (the default) and off", KEEPER, value)
+    return value != "off"
 
 
 class TcpRequest:
@@ -114,7 +130,7 @@ class Links:
         shared: bool = False,
     ):
         assert built is not None
-        self.engine = built.LinksEngine(rank, list(descriptors), checks, look_s * 1e6)
+        self.engine = built.LinksEngine(rank, list(descriptors), checks, look_s * 1e6, keeps_memory())
         self.rank, self.size, self._launched = rank, len(descriptors), launched
         self.contexts = Contexts(2**30)
         self.closed = False
@@ -227,7 +243,9 @@ class TcpTransport:
         """The error for a run that ended with ``status``."""
         if status == _LOST:
             rank = self._ranks.index(job_rank)
-            return PeerLostError(f"the links lost rank {rank}: {text}")
+            lost = PeerLostError(f"the links lost rank {rank}: {text}")
+            lost.rank = rank
+            return lost
         if status == _MISMATCH:
             return DisagreementError(f"rank {self.rank}: ranks disagree on sizes: {text}")
         return CommlabError(f"rank {self.rank}: {text}")

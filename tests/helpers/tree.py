@@ -20,6 +20,7 @@ BENCH_COMMANDS = {
         "c10d",
         "cluster",
         "compare",
+        "death",
         "fuzz",
         "horovod_build",
         "hvd",

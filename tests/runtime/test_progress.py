@@ -13,7 +13,7 @@ import torch
 
 from commlab.collectives.allreduce import allreduce, allreduce_async
 from commlab.collectives.operations import broadcast, reduce, reduce_scatter
-from commlab.errors import PeerTimeoutError, UsageError
+from commlab.errors import PeerLostError, PeerTimeoutError, UsageError
 from commlab.job.topology import Topology
 from commlab.runtime import waiting
 from commlab.runtime.agreement import Signature
@@ -51,6 +51,42 @@ def operation(progress: Progress, body: Iterator[Message], result: object = None
 
 def inline(timeout_s: float = 5.0) -> Progress:
     return Progress(2, timeout_s, threaded=False)
+
+
+def lost(rank: int | None, text: str) -> PeerLostError:
+    error = PeerLostError(text)
+    error.rank = rank
+    return error
+
+
+@pytest.mark.parametrize(
+    "how, sentence",
+    [
+        (
+            "is gone (killed by signal 9, SIGKILL)",
+            "rank 2: rank 3 is gone (killed by signal 9, SIGKILL), in {}: no link",
+        ),
+        ("left (exit code 3)", "rank 3 left (exit code 3) while rank 2 is in {}: no link"),
+        ("", "rank 2: no link, in {}"),
+    ],
+)
+def test_the_watch_is_asked_about_the_rank_that_is_lost(how: str, sentence: str) -> None:
+    """Kind: a transport that knows who is lost; the request has ended, and waits for nobody any more."""
+    asked: list[int] = []
+
+    def departed(rank: int) -> str:
+        asked.append(rank)
+        return how
+
+    handle = Handle(inline(), lambda: "allreduce #1")
+    named = Operation(iter(()), handle, 2, departed).lost(lost(3, "no link"))
+    assert str(named) == sentence.format("allreduce #1")
+    assert named.rank == 3 and set(asked) == {3}
+    asked.clear()
+    assert (
+        str(Operation(iter(()), handle, 2, departed).lost(lost(None, "no link"))) == "rank 2: no link, in allreduce #1"
+    )
+    assert not asked
 
 
 def test_operations_run_one_after_the_other() -> None:
