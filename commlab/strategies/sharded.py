@@ -74,14 +74,14 @@ class Sharded(Strategy):
 
     keeps_gradients = False
     shards_state = True
-    pushes: type[Pushes]
+    node_pushes: type[Pushes]
     """How gradients leave where the node is the unit."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         require_elementwise(optimizer, options.elementwise)
         require_nothing_whole(optimizer)
         self.training = training = start(model, optimizer, group, options, moves=self.name)
-        every_node_updates = self.pushes.EVERY_NODE_UPDATES
+        every_node_updates = self.node_pushes.EVERY_NODE_UPDATES
         levels, training.shard_reason = choose(group, options, every_node_updates=every_node_updates)
         self._pushes: Pushes | None = None
         """Where the node is the unit: how gradients leave."""
@@ -89,7 +89,7 @@ class Sharded(Strategy):
             training.levels, training.window = levels, levels.node.window
             if every_node_updates:
                 training.holders, training.across = levels
-            self._pushes = self.pushes(group, levels, options.algorithm)
+            self._pushes = self.node_pushes(group, levels, options.algorithm)
         self._retired: list[torch.Tensor] = []
         """Memory of the window in which buckets and parameters lay before the last plan: graphs of this step's forward
         may still read it."""
@@ -336,15 +336,7 @@ class Sharded(Strategy):
             require_alike(training.group, training.steps, self._copies(), local_ranks=self._local_ranks())
 
     def _copies(self) -> Iterator[tuple[str, Any]]:
-        """What other nodes have, too: of what this rank owns, or where one node owns all, of its share of the
-        parameters."""
-        if self._pushes is not None and self.training.across is None:
-            for each, chunks in zip(self._flats, self._pushes.chunks, strict=True):
-                own = chunks[self.training.sharers.rank]
-                for item in owned(each.bucket, own):
-                    numbers = each.flat[own.start + item.in_chunk.start : own.start + item.in_chunk.stop]
-                    yield f"{item.parameter.name!r} [{item.start}:{item.stop}]", numbers
-            return
+        """What other nodes have, too, of what this rank answers for: here what it owns."""
         for piece in self.training.masters.pieces:
             text = _text(piece)
             yield f"{text}, or its master", piece.tensor
@@ -418,13 +410,23 @@ class Sharded(Strategy):
 class SingleServer(Sharded):
     name = "ps"
     owners = staticmethod(one_owner)
-    pushes = ServerPushes
+    node_pushes = ServerPushes
+
+    def _copies(self) -> Iterator[tuple[str, Any]]:
+        # Rank 0 owns all, and each node has a copy of the parameters alone: every rank looks at its shard of them.
+        assert self._pushes is not None
+        for each, chunks in zip(self._flats, self._pushes.chunks, strict=True):
+            own = chunks[self.training.sharers.rank]
+            numbers = each.flat[own.start : own.stop]
+            for item in owned(each.bucket, own):
+                text = f"{item.parameter.name!r} [{item.start}:{item.stop}]"
+                yield text, numbers[item.in_chunk.start : item.in_chunk.stop]
 
 
 class ShardedServer(Sharded):
     name = "dps"
     owners = staticmethod(all_owners)
-    pushes = Pushes
+    node_pushes = Pushes
 
 
 def _text(piece: Piece) -> str:
