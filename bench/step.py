@@ -48,8 +48,8 @@ from .core.results import Record
 from .core.stats import format_ratio, ratio
 
 HEAD = ("contestant", "p50 ms", "CPU ms", "switches", "wrong", "/ best peer")
-STRATEGIES = ("dps", "dps-node", "dps-job", "allreduce", "ps", "ddp", "horovod")
-"""dps-node and dps-job: with ``shard`` of that name, to be compared in one launch."""
+STRATEGIES = ("dps", "dps-node", "dps-job", "allreduce", "ps", "ps-node", "ps-job", "ddp", "horovod")
+"""dps-node, dps-job and those of ps: with ``shard`` of that name, to be compared in one launch."""
 PEERS = ("gloo", "ddp", "horovod")
 
 
@@ -63,7 +63,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"gloo, {', '.join(STRATEGIES)}; with :fp16 or :bf16 for the wire (default: %(default)s)",
     )
     parser.add_argument(
-        "--shard", choices=KNOWN["shard"], default="auto", help="of dps, on several nodes (default: %(default)s)"
+        "--shard", choices=KNOWN["shard"], default="auto", help="of dps and ps, on several nodes (default: %(default)s)"
     )
     parser.add_argument(
         "--links", choices=LINKS, default="auto", help="what joins several nodes (default: %(default)s)"
@@ -112,7 +112,7 @@ class EngineStepper(Stepper):
         super().__init__(known)
         optimizer = adamw(self.model)
         strategy, _, named = contestant.partition("-")
-        shard = (named or shard) if strategy == "dps" else "auto"
+        shard = (named or shard) if strategy in ("dps", "ps") else "auto"
         self.engine = commlab.strategy(
             strategy, self.model, optimizer, max_grad_norm=MAX_GRAD_NORM, wire=wire, shard=shard
         )

@@ -75,8 +75,8 @@ class TrainingStep:
         self.buckets = self.engine.buckets
         self.bytes_sent = 0
         """The bytes that the rank which sends most sends in a step."""
-        last, across = self.buckets.buckets[-1], self.engine.across
-        share = (task.size - 1) / task.size if across is None else (across.size - 1) / task.size
+        last, across, levels = self.buckets.buckets[-1], self.engine.across, self.engine.levels
+        share = (task.size - 1) / task.size if levels is None else (levels.across.size - 1) / task.size
         twice = strategy == "allreduce" or across is not None
         late = last.numel * last.dtype.itemsize * share * (2 if twice else 1)
         pulls = strategy == "dps" and across is None

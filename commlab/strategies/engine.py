@@ -24,6 +24,7 @@ from ..runtime.group import Group
 from .changes import find_change
 from .claims import Claim
 from .comparisons import Comparisons
+from .holders import Levels
 from .nonfinite import not_finite_error
 from .protocol import Strategy
 from .reduced import ReducedGradient, norms
@@ -131,9 +132,13 @@ class Engine:
         return self._training.across
 
     @property
+    def levels(self) -> Levels | None:
+        """The groups by which gradients travel where the node is the unit; else None."""
+        return self._training.levels
+
+    @property
     def sharding(self) -> str:
-        """Among whom ``dps`` cuts parameters and state on several nodes, and why, in a line for the user; else
-        empty."""
+        """The unit of ``ps`` and ``dps`` on several nodes, and why, in a line for the user; else empty."""
         return self._training.shard_reason
 
     # A step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +11,9 @@ from ..errors import UsageError
 from ..gradients.bucket import Bucket, own_storage
 from ..gradients.mirror import Mirror, mirrors
 from ..gradients.parameters import NamedParameter
+from ..runtime.control import exchange_records
+from ..runtime.group import Group
+from ..window.area import Place
 from .start import Training
 
 
@@ -68,6 +72,19 @@ def require_in_place(name: str, training: Training, flats: Iterable[FlatParamete
                 f"{name} updates it where it was; do that before, or with copy.deepcopy(model), and write values by "
                 "engine.update_parameters()"
             )
+
+
+def memory_of_rank_0(group: Group, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of rank 0 of ``group`` in its window, seen by all ranks: ``numel`` numbers of ``dtype``. Collective."""
+    window = group.window
+    assert window is not None
+    size_bytes = numel * dtype.itemsize
+    place = Place(0, 0)
+    if group.rank == 0:
+        _, place = window.allocate(size_bytes)
+    records = exchange_records(group, struct.pack("<qq", *place), "place of rank 0's memory")
+    # .data: its own count of writes, and not that of all memory of the segment.
+    return window.view(0, Place(*struct.unpack("<qq", records[0])), size_bytes).view(dtype).data
 
 
 def own_memory(training: Training) -> None:

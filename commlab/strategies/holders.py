@@ -1,10 +1,12 @@
 """Among whom parameters and the optimizer's state are cut into shards, where a job has several nodes of L ranks.
 
-    job     rank r of P owns n/P: gradients are reduced to their owners, and new parameters come back after the update
-    node    local rank l owns n/L on every node: gradients alone travel, during backward, and every node has everything
+    dps   job     rank r of P owns n/P: gradients are reduced to their owners, and new parameters come back
+    dps   node    local rank l owns n/L on every node: gradients alone travel, during backward
+    ps    job     rank 0 owns all: every rank sends its gradient, and gets the new parameters
+    ps    node    rank 0 owns all: every node sends the sum of its ranks once, and gets the new parameters once
 
-``node`` sends as many bytes as ``job``, all of which can hide behind backward, and has one copy of the parameters on a
-node; ``job`` has the least state on each rank.
+``node`` has one copy of the parameters on a node. Under dps it sends as many bytes as ``job``, all of which can hide
+behind backward, while ``job`` has the least state on each rank.
 """
 
 from __future__ import annotations
@@ -22,13 +24,20 @@ from .options import Options
 _INSTEAD = "shard='job' cuts parameters and state among all ranks, and shard='auto' takes what can be had"
 
 
-class Shards(NamedTuple):
-    """Who holds what."""
+class Levels(NamedTuple):
+    """Groups of a strategy's own, where the node is the unit."""
 
-    holders: Group
-    """The ranks that hold everything once among them: all, or those of this rank's node, which share a window."""
-    across: Group | None
-    """The ranks that hold what this rank does, one on each node; None where holders are all ranks."""
+    node: Group
+    """The ranks of this rank's node, which share a window."""
+    across: Group
+    """The ranks with this one's local rank, one on each node."""
+
+
+class Shards(NamedTuple):
+    """Which unit was chosen."""
+
+    levels: Levels | None
+    """The groups by which numbers travel where the unit is the node; else None."""
     reason: str
     """What was chosen, and why; empty on one node, where there is nothing to choose."""
 
@@ -40,26 +49,28 @@ def require_node_memory(group: Group, options: Options) -> None:
         raise UsageError(f"shard='node' is not to be had: {reason}; {_INSTEAD}")
 
 
-def choose(group: Group, options: Options) -> Shards:
-    """Who holds what, under strategy dps; where that is a node, groups of the strategy's own, with a window. Collective
-    over ``group``, with equal options. AgreedError where the node was asked for, and its memory can't be had."""
+def choose(group: Group, options: Options, *, every_node_updates: bool) -> Shards:
+    """The unit. ``every_node_updates``: where that is the node, each updates all parameters (dps); else one does (ps).
+    Collective over ``group``, with equal options. UsageError on all ranks where the node was asked for, and its memory
+    can't be had."""
     if len(group.nodes) == 1:
-        return Shards(group, None, "")
+        return Shards(None, "")
     if options.shard == "job":
-        return Shards(group, None, "job, as asked for")
+        return Shards(None, "job, as asked for")
     reason = _reason_against(group, options)
-    if not reason and options.shard == "auto":
+    if not reason and options.shard == "auto" and every_node_updates:
         reason = _different_processors(group)
     if reason:
-        return Shards(group, None, f"job ({reason})")
+        return Shards(None, f"job ({reason})")
     assert group.node is not None
     levels, reason = open_levels(group)
     if levels is None:
         if options.shard == "node":
             raise UsageError(f"rank {group.rank}: shard='node' is not to be had: {reason}; {_INSTEAD}")
-        return Shards(group, None, f"job ({reason})")
+        return Shards(None, f"job ({reason})")
     why = "as asked for" if options.shard == "node" else f"{len(group.nodes)} nodes share memory among their ranks"
-    return Shards(*levels, f"node ({why}): each has one copy of the parameters, and all of the optimizer's state")
+    state = "and all of the optimizer's state" if every_node_updates else "and rank 0 all of the optimizer's state"
+    return Shards(Levels(*levels), f"node ({why}): each has one copy of the parameters, {state}")
 
 
 def _reason_against(group: Group, options: Options) -> str:

@@ -79,10 +79,12 @@ class Options:
     """True: the optimizer has a part of the model's trainable parameters, and other engines, with other optimizers,
     train the rest; False: a trainable parameter that the optimizer does not have is an error."""
     shard: str = "auto"
-    """Among whom dps cuts the parameters and the optimizer's state, on several nodes. node: among the ranks of each
-    node, which has one copy of the parameters and all of the state; only gradients travel between nodes, during
-    backward. job: among all ranks; parameters travel after the update. auto: node where each node shares memory, and
-    all have equally many ranks. On one node the two are the same."""
+    """What pushes and pulls as one, on several nodes, under ps and dps. node: the ranks of each node, which add their
+    gradients up in its memory and have one copy of the parameters there. dps cuts that and the optimizer's state among
+    the ranks of each node, and only gradients travel between nodes, during backward; ps sends a node's sum to rank 0
+    once, and the new parameters to each node once. job: all ranks, each with parameters of its own, among which dps
+    cuts the state. auto: node where each node shares memory, and all have equally many ranks. On one node the two are
+    the same."""
     servers: int | None = None
     """Ranks that only serve, for ps (1) and dps (2 and more); None: every rank trains, and serves."""
     consistency: str = "bsp"
@@ -221,9 +223,9 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         ("shard", "strategy"),
-        lambda choice: choice.options.shard != "auto" and choice.strategy != "dps",
-        "{shard} with {strategy}: only dps cuts parameters and state into shards of all its ranks",
-        "leave it out, or take {strategy:'dps'}",
+        lambda choice: choice.options.shard != "auto" and choice.strategy not in ("ps", "dps"),
+        "{shard} with {strategy}: only ps and dps push to owners, for whom a node can be one",
+        "leave it out, or take {strategy:'ps'} or {strategy:'dps'}",
     ),
     Rule(
         ("shard", "servers"),

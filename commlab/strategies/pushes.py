@@ -4,6 +4,8 @@
     node          local rank l reduces shard l out of its node's memories                 (window)
     across        the ranks with local rank l allreduce shard l, all l at a time          (any algorithm)
 
+Under ps the second level is another one (:mod:`.server_pushes`).
+
 The ranks of a node meet once for all buckets that each of them has packed by then, not once for each bucket: every rank
 says with its arrival how many it has, and the least of these numbers is what all of them reduce. Where nothing computes
 between the buckets, or a rank waits for a slower one, a step has one such meeting. A bucket's second half begins when
@@ -21,7 +23,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 
@@ -40,29 +42,30 @@ from ..transport.base import Pending
 from ..window import loops
 from ..window.area import NOWHERE, Place
 from ..window.exchange import Attachment
+from .holders import Levels
+from .owners import all_owners
 
 _WIRE_OF: Final = {dtype: name for name, dtype in WIRES.items()}
 
 
 class _Shard:
     """This rank's shard of a bucket: how it is reduced out of the memory of all ranks of the node. ``sources``: of each
-    local rank, where its bucket lies."""
+    local rank, where its bucket lies. ``target``: where the shard is written; None: to fp32 numbers of its own."""
 
-    def __init__(self, node: Group, bucket: Bucket, own: Range, sources: Sequence[Place]):
-        self._node, self._bucket, self._own, self._sources = node, bucket, own, sources
+    def __init__(self, node: Group, bucket: Bucket, own: Range, sources: Sequence[Place], target: torch.Tensor | None):
+        self._node, self._bucket, self._own, self._sources, self._target = node, bucket, own, sources, target
         flat = bucket.flat
         self.signature = Signature(
             "reduce_scatter", tuple(flat.shape), flat.dtype, bucket.name, "mean, and what follows"
         )
 
     def reduce(self) -> torch.Tensor:
-        """The shard of the node's mean: a view of the bucket, or for 16 bits fp32 sums that were never rounded."""
-        window, flat, own = self._node.window, self._bucket.flat, self._own
+        """The shard of the node's mean: the target, or fp32 sums that were never rounded."""
+        window, own, shard = self._node.window, self._own, self._target
         assert window is not None
-        shard = flat[own.start : own.stop]
-        if flat.dtype in HALVES:
+        if shard is None:
             shard = torch.empty(own.numel, dtype=torch.float32, device="cpu")
-        self._node.account(loops.reduce_at(window, self._sources, flat.dtype, own, shard, self._node.size))
+        self._node.account(loops.reduce_at(window, self._sources, self._bucket.dtype, own, shard, self._node.size))
         return shard
 
 
@@ -73,11 +76,12 @@ class Push:
         self._step, self.bucket = step, bucket
         self._exchange: Handle | None = None
         """With the other nodes."""
+        self._ended = False
 
     @property
     def result(self) -> torch.Tensor:
         """This rank's shard of the mean over all ranks, once :meth:`wait` has returned: a view of the bucket, or for 16
-        bits fp32."""
+        bits fp32; empty where another node has it."""
         assert self._exchange is not None
         found: torch.Tensor = self._exchange.result
         return found
@@ -87,18 +91,20 @@ class Push:
         self._step.reduce_all(timeout_s)
         assert self._exchange is not None
         found: torch.Tensor = self._exchange.wait(timeout_s)
-        self._step.pushes.count()
+        if not self._ended:
+            self._ended = True
+            self._step.pushes.arrived(self.bucket, found)
         return found
 
     def exchange(self, shard: torch.Tensor) -> None:
         """The node's part is done: let the other nodes have ``shard``."""
-        pushes, wire = self._step.pushes, _WIRE_OF.get(self.bucket.dtype)
-        self._exchange = allreduce_async(shard, "mean", self.bucket.name, pushes.algorithm, wire, pushes.across)
+        self._exchange = self._step.pushes.exchange(shard, self.bucket)
 
     def refuse(self, error: Exception, timeout_s: float | None) -> None:
         """The other nodes wait for this one, and have not seen what went wrong here: tell them."""
         if self._exchange is None:
-            self._exchange = self._step.pushes.across.refuse("allreduce", self.bucket.name, error)
+            pushes = self._step.pushes
+            self._exchange = pushes.across.refuse(pushes.KIND, self.bucket.name, error)
         with suppress(CommlabError):  # they must hear of it before this rank goes its way
             self._exchange.wait(timeout_s)
 
@@ -182,11 +188,21 @@ class _StepPushes:
 
 
 class Pushes:
-    """The pushes of the ranks of ``group``, step by step. ``node``, ``across``: groups that nothing else uses
-    (:func:`commlab.runtime.nodes.open_levels`). ``algorithm`` moves shards between nodes."""
+    """The pushes of the ranks of ``group``, step by step, and what follows them. ``levels``: groups that nothing else
+    uses (:func:`commlab.runtime.nodes.open_levels`). ``algorithm`` moves shards between nodes."""
 
-    def __init__(self, group: Group, node: Group, across: Group, algorithm: str):
-        self.group, self.node, self.across, self.algorithm = group, node, across, algorithm
+    EVERY_NODE_UPDATES: ClassVar[bool] = True
+    """Whether every node updates all parameters, alike; else rank 0 does."""
+    KIND: ClassVar[str] = "allreduce"
+    """Of the exchange between the nodes, for the agreement check."""
+
+    def __init__(self, group: Group, levels: Levels, algorithm: str):
+        self.group, self.algorithm = group, algorithm
+        self.node, self.across = levels
+        self.chunks: list[tuple[Range, ...]] = []
+        """Of each bucket: the shards of the local ranks."""
+        self.memory: list[torch.Tensor] = []
+        """What lies for the pushes in this rank's area of the window, beside the buckets."""
         self.shards: list[_Shard] = []
         """This rank's shards of the buckets, in their order."""
         self._step: _StepPushes | None = None
@@ -194,7 +210,7 @@ class Pushes:
         """Whether no rank reads any bucket."""
         self._given_up = False
         """Whether the last step was not pushed to its end."""
-        self._counted = dict.fromkeys((node, across), (0, 0, 0, 0))
+        self._counted = dict.fromkeys(levels, (0, 0, 0, 0))
         """What was counted of each level."""
 
     def count(self) -> None:
@@ -208,26 +224,55 @@ class Pushes:
                 self.group.messages_sent += messages
                 self.group.account(NodeStep("push", read, written))
 
-    def plan(self, buckets: Sequence[Bucket], chunks: Sequence[Sequence[Range]]) -> None:
-        """From the next step on there are these buckets; ``chunks``: the shards of each, one for each local rank.
-        Collective."""
+    def exchange(self, shard: torch.Tensor, bucket: Bucket) -> Handle:
+        """Let the other nodes have this rank's ``shard`` of the node's mean of ``bucket``."""
+        wire = _WIRE_OF.get(bucket.dtype)
+        return allreduce_async(shard, "mean", bucket.name, self.algorithm, wire, self.across)
+
+    def arrived(self, bucket: Bucket, shard: torch.Tensor) -> None:
+        """This rank's wait for its ``shard`` of the mean over all ranks has ended."""
+        self.count()
+
+    def owned(self, bucket: Bucket, shard: torch.Tensor) -> torch.Tensor:
+        """What this rank updates by, of ``bucket``, once all ranks have met after their waits."""
+        return shard
+
+    def pull(self, hosts: Sequence[torch.Tensor]) -> None:
+        """The owners have updated: let every rank have the new parameters, which lie in ``hosts``, memory of the
+        window. Collective."""
+        self.node.barrier()
+        self._settled = True  # all ranks of the node have waited for their pushes
+
+    def targets(self, buckets: Sequence[Bucket], firsts: Sequence[Place]) -> list[torch.Tensor | None]:
+        """Of each bucket: where this rank writes its shard of the node's mean (:class:`_Shard`). ``firsts``: where
+        local rank 0 has the buckets. Collective."""
+        own = [chunks[self.node.rank] for chunks in self.chunks]
+        return [
+            None if bucket.dtype in HALVES else bucket.flat[mine.start : mine.stop]
+            for bucket, mine in zip(buckets, own, strict=True)
+        ]
+
+    def plan(self, buckets: Sequence[Bucket]) -> None:
+        """From the next step on there are these buckets. Collective."""
         self._look_back()
         node, window = self.node, self.node.window
         assert window is not None
         own = [window.locate(bucket.flat) or Place(NOWHERE, 0) for bucket in buckets]
         packed = b"".join(struct.pack("<QQ", *place) for place in own)
         rows = [list(struct.iter_unpack("<QQ", row)) for row in exchange_records(node, packed, "places of the buckets")]
+        self.chunks = [all_owners(bucket.numel, node.size) for bucket in buckets]
+        targets = self.targets(buckets, [Place(*place) for place in rows[0]])
         self._step, self.shards = (
             None,
             [
-                _Shard(node, bucket, shards[node.rank], [Place(*row[at]) for row in rows])
-                for at, (bucket, shards) in enumerate(zip(buckets, chunks, strict=True))
+                _Shard(node, bucket, chunks[node.rank], [Place(*row[at]) for row in rows], target)
+                for at, (bucket, chunks, target) in enumerate(zip(buckets, self.chunks, targets, strict=True))
             ],
         )
 
     def settle(self) -> None:
         """Before gradients are packed: wait until no rank reads what the last step has packed. Where that step was made
-        to its end, all ranks have met since (:meth:`met`), and nothing is to be done. Collective. DisagreementError
+        to its end, all ranks have met since (:meth:`pull`), and nothing is to be done. Collective. DisagreementError
         where this rank has given the last step up, and others have not."""
         self._look_back()
         settled, self._step, self._settled = self._settled, None, True
@@ -235,10 +280,6 @@ class Pushes:
             self._tell_given_up()
         elif not settled:
             self.group.barrier()
-
-    def met(self) -> None:
-        """All ranks of the node have met after they had waited for their pushes."""
-        self._settled = True
 
     def _look_back(self) -> None:
         self._given_up |= self._step is not None and self._step.count < len(self.shards)

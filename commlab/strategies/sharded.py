@@ -4,21 +4,23 @@
     dps (P shards)      push: reduce-scatter            rank r: these three on its shard    pull: allgather
     dps (N nodes of L)  push: the same on each node,    local rank l: these three on its    pull: nothing
                         and an allreduce of each shard  shard, alike on all nodes
+    ps  (N nodes of L)  push: the same on each node,    rank 0: clip, optimizer             pull: broadcast of each
+                        and a reduce of each shard                                          shard to the nodes
 
 One code for all: each bucket is cut into chunks, one per owner (:mod:`.owners`), so shards are balanced to a cache
 line per bucket. Optimizer state exists once, or where the node is the unit once on each node (:mod:`.holders`,
 :mod:`.pushes`). All ranks train.
 
 Cost per step, n numbers: dps sends 2 n (P-1)/P per rank, as an allreduce does, and updates n/P; ps sends n from every
-worker, and its server receives n (P-1), or as a chain (algorithm ring) n, and updates n. M. Li et al., "Scaling
-distributed machine learning with the parameter server", OSDI 2014; S. Rajbhandari et al., "ZeRO", SC 2020 (stage 1:
-sharded optimizer state).
+worker, and its server receives n (P-1), or as a chain (algorithm ring) n, and updates n. Where the node is the unit
+a node of ps sends n and receives n, and the link of the server's node carries n (N-1) each way, or as a chain n
+(:mod:`.server_pushes`). M. Li et al., "Scaling distributed machine learning with the parameter server", OSDI 2014; S.
+Rajbhandari et al., "ZeRO", SC 2020 (stage 1: sharded optimizer state).
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,17 +39,17 @@ from ..native.norm import norm_squared
 from ..ps.elementwise import require_elementwise, require_nothing_whole
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
-from ..window.area import Place
 from .changes import Roster
 from .copies import copy_from_rank_0, require_alike, tensors_of
 from .edits import Edits
-from .flat import FlatParameters, own_memory, require_in_place
-from .holders import Shards, choose
+from .flat import FlatParameters, memory_of_rank_0, own_memory, require_in_place
+from .holders import choose
 from .options import Options
 from .owners import Owned, all_owners, one_owner, owned
 from .protocol import Strategy
 from .pushes import Pushes
 from .reduced import ReducedGradient
+from .server_pushes import ServerPushes
 from .start import give_memory_back, pin_flats, start, start_buckets
 from .verdict import Verdict, agree, unused_on_all
 
@@ -72,17 +74,22 @@ class Sharded(Strategy):
 
     keeps_gradients = False
     shards_state = True
+    node_pushes: type[Pushes]
+    """How gradients leave where the node is the unit."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
         require_elementwise(optimizer, options.elementwise)
         require_nothing_whole(optimizer)
         self.training = training = start(model, optimizer, group, options, moves=self.name)
-        holders, across, training.shard_reason = self.shards(group, options)
+        every_node_updates = self.node_pushes.EVERY_NODE_UPDATES
+        levels, training.shard_reason = choose(group, options, every_node_updates=every_node_updates)
         self._pushes: Pushes | None = None
         """Where the node is the unit: how gradients leave."""
-        if across is not None:
-            training.holders, training.across, training.window = holders, across, holders.window
-            self._pushes = Pushes(group, holders, across, options.algorithm)
+        if levels is not None:
+            training.levels, training.window = levels, levels.node.window
+            if every_node_updates:
+                training.holders, training.across = levels
+            self._pushes = self.node_pushes(group, levels, options.algorithm)
         self._retired: list[torch.Tensor] = []
         """Memory of the window in which buckets and parameters lay before the last plan: graphs of this step's forward
         may still read it."""
@@ -95,7 +102,7 @@ class Sharded(Strategy):
         self._chunks = [self.owners(bucket.numel, holders.size) for bucket in self.buckets.buckets]
         """Of each bucket: who owns what."""
         if self._pushes is not None:
-            self._pushes.plan(self.buckets.buckets, self._chunks)
+            self._pushes.plan(self.buckets.buckets)
         self._owned: list[list[Owned]] = [
             owned(bucket, chunks[holders.rank])
             for bucket, chunks in zip(self.buckets.buckets, self._chunks, strict=True)
@@ -115,7 +122,7 @@ class Sharded(Strategy):
         self._edited: list[torch.Tensor | None] | None = None
         """The reduced gradient of each of the masters' pieces, where the user may have edited it."""
         if training.in_window:
-            holders.barrier()  # its rank 0 has written the shared parameters
+            training.sharers.barrier()  # its rank 0 has written the shared parameters
         one_copy = training.in_window and all(each.mirror is None for each in self._flats)
         self.edits = Edits(
             group,
@@ -130,18 +137,13 @@ class Sharded(Strategy):
     def owners(numel: int, ranks: int) -> tuple[Range, ...]:
         """Who owns what of a bucket of ``numel`` numbers: a chunk for each rank."""
 
-    @staticmethod
-    def shards(group: Group, options: Options) -> Shards:
-        """Among whom everything is cut. Collective."""
-        return Shards(group, None, "")
-
     def _flatten(self, bucket: Bucket) -> FlatParameters:
         """Move a bucket's parameters into a flat buffer; in the window, into the one buffer of all ranks."""
         dtype, training = bucket.parameters[0].tensor.dtype, self.training
         if not training.in_window:
             return FlatParameters(bucket, torch.empty(bucket.numel, dtype=dtype, device="cpu"))
-        host = _of_local_rank_0(training.holders, bucket.numel, dtype)
-        return FlatParameters(bucket, host, fill=training.holders.rank == 0)
+        host = memory_of_rank_0(training.sharers, bucket.numel, dtype)
+        return FlatParameters(bucket, host, fill=training.sharers.rank == 0)
 
     def _pieces(self) -> list[Piece]:
         """What this rank updates, as views of the flat buffers; in the order of buckets and of their parameters."""
@@ -207,8 +209,8 @@ class Sharded(Strategy):
     def _gradients(self, unused: set[int]) -> list[torch.Tensor | None]:
         """The reduced gradient of each of the masters' pieces, flat; None for ``unused`` parameters."""
         gradients: list[torch.Tensor | None] = []
-        for (_, push), mine in zip(self.buckets.launched, self._owned, strict=True):
-            chunk = push.result
+        for (bucket, push), mine in zip(self.buckets.launched, self._owned, strict=True):
+            chunk = push.result if self._pushes is None else self._pushes.owned(bucket, push.result)
             gradients += [
                 None if item.parameter.index in unused else chunk[item.in_chunk.start : item.in_chunk.stop]
                 for item in mine
@@ -225,7 +227,7 @@ class Sharded(Strategy):
             finite = math.isfinite(squares)
             if training.across is not None:
                 self._require_edited_alike()
-        elif training.across is not None and training.wants_norm:
+        elif self._pushes is not None and training.wants_norm:
             squares = norm_squared(self._counted(push.result) for _, push in buckets.launched)
         elif training.wants_norm:
             squares = sum(bucket.squares.of(push.result) for bucket, push in buckets.launched)
@@ -302,10 +304,11 @@ class Sharded(Strategy):
     def _gather(self) -> None:
         """Bring every owner's chunk of the parameters to all ranks."""
         group, algorithm = self.training.group, self.training.options.algorithm
+        if self._pushes is not None:
+            self._pushes.pull([each.host for each in self._flats])
+            return
         if self.training.in_window:
-            self.training.holders.barrier()
-            if self._pushes is not None:
-                self._pushes.met()
+            group.barrier()
             return
         pulls = [
             gather_chunks_async(each.host, chunks, f"parameters of bucket {index}", algorithm, group=group)
@@ -329,11 +332,11 @@ class Sharded(Strategy):
 
     def compare_shards(self) -> None:
         training = self.training
-        if training.across is not None:
+        if training.levels is not None:
             require_alike(training.group, training.steps, self._copies(), local_ranks=self._local_ranks())
 
     def _copies(self) -> Iterator[tuple[str, Any]]:
-        """What other nodes have, too, of what this rank owns."""
+        """What other nodes have, too, of what this rank answers for: here what it owns."""
         for piece in self.training.masters.pieces:
             text = _text(piece)
             yield f"{text}, or its master", piece.tensor
@@ -345,19 +348,19 @@ class Sharded(Strategy):
         return self.training.across is None or self.training.across.rank == 0
 
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
-        training, group, holders = self.training, self.training.group, self.training.holders
+        training, group = self.training, self.training.group
         group.barrier()
         if not self._has_one_copy:
             super().update_parameters(change)
             group.barrier()
             return
         shared = {item.name for item in training.parameters}
-        if holders.rank == 0:
+        if training.sharers.rank == 0:
             with torch.no_grad():
                 change(training.model)
-            if training.across is not None:
+            if training.levels is not None:
                 copies = [entry for entry in tensors_of(training.model) if entry[0] in shared]
-                copy_from_rank_0(training.across, copies)
+                copy_from_rank_0(training.levels.across, copies)
         group.barrier()
         training.masters.follow()
         # What is not trained, and buffers, every rank has for itself.
@@ -365,7 +368,7 @@ class Sharded(Strategy):
 
     @property
     def _has_one_copy(self) -> bool:
-        """Whether the trained parameters exist once for all holders."""
+        """Whether the trained parameters exist once for all ranks that share memory."""
         return self.training.in_window and all(each.mirror is None for each in self._flats)
 
     def replan(self, roster: Roster) -> None:
@@ -389,8 +392,9 @@ class Sharded(Strategy):
 
     def _memory(self) -> list[torch.Tensor]:
         """What lies in this rank's area of the window."""
-        shared = [each.host for each in self._flats] if self.training.holders.rank == 0 else []
-        return [*(bucket.flat for bucket in self.buckets.buckets), *shared]
+        shared = [each.host for each in self._flats] if self.training.sharers.rank == 0 else []
+        sums = [] if self._pushes is None else self._pushes.memory
+        return [*(bucket.flat for bucket in self.buckets.buckets), *shared, *sums]
 
     def close(self, *, state: bool) -> None:
         training = self.training
@@ -398,35 +402,33 @@ class Sharded(Strategy):
         if training.in_window:
             training.group.barrier()
         give_memory_back(training, [*self._memory(), *self._retired])
-        if training.across is not None:
-            training.across.close()
-            training.holders.close()
+        if training.levels is not None:
+            training.levels.across.close()
+            training.levels.node.close()
 
 
 class SingleServer(Sharded):
     name = "ps"
     owners = staticmethod(one_owner)
+    node_pushes = ServerPushes
+
+    def _copies(self) -> Iterator[tuple[str, Any]]:
+        # Rank 0 owns all, and each node has a copy of the parameters alone: every rank looks at its shard of them.
+        assert self._pushes is not None
+        for each, chunks in zip(self._flats, self._pushes.chunks, strict=True):
+            own = chunks[self.training.sharers.rank]
+            numbers = each.flat[own.start : own.stop]
+            for item in owned(each.bucket, own):
+                text = f"{item.parameter.name!r} [{item.start}:{item.stop}]"
+                yield text, numbers[item.in_chunk.start : item.in_chunk.stop]
 
 
 class ShardedServer(Sharded):
     name = "dps"
     owners = staticmethod(all_owners)
-    shards = staticmethod(choose)
+    node_pushes = Pushes
 
 
 def _text(piece: Piece) -> str:
     """A piece, for messages."""
     return f"{piece.parameter.name!r} [{piece.start}:{piece.stop}]"
-
-
-def _of_local_rank_0(group: Group, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory of local rank 0 in the window, seen by all. Collective."""
-    window = group.window
-    assert window is not None
-    size_bytes = numel * dtype.itemsize
-    place = Place(0, 0)
-    if group.rank == 0:
-        _, place = window.allocate(size_bytes)
-    records = exchange_records(group, struct.pack("<qq", *place), "place of the parameters")
-    # .data: its own count of writes, and not that of all memory of the segment.
-    return window.view(0, Place(*struct.unpack("<qq", records[0])), size_bytes).view(dtype).data

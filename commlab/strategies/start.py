@@ -34,7 +34,7 @@ from .changes import Planned, Roster, Structure
 from .claims import require_free_model, require_free_optimizer
 from .copies import copy_from_rank_0, start_from_rank_0
 from .counts import StepCounts
-from .holders import require_node_memory
+from .holders import Levels, require_node_memory
 from .options import Options
 from .record import StepRecord
 
@@ -75,6 +75,8 @@ class Training:
     ranks' numbers were added up, where no rank packed an inf."""
     across: Group | None = None
     """The ranks that hold what this rank does, one on each node; None where each number of the state exists once."""
+    levels: Levels | None = None
+    """The groups by which gradients travel where the node is the unit; else None."""
     shard_reason: str = ""
     """Among whom the state is sharded, and why so, in words; empty where there is nothing to choose."""
     steps: int = 0
@@ -98,12 +100,17 @@ class Training:
         """Whether buckets lie in memory that ranks share."""
         return self.window is not None
 
+    @property
+    def sharers(self) -> Group:
+        """The ranks that share memory, where any do: all, or those of this rank's node."""
+        return self.group if self.levels is None else self.levels.node
+
     def poll(self) -> None:
         """Let everything that this training has under way move on, without waiting."""
         self.group.progress.poll()
-        if self.across is not None:
-            self.holders.progress.poll()
-            self.across.progress.poll()
+        if self.levels is not None:
+            self.levels.node.progress.poll()
+            self.levels.across.progress.poll()
 
     def loss_is_finite(self) -> bool:
         """Whether all losses of the step that were looked at are finite. Waits for a GPU."""
@@ -234,7 +241,7 @@ def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, k
     def allocate(numel: int, dtype: torch.dtype) -> torch.Tensor:
         if training.window is None:
             return torch.empty(numel, dtype=dtype, device="cpu")
-        return empty(numel, dtype, training.holders)
+        return empty(numel, dtype, training.sharers)
 
     bucket_bytes = options.bucket_bytes or usual_bytes(training.parameters, len(group.nodes))
     buckets = plan(training.parameters, bucket_bytes, WIRES[options.wire], allocate)
@@ -244,7 +251,7 @@ def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, k
         buckets,
         launch,
         training.counts.scale_for_mean,
-        training.poll if training.across is not None else group.progress.poll,
+        training.poll if training.levels is not None else group.progress.poll,
         keep_gradients=keep_gradients,
         overlap=options.overlap,
     )

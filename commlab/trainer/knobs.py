@@ -81,8 +81,8 @@ class Knobs:
     shard: str = knob(
         "auto",
         _HOW,
-        "for dps on several nodes, among whom parameters and optimizer state are cut: node = the ranks of each node,"
-        " which has one copy, and gradients alone travel; job = all ranks; auto = node where nodes share memory",
+        "for ps and dps on several nodes, what pushes and pulls as one: node = the ranks of each node, which has one"
+        " copy of the parameters; job = every rank for itself; auto = node where nodes share memory",
         choices=KNOWN["shard"],
     )
     buffers: str = knob(

@@ -109,9 +109,10 @@ class Report:
             kind = {"allreduce": "allreduce", "ps": "reduce"}.get(config.strategy, "reduce_scatter")
             wire = engine.buckets.buckets[0].dtype
             algorithm, reason = pick(group, kind, config.algorithm, largest, wire)
-            if engine.across is not None:
+            if engine.levels is not None:
                 shard = -(-largest // group.local_size)
-                algorithm, reason = pick(engine.across, "allreduce", config.algorithm, shard, wire)
+                kind = "reduce" if config.strategy == "ps" else "allreduce"
+                algorithm, reason = pick(engine.levels.across, kind, config.algorithm, shard, wire)
                 algorithm, reason = f"window on each node, {algorithm} between nodes", f"of that: {reason}"
             count = len(engine.buckets.buckets)
             self._print(

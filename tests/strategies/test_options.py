@@ -57,8 +57,8 @@ CASES = (
     ),
     Case(
         ("shard", "strategy"), "allreduce", {"shard": "node"}, 2, "--strategy allreduce --shard node",
-        ("shard='node' with strategy allreduce", "only dps cuts", "leave it out, or take strategy dps"),
-        ("--shard node with --strategy allreduce", "only dps cuts", "leave it out, or take --strategy dps"),
+        ("shard='node' with strategy allreduce", "only ps and dps push", "leave it out, or take strategy ps or"),
+        ("--shard node with --strategy allreduce", "only ps and dps push", "leave it out, or take --strategy ps"),
     ),
     Case(
         ("shard", "servers"), "dps", {"servers": 2, "shard": "job"}, 4, "--servers 2 --shard job",

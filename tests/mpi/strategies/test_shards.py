@@ -1,4 +1,5 @@
-"""dps where the node is the unit: declared nodes of one launch, each with a window and one copy of the parameters."""
+"""dps and ps where the node is the unit: declared nodes of one launch, each with a window and one copy of the
+parameters. What ps alone does: test_server_nodes.py."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 import training
 from closed_form import UNIT_ROUNDOFF
 from learners import CASES, assert_like, plain, trained
+from mpi_nodes import close_nodes, everyones, four, nodes_of
 from mpi_ranks import TIMEOUT_S, Ranks
 from mpi_strategies import assert_same_bits_everywhere
 from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference, train
@@ -26,48 +28,18 @@ from commlab.job.topology import declared
 from commlab.native.dtypes import WIRES
 from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
-from commlab.runtime.links import open_links
 from commlab.runtime.nodes import open_nodes
 
-LAYOUTS = {
-    "2 nodes of 2": ((0, 1, 2, 3), "2", "mpi"),
-    "2 nodes of 3": ((1, 2, 3, 4, 5, 6), "0-2,3-5", "mpi"),
-    "3 nodes of 2, linked": ((7, 5, 3, 1, 0, 2), "2", "tcp"),
-}
-"""Ranks of the launch, the nodes that they are on, and what joins them."""
-
-_made: dict[tuple[Group, str], Group | None] = {}
+servers = pytest.mark.parametrize("strategy", ["dps", "ps"])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def close_groups() -> Iterator[None]:
     yield
-    for group in _made.values():
-        if group is not None and not group._closed:
-            group.close()
-    _made.clear()
+    close_nodes()
 
 
-def nodes_of(ranks: Ranks, layout: str) -> Group | None:
-    """This rank's group of a layout, kept for the next test; None on ranks that are not in it. Collective over all."""
-    members, nodes, links = LAYOUTS[layout]
-    if max(members) >= ranks.size:
-        pytest.skip(f"needs {max(members) + 1} ranks")
-    key = ranks.world, layout
-    if key not in _made:
-        part = ranks.world.subgroup(members)
-        _made[key] = None
-        if part is not None:
-            found, transport = declared(nodes, len(members)), part.transport
-            if links == "tcp":
-                transport, _ = open_links(Group(transport, found, TIMEOUT_S, cores=1), links, None, True)
-            part.progress.close()
-            _made[key] = group = Group(transport, found, TIMEOUT_S, cores=1)
-            open_nodes(group)
-            assert group.node is not None, group.window_reason
-    return _made[key]
-
-
+@servers
 @pytest.mark.parametrize(
     "layout, recipe, options",
     [
@@ -82,36 +54,24 @@ def nodes_of(ranks: Ranks, layout: str) -> Group | None:
     ],
     ids=["clipped", "AdamW, accumulated, counts summed", "linked", "means, ring between nodes"],
 )
-def test_as_single(ranks: Ranks, layout: str, recipe: Recipe, options: dict[str, object]) -> None:
+def test_as_single(ranks: Ranks, strategy: str, layout: str, recipe: Recipe, options: dict[str, object]) -> None:
     """Every step's parameters and norm, for ragged batches, ranks without samples, frozen and unused parameters."""
     group = nodes_of(ranks, layout)
     if group is not None:
-        run = train("dps", group, recipe, **options)
+        run = train(strategy, group, recipe, **options)
         assert run.engine.sharding.startswith("node ("), run.engine.sharding
         assert_same(run, reference(recipe))
         assert_same_bits_everywhere(run)
 
 
-def four(ranks: Ranks) -> Group:
-    """2 nodes of 2 ranks, which are half of a launch of 8; the others wait for the end of the test. Collective over
-    all."""
-    found = nodes_of(ranks, "2 nodes of 2")
-    if found is None:
-        pytest.skip("not one of the 4 ranks")
-    return found
-
-
-def everyones(group: Group, text: str) -> list[str]:
-    return [row.decode() for row in gather_bytes(group, text.encode(), "notes")]
-
-
+@servers
 @pytest.mark.parametrize("wire, layout", [("fp16", "2 nodes of 3"), ("bf16", "3 nodes of 2, linked")])
-def test_wires(ranks: Ranks, wire: str, layout: str) -> None:
+def test_wires(ranks: Ranks, strategy: str, wire: str, layout: str) -> None:
     """The same bits on all ranks and from run to run; rounded when packed, between nodes, and in the result."""
     group = nodes_of(ranks, layout)
     if group is not None:
         recipe = Recipe(accumulation=2, max_grad_norm=0.5)
-        run, again = (train("dps", group, recipe, wire=wire, bucket_bytes=300) for _ in range(2))
+        run, again = (train(strategy, group, recipe, wire=wire, bucket_bytes=300) for _ in range(2))
         assert run.digests == again.digests
         assert_same_bits_everywhere(run)
         worst, name = training.difference(training.tensors(run.model), training.tensors(reference(recipe).model))
@@ -144,26 +104,30 @@ def test_one_copy_and_an_lth_of_the_state(ranks: Ranks) -> None:
     run.engine.close(state=False)
 
 
+@servers
 @pytest.mark.parametrize("case", ["unfrozen and added", "frozen, and trained again", "another module in its place"])
-def test_what_is_trained_changes(ranks: Ranks, case: str) -> None:
+def test_what_is_trained_changes(ranks: Ranks, strategy: str, case: str) -> None:
     """A2, A13, B7: planned anew on every node; close() gives every rank the whole optimizer."""
     group = four(ranks)
-    model, optimizer, engine = trained(group, "dps", case, bucket_bytes=700)
+    model, optimizer, engine = trained(group, strategy, case, bucket_bytes=700)
     assert len(set(gather_bytes(group, training.digest(model), "digest"))) == 1
     engine.close()
     assert_like((model, optimizer), plain(*CASES[case]))
 
 
-def test_what_users_do(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A1 to A19, B7: as the table of docs/porting.md has it for dps, but that ranks of a node share parameters, which
+@servers
+def test_what_users_do(ranks: Ranks, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A1 to A19, B7: as the table of docs/porting.md has it, but that ranks of a node share parameters, which
     none of them may write; right, or refused on every rank."""
     group = four(ranks)
     monkeypatch.setattr(kinds, "RANKS", group.size)
-    cells = [row.split("|")[-3].strip() for row in kinds.table_on_the_page().splitlines()[2:]]
+    cells = [
+        row.split("|")[-3 if strategy == "dps" else -4].strip() for row in kinds.table_on_the_page().splitlines()[2:]
+    ]
     for kind, wanted in zip(kinds.KINDS, cells, strict=True):
         error, found = "", []
         try:
-            found = kinds.coupled(kind, "dps", group.rank, group)
+            found = kinds.coupled(kind, strategy, group.rank, group)
         except (CommlabError, RuntimeError) as raised:
             error = f"{type(raised).__name__}: {raised}"
         outcomes = [bool(text) for text in everyones(group, error)]
@@ -236,10 +200,11 @@ def test_copies_of_nodes_are_compared(ranks: Ranks) -> None:
     run.engine.close()
 
 
-def test_update_parameters_counts_once(ranks: Ranks) -> None:
+@servers
+def test_update_parameters_counts_once(ranks: Ranks, strategy: str) -> None:
     """A10: with random numbers, which differ between ranks: rank 0's are everybody's, on every node."""
     group = four(ranks)
-    run = go_on(build("dps", group, Recipe()), [0])
+    run = go_on(build(strategy, group, Recipe()), [0])
     torch.manual_seed(group.rank)
     run.engine.update_parameters(lambda model: [each.add_(torch.randn(each.shape)) for each in model.parameters()])
     assert len(set(everyones(group, training.digest(run.model).hex()))) == 1
@@ -248,20 +213,22 @@ def test_update_parameters_counts_once(ranks: Ranks) -> None:
     run.engine.close()
 
 
-def test_a_rank_that_does_something_else_is_named(ranks: Ranks) -> None:
+@servers
+def test_a_rank_that_does_something_else_is_named(ranks: Ranks, strategy: str) -> None:
     """A2, A19: one rank freezes a layer, or leaves the loop: all are told at once, and nobody waits."""
     group = four(ranks)
-    run = go_on(build("dps", group, Recipe(samples=training.EVEN)), [0])
+    run = go_on(build(strategy, group, Recipe(samples=training.EVEN)), [0])
     if group.rank == 1:
         run.model.some.requires_grad_(False)
     with pytest.raises(CommlabError, match=r"some.weight"):
         go_on(run, [1])
-    run = go_on(build("dps", group, Recipe(samples=training.EVEN)), [0])
+    run = go_on(build(strategy, group, Recipe(samples=training.EVEN)), [0])
     with pytest.raises(DisagreementError, match=r"rank 2: barrier|ranks 0-1, 3: .*'bucket 0'"):
         group.barrier() if group.rank == 2 else go_on(run, [1])
 
 
-def test_a_backward_pass_that_one_rank_gives_up(ranks: Ranks) -> None:
+@servers
+def test_a_backward_pass_that_one_rank_gives_up(ranks: Ranks, strategy: str) -> None:
     """A19: an exception in the middle of backward, caught on one rank: told on all ranks when the others' next bucket
     meets its next step; on all ranks alike, they go on."""
     group = four(ranks)
@@ -275,21 +242,22 @@ def test_a_backward_pass_that_one_rank_gives_up(ranks: Ranks) -> None:
         hook.remove()
         run.engine.zero_grad()
 
-    run = build("dps", group, recipe, bucket_bytes=100)
+    run = build(strategy, group, recipe, bucket_bytes=100)
     interrupted(run, 0)
     assert_same(go_on(run, range(len(recipe.samples))), reference(recipe))
     run.engine.close()
-    run = go_on(build("dps", group, recipe, bucket_bytes=100), [0])
+    run = go_on(build(strategy, group, recipe, bucket_bytes=100), [0])
     with pytest.raises(DisagreementError, match="given up"):
         if group.rank == 1:
             interrupted(run, 1)
         go_on(run, [1])
 
 
-def test_a_step_that_is_not_finite_is_skipped_on_all_nodes(ranks: Ranks) -> None:
+@servers
+def test_a_step_that_is_not_finite_is_skipped_on_all_nodes(ranks: Ranks, strategy: str) -> None:
     """A14: inf on one rank of one node."""
     group = four(ranks)
-    run = build("dps", group, Recipe(samples=training.EVEN), nonfinite="skip")
+    run = build(strategy, group, Recipe(samples=training.EVEN), nonfinite="skip")
     before = training.digest(run.model)
     if group.rank == 2:
         run.model.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("inf"),))
