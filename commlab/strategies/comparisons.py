@@ -35,8 +35,12 @@ class Comparisons:
 
     def took_note(self) -> None:
         """What this rank has now, all ranks have."""
-        self._training.took_note()
+        self._note_values()
         self._training.buffers.seen()
+
+    def _note_values(self) -> None:
+        if self._training.group.size > 1:
+            self._training.structure.took_note()
 
     # A step.
 
@@ -82,11 +86,12 @@ class Comparisons:
         training = self._training
         every = training.options.check_replicas
         if self._strategy.averages:
-            training.buffers.make_alike(verdict.buffers)
+            if verdict.buffers:
+                training.buffers.make_alike(verdict.buffers)
             if every and (training.steps + 1) % every == 0:
                 training.buffers.make_all_alike()
         self.step_dropped()
-        self._training.took_note()
+        self._note_values()
 
     def step_dropped(self) -> None:
         """The step was dropped on all ranks."""
@@ -105,7 +110,7 @@ class Comparisons:
         training = self._training
         if training.group.size == 1:
             return
-        if len(training.buffers):
+        if training.buffers.count:
             own = training.buffers.written().to_bytes(8, "little")
             everyones = gather_bytes(training.group, own, "buffers that were written")
             training.buffers.make_alike(reduce(or_, (int.from_bytes(each, "little") for each in everyones)))

@@ -81,7 +81,7 @@ class StepRecord:
     def reset(self) -> None:
         """Begin a new step, after one that was made."""
         self.number, self.zero_grads, self.begun, self.losses = None, 0, 0, 0
-        self._passes.reset()
+        self._passes.begun = self._passes.ended = 0
 
     def close(self) -> None:
         """Take the hooks off the model."""
