@@ -34,8 +34,8 @@ def native_operand(
     own: Range,
     wide: torch.Tensor | None = None,
 ) -> tuple[Any, Any]:
-    """The native module's operand, by the rules of :func:`commlab.runtime.operand.operand_of`: how a program treats this
-    buffer; and the tensors that must live as long."""
+    """The native module's operand, by the rules of :func:`commlab.runtime.operand.operand_of`: how a program treats
+    this buffer; and the tensors that must live as long."""
     assert built is not None
     halves = flat.dtype in HALVES
     sums = None
