@@ -50,7 +50,7 @@ class Comparisons:
         training.record.begun += self._strategy.buckets.syncing
         training.record.losses += loss is not None
         if self._looks_at_losses and loss is not None:
-            training.losses_finite.append(loss.detach().isfinite().all())
+            training.record.losses_finite.append(loss.detach().isfinite().all())
 
     def step_begins(self, number: int | None) -> None:
         """A call of ``step(number)`` has passed the checks; the verdict follows."""
@@ -96,12 +96,12 @@ class Comparisons:
     def step_dropped(self) -> None:
         """The step was dropped on all ranks."""
         self._training.record.reset()
-        self._training.losses_finite.clear()
+        self._training.record.losses_finite.clear()
 
     def gradients_dropped(self) -> None:
         """A call of ``zero_grad()``."""
         self._training.record.zero_grads += 1
-        self._training.losses_finite.clear()
+        self._training.record.losses_finite.clear()
 
     # Between steps.
 

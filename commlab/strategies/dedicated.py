@@ -145,7 +145,7 @@ class Dedicated(Strategy):
     def launch(self, bucket: Bucket) -> Waitable:
         training, options = self.training, self.training.options
         watched = options.wire is not None or options.nonfinite == "error"
-        if not self.averages and watched and not (self.buckets.finite and training.loss_is_finite()):
+        if not self.averages and watched and not (self.buckets.finite and training.record.loss_is_finite()):
             raise NotFiniteError(
                 f"rank {training.group.rank}: in step {training.steps} its loss, or its gradient of "
                 f"{self.buckets.not_finite!r}, is not finite on wire {options.wire or 'none'} (an overflow, inf or "

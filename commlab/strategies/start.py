@@ -81,8 +81,6 @@ class Training:
     """Steps that the engine has made, those included that the checkpoint that was loaded had made."""
     forward_wait_s: float = 0.0
     """Seconds in which forward has waited for parameters, since the engine last took them into its times."""
-    losses_finite: list[torch.Tensor] = field(default_factory=list)
-    """bool[] of each loss of the step that is under way, where anybody looks at them."""
     agreed: Named = field(init=False)
     """What all ranks have last agreed to train. Dedicated servers keep what is frozen among ``parameters``."""
     structure: Structure = field(init=False)
@@ -103,10 +101,6 @@ class Training:
         if self.across is not None:
             self.holders.progress.poll()
             self.across.progress.poll()
-
-    def loss_is_finite(self) -> bool:
-        """Whether all losses of the step that were looked at are finite. Waits for a GPU."""
-        return all(bool(finite) for finite in self.losses_finite)
 
     @property
     def planned(self) -> Planned:

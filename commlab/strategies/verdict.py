@@ -45,7 +45,7 @@ def agree(training: Training, squares: float, finite: bool, used: set[int] | Non
     DisagreementError, on all ranks, where they are not in the same step, or would not update alike.
     """
     group, record, count = training.group, training.record, len(training.parameters)
-    finite = finite and math.isfinite(squares) and (not training.losses_finite or training.loss_is_finite())
+    finite = finite and math.isfinite(squares) and record.loss_is_finite()
     unused = set() if used is None else set(range(count)) - used
     if group.size == 1:
         return Verdict(squares, finite, unused, edits=(edits,))
