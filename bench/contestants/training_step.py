@@ -10,7 +10,7 @@ import torch
 import commlab
 from commlab.runtime.control import exchange_records
 from commlab.runtime.group import Group
-from commlab.strategies.engine import Times
+from commlab.strategies.steps import Times
 from commlab.trainer.model import build_model, loss_sum
 
 from ..core.ranks import Ranks

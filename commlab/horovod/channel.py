@@ -1,10 +1,8 @@
 """The negotiation of one process set: ranks announce what is ready, and carry out in one order what is ready on all.
 
-A *tick* is one exchange among the set's ranks: each tells which operations have become ready there since its last one
-(a full request the first time, a number when the same request comes again). All ranks keep the same table from the same
-announcements, so all of them know, without anybody who leads, which operations are ready everywhere, and in which order
-they are carried out. A rank takes part in a tick while it has something under way or has joined, and is asleep
-otherwise: nobody is asked when nothing is wanted.
+A *tick* is one exchange among the set's ranks: each tells which operations have become ready there since its last one.
+All ranks keep the same table from the same announcements (:mod:`.announced`), so nobody leads. A rank takes part in a
+tick while it has something under way or has joined, and is asleep otherwise: nobody is asked when nothing is wanted.
 
 The set's operations, ticks included, run one after the other on one group. While one runs, more becomes ready, and
 travels together afterwards.
@@ -18,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -30,7 +28,7 @@ from ..runtime.agreement import Signature
 from ..runtime.ending import HARMLESS, ended_by
 from ..runtime.group import Group
 from ..runtime.handle import Handle
-from .announcement import Announcement, announcement_of, refusal
+from .announced import Announced, Ready
 from .settings import Settings
 from .stalls import stalled_words
 from .submission import HorovodInternalError, Submission
@@ -41,29 +39,9 @@ Waits = Generator["Handle | None", None, None]
 """A computation that yields what it waits for: a handle, or None for something to do."""
 
 _TICK = Signature("horovod's announcements")
-_CACHED = 4096
-"""So many requests of each rank are known by a number; then the numbers begin anew."""
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 1e-3, 20e-3
 _GATHERED_BYTES = 8 * 1024 * 1024
 """From so many bytes on nobody waits for more to travel together."""
-
-
-class Announced(NamedTuple):
-    """An operation that some ranks have announced."""
-
-    requests: dict[int, Announcement]
-    """By the announcing rank's number in the set."""
-    since_s: float
-
-
-class Ready(NamedTuple):
-    """An operation that is to be carried out now, by all ranks of the set."""
-
-    request: Announcement
-    """Of a rank that contributes."""
-    requests: dict[int, Announcement]
-    submission: Submission | None
-    """This rank's own part; None where it has joined."""
 
 
 def until(handle: Handle) -> Waits:
@@ -96,10 +74,7 @@ class Channel:
         self.wake_s: float | None = None
         """When the channel wants to be asked again, though nothing has happened."""
         self.buffers: dict[str, torch.Tensor] = {}
-        self._table: dict[str, Announced] = {}
-        self._joined: dict[int, dict[str, int]] = {}
-        self._cache: list[list[Announcement]] = [[] for _ in ranks]
-        self._numbers: dict[Announcement, int] = {}
+        self._announced = Announced(self.ranks, self.rank)
         self._quiet_since_s: float | None = None
         self._backed_off_until_s = 0.0
         self._warned_s: float | None = None
@@ -176,7 +151,7 @@ class Channel:
             if left:
                 self.fail(HorovodInternalError(left))
                 return
-            yield from self._carry_out(self._ready())
+            yield from self._carry_out(self._announced.take_ready(self.submissions))
             self._end_join()
 
     def _due(self) -> bool:
@@ -205,23 +180,7 @@ class Channel:
         )
 
     def _announcement(self) -> bytes:
-        items: list[Any] = []
-        message: dict[str, Any] = {}
-        fresh = len(self._numbers) > _CACHED
-        if fresh:
-            self._numbers.clear()
-            message["fresh"] = True
-        while self.submitted:
-            request = self.submitted.popleft().request
-            number = self._numbers.get(request)
-            if number is not None:
-                items.append(number)
-                continue
-            if request.named:
-                self._numbers[request] = len(self._numbers)
-            items.append(list(request))
-        if items:
-            message["ready"] = items
+        message = self._announced.message(self.submitted)
         if self.joining is not None and not self._join_announced:
             message["join"] = self.joining.request.detail
             self._join_announced = True
@@ -251,62 +210,14 @@ class Channel:
     def _hear(self, records: Sequence[bytes]) -> str:
         """Enter what the ranks have announced; returns who has left and why, empty while nobody has."""
         now_s = time.monotonic()
-        left = []
-        news = False
-        for peer, record in enumerate(records):
-            if not record:
-                continue
-            news = True
-            message = json.loads(record)
-            cache = self._cache[peer]
-            if message.get("fresh"):
-                cache.clear()
-            for item in message.get("ready", ()):
-                if isinstance(item, int):
-                    request = cache[item]
-                else:
-                    request = announcement_of(item)
-                    if request.named:
-                        cache.append(request)
-                self._table.setdefault(request.name, Announced({}, now_s)).requests[peer] = request
-            if "join" in message:
-                self._joined[peer] = json.loads(message["join"])
-            if "left" in message:
-                left.append(f"rank {self.ranks[peer]} {message['left']}")
-        if news:
+        heard = self._announced.hear(records)
+        if heard.anything:
             self._quiet_since_s, self._backed_off_until_s = None, 0.0
         else:
             self._quiet_since_s = self._quiet_since_s or now_s
             quiet_s = now_s - self._quiet_since_s
             self._backed_off_until_s = now_s + min(max(_BACK_OFF_S, quiet_s / 20), _LONGEST_BACK_OFF_S)
-        return "; ".join(left)
-
-    def _ready(self) -> list[Ready]:
-        """What all ranks have announced or joined, in the order in which it was first announced. What the ranks
-        disagree about ends here, on all of them."""
-        found = []
-        size = self.group.size
-        for name, row in list(self._table.items()):
-            if len(row.requests) < size and any(
-                peer not in row.requests and peer not in self._joined for peer in range(size)
-            ):
-                continue
-            del self._table[name]
-            submission = self.submissions.pop(name, None)
-            requests = {self.ranks[peer]: request for peer, request in row.requests.items()}
-            reason = refusal(self.rank, name, requests, {self.ranks[peer] for peer in self._joined})
-            if reason:
-                if submission is not None:
-                    submission.end(HorovodInternalError(reason))
-                continue
-            request = next((each for each in row.requests.values() if not each.absent), None)
-            if request is None:  # nobody has anything to contribute
-                if submission is not None:
-                    submission.outputs = []
-                    submission.end()
-                continue
-            found.append(Ready(request, dict(row.requests), submission))
-        return found
+        return heard.left
 
     def _carry_out(self, ready: list[Ready]) -> Waits:
         self._carried = ready
@@ -333,17 +244,10 @@ class Channel:
                 each.submission.end(error)
 
     def _end_join(self) -> None:
-        if self.joining is None or len(self._joined) < self.group.size:
+        if self.joining is None or (ended := self._announced.end_join()) is None:
             return
-        # Ranks that joined early have named fewer operations: from here on all count on from the same number.
-        counters: dict[str, int] = {}
-        for sent in self._joined.values():
-            for kind, count in sent.items():
-                counters[kind] = max(counters.get(kind, 0), count)
-        last = self.ranks[list(self._joined)[-1]]
-        self._joined.clear()
         submission, self.joining, self._join_announced = self.joining, None, False
-        submission.finish = lambda _: (last, counters)
+        submission.finish = lambda _: ended
         submission.end()
 
     def inspect(self, now_s: float) -> None:
@@ -383,10 +287,8 @@ class Channel:
             if (waited_s := now_s - submission.since_s) < min(self.settings.warn_s, self.settings.timeout_s) / 2:
                 continue
             waiting[name] = waited_s
-            announced = self._table.get(name)
-            if announced is not None and self.group.rank in announced.requests:
-                there = {*announced.requests, *self._joined}
-                lacking[name] = [rank for peer, rank in enumerate(self.ranks) if peer not in there]
+            if (ranks := self._announced.lacking(name)) is not None:
+                lacking[name] = ranks
         return stalled_words(waiting, lacking, silent)
 
 

@@ -10,8 +10,9 @@ from ..chunks import Range, whole_at
 from ..collectives.delivery import bytes_of, deliver_async
 from ..collectives.halves import gather_chunks_async
 from ..runtime.agreement import Signature
+from .announced import Ready
 from .announcement import described
-from .channel import Channel, Ready, Waits, until
+from .channel import Channel, Waits, until
 from .parts import ALONE_BYTES, buffer_of, parts_of
 
 

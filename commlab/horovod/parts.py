@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from ..c10d.window_tensor import tensor_in
+from .announced import Ready
 from .announcement import described
-from .channel import Channel, Ready
+from .channel import Channel
 
 ALONE_BYTES = 1024 * 1024
 """From so many bytes on a tensor in plain memory is used where it lies."""

@@ -11,8 +11,9 @@ import torch
 
 from .. import trace
 from . import moves, reductions
+from .announced import Ready
 from .announcement import size_bytes_of
-from .channel import Channel, Ready, Waits
+from .channel import Channel, Waits
 from .parts import Part, parts_of
 
 

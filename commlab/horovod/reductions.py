@@ -11,8 +11,9 @@ from ..collectives.allreduce import allreduce_async
 from ..collectives.halves import reduce_chunks_async
 from ..native.dtypes import HALVES
 from .adasum import adasum
+from .announced import Ready
 from .announcement import summed_dtype
-from .channel import Channel, Ready, Waits, until
+from .channel import Channel, Waits, until
 from .parts import ALONE_BYTES, Part, buffer_of, parts_of, units_of, width_of
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..transport.base import Pending, Transport
-from .handle import Handle
-from .progress import Operation, Progress
+from .handle import Handle, Operation
+from .progress import Progress
 
 
 class Direct:

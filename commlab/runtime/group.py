@@ -24,8 +24,8 @@ from .agreement import Agreement, Signature, refusal_of
 from .direct import Direct
 from .ending import ended_by
 from .execute import Execution
-from .handle import Handle
-from .progress import Operation, Progress
+from .handle import Handle, Operation
+from .progress import Progress
 from .waiting import under_way as others_under_way
 
 log = logging.getLogger("commlab")

@@ -1,12 +1,16 @@
-"""Asynchrony is a handle: an operation that was started, and the one way to wait for it."""
+"""Asynchrony is a handle: an operation that was started, and the one way to wait for it. Of a group's operation, the
+computation too, which ends its handle."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from .. import trace
+from ..errors import PeerLostError
+from ..transport.base import Pending
+from .waiting import GONE_AFTER_S, WORDS_S, gone_words
 
 
 class Driver(Protocol):
@@ -85,3 +89,63 @@ class Handle:
         if self.error is not None:
             raise self.error
         return self.result
+
+
+class Operation:
+    """A computation under way, and the handle that its caller holds. ``rank`` is for messages; ``departed(rank)``: how
+    a peer has left, empty while it is there."""
+
+    __slots__ = ("_departed", "_pending", "_rank", "begun", "handle", "waits_for")
+
+    def __init__(self, pending: Pending, handle: Handle, rank: int, departed: Callable[[int], str] = lambda rank: ""):
+        self._pending, self.handle, self._rank, self._departed = pending, handle, rank, departed
+        self.waits_for: Any = None
+        """The request that the computation waits for."""
+        self.begun = False
+
+    def advance(self) -> bool:
+        """Go on as far as possible without waiting; returns whether the operation has ended."""
+        if not self.begun:
+            self.begun = True
+            if trace.enabled():
+                self.handle.begin()
+        try:
+            self.waits_for = next(self._pending)
+            return False
+        except StopIteration:
+            if not self.handle.finished:  # an interrupt may have ended the operation before
+                self.handle.finish()
+        except Exception as error:
+            self.handle.finish(self.lost(error) if isinstance(error, PeerLostError) else error)
+        except BaseException as interrupt:
+            # An interrupt is for the program, not for whoever waits; but it has ended this operation too.
+            self.handle.finish(interrupt)
+            raise
+        return True
+
+    def lost(self, error: PeerLostError) -> PeerLostError:
+        """The transport knows the peer; the operation knows what was to be done with it, and perhaps how the peer has
+        ended."""
+        peers, wait_s = (self.peers(), GONE_AFTER_S) if error.rank is None else ((error.rank,), WORDS_S)
+        gone = self._gone(peers, wait_s)
+        who, _, what = gone.partition(f" while rank {self._rank} is in ")
+        if not gone:
+            named = PeerLostError(f"rank {self._rank}: {error}, in {self.handle.describe()}")
+        elif " left " in who:
+            named = PeerLostError(f"{gone}: {error}")
+        else:
+            named = PeerLostError(f"rank {self._rank}: {who}, in {what}: {error}")
+        named.rank = error.rank
+        named.__cause__ = error
+        return named
+
+    def gone(self) -> str:
+        """The sentence that says which of the awaited ranks have left, and how; empty while all are there."""
+        return self._gone(self.peers(), 0.0)
+
+    def _gone(self, peers: Sequence[int], wait_s: float) -> str:
+        return gone_words(self._rank, peers, self._departed, self.handle.describe, wait_s)
+
+    def peers(self) -> tuple[int, ...]:
+        """The ranks that the operation waits for."""
+        return tuple(self.waits_for.peers()) if self.waits_for is not None else ()

@@ -26,7 +26,7 @@ PROGRAMS = 256
 """Of one group; then all are forgotten."""
 
 
-def operand_of(
+def native_operand(
     flat: torch.Tensor,
     op: str,
     divisor: float,
@@ -34,8 +34,8 @@ def operand_of(
     own: Range,
     wide: torch.Tensor | None = None,
 ) -> tuple[Any, Any]:
-    """How a program treats this buffer, with the rules of :func:`commlab.runtime.operand.operand_of`, and the tensors
-    that must live as long."""
+    """The native module's operand, by the rules of :func:`commlab.runtime.operand.operand_of`: how a program treats
+    this buffer; and the tensors that must live as long."""
     assert built is not None
     halves = flat.dtype in HALVES
     sums = None
@@ -89,7 +89,7 @@ def native_program(program: Program) -> Any:
 
 def few_launch(flat: torch.Tensor, share_bytes: int, to_each: bool, op: str, divisor: float, size: int) -> Offload:
     """The launch of an allreduce whose numbers travel with the announcement."""
-    operand, keep = operand_of(flat, op, divisor, False, EMPTY)
+    operand, keep = native_operand(flat, op, divisor, False, EMPTY)
     messages = (size - 1) * (2 if to_each else 1)
     return Offload(operand, keep, None, (share_bytes, to_each), messages * share_bytes, messages)
 

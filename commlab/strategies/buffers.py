@@ -43,11 +43,10 @@ class Buffers:
         self._all = list(_buffers_of(model))
         # With more buffers than bits, neighbours share one.
         self._share = -(-len(self._all) // _BITS) or 1
+        self.count = len(self._all)
+        """How many buffers the model has."""
         self._seen: list[tuple[int, int]] = []
         self.seen()
-
-    def __len__(self) -> int:
-        return len(self._all)
 
     def _marks(self) -> list[tuple[int, int]]:
         return [_mark(buffer.module._buffers.get(buffer.key)) for buffer in self._all]

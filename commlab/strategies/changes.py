@@ -21,6 +21,7 @@ from ..runtime.group import Group
 _trains = attrgetter("requires_grad")
 _dtype = attrgetter("dtype")
 _params = itemgetter("params")
+_version = attrgetter("_version")
 
 
 class Structure:
@@ -30,6 +31,7 @@ class Structure:
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
         self._model, self.optimizer = model, optimizer
+        self._marks: list[int] = []
         self.look()
 
     def look(self) -> None:
@@ -76,6 +78,17 @@ class Structure:
             and all(map(is_, self._values_now(), self._values))
             and list(chain.from_iterable(self._dicts)) == self._names
         )
+
+    def took_note(self) -> None:
+        """The values of parameters, and the optimizer's state, are what all ranks have now."""
+        self._marks = self._marks_now()
+
+    def was_written(self) -> bool:
+        """Whether anybody has written parameters, or put in another optimizer state, since :meth:`took_note`."""
+        return self._marks_now() != self._marks
+
+    def _marks_now(self) -> list[int]:
+        return [*map(_version, self.parameters), id(self.optimizer.state), id(self.optimizer.param_groups)]
 
     def described(self) -> str:
         """What has changed, in words, parameters by name; empty where no parameter is concerned."""

@@ -35,8 +35,12 @@ class Comparisons:
 
     def took_note(self) -> None:
         """What this rank has now, all ranks have."""
-        self._training.took_note()
+        self._note_values()
         self._training.buffers.seen()
+
+    def _note_values(self) -> None:
+        if self._training.group.size > 1:
+            self._training.structure.took_note()
 
     # A step.
 
@@ -46,7 +50,7 @@ class Comparisons:
         training.record.begun += self._strategy.buckets.syncing
         training.record.losses += loss is not None
         if self._looks_at_losses and loss is not None:
-            training.losses_finite.append(loss.detach().isfinite().all())
+            training.record.losses_finite.append(loss.detach().isfinite().all())
 
     def step_begins(self, number: int | None) -> None:
         """A call of ``step(number)`` has passed the checks; the verdict follows."""
@@ -82,21 +86,22 @@ class Comparisons:
         training = self._training
         every = training.options.check_replicas
         if self._strategy.averages:
-            training.buffers.make_alike(verdict.buffers)
+            if verdict.buffers:
+                training.buffers.make_alike(verdict.buffers)
             if every and (training.steps + 1) % every == 0:
                 training.buffers.make_all_alike()
         self.step_dropped()
-        self._training.took_note()
+        self._note_values()
 
     def step_dropped(self) -> None:
         """The step was dropped on all ranks."""
         self._training.record.reset()
-        self._training.losses_finite.clear()
+        self._training.record.losses_finite.clear()
 
     def gradients_dropped(self) -> None:
         """A call of ``zero_grad()``."""
         self._training.record.zero_grads += 1
-        self._training.losses_finite.clear()
+        self._training.record.losses_finite.clear()
 
     # Between steps.
 
@@ -105,7 +110,7 @@ class Comparisons:
         training = self._training
         if training.group.size == 1:
             return
-        if len(training.buffers):
+        if training.buffers.count:
             own = training.buffers.written().to_bytes(8, "little")
             everyones = gather_bytes(training.group, own, "buffers that were written")
             training.buffers.make_alike(reduce(or_, (int.from_bytes(each, "little") for each in everyones)))

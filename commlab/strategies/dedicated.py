@@ -24,32 +24,27 @@ from ..checkpoint import pieces
 from ..checkpoint.whole import regroup, take_back
 from ..errors import AgreedError, CommlabError, NotFiniteError, UsageError
 from ..gradients.absent import AbsentGradients
-from ..gradients.bucket import Bucket, plan, usual_bytes
+from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
-from ..gradients.parameters import adjoining, members_of
-from ..native.dtypes import WIRES
+from ..gradients.parameters import members_of
 from ..ps.consistency import parse
 from ..ps.elementwise import require_nothing_whole
-from ..ps.messages import MESSAGE_BYTES
 from ..ps.placement import Slice
 from ..ps.store import ParameterServer
 from ..runtime.control import raise_together
 from ..runtime.group import Group
-from ..runtime.handle import Handle
 from . import server_state
 from .changes import Roster
 from .copies import start_from_rank_0
 from .edits import Edits
-from .flat import FlatParameters, own_memory, require_in_place
+from .flat import own_memory, require_in_place
 from .late_pulls import Pulls
 from .options import Options
 from .protocol import Strategy
 from .reduced import ReducedGradient
+from .served_buckets import BucketPushes, flattened, plan_served, with_gradients
 from .start import require_trainable, start
 from .verdict import Verdict, agree
-
-BUCKET_BYTES = 4 * MESSAGE_BYTES
-"""The most that is packed at once, whatever ``bucket_bytes`` says: servers can be busy before a bucket is full."""
 
 
 class Dedicated(Strategy):
@@ -110,7 +105,7 @@ class Dedicated(Strategy):
         self.buckets = self._start_buckets()
         if not averages:
             store.lr_factor = 1 / store.group.size
-        self._flats = [_flattened(bucket) for bucket in self.buckets.buckets]
+        self._flats = [flattened(bucket) for bucket in self.buckets.buckets]
         self.pulls = Pulls(model, store, self._flats, self._forward_waited)
         self._accounted_bytes = 0
         self._absent = AbsentGradients(
@@ -123,23 +118,14 @@ class Dedicated(Strategy):
         )
 
     def _start_buckets(self) -> GradientBuckets:
-        training, options = self.training, self.training.options
-        # One order for pushes and pulls: forward's, in which servers keep their slices; the optimizer's groups are
-        # theirs to know.
-        parameters = [replace(item, group=0) for item in training.parameters]
-        usual = options.bucket_bytes or usual_bytes(parameters, len(training.group.nodes))
-        buckets = []
-        for bucket in plan(parameters, min(usual, BUCKET_BYTES), WIRES[options.wire]):
-            members = bucket.parameters[::-1]
-            buckets.append(Bucket(bucket.index, members, adjoining(members), bucket.dtype, bucket.flat))
-        counts = training.counts
+        training, counts = self.training, self.training.counts
         return GradientBuckets(
-            buckets,
+            plan_served(training),
             self.launch,
             counts.scale_for_mean if self.averages else counts.scale_alone,
             self.store.poll,
             keep_gradients=False,
-            overlap=options.overlap,
+            overlap=training.options.overlap,
         )
 
     # A step.
@@ -159,7 +145,7 @@ class Dedicated(Strategy):
     def launch(self, bucket: Bucket) -> Waitable:
         training, options = self.training, self.training.options
         watched = options.wire is not None or options.nonfinite == "error"
-        if not self.averages and watched and not (self.buckets.finite and training.loss_is_finite()):
+        if not self.averages and watched and not (self.buckets.finite and training.record.loss_is_finite()):
             raise NotFiniteError(
                 f"rank {training.group.rank}: in step {training.steps} its loss, or its gradient of "
                 f"{self.buckets.not_finite!r}, is not finite on wire {options.wire or 'none'} (an overflow, inf or "
@@ -173,20 +159,8 @@ class Dedicated(Strategy):
                 "(--overlap-pulls off)"
             )
         self.store.grad_scale = training.precision.scale
-        return _Pushes([self.store.push_flat(names, flat) for names, flat in self._used(bucket)])
-
-    def _used(self, bucket: Bucket) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-        """The bucket's parameters that have a gradient, those that adjoin together: servers update what was pushed."""
-        used = [member.index in self.buckets.used for member in bucket.parameters]
-        first = 0
-        while first < len(used):
-            last = first
-            while last < len(used) and used[last]:
-                last += 1
-            if last > first:
-                names = tuple(member.name for member in bucket.parameters[first:last])
-                yield names, bucket.flat[bucket.ranges[first].start : bucket.ranges[last - 1].stop]
-            first = last + 1
+        pushed = with_gradients(bucket, self.buckets.used)
+        return BucketPushes([self.store.push_flat(names, flat) for names, flat in pushed])
 
     def agree(self) -> Verdict:
         """The servers' verdict, where they need one; each of them passes over parameters that nobody has pushed."""
@@ -347,20 +321,3 @@ class Dedicated(Strategy):
         regroup(training.optimizer, training.members)
         if state:
             take_back(training.group, training.optimizer, found, training.parameters)
-
-
-class _Pushes:
-    """The pushes of one bucket, under way."""
-
-    result = None
-
-    def __init__(self, handles: list[Handle]):
-        self._handles = handles
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        for handle in self._handles:
-            handle.wait(timeout_s)
-
-
-def _flattened(bucket: Bucket) -> FlatParameters:
-    return FlatParameters(bucket, torch.empty(bucket.numel, dtype=bucket.parameters[0].tensor.dtype, device="cpu"))

@@ -26,7 +26,7 @@ def not_finite_error(training: Training, buckets: GradientBuckets, instead: str)
 
 def _what_is_not(training: Training, buckets: GradientBuckets) -> str:
     """What is not finite on this rank; empty where nothing is."""
-    found = [] if training.loss_is_finite() else ["the loss"]
+    found = [] if training.record.loss_is_finite() else ["the loss"]
     name = buckets.not_finite or _in_mirrors(buckets)
     if not buckets.buckets:
         name = _in_gradients(training)

@@ -18,17 +18,13 @@ class Passes:
 
     def __init__(self, model: torch.nn.Module):
         self.begun = 0
-        """Since :meth:`reset`."""
+        """In the step that is under way."""
         self.ended = 0
-        """Since :meth:`reset`; a pass that is begun and not ended has raised an exception."""
+        """In the step that is under way; a pass that is begun and not ended has raised an exception."""
         self._hooks: list[Any] = [
             model.register_forward_pre_hook(OwnHook(self._begins)),
             model.register_forward_hook(OwnHook(self._ends)),
         ]
-
-    def reset(self) -> None:
-        """Begin a new step."""
-        self.begun = self.ended = 0
 
     def close(self) -> None:
         """Take the hooks off the model."""

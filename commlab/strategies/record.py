@@ -71,6 +71,8 @@ class StepRecord:
         """Calls of ``backward()`` outside ``no_sync()`` since the last step."""
         self.losses = 0
         """Calls of ``backward()`` with a loss since the last step."""
+        self.losses_finite: list[torch.Tensor] = []
+        """bool[] of each loss of the step that is under way, where anybody looks at them."""
         self.hypers = HyperParameters(optimizer, loss_scale)
         self._group, self._counts = group, counts
         self._passes = Passes(model)
@@ -81,7 +83,11 @@ class StepRecord:
     def reset(self) -> None:
         """Begin a new step, after one that was made."""
         self.number, self.zero_grads, self.begun, self.losses = None, 0, 0, 0
-        self._passes.reset()
+        self._passes.begun = self._passes.ended = 0
+
+    def loss_is_finite(self) -> bool:
+        """Whether all losses of the step that were looked at are finite. Waits for a GPU."""
+        return all(map(bool, self.losses_finite))
 
     def close(self) -> None:
         """Take the hooks off the model."""

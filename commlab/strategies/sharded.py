@@ -164,7 +164,8 @@ class Sharded(Strategy):
     def backward(self, loss: torch.Tensor | None, retain_graph: bool) -> None:
         if self._pushes is not None and self.buckets.syncing:
             self._pushes.settle()
-        super().backward(loss, retain_graph)
+        if loss is not None:
+            loss.backward(retain_graph=retain_graph)
 
     def launch(self, bucket: Bucket) -> Waitable:
         training, chunks = self.training, self._chunks[bucket.index]
@@ -220,7 +221,8 @@ class Sharded(Strategy):
     def agree(self) -> Verdict:
         training, buckets, edits = self.training, self.buckets, self.edits
         squares, finite = 0.0, buckets.finite
-        refusal = self._complaint(self._absent.remove()) or edits.refusal()
+        changed = self._absent.remove()
+        refusal = (self._complaint(changed) if changed else "") or edits.refusal()
         if self._edited is not None:
             edited = [gradient for gradient in self._edited if gradient is not None]
             squares = norm_squared(map(self._counted, edited))
@@ -267,13 +269,12 @@ class Sharded(Strategy):
         return [topology.local_rank(rank) for rank in range(topology.size)]
 
     def _complaint(self, changed: Sequence[str]) -> str:
-        """What to say of parameters whose ``p.grad`` was ``changed``; empty where there are none."""
-        if changed:
-            try:
-                # model.to() changes both, and the parameter matters more.
-                require_in_place(self.name, self.training, self._flats)
-            except UsageError as error:
-                return str(error)
+        """What to say of parameters whose ``p.grad`` was ``changed``."""
+        try:
+            # model.to() changes both, and the parameter matters more.
+            require_in_place(self.name, self.training, self._flats)
+        except UsageError as error:
+            return str(error)
         return self._absent.complaint(self.training.group.rank, changed)
 
     def update(self, factor: float, unused: set[int]) -> None:
@@ -307,7 +308,7 @@ class Sharded(Strategy):
         if self._pushes is not None:
             self._pushes.pull([each.host for each in self._flats])
             return
-        if self.training.in_window:
+        if self.training.window is not None:
             group.barrier()
             return
         pulls = [

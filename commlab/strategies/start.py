@@ -83,9 +83,6 @@ class Training:
     """Steps that the engine has made, those included that the checkpoint that was loaded had made."""
     forward_wait_s: float = 0.0
     """Seconds in which forward has waited for parameters, since the engine last took them into its times."""
-    losses_finite: list[torch.Tensor] = field(default_factory=list)
-    """bool[] of each loss of the step that is under way, where anybody looks at them."""
-    _marks: list[int] = field(default_factory=list)
     agreed: Named = field(init=False)
     """What all ranks have last agreed to train. Dedicated servers keep what is frozen among ``parameters``."""
     structure: Structure = field(init=False)
@@ -111,24 +108,6 @@ class Training:
         if self.levels is not None:
             self.levels.node.progress.poll()
             self.levels.across.progress.poll()
-
-    def loss_is_finite(self) -> bool:
-        """Whether all losses of the step that were looked at are finite. Waits for a GPU."""
-        return all(bool(finite) for finite in self.losses_finite)
-
-    def took_note(self) -> None:
-        """What parameters and the optimizer are now is what all ranks have."""
-        if self.group.size > 1:
-            self._marks = self._current_marks()
-
-    def was_written(self) -> bool:
-        """Whether anybody has written parameters, or put in another optimizer state, since :meth:`took_note`."""
-        return self._current_marks() != self._marks
-
-    def _current_marks(self) -> list[int]:
-        marks = [tensor._version for tensor in self.structure.parameters]
-        marks += id(self.optimizer.state), id(self.optimizer.param_groups)
-        return marks
 
     @property
     def planned(self) -> Planned:

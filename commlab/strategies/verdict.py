@@ -45,22 +45,23 @@ def agree(training: Training, squares: float, finite: bool, used: set[int] | Non
     DisagreementError, on all ranks, where they are not in the same step, or would not update alike.
     """
     group, record, count = training.group, training.record, len(training.parameters)
-    finite = finite and math.isfinite(squares) and training.loss_is_finite()
+    finite = finite and math.isfinite(squares) and record.loss_is_finite()
     unused = set() if used is None else set(range(count)) - used
     if group.size == 1:
         return Verdict(squares, finite, unused, edits=(edits,))
     common = record.common(training.steps)
-    written = training.was_written()
-    own = _OWN.pack(squares, finite, bool(unused), edits, training.buffers.written(), written, *record.passes())
+    buffers = training.buffers.written() if training.buffers.count else 0
+    written = training.structure.was_written()
+    own = _OWN.pack(squares, finite, bool(unused), edits, buffers, written, *record.passes())
     records = exchange_records(group, own + common, "step")
     rows = [_OWN.unpack_from(each) for each in records]
-    all_squares, finites, some_unused, all_edits, buffers, any_written, *passes = zip(*rows, strict=True)
+    all_squares, finites, some_unused, all_edits, all_buffers, any_written, *passes = zip(*rows, strict=True)
     odd = record.odd_ranks(list(zip(*passes, strict=True)))
     if odd or any(each[_OWN.size :] != common for each in records):
         record.require_alike([each[_OWN.size :] for each in records], odd)
     if any(some_unused):
         unused = unused_on_all(group, set(range(count)) if used is None else used, count)
-    return Verdict(sum(all_squares), all(finites), unused, reduce(or_, buffers), any(any_written), all_edits)
+    return Verdict(sum(all_squares), all(finites), unused, reduce(or_, all_buffers), any(any_written), all_edits)
 
 
 def unused_on_all(group: Group, used: set[int], count: int) -> set[int]:

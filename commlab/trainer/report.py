@@ -21,7 +21,8 @@ from ..job.machine import interface_bytes_sent, memory_bytes
 from ..job.version import __version__
 from ..runtime.group import Group
 from ..runtime.handle import Handle
-from ..strategies.engine import Engine, Times
+from ..strategies.engine import Engine
+from ..strategies.steps import Times
 from .config import Config
 from .data.batches import Batch
 from .display import Display

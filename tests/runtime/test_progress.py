@@ -19,8 +19,8 @@ from commlab.runtime import waiting
 from commlab.runtime.agreement import Signature
 from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
-from commlab.runtime.handle import Handle
-from commlab.runtime.progress import Operation, Progress
+from commlab.runtime.handle import Handle, Operation
+from commlab.runtime.progress import Progress
 from commlab.transport.sim import SimNetwork
 
 

@@ -52,9 +52,9 @@ def run_all(
     divisor, reduction = divided(op, size)
     launched = []
     for rank, (transport, flat) in enumerate(zip(mesh.transports, data, strict=True)):
-        operand = programs.operand_of(flat, "sum", 1, False, EMPTY)
+        operand = programs.native_operand(flat, "sum", 1, False, EMPTY)
         if kind != "allgather":
-            operand = programs.operand_of(flat, reduction, divisor, algorithm.MEETS_AT_OWNER, chunks[rank])
+            operand = programs.native_operand(flat, reduction, divisor, algorithm.MEETS_AT_OWNER, chunks[rank])
         launch = programs.program_launch(
             transport, (name, kind, chunks), lambda rank=rank: schedule_of(kind, name, rank, size, numel, chunks),
             flat, operand, segment_numel * flat.element_size(),

@@ -91,7 +91,7 @@ def _across(call: Call, shard: torch.Tensor, name: str) -> Pending:
     divisor = 1 if halves else call.divisor
     schedule = partial(compose.allreduce, algorithm, across.rank, across.size, shard.numel())
     if across.transport.moves_itself:
-        described = programs.operand_of(shard, call.op, divisor, algorithm.MEETS_AT_OWNER, owned)
+        described = programs.native_operand(shard, call.op, divisor, algorithm.MEETS_AT_OWNER, owned)
         launch = programs.program_launch(across.transport, (name, "allreduce"), schedule, shard, described)
         yield from programs.finish(group, across.transport, launch)
         return

@@ -53,10 +53,10 @@ def _launch(call: Call) -> Offload:
         return half(algorithm, rank, chunks)
 
     if kind == "allgather":
-        operand = programs.operand_of(flat, "sum", 1, False, EMPTY)
+        operand = programs.native_operand(flat, "sum", 1, False, EMPTY)
     else:
         own = (chunks or algorithm.owners(flat.numel(), size))[rank]
-        operand = programs.operand_of(flat, call.op, call.divisor, algorithm.MEETS_AT_OWNER, own, call.wide)
+        operand = programs.native_operand(flat, call.op, call.divisor, algorithm.MEETS_AT_OWNER, own, call.wide)
     segment_bytes = programs.SEGMENT_BYTES
     if chunks:
         segment_bytes = min(segment_bytes, _segment_bytes(flat, chunks))

@@ -136,9 +136,11 @@ class BSP:
             if updates:
                 self._update([index for index in ended if added[index]], clock, clipping)
             self._rounds.end(ended)
-        for waiting in self._reads.take(slices):
-            self._read(waiting.worker, waiting.header, (waiting.first, waiting.slices), waiting.since_s)
-        self._reads.answer()
+        if self._reads.queues:
+            for waiting in self._reads.take(slices):
+                self._read(waiting.worker, waiting.header, (waiting.first, waiting.slices), waiting.since_s)
+        if self._reads.allowed:
+            self._reads.answer()
         # All workers may have ended the next clock too, without a push.
         self._add(slices)
 

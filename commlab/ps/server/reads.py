@@ -31,7 +31,7 @@ class Reads:
         self._ledger = ledger
         self.queues: dict[int, deque[Waiting]] = {}
         """Reads that wait, by the event that they wait for."""
-        self._allowed: dict[tuple[int, int], _Allowed] = {}
+        self.allowed: dict[tuple[int, int], _Allowed] = {}
         """Reads that may be answered now, by worker and sequence number."""
         self._encoded: dict[tuple[int, int, int], tuple[int, torch.Tensor]] = {}
         """The last values that were sent of each span and wire, with the sum of their versions."""
@@ -53,23 +53,19 @@ class Reads:
                 f"lacks {stale} clocks, which {consistency.name} does not allow: a fault of commlab"
             )
         ledger.workers[worker].staleness[stale] += 1
-        allowed = self._allowed.get((worker, header.sequence))
+        allowed = self.allowed.get((worker, header.sequence))
         if allowed is None:
-            allowed = self._allowed[worker, header.sequence] = _Allowed(header, [], [])
+            allowed = self.allowed[worker, header.sequence] = _Allowed(header, [], [])
         allowed.entries.append(entry)
         allowed.staleness.append(stale)
 
     def take(self, events: Iterable[int]) -> list[Waiting]:
         """Take out the reads that wait for ``events``; of one event in the order in which they came."""
-        if not self.queues:
-            return []
         return [waiting for event in events for waiting in self.queues.pop(event, ())]
 
     def answer(self) -> None:
         """Answer the reads that are allowed, with the values as they are now; those of one frame in one message."""
-        if not self._allowed:
-            return
-        everything, self._allowed = self._allowed, {}
+        everything, self.allowed = self.allowed, {}
         for (worker, _), (header, entries, staleness) in everything.items():
             answer = header._replace(value=float(max(staleness)))
             if header.kind == Kind.PULL_FRAME:

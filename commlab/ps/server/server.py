@@ -98,7 +98,8 @@ class Server:
             ledger.acknowledge(peer, header)
         else:
             ledger.refuse(peer, header, f"{kind.name} is not a request")
-        self.reads.answer()
+        if self.reads.allowed:
+            self.reads.answer()
 
     def _answer(self, peer: int, header: Header, refusal: str) -> None:
         if refusal:

@@ -52,9 +52,9 @@ class Shard:
         """The name of each slice's tensor."""
         self.versions = [0] * len(self.slices)
         """How often each slice was written: its first value is the first time, and each update is one more."""
-        numel: dict[torch.dtype, int] = {}
-        for owned, dtype in zip(self.slices, self.dtypes, strict=True):
-            numel[dtype] = owned.offset + owned.numel
+        self._stops = [owned.offset + owned.numel for owned in self.slices]
+        """Where each slice ends in the flat tensor of its dtype."""
+        numel = dict(zip(self.dtypes, self._stops, strict=True))
         self.numel = numel
         self.values = {dtype: torch.zeros(count, dtype=dtype, device="cpu") for dtype, count in numel.items()}
         self.pieces: list[torch.Tensor] = []
@@ -92,8 +92,7 @@ class Shard:
         dtypes = set(self.dtypes[first : first + count])
         if len(dtypes) > 1:
             return None
-        last = self.slices[first + count - 1]
-        return dtypes.pop(), Range(self.slices[first].offset, last.offset + last.numel)
+        return dtypes.pop(), Range(self.slices[first].offset, self._stops[first + count - 1])
 
     def spans(self, indices: Iterable[int]) -> list[OwnedSpan]:
         """The slices ``indices``, ascending, those that adjoin and have one dtype together."""
@@ -110,8 +109,7 @@ class Shard:
         return found
 
     def _span_from(self, first: int, stop: int) -> OwnedSpan:
-        last = self.slices[stop - 1]
-        where = Range(self.slices[first].offset, last.offset + last.numel)
+        where = Range(self.slices[first].offset, self._stops[stop - 1])
         return OwnedSpan(first, stop - first, self.dtypes[first], where)
 
     def split(self, span: OwnedSpan, numbers: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -63,9 +63,9 @@ class Client:
         self.busy = [0] * len(ranks)
         """By server: how many pushes and pulls are not answered."""
         self.send_frames: Callable[[], None] = _nothing
-        """Sends what waits to become a frame; called before every look at the links."""
-        self.is_filling: Callable[[], bool] = lambda: False
-        """Whether anything waits to become a frame."""
+        """Sends what waits to become a frame; called before every look at the links, where anything waits."""
+        self.filling = False
+        """Whether anything waits to become a frame: who has :attr:`send_frames` says so."""
         self.clock = NEVER
         """How many clocks this worker has ended; no limit where nobody says so, and once the worker has left."""
         self._early: dict[Handle, PendingRequests] = {}
@@ -112,7 +112,8 @@ class Client:
     def submit(self, call: PendingRequests, messages: Sequence[Message]) -> Handle:
         """Queue all requests of ``call``, at once. Returns the handle of ``call``."""
         with self.lock:
-            self.send_frames()  # what was asked for before goes first
+            if self.filling:
+                self.send_frames()  # what was asked for before goes first
             self.begin(call, len(messages))
             for server, order, header, data, target in messages:
                 self._queue(server, order, header, data, LoneRequest(self, header.kind, call, target))
@@ -176,7 +177,7 @@ class Client:
             self.busy[server] -= request.kind in _NUMBERS
         if self._open[server]:
             self.links[server].listen()
-        elif not any(self._open) and not self.is_filling():
+        elif not any(self._open) and not self.filling:
             stop_moving(self)
 
     def _fail(self, server: int, reason: str) -> None:
@@ -200,7 +201,7 @@ class Client:
         """Go on without waiting. ``frames``: what waits to become a frame leaves, full or not."""
         if self.lock.acquire(blocking=False):
             try:
-                if frames:
+                if frames and self.filling:
                     self.send_frames()
                 moved = self._poll_local is not None and self._poll_local()
                 for link in self.links:

@@ -37,12 +37,7 @@ class Outgoing:
     def __init__(self, client: Client, wire: torch.dtype | None):
         self._client, self._wire = client, wire
         self._filling: dict[_Key, _Filling] = {}
-        client.send_frames, client.is_filling = self.send, lambda: self.filling
-
-    @property
-    def filling(self) -> bool:
-        """Whether any frame is being filled."""
-        return bool(self._filling)
+        client.send_frames = self.send
 
     def push(self, server: int, dtype: torch.dtype | None, clock: int, item: Item, nbytes: int) -> None:
         """Add an entry of a call that has begun. ``dtype``: of its numbers; None: there are none. The client's lock is
@@ -61,6 +56,7 @@ class Outgoing:
             filling = None
         if filling is None:
             filling = self._filling[key] = _Filling()
+            self._client.filling = True
         items = filling.items
         items[item.first] = item
         filling.nbytes += nbytes
@@ -71,7 +67,7 @@ class Outgoing:
     def send(self) -> None:
         """Send every frame, full or not: older clocks first, pushes before pulls. The client's lock is held."""
         if self._filling:
-            filling, self._filling = self._filling, {}
+            filling, self._filling, self._client.filling = self._filling, {}, False
             for key in sorted(filling, key=lambda key: key[:4]):
                 self._send(key, filling[key].items)
 

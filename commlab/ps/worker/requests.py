@@ -96,7 +96,7 @@ class Requests:
 
     def _is_busy(self, spans: list[Span]) -> bool:
         """Whether a server of ``spans`` has pushes or pulls of this worker to answer, or a frame is being filled."""
-        if self._outgoing.filling:
+        if self.client.filling:
             return True
         busy = self.client.busy
         return busy[spans[0].server] > 0 if len(spans) == 1 else any(busy[span.server] for span in spans)

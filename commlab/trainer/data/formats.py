@@ -149,12 +149,7 @@ def _of_lines(path: Path, content: bytes, field: TextField) -> list[bytes]:
         if not line.strip():
             continue
         where = f"--data {str(path)!r}: line {number}"
-        try:
-            record = json.loads(line)
-        except RecursionError:
-            raise UsageError(f"{where} is nested too deeply; {_LINES}") from None
-        except ValueError as error:
-            raise UsageError(f"{where} is not valid JSON ({error}); {_LINES}") from error
+        record = _parsed(line, where, _LINES)
         text, name = _text_of(record, name, field, where, _LINES)
         documents.append(text)
     return [text for text in documents if text]
@@ -163,13 +158,12 @@ def _of_lines(path: Path, content: bytes, field: TextField) -> list[bytes]:
 def _of_array(path: Path, content: bytes, field: TextField) -> list[bytes]:
     where = f"--data {str(path)!r}"
     try:
-        records = json.loads(content)
-    except RecursionError:
-        raise UsageError(f"{where} is nested too deeply; {_ARRAY}") from None
-    except ValueError as error:
+        records = _parsed(content, where, _ARRAY)
+    except UsageError as refused:
+        error = refused.__cause__
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and "\n" in error.doc[: error.pos]:
             return _of_lines(path, content, field)  # JSON lines often have this suffix
-        raise UsageError(f"{where} is not valid JSON ({error}); {_ARRAY}") from error
+        raise
     if not isinstance(records, list):
         raise UsageError(f"{where} holds a JSON {type(records).__name__}; {_ARRAY}")
     documents: list[bytes] = []
@@ -178,6 +172,16 @@ def _of_array(path: Path, content: bytes, field: TextField) -> list[bytes]:
         text, name = _text_of(record, name, field, f"{where}: item {index} of the array", _ARRAY)
         documents.append(text)
     return [text for text in documents if text]
+
+
+def _parsed(text: bytes, where: str, wanted: str) -> Any:
+    """What JSON ``text`` stands for. UsageError where it is none; ``wanted``: what must be there."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UsageError(f"{where} is nested too deeply; {wanted}") from None
+    except ValueError as error:
+        raise UsageError(f"{where} is not valid JSON ({error}); {wanted}") from error
 
 
 def _array_or_text(content: bytes) -> list[bytes]:
