@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_records_hold_the_best_peer_and_the_check() -> None:
     def result(name: str, samples_s: list[float], **labels: Any) -> Result:
         contestant = Contestant(name, lambda: None, lambda: None, lambda _: 0, labels)
-        return Result(contestant, samples_s)
+        return Result(contestant, samples_s, cpu_s=[3 * sample_s for sample_s in samples_s])
 
     ring = {"kind": "commlab", "algorithm": "ring", "wire": None}
     results = [
@@ -52,6 +52,7 @@ def test_records_hold_the_best_peer_and_the_check() -> None:
     assert found["ring"]["algbw_GBps"] == pytest.approx(4000 / 4.4 / 1e9, rel=1e-3)
     assert found["ring"]["busbw_GBps"] == pytest.approx(1.5 * 4000 / 4.4 / 1e9, rel=1e-3)
     assert "busbw_GBps" not in found["copy"]
+    assert found["ring"]["cpu_us"] == 3 * 4.4e6
 
 
 def test_records_of_the_missing_say_why() -> None:
@@ -59,7 +60,7 @@ def test_records_of_the_missing_say_why() -> None:
         Result(Contestant(name, lambda: None, lambda: None, lambda _: 0, {"kind": "peer"}), missing=reason)
         for name, reason in (("absent", "not installed"), ("unable", "cannot do that"))
     ]
-    here = Result(Contestant("here", lambda: None, lambda: None, lambda _: 0, {"kind": "peer"}), [1.0, 1.0, 1.0])
+    here = Result(Contestant("here", lambda: None, lambda: None, lambda _: 0, {"kind": "peer"}), [1.0] * 3, [2.0] * 3)
     found = allreduce.records([*gone, here], Case("allreduce", 8, torch.float32, 0, 2))
     assert [record.get("missing") for record in found] == ["not installed", "cannot do that", None]
 

@@ -43,6 +43,7 @@ class Clock:
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     monkeypatch.setattr(harness.time, "perf_counter", lambda: Clock.now_s)
+    monkeypatch.setattr(harness.time, "process_time", lambda: 3 * Clock.now_s)
     return Log()
 
 
@@ -62,6 +63,7 @@ def test_short_runs_are_repeated(log: Log) -> None:
     short = log.contestant("s", run_s=harness.MIN_SAMPLE_S / 39.5)
     result = measure([Block([short])], Ranks(), rounds=3)[0]
     assert result.repeats == 40 and result.samples_s == pytest.approx([harness.MIN_SAMPLE_S / 39.5] * 3)
+    assert result.cpu_s == pytest.approx([3 * harness.MIN_SAMPLE_S / 39.5] * 3)
     # The checked run of a sample is one of its own, on fresh input.
     assert log.events[-2:] == ["fill s", "run s"] and log.events[-43:-2] == ["fill s", *["run s"] * 40]
 
