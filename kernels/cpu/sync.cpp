@@ -19,6 +19,8 @@ using Clock = std::chrono::steady_clock;
 
 // Long enough for 8 ranks to pass on 2 cores, slow ones too; only a core that nobody wants is spent on it in vain.
 constexpr double kYieldUs = 500;
+// Most waits between ranks that each have a core are over sooner.
+constexpr double kYieldAfterUs = 20;
 
 // Not FUTEX_PRIVATE: the waiters are other processes.
 void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t seen, double timeout_us) {
@@ -94,6 +96,8 @@ int NodeSync::wait(double timeout_us, bool soon) {
         }
         relax();
       }
+      // A core that nobody else wants comes back in less than a microsecond.
+      if (looked_us > kYieldAfterUs) sched_yield();
       looked_us = waited_us();
       lost_core = Look::lost_core(looked_us - before_us);
     } while (looked_us < limit_us && !lost_core);
