@@ -126,7 +126,7 @@ distclean: clean ## the environments too
 
 # The stamps inside the environment: each step is done once, and again when what it depends on changes.
 
-# torch goes first and alone, pinned: an open range makes pip fetch several GB of CUDA packages.
+# torch goes first and alone, pinned: an open range takes the newest (docs/packaging.md).
 $(VENV)/.torch: constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"commlab needs Python >= 3.10, this is {v[0]}.{v[1]}: make PYTHON=...")'
