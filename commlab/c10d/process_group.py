@@ -24,7 +24,7 @@ from .fallback import connects_lazily, leave, make_gloo
 from .monitor import monitored_barrier
 from .tensors import movable
 from .window_tensor import tensor_in
-from .work import CommlabWork, Futures
+from .work import CommlabWork, Futures, Kept, torch_keeps_works
 
 _kept: list[CommlabProcessGroup] = []
 """All groups that were ever made. C++ holds the half of a group that is written there; if the half that is written here
@@ -62,6 +62,7 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         self._lock = threading.Lock()
         self._group: Group | None = None
         self._futures = Futures(threaded=False)
+        self._kept_works = None if torch_keeps_works() else Kept()
         self._plain: dist.ProcessGroup | None = None
         self._sequence = self._barriers = 0
         self._group_name = self._group_desc = "undefined"
@@ -99,7 +100,10 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         self, handles: Sequence[Handle], value: Any, after: Callable[[], None] | None = None, span: Any = None
     ) -> CommlabWork:
         self._sequence += 1
-        return CommlabWork(self._futures, handles, value, after, span)
+        work = CommlabWork(self._futures, handles, value, after, span)
+        if self._kept_works is not None:
+            self._kept_works.keep(work)
+        return work
 
     def _gloo(self) -> Any:
         if self._plain is None:
