@@ -57,6 +57,7 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         here: Member | None = None,
     ):
         super().__init__(rank, size)
+        self._rank, self._size = rank, size
         self._store, self._timeout, self._name = store, timeout, name
         self._here, self._destroyed = here or Member(rank, size), False
         self._lock = threading.Lock()
@@ -71,6 +72,16 @@ class CommlabProcessGroup(_ProcessGroup):  # type: ignore[misc]
         # C++ looks for gloo's own backend in a group that bears its name.
         if name == "gloo" or (size > 1 and not connects_lazily()):
             self._gloo()
+
+    # From torch 2.14 C++ asks a group's backends for these, of which this one has none until gloo is needed.
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+    getRank, getSize = rank, size
 
     def __repr__(self) -> str:
         return f"<CommlabProcessGroup {self._name}, rank {self.rank()} of {self.size()}>"
