@@ -30,8 +30,6 @@ def load(backend: str, plain: bool = False) -> Any:
 
     if backend == "commlab":
         commlab.c10d.register()
-        # Where a backend that torch does not know says what it can do; else DDP's tests are skipped.
-        distributed.DistTestCases.backend_feature["ddp"].add("commlab")
     elif not plain:
         commlab.c10d.replace_gloo()
 
