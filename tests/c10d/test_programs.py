@@ -3,7 +3,6 @@ bit. ``make examples`` runs them: the trainers are no part of commlab's test env
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,8 +129,7 @@ def test_trainer(tmp_path: Path) -> None:
 
 
 def test_lightning(tmp_path: Path) -> None:
-    """Under torchrun, under mpirun, and started alone, when Lightning itself starts the other rank."""
+    """Under torchrun and under mpirun."""
     pytest.importorskip("lightning")
     found = on_both(LIGHTNING, tmp_path)
-    for launcher in (mpirun(2), [sys.executable]):
-        assert numbers(run(launcher, LIGHTNING, "commlab", tmp_path), "CommlabProcessGroup") == found
+    assert numbers(run(mpirun(2), LIGHTNING, "commlab", tmp_path), "CommlabProcessGroup") == found
