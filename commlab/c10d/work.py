@@ -63,12 +63,12 @@ def torch_keeps_works() -> bool:
             future.set_result(None)
             return future
 
-    class Group(_ProcessGroup):  # type: ignore[misc]
+    class Answering(_ProcessGroup):  # type: ignore[misc]
         def barrier(self, opts: Any = None) -> Any:
             return Work()
 
     try:
-        _ProcessGroup.barrier(Group(0, 1), dist.BarrierOptions()).get_future()
+        _ProcessGroup.barrier(Answering(0, 1), dist.BarrierOptions()).get_future()
     except RuntimeError:
         return False
     return True
