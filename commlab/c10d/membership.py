@@ -18,7 +18,7 @@ from ..runtime.handle import Handle
 from .connect import Member, connect
 from .fallback import connects_lazily, leave, make_gloo
 from .window_tensor import tensor_in
-from .work import CommlabWork, Futures
+from .work import CommlabWork, Futures, Kept, torch_keeps_works
 
 _kept: list[Membership] = []
 """All groups that were ever made. C++ holds the half of a group that is written there; if the half that is written here
@@ -51,11 +51,13 @@ class Membership(_ProcessGroup):  # type: ignore[misc]
         here: Member | None = None,
     ):
         super().__init__(rank, size)
+        self._rank, self._size = rank, size
         self._store, self._timeout, self._name = store, timeout, name
         self._here, self._destroyed = here or Member(rank, size), False
         self._lock = threading.Lock()
         self._group: Group | None = None
         self._futures = Futures(threaded=False)
+        self._kept_works = None if torch_keeps_works() else Kept()
         self._plain: dist.ProcessGroup | None = None
         self._sequence = self._barriers = 0
         self._group_name = self._group_desc = "undefined"
@@ -64,6 +66,16 @@ class Membership(_ProcessGroup):  # type: ignore[misc]
         # C++ looks for gloo's own backend in a group that bears its name.
         if name == "gloo" or (size > 1 and not connects_lazily()):
             self._gloo()
+
+    # From torch 2.14 C++ asks a group's backends for these, of which this one has none until gloo is needed.
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+    getRank, getSize = rank, size
 
     def __repr__(self) -> str:
         return f"<CommlabProcessGroup {self._name}, rank {self.rank()} of {self.size()}>"
@@ -93,7 +105,10 @@ class Membership(_ProcessGroup):  # type: ignore[misc]
         self, handles: Sequence[Handle], value: Any, after: Callable[[], None] | None = None, span: Any = None
     ) -> CommlabWork:
         self._sequence += 1
-        return CommlabWork(self._futures, handles, value, after, span)
+        work = CommlabWork(self._futures, handles, value, after, span)
+        if self._kept_works is not None:
+            self._kept_works.keep(work)
+        return work
 
     def _gloo(self) -> Any:
         if self._plain is None:

@@ -79,5 +79,7 @@ def install() -> None:
 def _means_gloo(backend: Any) -> bool:
     import torch
 
+    # torch.accelerator came with torch 2.6.
+    device = getattr(torch, "accelerator", torch.cuda)
     name = str(backend).lower()
-    return name in ("gloo", "cpu:gloo") or (name == "undefined" and not torch.accelerator.is_available())
+    return name in ("gloo", "cpu:gloo") or (name == "undefined" and not device.is_available())

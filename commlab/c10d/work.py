@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ import torch.distributed as dist
 
 from ..errors import PeerTimeoutError
 from ..runtime.handle import Handle
+
+# The stubs have every version's names and overloads at once, which no class could satisfy.
+_ProcessGroup: Any = dist.ProcessGroup
 
 
 class Futures:
@@ -48,10 +52,60 @@ class Futures:
             thread.join(timeout=5)
 
 
+@cache
+def torch_keeps_works() -> bool:
+    """Whether C++ that is given a work keeps the half of it that is written in Python. torch 2.6 does not: that half
+    went as soon as nothing in Python held it, and what C++ then waited for never ended."""
+
+    class Work(dist._Work):
+        def get_future(self) -> Any:
+            future: Any = torch.futures.Future()
+            future.set_result(None)
+            return future
+
+    class Answering(_ProcessGroup):  # type: ignore[misc]
+        def barrier(self, opts: Any = None) -> Any:
+            return Work()
+
+    try:
+        _ProcessGroup.barrier(Answering(0, 1), dist.BarrierOptions()).get_future()
+    except RuntimeError:
+        return False
+    return True
+
+
+class Kept:
+    """The works of a group that C++ may still ask for something, where torch does not keep them: until they are waited
+    for or their future is asked for. Of those that have ended and that nobody asked, the last ``limit``: whoever waits
+    in C++ (DDP's reducer, a functional collective) does so before that many others were started."""
+
+    def __init__(self, limit: int = 4096):
+        self._limit = limit
+        self._works: dict[int, CommlabWork] = {}
+
+    def __len__(self) -> int:
+        return len(self._works)
+
+    def keep(self, work: CommlabWork) -> None:
+        work.kept = self
+        self._works[id(work)] = work
+        if len(self._works) > self._limit:
+            # In the order in which they were started.
+            oldest = next(iter(self._works.values()))
+            if oldest.is_completed():
+                self.let_go(oldest)
+
+    def let_go(self, work: CommlabWork) -> None:
+        work.kept = None
+        self._works.pop(id(work), None)
+
+
 class CommlabWork(dist._Work):
     """An operation of a process group. ``handles``: what it consists of, in order; ``after()``: what remains to be done
     here when all of them have ended, once. ``value``: the tensors that :meth:`result` and the future give. ``span``: of
     torch's profile, which ends with the operation."""
+
+    kept: Kept | None = None
 
     def __init__(
         self,
@@ -104,6 +158,8 @@ class CommlabWork(dist._Work):
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """True once the operation has ended; raises what went wrong. ``timeout``: none or zero is the group's."""
+        if self.kept is not None:
+            self.kept.let_go(self)
         seconds = timeout.total_seconds() if timeout is not None else 0.0
         self._finish(seconds if seconds > 0 else None)
         return True
@@ -138,6 +194,8 @@ class CommlabWork(dist._Work):
     def get_future(self) -> Any:
         """A future of :meth:`result`'s value. Errors are raised in a callback of it: one that is set in Python is not
         known to C++, and DDP's reducer would take a failed bucket for a whole one."""
+        if self.kept is not None:
+            self.kept.let_go(self)
         if self._future is None:
             # Built-in hooks of DDP want a future that knows its type. Only one that is complete can be made from
             # Python, and only 16 bits go through such a hook.

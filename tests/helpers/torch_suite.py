@@ -3,10 +3,12 @@ under gloo's name.
 
 They are in torch's wheel (``torch.testing._internal``) and want ``expecttest``. Ranks are forked: 285 tests that
 each import torch anew would take an hour. WORDS: only tests whose names have one of them. ``--plain``: gloo itself.
+``--own-name``: the backend is ``"commlab"``, and tests that torch keeps for gloo, NCCL or MPI are skipped.
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import sys
@@ -19,14 +21,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
-def load(plain: bool) -> Any:
-    """The test case of torch, on whose ranks ``"gloo"`` means commlab."""
+def load(backend: str, plain: bool = False) -> Any:
+    """The test case of torch, on whose ranks ``backend`` means commlab, or (``plain``) what it means to torch."""
     import torch.testing._internal.common_distributed as common
     import torch.testing._internal.distributed.distributed_test as distributed
 
     import commlab.c10d
 
-    if not plain:
+    if backend == "commlab":
+        commlab.c10d.register()
+    elif not plain:
         commlab.c10d.replace_gloo()
 
     def fork_processes(self: Any) -> None:
@@ -42,30 +46,38 @@ def load(plain: bool) -> Any:
     return OnCommlab
 
 
-def main() -> int:
-    words = [word for word in sys.argv[1:] if word != "--plain"]
-    if not words:
-        print(__doc__)
-        return 2
-    ranks, *names = words
-    variables = {"BACKEND": "gloo", "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+def prepare(backend: str, ranks: str, limit_s: int | None = None) -> None:
+    """Set what torch's tests read from the environment, some of it when they are imported."""
+    variables = {"BACKEND": backend, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     os.environ |= {**variables, "INIT_METHOD": "", "TEMP_DIR": tempfile.mkdtemp()}
+    if limit_s is not None:
+        os.environ["DISTRIBUTED_TESTS_DEFAULT_TIMEOUT"] = str(limit_s)
     import torch
 
     torch.set_num_threads(1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ranks")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--own-name", action="store_true")
+    asked = parser.parse_intermixed_args()
+    backend = "commlab" if asked.own_name else "gloo"
+    prepare(backend, asked.ranks)
     try:
-        case = load("--plain" in sys.argv)
+        case = load(backend, asked.plain)
     except ImportError as error:
         print(f"torch's tests are not at hand here ({error}): nothing was tested")
         return 0
-    found = [
-        name for name in unittest.TestLoader().getTestCaseNames(case) if not names or any(w in name for w in names)
-    ]
+    names = unittest.TestLoader().getTestCaseNames(case)
+    found = [name for name in names if not asked.words or any(word in name for word in asked.words)]
     started_s = time.monotonic()
     result = unittest.TextTestRunner(verbosity=2).run(unittest.TestSuite(case(name) for name in found))
     failed = result.failures + result.errors
     passed = result.testsRun - len(result.skipped) - len(failed)
-    print(f"{ranks} ranks: {passed} passed, {len(result.skipped)} skipped, {len(failed)} failed")
+    print(f'{asked.ranks} ranks as "{backend}": {passed} passed, {len(result.skipped)} skipped, {len(failed)} failed')
     print(f"{time.monotonic() - started_s:.0f} s")
     for test, _ in failed:
         print(f"failed: {test}")
