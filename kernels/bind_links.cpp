@@ -196,13 +196,14 @@ void register_links(nb::module_& m) {
       .def("failure", &HeldRun::failure)
       .def("records", &HeldRun::records);
   nb::class_<HeldEngine>(m, "LinksEngine")
-      .def("__init__",
-           [](HeldEngine* self, std::uint32_t rank, const std::vector<int>& fds, bool checks, double look_us,
-              bool keeper) {
-             new (self) HeldEngine{std::make_shared<Engine>(rank, fds, checks, look_us),
-                                   keeper ? Keeper::of_this_process() : nullptr};
-           },
-           nb::arg("rank"), nb::arg("fds"), nb::arg("checks"), nb::arg("look_us"), nb::arg("keeper") = false)
+      .def(
+          "__init__",
+          [](HeldEngine* self, std::uint32_t rank, const std::vector<int>& fds, bool checks, double look_us,
+             bool keeper) {
+            new (self) HeldEngine{std::make_shared<Engine>(rank, fds, checks, look_us),
+                                  keeper ? Keeper::of_this_process() : nullptr};
+          },
+          nb::arg("rank"), nb::arg("fds"), nb::arg("checks"), nb::arg("look_us"), nb::arg("keeper") = false)
       .def("keeper", [](const HeldEngine& self) { return self.keeper ? self.keeper->pid() : 0; })
       .def("add_group", [](HeldEngine& self, std::uint32_t id,
                            const std::vector<std::uint32_t>& ranks) { self.engine->add_group(id, ranks); })
@@ -221,8 +222,8 @@ void register_links(nb::module_& m) {
            [](HeldEngine& self, std::uint64_t signature, std::uint64_t sequence, Address data, std::uint32_t group,
               std::size_t numel, int dtype, int op, double divisor, std::size_t share_bytes, bool to_each,
               double patience_us) {
-             return allreduce_few(self.engine, signature, sequence, data, group, numel, dtype, op, divisor,
-                                  share_bytes, to_each, patience_us);
+             return allreduce_few(self.engine, signature, sequence, data, group, numel, dtype, op, divisor, share_bytes,
+                                  to_each, patience_us);
            })
       .def("exchange", [](HeldEngine& self, std::uint32_t group, nb::bytes record,
                           bool awaited) { return exchange(self.engine, group, record, awaited); })

@@ -1,9 +1,11 @@
 #include "engine.h"
 
+#include <linux/sockios.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,6 +23,23 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 constexpr std::uint64_t kWakeUp = ~0ull;
 constexpr int kEvents = 64;
+
+// Whoever leaves in a hurry still gives its last words so long to arrive. A connection that is closed while it holds
+// what nobody has read is reset, and what was to be sent is dropped: then a peer would take this rank for the one that
+// is lost, and not the one of which this rank had told it.
+constexpr double kLastWordsS = 0.1;
+
+// Whether the peer's kernel has not yet got all that was written to the connection.
+bool unheard(const Link& link) {
+  int bytes = 0;
+  return ioctl(link.fd(), SIOCOUTQ, &bytes) == 0 && bytes > 0;
+}
+
+// Whether the run moves so much that a wake-up costs next to nothing: then a look would only take the core's time.
+constexpr std::size_t kBulkBytes = 4 << 20;
+bool in_bulk(const Run& run) {
+  return run.phase == Run::Phase::kMoving && run.operand.numel * run.operand.item_bytes() >= kBulkBytes;
+}
 
 }  // namespace
 
@@ -152,7 +171,7 @@ void Engine::drive(std::unique_lock<std::mutex>& lock, double timeout_s, const R
   asleep_ = true;
   lock.unlock();
   epoll_event events[kEvents];
-  const int found = events_within(timeout_s, until != nullptr, events);
+  const int found = events_within(timeout_s, until && !in_bulk(*until), events);
   lock.lock();
   asleep_ = false;
   awake_ = true;
@@ -245,18 +264,19 @@ void Engine::leave(double timeout_s) {
       link->pump_out();
       update_interest(*link);
     }
-  const auto unsent = [&] {
-    return std::any_of(links_.begin(), links_.end(), [](const auto& link) { return link && link->wants_out(); });
+  const auto on_its_way = [](const auto& link) {
+    return link && link->open() && (link->wants_out() || unheard(*link));
   };
   ++waiting_;
-  while (unsent() && seconds_since(start) < timeout_s) {
+  for (double left_s; std::any_of(links_.begin(), links_.end(), on_its_way) &&
+                      (left_s = std::max(timeout_s, kLastWordsS) - seconds_since(start)) > 0;) {
     if (driving_) {
       if (thread_drives_) poke();
       changed_.wait_for(lock, std::chrono::milliseconds(10));
       continue;
     }
     driving_ = true;
-    drive(lock, std::max(0.001, timeout_s - seconds_since(start)), nullptr);
+    drive(lock, std::min(0.001, left_s), nullptr);
     driving_ = false;
   }
   --waiting_;
