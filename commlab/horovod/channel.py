@@ -42,6 +42,8 @@ _TICK = Signature("horovod's announcements")
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 1e-3, 20e-3
 _GATHERED_BYTES = 8 * 1024 * 1024
 """From so many bytes on nobody waits for more to travel together."""
+_LONGEST_GATHERING_S = 20e-3
+"""Of operations that nobody waits for yet."""
 
 
 def until(handle: Handle) -> Waits:
@@ -76,6 +78,9 @@ class Channel:
         self.buffers: dict[str, torch.Tensor] = {}
         self._announced = Announced(self.ranks, self.rank)
         self._quiet_since_s: float | None = None
+        self._spent_s = 0.0
+        """How long the last tick and what it carried out took: operations that nobody waits for are gathered as long, so
+        that at most half of the time goes to ticks."""
         self._backed_off_until_s = 0.0
         self._warned_s: float | None = None
         self._join_announced = False
@@ -146,12 +151,14 @@ class Channel:
                 now_ns = time.perf_counter_ns()
                 trace.record("CYCLE_START", "cycles", now_ns, now_ns)
             records: list[bytes] = []
+            began_s = time.monotonic()
             yield from self._exchange(self._announcement(), records)
             left = self._hear(records)
             if left:
                 self.fail(HorovodInternalError(left))
                 return
             yield from self._carry_out(self._announced.take_ready(self.submissions))
+            self._spent_s = min(_LONGEST_GATHERING_S, time.monotonic() - began_s)
             self._end_join()
 
     def _due(self) -> bool:
@@ -161,10 +168,10 @@ class Channel:
         if self.leaving or (self.joining is not None and not self._join_announced):
             return True
         if self.submitted:
-            oldest_s = self.submitted[0].since_s
-            if self.urged or now_s - oldest_s >= self.settings.cycle_s or self._gathered() >= _GATHERED_BYTES:
+            due_s = self.submitted[0].since_s + max(self.settings.cycle_s, self._spent_s)
+            if self.urged or now_s >= due_s or self._gathered() >= _GATHERED_BYTES:
                 return True
-            self.wake_s = oldest_s + self.settings.cycle_s
+            self.wake_s = due_s
             return False
         if not self.submissions and self.joining is None:
             self.urged = False
