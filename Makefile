@@ -34,7 +34,7 @@ PIP_IN     := $(PIP) install --quiet --constraint constraints.txt
 TORCH      := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 BUILD      := scikit-build-core nanobind cmake ninja
 LINT       := ruff mypy clang-format
-EXAMPLES   := scikit-learn accelerate datasets lightning 'ray[train]' kubernetes-validate
+EXAMPLES   := scikit-learn accelerate datasets 'ray[train]' kubernetes-validate
 DOCS       := mkdocs mkdocs-material mkdocstrings-python ruff
 NATIVE_SRC := CMakeLists.txt $(shell find kernels -type f)
 CPP        := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu')
@@ -69,8 +69,7 @@ test-mpis: venv ## what differs between MPIs, on Open MPI and Intel MPI: a tenth
 	python .ci/mpis.py $(ARGS)
 
 examples: $(VENV)/.examples venv ## run every script of docs/examples, the tests that need their packages, and check Kubernetes' manifests
-	python -m pytest tests/test_examples.py tests/test_kubernetes.py tests/trainer/data/test_formats.py tests/c10d/test_programs.py \
-	  --examples $(PYTEST_ARGS)
+	python -m pytest tests/test_examples.py tests/test_kubernetes.py tests/trainer/data/test_formats.py --examples $(PYTEST_ARGS)
 
 horovod: venv ## build Horovod from its sources (8 minutes; kept in the user's cache), for strategy horovod
 	python -m bench.horovod_build $(ARGS)

@@ -1,5 +1,5 @@
 """Programs of trainers that know torch.distributed's backends by name give the numbers that they give on gloo, bit for
-bit. ``make examples`` runs them: the trainers are no part of commlab's test environment."""
+bit. ``pytest --examples`` runs them where the trainers are, which are no part of commlab's test environment."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ dist.destroy_process_group()
 
 
 def numbers(job: Job, kind: str) -> tuple[list[str], list[str]]:
-    """What the two ranks found: the mean loss, and their parameters, which are the same on both."""
+    """What the two ranks found: their losses, in no order, and their parameters, which are the same on both."""
     assert job.code == 0, job.output
     ranks = sorted(line.split() for line in job.said("rank"))
     assert [rank[:2] for rank in ranks] == [["0", kind], ["1", kind]], job.output
     assert ranks[0][2:] == ranks[1][2:]
-    return job.said("mean"), ranks[0][2:]
+    return sorted(job.said("mean")), ranks[0][2:]
 
 
 def run(launcher: Sequence[str], program: str, backend: str, tmp_path: Path) -> Job:
@@ -109,7 +109,7 @@ def run(launcher: Sequence[str], program: str, backend: str, tmp_path: Path) -> 
 @pytest.fixture(autouse=True)
 def asked_for(request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--examples"):
-        pytest.skip("make examples runs it")
+        pytest.skip("pytest --examples runs it")
 
 
 def on_both(program: str, tmp_path: Path) -> tuple[list[str], list[str]]:
