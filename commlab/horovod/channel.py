@@ -79,8 +79,8 @@ class Channel:
         self._announced = Announced(self.ranks, self.rank)
         self._quiet_since_s: float | None = None
         self._spent_s = 0.0
-        """How long the last tick and what it carried out took: operations that nobody waits for are gathered as long, so
-        that at most half of the time goes to ticks."""
+        """How long the last tick and what it carried out took: operations that nobody waits for are gathered as long,
+        so that at most half of the time goes to ticks."""
         self._backed_off_until_s = 0.0
         self._warned_s: float | None = None
         self._join_announced = False
