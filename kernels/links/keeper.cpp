@@ -41,8 +41,8 @@ struct Shared {
   std::atomic<bool> ready;
 };
 
-// The stack's canary lies in thread-local memory, which here would be that of the thread that made the keeper, long after
-// that thread has ended.
+// The stack's canary lies in thread-local memory, which here would be that of the thread that made the keeper, long
+// after that thread has ended.
 #ifdef __has_attribute
 #if __has_attribute(no_stack_protector)
 #define COMMLAB_NO_CANARY __attribute__((no_stack_protector))
