@@ -175,7 +175,7 @@ class Group:
         signature: Signature,
         body: Iterable[Request],
         result: Any,
-        attached: Callable[[], Attachment | Piggyback | Offload | None],
+        attached: Callable[[], Attachment | Piggyback | Offload],
         awaited: bool,
         launches: bool = False,
     ) -> Handle:

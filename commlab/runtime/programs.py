@@ -87,11 +87,10 @@ def native_program(program: Program) -> Any:
     return built.LinksProgram(program.table(), *program.successors(), program.numel, program.size)
 
 
-def few_launch(flat: torch.Tensor, share_bytes: int, to_each: bool, op: str, divisor: float, size: int) -> Offload:
-    """The launch of an allreduce whose numbers travel with the announcement."""
+def few_launch(flat: torch.Tensor, few: tuple[int, bool], op: str, divisor: float, messages: int) -> Offload:
+    """The launch of an allreduce whose numbers travel with the announcement, as ``few`` of :class:`Offload` says."""
     operand, keep = native_operand(flat, op, divisor, False, EMPTY)
-    messages = (size - 1) * (2 if to_each else 1)
-    return Offload(operand, keep, None, (share_bytes, to_each), messages * share_bytes, messages)
+    return Offload(operand, keep, None, few, messages * few[0], messages)
 
 
 def finish(group: Group, transport: Any, launch: Offload) -> Pending:

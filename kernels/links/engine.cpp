@@ -141,18 +141,14 @@ void Engine::work(std::unique_lock<std::mutex>&) {
 // and a sleeper is woken at once.
 int Engine::events_within(double timeout_s, bool looks, epoll_event* events) {
   const int timeout_ms = timeout_s < 0 ? -1 : static_cast<int>(std::min(timeout_s, 1e6) * 1e3 + 0.999);
+  if (!looks) return epoll_wait(epoll_, events, kEvents, timeout_ms);
   const auto start = Clock::now();
-  if (!looks || look_.shy() || look_.us() <= 0) {
-    const int found = epoll_wait(epoll_, events, kEvents, timeout_ms);
-    if (looks) look_.learn(seconds_since(start) * 1e6, found > 0, false);
-    return found;
-  }
-  const double limit_us = std::min(look_.us(), timeout_s * 1e6);
+  const double limit_us = look_.shy() ? 0 : std::min(look_.us(), timeout_s * 1e6);
   bool lost_core = false;
-  int found;
-  for (double now_us = 0;;) {
+  int found = 0;
+  for (double now_us = 0; now_us < limit_us && !lost_core;) {
     found = epoll_wait(epoll_, events, kEvents, 0);
-    if (found != 0 || lost_core || now_us >= limit_us) break;
+    if (found != 0) break;
     sched_yield();
     const double before_us = now_us;
     now_us = seconds_since(start) * 1e6;

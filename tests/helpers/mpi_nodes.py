@@ -11,6 +11,7 @@ from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 from commlab.runtime.links import open_links
 from commlab.runtime.nodes import open_nodes
+from commlab.strategies.engine import Engine
 
 LAYOUTS = {
     "2 nodes of 2": ((0, 1, 2, 3), "2", "mpi"),
@@ -58,6 +59,17 @@ def four(ranks: Ranks) -> Group:
     if found is None:
         pytest.skip("not one of the 4 ranks")
     return found
+
+
+def require_writes_stay_on_the_node(group: Group, engine: Engine, writer: int) -> None:
+    """What ``writer`` writes to a parameter is seen by the ranks of its node alone. Collective."""
+    parameter = engine.parameters[0].tensor
+    group.barrier()
+    if group.rank == writer:
+        parameter.data[0, 0] = 77.0
+    group.barrier()
+    assert (parameter[0, 0] == 77.0) == (group.rank in group.topology.node_of(writer))
+    group.barrier()
 
 
 def everyones(group: Group, text: str) -> list[str]:

@@ -16,6 +16,7 @@ from commlab.chunks import split
 from commlab.job.topology import Topology
 from commlab.runtime.group import Group
 from commlab.strategies.engine import Engine
+from commlab.strategies.reduced import ReducedGradient
 from commlab.transport.sim import SimNetwork
 
 WIDTH = 6
@@ -172,6 +173,13 @@ def train(strategy: str, group: Group, recipe: Recipe, model: Net | None = None,
 def reference(recipe: Recipe) -> Run:
     """What ``single`` makes of it, in this process alone."""
     return train("single", alone(), recipe)
+
+
+def clip_and_add_noise(pieces: Sequence[ReducedGradient], norms: dict[str, float]) -> None:
+    """Edits of the reduced gradient that need the norms of whole tensors, each number, and a draw per tensor."""
+    for piece in pieces:
+        piece.tensor.mul_(1e-2 / (norms[piece.name] + 1e-6)).clamp_(-4e-3, 4e-3)
+        piece.tensor.add_(piece.draw(lambda whole, generator: whole.normal_(0, 1e-3, generator=generator)))
 
 
 def digest(model: torch.nn.Module) -> bytes:

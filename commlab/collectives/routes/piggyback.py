@@ -40,6 +40,10 @@ class Load(NamedTuple):
     to_each: bool
     """Whether every peer gets another share; otherwise everyone gets all numbers."""
 
+    def messages(self, group: Group) -> int:
+        """How many a rank sends."""
+        return (group.size - 1) * (2 if self.to_each else 1)
+
 
 def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> Load | None:
     """What the records of an allreduce of ``numel`` numbers of ``wire`` carry."""
@@ -60,15 +64,13 @@ def at_once(group: Group, few: Load, numel: int, wire: torch.dtype, op: str) -> 
     divisor, reduction = divided(op, group.size)
     arguments = numel, DTYPES[wire][0], OP_CODES[reduction], divisor, *few
     call, arguments = group.transport.few(*arguments)  # type: ignore[attr-defined]
-    messages = (group.size - 1) * (2 if few.to_each else 1)
-    sent_bytes = messages * few.share_bytes
-    return AtOnce(call, arguments, partial(_resume, few, sent_bytes, messages), sent_bytes, messages)
+    messages = few.messages(group)
+    return AtOnce(call, arguments, partial(_resume, few), messages * few.share_bytes, messages)
 
 
-def _resume(
-    few: Load, sent_bytes: int, messages: int, group: Group, tensor: torch.Tensor, left: Any
-) -> tuple[Pending, Offload]:
-    launch = Offload(None, tensor, None, few, sent_bytes, messages)
+def _resume(few: Load, group: Group, tensor: torch.Tensor, left: Any) -> tuple[Pending, Offload]:
+    messages = few.messages(group)
+    launch = Offload(None, tensor, None, few, messages * few.share_bytes, messages)
     launch.request = group.transport.resumed(left, tensor)  # type: ignore[attr-defined]
     return programs.finish(group, group.transport, launch), launch
 
@@ -77,8 +79,8 @@ def attach(call: Call) -> Piggyback | Offload:
     """The numbers, ready to travel with the record."""
     flat = call.flat
     if call.group.transport.moves_itself:
-        share_bytes, to_each = call.plan.few
-        call.launch = programs.few_launch(flat, share_bytes, to_each, call.op, call.divisor, call.group.size)
+        few: Load = call.plan.few
+        call.launch = programs.few_launch(flat, few, call.op, call.divisor, few.messages(call.group))
         call.launch.awaited = call.awaited
         return call.launch
     call.piggyback = Piggyback(flat.data_ptr(), flat.numel() * flat.element_size(), *call.plan.few)
@@ -94,12 +96,11 @@ def allreduce(call: Call) -> Pending:
     if piggyback is None:  # the agreement check has been turned off since the plan was made
         yield from schedule.allreduce(call)
         return
-    itemsize, messages = flat.element_size(), group.size - 1
+    itemsize = flat.element_size()
     start_bytes, own_bytes = piggyback.share(group.rank) if piggyback.to_each else (0, piggyback.size_bytes)
     rows = piggyback.rows.view(flat.dtype)
     native.reduce_rows(flat, start_bytes // itemsize, rows, own_bytes // itemsize, call.op, call.divisor)
     if piggyback.to_each:
-        messages *= 2
         finished = Piggyback(piggyback.address + start_bytes, own_bytes, piggyback.share_bytes, to_each=False)
         exchange = group.transport.exchange(bytes(RECORD_BYTES), finished)
         while not exchange.test():
@@ -108,5 +109,6 @@ def allreduce(call: Call) -> Pending:
             start_bytes, peer_bytes = piggyback.share(peer)
             row = finished.rows.address + peer * finished.rows.row_bytes
             memmove(piggyback.address + start_bytes, row, peer_bytes)
+    messages = call.plan.few.messages(group)
     group.messages_sent += messages
     group.bytes_sent += messages * piggyback.share_bytes

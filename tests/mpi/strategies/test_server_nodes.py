@@ -14,7 +14,7 @@ import pytest
 import torch
 import training
 from lessons import taught
-from mpi_nodes import close_nodes, everyones, four, nodes_of
+from mpi_nodes import close_nodes, everyones, four, nodes_of, require_writes_stay_on_the_node
 from mpi_ranks import Ranks
 from mpi_strategies import assert_same_bits_everywhere
 from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference, train
@@ -72,13 +72,7 @@ def test_one_copy_on_a_node_and_the_state_on_rank_0(ranks: Ranks) -> None:
     assert [int(text) for text in everyones(group, str(mine))] == [total, 0, 0, 0]
     assert bool(run.optimizer.state) == (group.rank == 0)
     assert run.engine.saves_state and run.engine.across is None
-    # A write is seen by the ranks of the node alone.
-    group.barrier()
-    if group.rank == 3:
-        run.engine.parameters[0].tensor.data[0, 0] = 77.0
-    group.barrier()
-    assert (run.engine.parameters[0].tensor[0, 0] == 77.0) == (group.rank in (2, 3))
-    group.barrier()
+    require_writes_stay_on_the_node(group, run.engine, writer=3)
     run.engine.close(state=False)
 
 
@@ -126,10 +120,9 @@ def test_the_reduced_gradient_is_edited(ranks: Ranks, wire: str | None) -> None:
         for step in range(3):
             training.backward(run.engine, run.recipe, step)
             before = run.engine.gradient_norms()
-            for piece in run.engine.reduced_gradients():
-                assert not piece.replicated and piece.whole
-                piece.tensor.mul_(1e-2 / (before[piece.name] + 1e-6)).clamp_(-4e-3, 4e-3)
-                piece.tensor.add_(piece.draw(lambda whole, generator: whole.normal_(0, 1e-3, generator=generator)))
+            pieces = run.engine.reduced_gradients()
+            assert all(not piece.replicated and piece.whole for piece in pieces)
+            training.clip_and_add_noise(pieces, before)
             found += [before, run.engine.gradient_norms()]
             run.engine.step()
             run.engine.zero_grad()

@@ -16,7 +16,7 @@ import torch
 import training
 from closed_form import UNIT_ROUNDOFF
 from learners import CASES, assert_like, plain, trained
-from mpi_nodes import close_nodes, everyones, four, nodes_of
+from mpi_nodes import close_nodes, everyones, four, nodes_of, require_writes_stay_on_the_node
 from mpi_ranks import TIMEOUT_S, Ranks
 from mpi_strategies import assert_same_bits_everywhere
 from training import RAGGED, Recipe, Run, assert_same, build, go_on, reference, train
@@ -94,13 +94,7 @@ def test_one_copy_and_an_lth_of_the_state(ranks: Ranks) -> None:
     sums = [int(text) for text in everyones(holders, str(mine))]
     assert sum(sums) == sum(item.tensor.numel() for item in run.engine.parameters)
     assert max(sums) - min(sums) < 2 * 2 * 16
-    # A write is seen by the ranks of the node alone.
-    group.barrier()
-    if group.rank == 0:
-        run.engine.parameters[0].tensor.data[0, 0] = 77.0
-    group.barrier()
-    assert (run.engine.parameters[0].tensor[0, 0] == 77.0) == (group.rank in (0, 1))
-    group.barrier()
+    require_writes_stay_on_the_node(group, run.engine, writer=0)
     run.engine.close(state=False)
 
 
@@ -142,10 +136,10 @@ def edited(run: Run, odd_rank: int | None = None) -> Run:
     for step in range(3):
         training.backward(run.engine, run.recipe, step)
         norms = run.engine.gradient_norms()
-        for piece in run.engine.reduced_gradients():
-            piece.tensor.mul_(1e-2 / (norms[piece.name] + 1e-6)).clamp_(-4e-3, 4e-3)
-            piece.tensor.add_(piece.draw(lambda whole, generator: whole.normal_(0, 1e-3, generator=generator)))
-            if step == 2 and run.engine.group.rank == odd_rank:
+        pieces = run.engine.reduced_gradients()
+        training.clip_and_add_noise(pieces, norms)
+        if step == 2 and run.engine.group.rank == odd_rank:
+            for piece in pieces:
                 piece.tensor.data.mul_(1.5)
         run.engine.step()
         run.engine.zero_grad()

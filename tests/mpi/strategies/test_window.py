@@ -278,9 +278,7 @@ def test_reduced_gradients_in_the_window(ranks: Ranks, strategy: str, wire: str 
         for step in range(3):
             training.backward(each.engine, each.recipe, step)
             norms = each.engine.gradient_norms()
-            for piece in each.engine.reduced_gradients():
-                piece.tensor.mul_(1e-2 / (norms[piece.name] + 1e-6)).clamp_(-4e-3, 4e-3)
-                piece.tensor.add_(piece.draw(lambda whole, generator: whole.normal_(0, 1e-3, generator=generator)))
+            training.clip_and_add_noise(each.engine.reduced_gradients(), norms)
             each.engine.step()
             each.engine.zero_grad()
             each.digests.append(training.digest(each.model))
