@@ -90,14 +90,27 @@ def test_what_the_launchers_are_given(environment: dict[str, str]) -> None:
     assert Config.from_argv(slurm[slurm.index("-m") + 2 :]).threads == 3
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (138, True), (0, False)])
-def test_it_queues_itself_again(environment: dict[str, str], tmp_path: Path, code: int, requeued: bool) -> None:
+def test_it_queues_itself_again(
+    environment: dict[str, str], tmp_path: Path, code: int, requeued: bool, early: bool
+) -> None:
     """Slurm tells the script that time is nearly up, and the script the ranks. When they have ended, with a checkpoint
-    or without, the job goes into the queue, unless training was done."""
+    or without, the job goes into the queue, unless training was done. ``early``: the signal comes between the script's
+    start of the ranks and its next line."""
     answers = f"import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit({code}))\n"
-    (tmp_path / "srun").write_text(TELLS.replace("print", answers + "print", 1) + "time.sleep(60)\n")
+    started = tmp_path / "started"
+    (tmp_path / "srun").write_text(
+        TELLS.replace("print", answers + "print", 1) + f"open({str(started)!r}, 'w')\ntime.sleep(60)\n"
+    )
+    script = (LAUNCH / "slurm.sbatch").read_text()
+    if early:
+        assert script.count("ranks=$!\n") == 1
+        waits = f"until [[ -e '{started}' ]]; do sleep 0.05; done; kill -USR1 $$\n"
+        script = script.replace("ranks=$!\n", waits + "ranks=$!\n")
+    (tmp_path / "script").write_text(script)
     process = subprocess.Popen(
-        ["bash", str(LAUNCH / "slurm.sbatch")],
+        ["bash", str(tmp_path / "script")],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -107,7 +120,8 @@ def test_it_queues_itself_again(environment: dict[str, str], tmp_path: Path, cod
     assert process.stdout is not None
     try:
         assert json.loads(process.stdout.readline())[0] == "srun"
-        process.send_signal(signal.SIGUSR1)
+        if not early:
+            process.send_signal(signal.SIGUSR1)
         assert process.wait(30) == code
         calls = [json.loads(line) for line in process.stdout]
         assert calls == ([["scontrol", "requeue", "77"]] if requeued else [])
