@@ -60,6 +60,24 @@ def writable(tensor: torch.Tensor, where: str) -> torch.Tensor:
     return plain
 
 
+def surely_writable(tensor: torch.Tensor) -> bool:
+    """Whether :func:`writable` would give the tensor itself, known without a system call: contiguous on the CPU, between
+    pages that were found to be writable."""
+    if (
+        type(tensor) not in PLAIN
+        or tensor.layout is not torch.strided
+        or tensor.is_nested
+        or not (tensor.is_cpu and tensor.is_contiguous())
+    ):
+        return False
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:
+        return False
+    last = start + max(0, tensor.nbytes - 1)
+    return start >> PAGE_BITS in writable_pages and last >> PAGE_BITS in writable_pages
+
+
 def _plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
     kind = type(tensor)
     if not isinstance(tensor, torch.Tensor):

@@ -4,7 +4,6 @@ them know which operations are ready everywhere, and in which order they are car
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +23,8 @@ class Ready(NamedTuple):
     """By the announcing rank's number in the set."""
     submission: Submission | None
     """This rank's own part; None where it has joined."""
+    anew: bool
+    """Whether a rank has waited for an earlier one before it asked for this one."""
 
 
 class Heard(NamedTuple):
@@ -33,6 +34,8 @@ class Heard(NamedTuple):
     """Whether any rank had something to say."""
     left: str
     """Who takes part no longer, and why; empty where nobody has said so."""
+    missed: list[Announcement]
+    """Patterns of batches that a rank had foreseen, one of each (:mod:`.foreseen`)."""
 
 
 class Announced:
@@ -47,18 +50,24 @@ class Announced:
         """By the joined rank's number in the set: how many operations without a name it has named."""
         self._cache: list[list[Announcement]] = [[] for _ in ranks]
         self._numbers: dict[Announcement, int] = {}
+        self._anew: set[str] = set()
 
-    def message(self, submitted: deque[Submission]) -> dict[str, Any]:
-        """What this rank says of the operations in ``submitted``, which are taken out: a full request the first time, a
-        number when the same request comes again. As JSON has it."""
+    @property
+    def anybody_joined(self) -> bool:
+        """Whether a rank has joined and others have not."""
+        return bool(self._joined)
+
+    def message(self, submitted: Sequence[Submission]) -> dict[str, Any]:
+        """What this rank says of the operations in ``submitted``: a full request the first time, a number when the same
+        request comes again. As JSON has it."""
         items: list[Any] = []
         message: dict[str, Any] = {}
         fresh = len(self._numbers) > _CACHED
         if fresh:
             self._numbers.clear()
             message["fresh"] = True
-        while submitted:
-            request = submitted.popleft().request
+        for submission in submitted:
+            request = submission.request
             number = self._numbers.get(request)
             if number is not None:
                 items.append(number)
@@ -68,12 +77,15 @@ class Announced:
             items.append(list(request))
         if items:
             message["ready"] = items
+            if anew := [index for index, submission in enumerate(submitted) if submission.anew]:
+                message["anew"] = anew
         return message
 
     def hear(self, records: Sequence[bytes]) -> Heard:
         """Enter what the ranks have announced: their messages as JSON, each with ``join`` and ``left`` where a rank has
-        joined or takes part no longer; an empty one says nothing."""
-        left = []
+        joined or takes part no longer, and ``missed`` after a batch that was foreseen in vain; an empty one says
+        nothing."""
+        left, missed = [], []
         anything = False
         for peer, record in enumerate(records):
             if not record:
@@ -83,7 +95,8 @@ class Announced:
             cache = self._cache[peer]
             if message.get("fresh"):
                 cache.clear()
-            for item in message.get("ready", ()):
+            anew = message.get("anew", ())
+            for index, item in enumerate(message.get("ready", ())):
                 if isinstance(item, int):
                     request = cache[item]
                 else:
@@ -91,22 +104,28 @@ class Announced:
                     if request.named:
                         cache.append(request)
                 self._table.setdefault(request.name, {})[peer] = request
+                if index in anew:
+                    self._anew.add(request.name)
             if "join" in message:
                 self._joined[peer] = json.loads(message["join"])
             if "left" in message:
                 left.append(f"rank {self._ranks[peer]} {message['left']}")
-        return Heard(anything, "; ".join(left))
+            if "missed" in message:
+                missed.append(announcement_of(message["missed"]))
+        return Heard(anything, "; ".join(left), missed)
 
     def take_ready(self, submissions: dict[str, Submission]) -> list[Ready]:
         """Take out what all ranks have announced or joined, in the order in which it was first announced. What the
         ranks disagree about ends here, on all of them. ``submissions``: this rank's, by name; those that are taken out
         of the table are taken out of there too."""
-        found = []
+        found: list[Ready] = []
         size = len(self._ranks)
         for name, row in list(self._table.items()):
             if len(row) < size and any(peer not in row and peer not in self._joined for peer in range(size)):
                 continue
             del self._table[name]
+            anew = name in self._anew
+            self._anew.discard(name)
             submission = submissions.pop(name, None)
             requests = {self._ranks[peer]: request for peer, request in row.items()}
             reason = refusal(self._rank, name, requests, {self._ranks[peer] for peer in self._joined})
@@ -120,7 +139,7 @@ class Announced:
                     submission.outputs = []
                     submission.end()
                 continue
-            found.append(Ready(request, row, submission))
+            found.append(Ready(request, row, submission, anew))
         return found
 
     def end_join(self) -> tuple[int, dict[str, int]] | None:

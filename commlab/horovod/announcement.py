@@ -31,6 +31,9 @@ _SUMMED = {
 """By the dtype of a tensor: the dtype in which commlab reduces it. Small integers are cut back at the end, which is the
 same modulo 2^8 or 2^16."""
 
+FLOATS = frozenset(dtype for dtype in _SUMMED if dtype.is_floating_point)
+"""Of these there is every reduction."""
+
 
 class Announcement(NamedTuple):
     """One operation of one rank, as the others have to know of it. Everything in it is JSON."""
@@ -134,6 +137,8 @@ def summed_dtype(dtype: torch.dtype) -> torch.dtype | None:
 
 def require_reducible(rank: int, kind: str, tensor: torch.Tensor, op: str) -> None:
     """UsageError for a reduction that nobody could do."""
+    if tensor.dtype in FLOATS:
+        return
     dtype = str(tensor.dtype).removeprefix("torch.")
     where = f"rank {rank}: {kind} of {dtype}{list(tensor.shape)}"
     if tensor.dtype not in _SUMMED:

@@ -23,6 +23,9 @@ _BLOCK_S = 0.1
 there is one process set."""
 _BLOCK_BESIDE_OTHERS_S = 1e-3
 _INSPECT_S = 0.5
+_DOZE_S, _DOZES = 0.25, 8
+"""After an operation the thread looks so often, so long apart, whether there is something to do, before it sleeps until
+it is called. Meanwhile nobody has to call it for the first tensors of a foreseen batch, only for the last one."""
 
 
 class Background:
@@ -34,6 +37,7 @@ class Background:
         self._changed = threading.Condition(threading.Lock())
         self._signals = 0
         self._closed = False
+        self._sound_asleep = False
         self.pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="commlab horovod", daemon=True)
         self._thread.start()
@@ -62,17 +66,21 @@ class Background:
             channel = self.channels.get(number)
             if channel is None:
                 raise HorovodInternalError(f"process set {number} is not there: it was removed, or never made")
+            wanted = False
             for submission in submissions:
                 submission.started_ns = time.perf_counter_ns()
-                channel.submit(submission)
-            self._signal()
+                wanted |= channel.submit(submission)
+            if wanted or self._sound_asleep:
+                self._signal()
 
-    def urge(self, number: int) -> None:
-        """Somebody waits for an operation of this set."""
-        with self._changed:
-            channel = self.channels.get(number)
-            if channel is not None and not channel.urged:
-                channel.urged = True
+    def urge(self, number: int, submission: Submission) -> None:
+        """Somebody waits for this operation of this set."""
+        channel = self.channels.get(number)
+        if channel is not None:
+            channel.waited = True
+        submission.urgent = True
+        if not submission.taken:
+            with self._changed:
                 self._signal()
 
     def join(self, submission: Submission) -> None:
@@ -143,7 +151,12 @@ class Background:
         else:
             with self._changed:
                 if seen == self._signals and not self._closed:
-                    self._changed.wait(self._pause_of(channels, now_s))
+                    pause_s = self._pause_of(channels, now_s)
+                    if pause_s is None and idle_s < _DOZE_S * _DOZES:
+                        pause_s = _DOZE_S
+                    self._sound_asleep = pause_s is None
+                    self._changed.wait(pause_s)
+                    self._sound_asleep = False
 
     def _pause_of(self, channels: Sequence[Channel], now_s: float) -> float | None:
         """How long to sleep unless somebody calls; None: for ever."""

@@ -3,6 +3,7 @@
 A *tick* is one exchange among the set's ranks: each tells which operations have become ready there since its last one.
 All ranks keep the same table from the same announcements (:mod:`.announced`), so nobody leads. A rank takes part in a
 tick while it has something under way or has joined, and is asleep otherwise: nobody is asked when nothing is wanted.
+What a training loop asks for in every step needs no tick once the ranks foresee it (:mod:`.foreseen`).
 
 The set's operations, ticks included, run one after the other on one group. While one runs, more becomes ready, and
 travels together afterwards.
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -28,10 +28,13 @@ from ..runtime.agreement import Signature
 from ..runtime.ending import HARMLESS, ended_by
 from ..runtime.group import Group
 from ..runtime.handle import Handle
-from .announced import Announced, Ready
+from .announced import Announced, Heard, Ready
+from .announcement import Announcement
+from .foreseen import GATHERED_BYTES, Foreseen, Promise
 from .settings import Settings
 from .stalls import stalled_words
 from .submission import HorovodInternalError, Submission
+from .submitted import Submitted
 
 log = logging.getLogger("commlab")
 
@@ -40,10 +43,12 @@ Waits = Generator["Handle | None", None, None]
 
 _TICK = Signature("horovod's announcements")
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 1e-3, 20e-3
-_GATHERED_BYTES = 8 * 1024 * 1024
-"""From so many bytes on nobody waits for more to travel together."""
 _LONGEST_GATHERING_S = 20e-3
 """Of operations that nobody waits for yet."""
+_PATIENCE_S, _LONGEST_PATIENCE_S = 0.25, 10.0
+"""With the rest of a foreseen batch that nobody waits for yet: doubled where that was too short."""
+_RETRIES = 8
+"""Of a tick in whose place other ranks had foreseen something; they tick next."""
 
 
 def until(handle: Handle) -> Waits:
@@ -63,20 +68,24 @@ class Channel:
         self.group, self.ranks, self.settings = group, tuple(ranks), settings
         self.rank = self.ranks[group.rank]
         self._perform = perform
-        self.submitted: deque[Submission] = deque()
+        self.submitted = Submitted()
         self.submissions: dict[str, Submission] = {}
         """This rank's operations under way, by name."""
-        self.urged = False
-        """Somebody waits: nothing is to be gained by waiting for more operations."""
+        self.waited = False
+        """Whether somebody has waited for an operation since the last one was submitted."""
         self.joining: Submission | None = None
         self.leaving = ""
         """Why this rank tells the others, with its next tick, that it takes part no longer."""
         self.ended: BaseException | None = None
+        self.ticks = self.foreseen = self.missed = 0
+        """How many ticks there were, and how many batches that were carried out without one, or foreseen in vain."""
         self.waits_for: Handle | None = None
         self.wake_s: float | None = None
         """When the channel wants to be asked again, though nothing has happened."""
         self.buffers: dict[str, torch.Tensor] = {}
         self._announced = Announced(self.ranks, self.rank)
+        self._foreseen = Foreseen(settings.fusion_bytes)
+        self._patience_s = _PATIENCE_S
         self._quiet_since_s: float | None = None
         self._spent_s = 0.0
         """How long the last tick and what it carried out took: operations that nobody waits for are gathered as long,
@@ -89,9 +98,9 @@ class Channel:
         self._moved_s = time.monotonic()
         self._run = self._negotiate()
 
-    def submit(self, submission: Submission) -> None:
-        """Take an operation of this rank. The caller holds the engine's lock. UsageError where the name is in use,
-        HorovodInternalError where nothing is taken any more."""
+    def submit(self, submission: Submission) -> bool:
+        """Take an operation of this rank; whether the engine's thread has to know of it now. The caller holds the
+        engine's lock. UsageError where the name is in use, HorovodInternalError where nothing is taken any more."""
         name = submission.request.name
         if self.ended is not None:
             raise HorovodInternalError(str(self.ended)) from self.ended
@@ -101,7 +110,8 @@ class Channel:
                 "way has too; give each its own name, or wait for the first one"
             )
         self.submissions[name] = submission
-        self.submitted.append(submission)
+        submission.anew, self.waited = self.waited, False
+        return self.submitted.put(submission)
 
     def step(self) -> bool:
         """Go on as far as possible without waiting; whether anything has moved."""
@@ -147,47 +157,76 @@ class Channel:
         while True:
             while not self._due():
                 yield None
-            if self.settings.mark_cycles:
-                now_ns = time.perf_counter_ns()
-                trace.record("CYCLE_START", "cycles", now_ns, now_ns)
-            records: list[bytes] = []
             began_s = time.monotonic()
-            yield from self._exchange(self._announcement(), records)
-            left = self._hear(records)
-            if left:
-                self.fail(HorovodInternalError(left))
+            promise = self.submitted.take_batch() if self._may_foresee() else None
+            if promise is None:
+                yield from self._tick()
+            elif not (yield from self._keep(promise)):
+                yield from self._tick(promise.batch.patterns[0])
+            if self.ended is not None:
                 return
-            yield from self._carry_out(self._announced.take_ready(self.submissions))
             self._spent_s = min(_LONGEST_GATHERING_S, time.monotonic() - began_s)
-            self._end_join()
+
+    def _tick(self, missed: Announcement | None = None) -> Waits:
+        """``missed``: of a batch that this rank has just foreseen in vain."""
+        if self.settings.mark_cycles:
+            now_ns = time.perf_counter_ns()
+            trace.record("CYCLE_START", "cycles", now_ns, now_ns)
+        self.ticks += 1
+        records: list[bytes] = []
+        record = self._announcement(missed)
+        for _ in range(_RETRIES):
+            try:
+                yield from self._exchange(record, records)
+                break
+            except HARMLESS as error:
+                # Others had foreseen a batch, or refuse what this rank has carried out: they tick next.
+                failed = error
+        else:
+            raise failed
+        heard = self._hear(records)
+        if heard.left:
+            self.fail(HorovodInternalError(heard.left))
+            return
+        ready = self._announced.take_ready(self.submissions)
+        if self.group.size > 1 and not self._announced.anybody_joined:
+            changed = [self._foreseen.missed(pattern) for pattern in heard.missed]
+            if self._foreseen.learn(ready, self.group.size) or any(changed):
+                self.submitted.foresee(self._foreseen.batches)
+        yield from self._carry_out(ready)
+        self._end_join()
+
+    def _may_foresee(self) -> bool:
+        return not (self.leaving or self.joining is not None or self._announced.anybody_joined)
 
     def _due(self) -> bool:
-        """Whether this rank takes part in the next tick now."""
+        """Whether this rank takes part in the next tick now, or carries out what it foresees."""
         now_s = time.monotonic()
         self.wake_s = None
         if self.leaving or (self.joining is not None and not self._join_announced):
             return True
+        due = []
         if self.submitted:
-            due_s = self.submitted[0].since_s + max(self.settings.cycle_s, self._spent_s)
-            if self.urged or now_s >= due_s or self._gathered() >= _GATHERED_BYTES:
+            if self.submitted.urgent or (self.submitted.complete and self._may_foresee()):
                 return True
-            self.wake_s = due_s
-            return False
-        if not self.submissions and self.joining is None:
-            self.urged = False
-            return False
-        if now_s >= self._backed_off_until_s:
-            return True
-        self.wake_s = self._backed_off_until_s
-        return False
+            if self.submitted.incomplete and self._may_foresee():
+                due.append(self.submitted.since_s() + self._patience_s)
+                if now_s >= due[0]:
+                    self._patience_s = min(2 * self._patience_s, _LONGEST_PATIENCE_S)
+            elif self.submitted.size_bytes() >= GATHERED_BYTES:
+                return True
+            else:
+                due.append(self.submitted.since_s() + max(self.settings.cycle_s, self._spent_s))
+        if len(self.submissions) > len(self.submitted) or self.joining is not None:
+            due.append(self._backed_off_until_s)
+        if due and now_s < min(due):
+            self.wake_s = min(due)
+        return self.wake_s is None and bool(due)
 
-    def _gathered(self) -> int:
-        return sum(
-            tensor.numel() * tensor.element_size() for submission in self.submitted for tensor in submission.tensors
-        )
-
-    def _announcement(self) -> bytes:
-        message = self._announced.message(self.submitted)
+    def _announcement(self, missed: Announcement | None) -> bytes:
+        message = self._announced.message(self.submitted.take_all())
+        if missed is not None:
+            message["missed"] = missed
         if self.joining is not None and not self._join_announced:
             message["join"] = self.joining.request.detail
             self._join_announced = True
@@ -214,8 +253,8 @@ class Channel:
         yield from until(deliver_async(group, _TICK, [own], [Range(0, len(record))] * group.size, room))
         records.extend(each.numpy().tobytes() for each in found)
 
-    def _hear(self, records: Sequence[bytes]) -> str:
-        """Enter what the ranks have announced; returns who has left and why, empty while nobody has."""
+    def _hear(self, records: Sequence[bytes]) -> Heard:
+        """Enter what the ranks have announced."""
         now_s = time.monotonic()
         heard = self._announced.hear(records)
         if heard.anything:
@@ -224,26 +263,55 @@ class Channel:
             self._quiet_since_s = self._quiet_since_s or now_s
             quiet_s = now_s - self._quiet_since_s
             self._backed_off_until_s = now_s + min(max(_BACK_OFF_S, quiet_s / 20), _LONGEST_BACK_OFF_S)
-        return heard.left
+        return heard
 
     def _carry_out(self, ready: list[Ready]) -> Waits:
         self._carried = ready
         for batch in self._perform.batches(self, ready):
-            try:
-                yield from self._perform.run(self, batch)
-            except HARMLESS as error:
-                self._end(batch, error)
-            except BaseException as error:
-                self._end(batch, error)
-                if self.group.progress.ended is not None:
-                    raise
-                # The others wait for this rank's part, or will: they are told.
-                refused = self.group.refuse(batch[0].request.kind, batch[0].request.name, _as_error(error))
-                with suppress(*HARMLESS):
-                    yield from until(refused)
-            else:
-                self._end(batch, None)
+            yield from self._carry_out_one(batch, None)
         self._carried = []
+
+    def _keep(self, promise: Promise) -> Generator[Handle | None, None, bool]:
+        """Carry out a foreseen batch, unless the others have not foreseen it: then nothing has happened, and its
+        operations are to be announced. Whether it was carried out."""
+        peers = range(self.group.size)
+        batch = [Ready(each.request, dict.fromkeys(peers, each.request), each, False) for each in promise.submissions]
+        self._carried = batch
+        yield from self._carry_out_one(batch, promise)
+        self._carried = []
+        if promise.kept:
+            self.foreseen += 1
+            for each in batch:
+                self.submissions.pop(each.request.name, None)
+        else:
+            self.missed += 1
+            self.submitted.put_back(promise.submissions)
+        return promise.kept
+
+    def _carry_out_one(self, batch: Sequence[Ready], promise: Promise | None) -> Waits:
+        def missed() -> bool:
+            return promise is not None and not promise.kept
+
+        try:
+            yield from self._perform.run(self, batch, promise)
+        except HARMLESS as error:
+            if not missed():
+                self._end(batch, error)
+        except BaseException as error:
+            if not missed():
+                self._end(batch, error)
+            if self.group.progress.ended is not None:
+                raise
+            # The others wait for this rank's part, or will: they are told.
+            refused = self.group.refuse(batch[0].request.kind, batch[0].request.name, _as_error(error))
+            with suppress(*HARMLESS):
+                yield from until(refused)
+            if missed():
+                for each in batch:
+                    assert each.submission is not None
+                    each.submission.request = each.request._replace(refused=str(error), named=False)
+        else:
+            self._end(batch, None)
 
     def _end(self, batch: Sequence[Ready], error: BaseException | None) -> None:
         for each in batch:

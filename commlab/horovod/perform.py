@@ -14,6 +14,7 @@ from . import moves, reductions
 from .announced import Ready
 from .announcement import size_bytes_of
 from .channel import Channel, Waits
+from .foreseen import Promise
 from .parts import Part, parts_of
 
 
@@ -45,8 +46,9 @@ def _size_bytes(each: Ready) -> int:
     return sum(size_bytes_of(request.dtypes, request.shapes) for request in each.requests.values())
 
 
-def run(channel: Channel, batch: Sequence[Ready]) -> Waits:
-    """Carry out one batch. Collective over the channel's ranks."""
+def run(channel: Channel, batch: Sequence[Ready], promise: Promise | None = None) -> Waits:
+    """Carry out one batch. Collective over the channel's ranks. ``promise``: that of a batch which the others were not
+    asked about; DisagreementError where they have not foreseen it too."""
     started_ns = time.perf_counter_ns()
     kind = batch[0].request.kind
     for each in batch:
@@ -57,7 +59,7 @@ def run(channel: Channel, batch: Sequence[Ready]) -> Waits:
             yield from reductions.combine(channel, batch[0])
         elif kind == "allreduce":
             for part in _of_one_dtype(batch):
-                yield from reductions.allreduce(channel, part)
+                yield from reductions.allreduce(channel, part, promise)
         elif kind == "allgather":
             yield from moves.allgather(channel, batch)
         elif kind == "broadcast":

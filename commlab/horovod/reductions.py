@@ -14,6 +14,7 @@ from .adasum import adasum
 from .announced import Ready
 from .announcement import summed_dtype
 from .channel import Channel, Waits, until
+from .foreseen import Promise
 from .parts import ALONE_BYTES, Part, buffer_of, parts_of, units_of, width_of
 
 
@@ -50,7 +51,7 @@ def _after(channel: Channel, numbers: torch.Tensor, op: str, scale: float) -> No
         _scale(numbers, factor)
 
 
-def allreduce(channel: Channel, batch: tuple[Ready, list[Part]]) -> Waits:
+def allreduce(channel: Channel, batch: tuple[Ready, list[Part]], promise: Promise | None = None) -> Waits:
     first, parts = batch
     op, scales, dtype = first.request.op, first.request.scales, parts[0].dtype
     summed, used_op = _reduction(dtype, op, scales)
@@ -68,8 +69,11 @@ def allreduce(channel: Channel, batch: tuple[Ready, list[Part]]) -> Waits:
         numbers = buffer_of(channel, total, summed)
         _pack(numbers, parts)
     _scale(numbers, scales[0])
-    if channel.group.size > 1 and total:
-        yield from until(allreduce_async(numbers, used_op, group=channel.group))
+    if channel.group.size > 1 and (total or promise is not None):
+        name = None if promise is None else promise.name()
+        yield from until(allreduce_async(numbers, used_op, name, group=channel.group))
+        if promise is not None:
+            promise.kept = True
     _after(channel, numbers, op, scales[1])
     if alone is None:
         _unpack(numbers, parts)

@@ -22,7 +22,8 @@ class Submission:
     known before. ``value``: what the caller is given at the end, made by ``finish(outputs)``."""
 
     __slots__ = (
-        "_ended", "_ready", "error", "finish", "outputs", "request", "since_s", "started_ns", "tensors", "value",
+        "_ready", "_waiters", "anew", "ended", "error", "finish", "outputs", "request", "since_s", "started_ns",
+        "taken", "tensors", "urgent", "value",
     )  # fmt: skip
 
     def __init__(
@@ -39,15 +40,20 @@ class Submission:
         self.error: BaseException | None = None
         self.since_s = time.monotonic()
         self.started_ns = 0
-        self._ended = threading.Event()
+        self.ended = False
+        self.taken = False
+        """Whether it is being announced, or carried out."""
+        self.urgent = False
+        """Whether somebody waits for it."""
+        self.anew = False
+        """Whether somebody has waited for another one before this one was submitted, so that the two can't travel
+        together."""
+        self._waiters: list[threading.Event] = []
+        """Of those who wait by now: most operations have ended when somebody asks."""
         self._ready: Any = None
         if any(tensor.is_cuda for tensor in self.tensors):
             self._ready = torch.cuda.Event()
             self._ready.record()
-
-    @property
-    def ended(self) -> bool:
-        return self._ended.is_set()
 
     def await_device(self) -> None:
         """Return once the kernels that make the tensors have run."""
@@ -65,15 +71,22 @@ class Submission:
                 error = failed
         self.error = error
         self.tensors = []
-        self._ended.set()
+        self.ended = True
+        for waiter in self._waiters:
+            waiter.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Whether the operation has ended within ``timeout_s``."""
-        return self._ended.wait(timeout_s)
+        if self.ended:
+            return True
+        waiter = threading.Event()
+        self._waiters.append(waiter)
+        # end() may have looked at the list before.
+        return self.ended or waiter.wait(timeout_s)
 
     def result(self) -> Any:
         """What the operation gives; a new HorovodInternalError where it failed, with this caller's traceback."""
-        self._ended.wait()
+        self.wait()
         if self.error is not None:
             raise HorovodInternalError(str(self.error)) from self.error
         return self.value

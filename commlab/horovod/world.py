@@ -61,7 +61,7 @@ class World:
         request = Announcement(what, f"{what} of ranks {list(ranks)}", detail=f"ranks {list(ranks)}", named=False)
         submission = Submission(request, finish=lambda _: next(self._numbers))
         self.engine.submit(0, [submission])
-        self.engine.urge(0)
+        self.engine.urge(0, submission)
         return int(submission.result())
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from ...collectives.tensors import described, readable, writable
+from ...collectives.tensors import described, readable, surely_writable, writable
 from ...errors import UsageError
 from .. import world
-from ..announcement import Announcement, require_reducible
+from ..announcement import FLOATS, Announcement, require_reducible
 from ..process_sets import ProcessSet, global_process_set
 from ..submission import Submission
 
@@ -108,6 +109,8 @@ def _described(tensors: Tensors, outputs: Tensors | None = None) -> dict[str, An
     """Dtypes and shapes, as a request has them. UsageError for what has no dense numbers, and for ``outputs`` that
     can't be written in place."""
     for tensor in tensors:
+        if outputs is tensors and surely_writable(tensor):
+            continue
         if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
             layout = str(tensor.layout).removeprefix("torch.")
             raise UsageError(
@@ -116,6 +119,8 @@ def _described(tensors: Tensors, outputs: Tensors | None = None) -> dict[str, An
             )
         readable(tensor, f"rank {world.rank()}: {described(tensor)}")
     for output in outputs or ():
+        if surely_writable(output):
+            continue
         writable(output, f"rank {world.rank()}: {described(output)}")
     dtypes = tuple(str(each.dtype).removeprefix("torch.") for each in tensors)
     return {"dtypes": dtypes, "shapes": tuple(tuple(each.shape) for each in tensors)}
@@ -180,7 +185,21 @@ def start_gradient(
             return _sparse(found, tensor.shape, op, process_set)
         return found[0] if found else None
 
-    return start_reduce([tensor], [tensor], name, op, scales, process_set, finish, absent)
+    tensors = [tensor]
+    if surely_writable(tensor) and tensor.dtype in FLOATS:
+        # A step has many small gradients, the same ones each time: nothing of this is worked out twice.
+        request = _gradient_request(f"allreduce.{name}", tensor.dtype, tensor.shape, _OPS[op], scales, absent)
+        submission = Submission(request, () if absent else tensors, tensors, finish)
+        return _submit(_set_of(process_set, "allreduce"), submission)
+    return start_reduce(tensors, tensors, name, op, scales, process_set, finish, absent)
+
+
+@lru_cache(maxsize=16384)
+def _gradient_request(
+    name: str, dtype: torch.dtype, shape: torch.Size, op: str, scales: tuple[float, float], absent: bool
+) -> Announcement:
+    dtypes = (str(dtype).removeprefix("torch."),)
+    return Announcement("allreduce", name, dtypes, (tuple(shape),), op, scales=scales, absent=absent)
 
 
 def start_sparse(
@@ -292,8 +311,8 @@ def synchronize(handle: Any) -> Any:
     """Wait for an asynchronous operation; returns what it gives. HorovodInternalError where it failed. The callables of
     sparse operations are called."""
     if isinstance(handle, AsyncHandle):
-        if not handle.submission.ended and world.is_initialized():
-            world.require().engine.urge(handle.number)
+        if world.is_initialized():
+            world.require().engine.urge(handle.number, handle.submission)
         return handle.submission.result()
     if callable(handle):
         return handle()
