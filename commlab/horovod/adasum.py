@@ -18,7 +18,7 @@ from ..collectives.delivery import bytes_of, deliver_async
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
-from .channel import Waits, until
+from .tick import Waits, until
 
 _NOTHING = Range(0, 0)
 

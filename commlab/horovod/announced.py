@@ -51,6 +51,8 @@ class Announced:
         self._cache: list[list[Announcement]] = [[] for _ in ranks]
         self._numbers: dict[Announcement, int] = {}
         self._anew: set[str] = set()
+        self.under_way = 0
+        """How many operations this rank has announced, and others have not."""
 
     @property
     def anybody_joined(self) -> bool:
@@ -61,6 +63,7 @@ class Announced:
         """What this rank says of the operations in ``submitted``: a full request the first time, a number when the same
         request comes again. As JSON has it."""
         items: list[Any] = []
+        self.under_way += len(submitted)
         message: dict[str, Any] = {}
         fresh = len(self._numbers) > _CACHED
         if fresh:
@@ -119,11 +122,12 @@ class Announced:
         ranks disagree about ends here, on all of them. ``submissions``: this rank's, by name; those that are taken out
         of the table are taken out of there too."""
         found: list[Ready] = []
-        size = len(self._ranks)
+        size, me = len(self._ranks), self._ranks.index(self._rank)
         for name, row in list(self._table.items()):
             if len(row) < size and any(peer not in row and peer not in self._joined for peer in range(size)):
                 continue
             del self._table[name]
+            self.under_way -= me in row
             anew = name in self._anew
             self._anew.discard(name)
             submission = submissions.pop(name, None)

@@ -12,7 +12,6 @@ travels together afterwards.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -21,10 +20,7 @@ from typing import Any
 import torch
 
 from .. import trace
-from ..chunks import Range
-from ..collectives.delivery import deliver_async
 from ..errors import CommlabError, PeerTimeoutError, UsageError
-from ..runtime.agreement import Signature
 from ..runtime.ending import HARMLESS, ended_by
 from ..runtime.group import Group
 from ..runtime.handle import Handle
@@ -32,16 +28,11 @@ from .announced import Announced, Heard, Ready
 from .announcement import Announcement
 from .foreseen import GATHERED_BYTES, Foreseen, Promise
 from .settings import Settings
-from .stalls import stalled_words
+from .stalls import Stalls
 from .submission import HorovodInternalError, Submission
 from .submitted import Submitted
+from .tick import Waits, tell, until
 
-log = logging.getLogger("commlab")
-
-Waits = Generator["Handle | None", None, None]
-"""A computation that yields what it waits for: a handle, or None for something to do."""
-
-_TICK = Signature("horovod's announcements")
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 1e-3, 20e-3
 _LONGEST_GATHERING_S = 20e-3
 """Of operations that nobody waits for yet."""
@@ -49,14 +40,6 @@ _PATIENCE_S, _LONGEST_PATIENCE_S = 0.25, 10.0
 """With the rest of a foreseen batch that nobody waits for yet: doubled where that was too short."""
 _RETRIES = 8
 """Of a tick in whose place other ranks had foreseen something; they tick next."""
-
-
-def until(handle: Handle) -> Waits:
-    """Go on once ``handle`` has ended; raises its error."""
-    while not handle.finished:
-        yield handle
-    if handle.error is not None:
-        raise handle.error
 
 
 class Channel:
@@ -91,7 +74,7 @@ class Channel:
         """How long the last tick and what it carried out took: operations that nobody waits for are gathered as long,
         so that at most half of the time goes to ticks."""
         self._backed_off_until_s = 0.0
-        self._warned_s: float | None = None
+        self._stalls = Stalls(self.rank, settings)
         self._join_announced = False
         self._carried: list[Ready] = []
         """What is being carried out, or about to be."""
@@ -173,11 +156,10 @@ class Channel:
             now_ns = time.perf_counter_ns()
             trace.record("CYCLE_START", "cycles", now_ns, now_ns)
         self.ticks += 1
-        records: list[bytes] = []
         record = self._announcement(missed)
         for _ in range(_RETRIES):
             try:
-                yield from self._exchange(record, records)
+                records = yield from tell(self.group, record)
                 break
             except HARMLESS as error:
                 # Others had foreseen a batch, or refuse what this rank has carried out: they tick next.
@@ -217,7 +199,7 @@ class Channel:
                 return True
             else:
                 due.append(self.submitted.since_s() + max(self.settings.cycle_s, self._spent_s))
-        if len(self.submissions) > len(self.submitted) or self.joining is not None:
+        if self._announced.under_way or self.joining is not None:
             due.append(self._backed_off_until_s)
         if due and now_s < min(due):
             self.wake_s = min(due)
@@ -233,25 +215,6 @@ class Channel:
         if self.leaving:
             message["left"] = self.leaving
         return json.dumps(message, separators=(",", ":")).encode() if message else b""
-
-    def _exchange(self, record: bytes, records: list[bytes]) -> Waits:
-        group = self.group
-        if group.size == 1:
-            records.append(record)
-            return
-        own = (
-            torch.frombuffer(bytearray(record), dtype=torch.uint8)
-            if record
-            else torch.empty(0, dtype=torch.uint8, device="cpu")
-        )
-        found: list[torch.Tensor] = []
-
-        def room(sizes: Sequence[int]) -> list[torch.Tensor]:
-            found.extend(torch.empty(size_bytes, dtype=torch.uint8, device="cpu") for size_bytes in sizes)
-            return found
-
-        yield from until(deliver_async(group, _TICK, [own], [Range(0, len(record))] * group.size, room))
-        records.extend(each.numpy().tobytes() for each in found)
 
     def _hear(self, records: Sequence[bytes]) -> Heard:
         """Enter what the ranks have announced."""
@@ -281,8 +244,6 @@ class Channel:
         self._carried = []
         if promise.kept:
             self.foreseen += 1
-            for each in batch:
-                self.submissions.pop(each.request.name, None)
         else:
             self.missed += 1
             self.submitted.put_back(promise.submissions)
@@ -315,8 +276,12 @@ class Channel:
 
     def _end(self, batch: Sequence[Ready], error: BaseException | None) -> None:
         for each in batch:
-            if each.submission is not None and not each.submission.ended:
-                each.submission.end(error)
+            submission = each.submission
+            if submission is not None and not submission.ended:
+                # Before its caller knows, who may use the name again at once.
+                if self.submissions.get(each.request.name) is submission:
+                    del self.submissions[each.request.name]
+                submission.end(error)
 
     def _end_join(self) -> None:
         if self.joining is None or (ended := self._announced.end_join()) is None:
@@ -329,42 +294,28 @@ class Channel:
         """Warn of operations that some ranks do not announce, with the ranks; PeerTimeoutError, to all that wait here,
         when that has lasted too long."""
         if self._carried and self.waits_for is not None and now_s - self._moved_s > self.settings.timeout_s:
-            head = self.group.progress.head()
-            peers = [self.ranks[peer] for peer in head.peers()] if head is not None else []
-            waits = f"rank {self.rank} has waited {now_s - self._moved_s:.1f} s for ranks {peers}"
+            waits = f"rank {self.rank} has waited {now_s - self._moved_s:.1f} s for ranks {self._silent()}"
             error: Exception = PeerTimeoutError(f"{waits} in {self.waits_for.describe()}")
             self.group.progress.end(ended_by(error, self.waits_for.describe()))
             self.fail(error)
-        waited = [(submission.since_s, name) for name, submission in list(self.submissions.items())]
-        if not waited:
-            self._warned_s = None
-            return
-        oldest_s = now_s - min(waited)[0]
-        if oldest_s > self.settings.timeout_s:
-            reason = self._stalled(now_s)
+        reason = self._stalls.inspect(
+            now_s,
+            {name: now_s - submission.since_s for name, submission in list(self.submissions.items())},
+            self._announced.lacking,
+            self._silent,
+        )
+        if reason:
             error = PeerTimeoutError(f"rank {self.rank} gave up: {reason}, or the timeout be raised")
             for name, submission in list(self.submissions.items()):
                 del self.submissions[name]
                 submission.end(error)
             self.submitted.clear()
             self.leaving = f"has given up: {reason}"
-        elif oldest_s > self.settings.warn_s and (
-            self._warned_s is None or now_s - self._warned_s > self.settings.warn_s
-        ):
-            self._warned_s = now_s
-            log.warning("rank %d: %s", self.rank, self._stalled(now_s))
 
-    def _stalled(self, now_s: float) -> str:
+    def _silent(self) -> list[int]:
+        """The ranks that the operation under way waits for."""
         head = self.group.progress.head() if self.waits_for is not None else None
-        silent = [] if head is None else [self.ranks[peer] for peer in head.peers()]
-        waiting, lacking = {}, {}
-        for name, submission in list(self.submissions.items()):
-            if (waited_s := now_s - submission.since_s) < min(self.settings.warn_s, self.settings.timeout_s) / 2:
-                continue
-            waiting[name] = waited_s
-            if (ranks := self._announced.lacking(name)) is not None:
-                lacking[name] = ranks
-        return stalled_words(waiting, lacking, silent)
+        return [] if head is None else [self.ranks[peer] for peer in head.peers()]
 
 
 def _as_error(error: BaseException) -> Exception:

@@ -40,7 +40,7 @@ def pattern_of(request: Announcement) -> Announcement | None:
     return request if request.named else request._replace(name="")
 
 
-class Batch:
+class ForeseenBatch:
     """Requests that are carried out as one allreduce, in this order."""
 
     __slots__ = ("here", "patterns")
@@ -56,7 +56,7 @@ class Promise:
 
     __slots__ = ("batch", "kept", "submissions")
 
-    def __init__(self, batch: Batch, submissions: Sequence[Submission]):
+    def __init__(self, batch: ForeseenBatch, submissions: Sequence[Submission]):
         self.batch, self.submissions = batch, list(submissions)
         self.kept = False
         """Whether the others have carried it out too. Until then nothing has happened to any tensor."""
@@ -80,7 +80,7 @@ class Foreseen:
     def __init__(self, fusion_bytes: int):
         """``fusion_bytes``: the most that travels together."""
         self._fusion_bytes = fusion_bytes
-        self.batches: dict[Announcement, Batch] = {}
+        self.batches: dict[Announcement, ForeseenBatch] = {}
         """By pattern."""
         self._forming: dict[Any, _Forming] = {}
         """What has become ready since somebody waited, by what travels in one allreduce."""
@@ -130,7 +130,7 @@ class Foreseen:
                 changed = True
         in_vain = max(self._in_vain.get(pattern, 0) for pattern in patterns)
         if times >= min(_TWICE << in_vain, _AT_MOST) and patterns[0] not in self.batches:
-            batch = Batch(patterns)
+            batch = ForeseenBatch(patterns)
             self.batches.update(dict.fromkeys(patterns, batch))
             changed = True
         return changed
@@ -146,6 +146,6 @@ class Foreseen:
             self._came.pop(each, None)
         return True
 
-    def _forget(self, batch: Batch) -> None:
+    def _forget(self, batch: ForeseenBatch) -> None:
         for pattern in batch.patterns:
             self.batches.pop(pattern, None)

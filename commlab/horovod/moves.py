@@ -12,8 +12,9 @@ from ..collectives.halves import gather_chunks_async
 from ..runtime.agreement import Signature
 from .announced import Ready
 from .announcement import described
-from .channel import Channel, Waits, until
+from .channel import Channel
 from .parts import ALONE_BYTES, buffer_of, parts_of
+from .tick import Waits, until
 
 
 def allgather(channel: Channel, batch: Sequence[Ready]) -> Waits:

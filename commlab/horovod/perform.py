@@ -13,9 +13,10 @@ from .. import trace
 from . import moves, reductions
 from .announced import Ready
 from .announcement import size_bytes_of
-from .channel import Channel, Waits
+from .channel import Channel
 from .foreseen import Promise
 from .parts import Part, parts_of
+from .tick import Waits
 
 
 def batches(channel: Channel, ready: Sequence[Ready]) -> list[list[Ready]]:

@@ -13,9 +13,10 @@ from ..native.dtypes import HALVES
 from .adasum import adasum
 from .announced import Ready
 from .announcement import summed_dtype
-from .channel import Channel, Waits, until
+from .channel import Channel
 from .foreseen import Promise
 from .parts import ALONE_BYTES, Part, buffer_of, parts_of, units_of, width_of
+from .tick import Waits, until
 
 
 def _reduction(dtype: torch.dtype, op: str, scales: tuple[float, float]) -> tuple[torch.dtype, str]:

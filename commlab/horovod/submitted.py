@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from .announcement import Announcement
-from .foreseen import Batch, Promise, pattern_of
+from .foreseen import ForeseenBatch, Promise, pattern_of
 from .submission import Submission
 
 
@@ -17,10 +17,10 @@ class Submitted:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: deque[Submission] = deque()
-        self._batches: Mapping[Announcement, Batch] = {}
+        self._batches: Mapping[Announcement, ForeseenBatch] = {}
         self._awaited = 0
         """How many of those that wait belong to a foreseen batch."""
-        self._complete: list[Batch] = []
+        self._complete: list[ForeseenBatch] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -46,7 +46,7 @@ class Submitted:
         self._complete.append(batch)
         return False
 
-    def foresee(self, batches: Mapping[Announcement, Batch]) -> None:
+    def foresee(self, batches: Mapping[Announcement, ForeseenBatch]) -> None:
         """From now on ``batches`` are foreseen, by pattern."""
         with self._lock:
             self._batches = dict(batches)
