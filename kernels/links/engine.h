@@ -64,8 +64,10 @@ class Engine final : public Events {
     std::deque<std::shared_ptr<Run>> lane;
     std::unordered_map<const Run*, std::shared_ptr<Run>> others;  // messages and exchanges
     Failure broken;
-    std::map<std::uint32_t, Failure> losses;  // from these ranks nothing more comes; how a run ends that awaits it
-    std::vector<char> table;                  // what everyone announced, a row for each rank
+    // Ranks from which nothing more comes, and how a run ends that awaits one; in the order in which they were noticed,
+    // because whoever ends later may have ended because of an earlier loss.
+    std::vector<std::pair<std::uint32_t, Failure>> losses;
+    std::vector<char> table;  // what everyone announced, a row for each rank
     std::size_t row_bytes = 0;
     bool has(std::uint32_t rank) const;
   };

@@ -110,8 +110,10 @@ void Engine::inherit_losses(Group& group) {
 
 // From now on, whoever awaits `rank` fails: the first reason stays.
 void Engine::add_loss(Group& group, std::uint32_t rank, const Failure& failure) {
+  const auto known = [&](const auto& loss) { return loss.first == rank; };
+  if (std::any_of(group.losses.begin(), group.losses.end(), known)) return;
   const bool member = group.has(failure.rank);
-  group.losses.emplace(rank, member ? failure : Failure{failure.status, rank, failure.text});
+  group.losses.emplace_back(rank, member ? failure : Failure{failure.status, rank, failure.text});
   judge_later(group);
 }
 

@@ -285,11 +285,11 @@ def test_who_waits_for_nothing_of_those_who_failed_goes_on(job: Job) -> None:
 
 def test_words_do_not_overtake_numbers(job: Job) -> None:
     """Kind: rank 2's numbers are in the socket when rank 1's words come, which say that it is lost."""
-    first, second = np.zeros(4, np.uint8), np.zeros(4, np.uint8)
-    requests = [job.transport.irecv(first, 2), job.transport.irecv(second, 2)]
     job.one.tell(LOST, 0, 2, text=b"no cable")
     job.two.say(MESSAGES, b"abcd")
     job.two.say(MESSAGES, b"efgh")
+    first, second = np.zeros(4, np.uint8), np.zeros(4, np.uint8)
+    requests = [job.transport.irecv(first, 2), job.transport.irecv(second, 2)]
     for request in requests:
         wait_for(request)
     assert first.tobytes() + second.tobytes() == b"abcdefgh"
