@@ -138,9 +138,7 @@ def _messages(
         gather = partial(transport.gather, name="cards of the links")
         try:
             ends = handshake.connect(rank, gather, True, cards[0]["iface"] or None, min(CONNECT_S, timeout_s))
-            # No keeper: spawned ranks end by os._exit(), without a word, and those that are still in the last operation
-            # would take a connection that closes at once for a loss.
-            links = Links(rank, ends, launched=transport, shared=size == here.size, keeper=False)
+            links = Links(rank, ends, launched=transport, shared=size == here.size)
             if size == here.size:
                 _job_links = links
             return links.world(), "links"

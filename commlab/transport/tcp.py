@@ -118,7 +118,7 @@ class Links:
     ``checks``: payloads carry a CRC32C, on all ranks or none. ``look_s``: so long at most a caller that waits looks
     again at once before it sleeps. ``launched``: the transport of the launcher, which ends the job and is closed with
     the links. ``shared``: they end with the last of their transports; else with the transport of all ranks.
-    ``keeper``: whether a killed rank's connections close before its memory is taken down; :data:`KEEPER` may say no.
+    A killed rank's connections close before its memory is taken down, unless :data:`KEEPER` says no.
     """
 
     def __init__(
@@ -129,10 +129,9 @@ class Links:
         look_s: float = LOOK_S,
         launched: Transport | None = None,
         shared: bool = False,
-        keeper: bool = True,
     ):
         assert built is not None
-        self.engine = built.LinksEngine(rank, list(descriptors), checks, look_s * 1e6, keeper and keeps_memory())
+        self.engine = built.LinksEngine(rank, list(descriptors), checks, look_s * 1e6, keeps_memory())
         self.rank, self.size, self._launched = rank, len(descriptors), launched
         self.contexts = Contexts(2**30)
         self.closed = False

@@ -44,7 +44,7 @@ bool in_bulk(const Run& run) {
 }  // namespace
 
 Engine::Engine(std::uint32_t rank, const std::vector<int>& fds, bool checks, double look_us)
-    : rank_(rank), look_(look_us), lost_(fds.size(), false) {
+    : rank_(rank), look_(look_us) {
   if (rank >= fds.size()) throw std::invalid_argument("the rank is not among the connections");
   epoll_ = epoll_create1(EPOLL_CLOEXEC);
   wake_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);

@@ -15,6 +15,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -63,6 +64,9 @@ class Engine final : public Events {
     std::deque<std::shared_ptr<Run>> lane;
     std::unordered_map<const Run*, std::shared_ptr<Run>> others;  // messages and exchanges
     Failure broken;
+    // Ranks from which nothing more comes, and how a run ends that awaits one; in the order in which they were noticed,
+    // because whoever ends later may have ended because of an earlier loss.
+    std::vector<std::pair<std::uint32_t, Failure>> losses;
     std::vector<char> table;  // what everyone announced, a row for each rank
     std::size_t row_bytes = 0;
     bool has(std::uint32_t rank) const;
@@ -95,17 +99,29 @@ class Engine final : public Events {
   void settle();
   void end(Run& run, Failure failure);
   void break_group(Group& group, const Failure& failure);
-  void lose(std::uint32_t rank, const std::string& reason);
-  void tell(std::uint32_t kind, std::uint32_t number, const std::string& text);
+  void tell(const Group& group, std::uint32_t kind, const std::vector<std::uint32_t>& head, const std::string& text);
   Item& add(Run& run, Item::Kind kind, char* data, std::size_t bytes);
   void post_item(const Run& run, Group& group, std::size_t peer, Item& item);
   void look_at(Link& link);
   Group& group_of(const Run& run) { return *groups_.at(run.group); }
 
+  // losses.cpp: which runs fail of a rank that is lost; all with mutex_ held
+  void told_of_loss(Link& link, std::uint32_t group, std::uint32_t rank, std::string text);
+  void add_loss(Group& group, std::uint32_t rank, const Failure& failure);
+  void inherit_losses(Group& group);
+  void judge_later(const Group& group);
+  void judge();
+  bool awaits(const Run& run, const Group& group, std::uint32_t rank) const;
+
   const std::uint32_t rank_;
   Look look_;
   std::vector<std::unique_ptr<Link>> links_;
-  std::vector<bool> lost_;
+  std::map<std::uint32_t, Failure> lost_;  // ranks whose connection has ended
+  std::map<std::uint32_t, Failure> told_;  // by a rank: the first loss of which it has told
+  // What was told of groups that this rank has not made yet, by the group and by who can't go on.
+  std::map<std::uint32_t, std::map<std::uint32_t, Failure>> hearsay_;
+  std::deque<Link*> doubted_;  // somebody says that the peer is lost: what it has sent is taken first
+  bool judges_ = false;        // a run may await a rank that is lost
   std::unordered_map<std::uint32_t, std::unique_ptr<Group>> groups_;
   std::deque<std::pair<Run*, std::uint32_t>> rows_ready_;
   std::deque<Link*> dirty_;

@@ -25,10 +25,10 @@ constexpr std::size_t kFrameBytes = 256 * 1024;
 constexpr std::uint32_t kControl = 0xffffffffu;
 enum Control : std::uint32_t {
   kLeaving = 1,  // this rank closes its connections in good order
-  kLost = 2,     // payload: 4 bytes, the rank that is lost, and the reason as text
+  kLost = 2,     // payload: 4 bytes, a group of which a run of this rank has failed; 4, whose loss it was; the reason
   kBroken = 3,   // payload: 4 bytes, the group in which ranks did not agree on sizes, and the two sides as text
 };
-constexpr std::size_t kControlBytes = 4 + 256;
+constexpr std::size_t kControlBytes = 8 + 256;
 
 // Of one connection's channels: what a group does in order, and messages that are matched in the order of posting.
 constexpr std::uint32_t program_channel(std::uint32_t group) { return 2 * group; }

@@ -53,6 +53,9 @@ struct Channel {
   bool discards = false;  // its group is given up: what still arrives means nothing
 };
 
+// In so many frames the bytes travel.
+constexpr std::size_t frames_of(std::size_t bytes) { return (bytes + kFrameBytes - 1) / kFrameBytes; }
+
 class Link;
 
 // Who is told what happens on a connection. None of these calls may come back to the link but for `post`.
@@ -63,6 +66,7 @@ class Events {
   // The peer sent so many bytes where `item` is what comes next; the frame is dropped.
   virtual void disagrees(Link& link, Item& item, std::size_t sent_bytes) = 0;
   virtual void controlled(Link& link, std::uint32_t kind, const char* payload, std::size_t bytes) = 0;
+  // The connection is closed; what arrived before is still given to those who ask for it.
   virtual void failed(Link& link, const std::string& reason) = 0;
 };
 
@@ -82,15 +86,19 @@ class Link {
   // Takes a run's items out. Its memory is not touched from now on.
   void forget(const Run& run);
   void discard(std::uint32_t channel);
-  // Whether something of the run is still to be sent here, or to arrive.
+  // Whether something of the run is still to be sent here, or has not arrived yet.
   bool awaits(const Run& run, bool sends) const;
+  // Frames of the channel that have arrived and that nobody has asked for, or could take, yet.
+  std::size_t early_frames(std::uint32_t channel) const;
 
   // Sends and receives what can be sent and received now.
   void pump_out();
   void pump_in();
   // The peer has closed its end: read to the end, whoever wants it.
   void drain();
-  // Nothing moves here any more.
+  // Reads what has arrived by now, whoever wants it.
+  void take_arrived();
+  // Nothing is sent or read here any more.
   void close();
 
   bool open() const { return fd_ >= 0; }
@@ -145,6 +153,7 @@ class Link {
   // The frame on its way in.
   std::vector<char> inbox_;
   std::size_t inbox_at_ = 0, inbox_end_ = 0;
+  std::uint64_t read_ = 0;  // bytes, from the beginning
   Sink sink_ = Sink::kNone;
   Header in_header_{};
   std::size_t in_left_ = 0;

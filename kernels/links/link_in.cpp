@@ -1,3 +1,4 @@
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
@@ -29,6 +30,10 @@ void Link::fail(const std::string& reason) {
 bool Link::others_wait(const Channel& channel) const { return draining_ || posted_in_ > channel.in.size(); }
 
 void Link::pump_in() {
+  if (fd_ < 0) {
+    feed_early();
+    return;
+  }
   blocked_ = false;
   for (std::size_t reads = 0; fd_ >= 0 && consume() && fd_ >= 0; ++reads)
     if (reads == kReadsAtOnce || !read_more()) return;
@@ -39,6 +44,17 @@ void Link::drain() {
   blocked_ = false;
   while (fd_ >= 0 && consume() && fd_ >= 0 && read_more()) {
   }
+}
+
+void Link::take_arrived() {
+  int arrived = 0;
+  if (fd_ < 0 || draining_ || ioctl(fd_, FIONREAD, &arrived) != 0) return;
+  const std::uint64_t stop = read_ + static_cast<std::uint64_t>(arrived);
+  draining_ = true;
+  blocked_ = false;
+  while (fd_ >= 0 && consume() && fd_ >= 0 && read_ < stop && read_more()) {
+  }
+  draining_ = false;
 }
 
 // Takes all whole pieces out of the inbox. False: nobody wants the next frame yet, or the link has failed.
@@ -204,7 +220,7 @@ bool Link::end_frame() {
   return fd_ >= 0;
 }
 
-// Gives frames that came early to those who want them now.
+// Gives frames that came early to those who want them now, also when the link is closed. False: it is.
 bool Link::feed_early() {
   if (!early_ || sink_ != Sink::kNone) return fd_ >= 0;
   for (bool found = true; found && early_;) {
@@ -222,7 +238,6 @@ bool Link::feed_early() {
       ++from.received;
       if (item.kind != Item::Kind::kAnnounce && length != std::min(kFrameBytes, item.bytes - item.done)) {
         events_.disagrees(*this, item, length);
-        if (fd_ < 0) return false;
         break;
       }
       in_item_ = &item;
@@ -236,11 +251,10 @@ bool Link::feed_early() {
         --posted_in_;
         events_.completed(item);
       }
-      if (fd_ < 0) return false;
       break;
     }
   }
-  return true;
+  return fd_ >= 0;
 }
 
 // Reads once. A long payload goes where it belongs, with the next header behind it; all else to the inbox. False: there
@@ -282,6 +296,7 @@ bool Link::read_more() {
     return false;
   }
   std::size_t bytes = static_cast<std::size_t>(got);
+  read_ += bytes;
   if (to) {
     const std::size_t payload = std::min(bytes, room);
     take(to, payload);

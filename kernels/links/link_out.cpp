@@ -27,6 +27,9 @@ void Link::close() {
   ::close(fd_);
   fd_ = -1;
   stuck_ = blocked_ = false;
+  // The rest of a frame that was on its way in never comes: its item goes on to wait.
+  sink_ = Sink::kNone;
+  in_item_ = nullptr;
 }
 
 Channel& Link::channel(std::uint32_t id) {
@@ -193,10 +196,30 @@ void Link::forget(const Run& run) {
 }
 
 bool Link::awaits(const Run& run, bool sends) const {
-  for (const auto& [id, channel] : channels_)
-    for (const Item* item : sends ? channel->out : channel->in)
-      if (item->run == &run) return true;
+  const auto belongs = [&](const Item* item) { return item->run == &run; };
+  for (const auto& [id, channel] : channels_) {
+    if (sends) {
+      if (std::any_of(channel->out.begin(), channel->out.end(), belongs)) return true;
+      continue;
+    }
+    // Frames that came early are for the first items, as soon as these are ready.
+    std::size_t early = channel->early.size();
+    auto item = channel->in.begin();
+    for (; item != channel->in.end(); ++item) {
+      // At least one: all bytes may be there, of a frame whose end was never seen or whose checksum was wrong.
+      const std::size_t left = (*item)->bytes - (*item)->done;
+      const std::size_t frames = (*item)->kind == Item::Kind::kAnnounce || !left ? 1 : frames_of(left);
+      if (frames > early) break;
+      early -= frames;
+    }
+    if (std::any_of(item, channel->in.end(), belongs)) return true;
+  }
   return false;
+}
+
+std::size_t Link::early_frames(std::uint32_t id) const {
+  const auto found = channels_.find(id);
+  return found == channels_.end() ? 0 : found->second->early.size();
 }
 
 void Link::discard(std::uint32_t id) {

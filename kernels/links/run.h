@@ -1,10 +1,12 @@
 // An operation under way on one rank, as the engine sees it: what it announces to the others, and what it moves then.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "link.h"
@@ -34,6 +36,13 @@ struct Failure {
 struct Few {
   std::size_t share_bytes = 0;
   bool to_each = false;
+
+  // Where the share of `rank` begins, and its bytes; `all`: of all numbers.
+  std::pair<std::size_t, std::size_t> share(std::size_t all, std::size_t rank) const {
+    if (!to_each) return {0, all};
+    const std::size_t start = std::min(rank * share_bytes, all);
+    return {start, std::min(share_bytes, all - start)};
+  }
 };
 
 class Run {

@@ -9,18 +9,6 @@
 #include "engine.h"
 
 namespace commlab::links {
-namespace {
-
-Failure lost_rank(std::uint32_t rank, const std::string& reason) { return {Status::kLost, rank, reason}; }
-
-// Where the share of `rank` begins, and its bytes.
-std::pair<std::size_t, std::size_t> share_of(const Few& few, std::size_t all, std::size_t rank) {
-  if (!few.to_each) return {0, all};
-  const std::size_t start = std::min(rank * few.share_bytes, all);
-  return {start, std::min(few.share_bytes, all - start)};
-}
-
-}  // namespace
 
 bool Engine::Group::has(std::uint32_t rank) const { return std::find(ranks.begin(), ranks.end(), rank) != ranks.end(); }
 
@@ -35,8 +23,7 @@ void Engine::add_group(std::uint32_t id, std::vector<std::uint32_t> ranks) {
   group->id = id;
   group->me = static_cast<std::size_t>(me - ranks.begin());
   group->ranks = std::move(ranks);
-  for (std::uint32_t rank : group->ranks)
-    if (lost_[rank]) group->broken = lost_rank(rank, "it was lost before");
+  inherit_losses(*group);
   groups_[id] = std::move(group);
 }
 
@@ -47,6 +34,7 @@ void Engine::remove_group(std::uint32_t id) {
   break_group(*found->second, {Status::kGivenUp, rank_, "the group was closed"});
   settle();
   groups_.erase(found);
+  hearsay_.erase(id);
 }
 
 Item& Engine::add(Run& run, Item::Kind kind, char* data, std::size_t bytes) {
@@ -60,7 +48,7 @@ Item& Engine::add(Run& run, Item::Kind kind, char* data, std::size_t bytes) {
 }
 
 void Engine::look_at(Link& link) {
-  if (link.dirty || !link.open()) return;
+  if (link.dirty || !(link.open() || link.holds_frames())) return;
   link.dirty = true;
   dirty_.push_back(&link);
 }
@@ -90,9 +78,7 @@ void Engine::admit(const std::shared_ptr<Run>& run) {
 void Engine::begin(const std::shared_ptr<Run>& held) {
   Run& run = *held;
   Group& group = group_of(run);
-  for (std::uint32_t rank : group.ranks)
-    if (lost_[rank] && (run.kind != Run::Kind::kMessage || rank == group.ranks[run.peer]))
-      return break_group(group, lost_rank(rank, "it has left"));
+  judge_later(group);
   if (run.kind == Run::Kind::kMessage) {
     run.phase = Run::Phase::kMoving;
     if (!run.bytes) return end(run, {Status::kDone, 0, ""});
@@ -134,7 +120,7 @@ void Engine::announce(Run& run, Group& group) {
   }
   for (std::size_t shift = 1; shift < ranks; ++shift) {
     const std::size_t peer = (group.me + shift) % ranks;
-    const auto [start, bytes] = run.few ? share_of(*run.few, all_bytes, peer) : std::pair<std::size_t, std::size_t>();
+    const auto [start, bytes] = run.few ? run.few->share(all_bytes, peer) : std::pair<std::size_t, std::size_t>();
     if (!launch) {
       post_item(run, group, peer, add(run, Item::Kind::kSend, run.record.data(), width));
       continue;
@@ -156,7 +142,7 @@ void Engine::announced(Run& run, Group& group) {
   if (!run.few) return move(run, group);
   const Operand& operand = run.operand;
   const std::size_t all_bytes = operand.numel * operand.item_bytes();
-  const auto [start, bytes] = share_of(*run.few, all_bytes, group.me);
+  const auto [start, bytes] = run.few->share(all_bytes, group.me);
   std::vector<const void*> from(ranks);
   for (std::size_t rank = 0; rank < ranks; ++rank) from[rank] = group.table.data() + rank * group.row_bytes + width;
   void* to = operand.buffer + start;
@@ -169,11 +155,12 @@ void Engine::announced(Run& run, Group& group) {
 
 // Every rank has reduced its share: to everyone with it.
 void Engine::share(Run& run, Group& group) {
+  judge_later(group);
   run.phase = Run::Phase::kSharing;
   run.items.clear();
   run.items.reserve(2 * group.ranks.size());
   const std::size_t ranks = group.ranks.size(), all_bytes = run.operand.numel * run.operand.item_bytes();
-  const auto [mine, mine_bytes] = share_of(*run.few, all_bytes, group.me);
+  const auto [mine, mine_bytes] = run.few->share(all_bytes, group.me);
   struct Way {
     std::size_t peer;
     Item* item;
@@ -181,7 +168,7 @@ void Engine::share(Run& run, Group& group) {
   std::vector<Way> ways;
   for (std::size_t shift = 1; shift < ranks; ++shift) {
     const std::size_t to = (group.me + shift) % ranks, frm = (group.me + ranks - shift) % ranks;
-    const auto [start, bytes] = share_of(*run.few, all_bytes, frm);
+    const auto [start, bytes] = run.few->share(all_bytes, frm);
     if (bytes) ways.push_back({frm, &add(run, Item::Kind::kWrite, run.operand.buffer + start, bytes)});
     if (mine_bytes) ways.push_back({to, &add(run, Item::Kind::kSend, run.operand.buffer + mine, mine_bytes)});
   }
@@ -191,6 +178,7 @@ void Engine::share(Run& run, Group& group) {
 }
 
 void Engine::move(Run& run, Group& group) {
+  judge_later(group);
   run.phase = Run::Phase::kMoving;
   if (!run.program || run.program->rows.empty()) return end(run, {Status::kDone, 0, ""});
   run.operand.prepare();
@@ -237,7 +225,7 @@ void Engine::row_done(Run& run, std::uint32_t row) {
 
 // Does what has become possible, until nothing more has.
 void Engine::settle() {
-  while (!rows_ready_.empty() || !dirty_.empty()) {
+  for (;;) {
     while (!rows_ready_.empty()) {
       const auto [run, at] = rows_ready_.front();
       rows_ready_.pop_front();
@@ -252,13 +240,18 @@ void Engine::settle() {
       link.ready(program_channel(group.id), run->items[at]);
       if (row.opcode == Opcode::kSend || link.holds_frames()) look_at(link);
     }
-    if (dirty_.empty()) break;
-    Link& link = *dirty_.front();
-    dirty_.pop_front();
-    link.dirty = false;
-    if (link.open()) link.pump_out();
-    if (link.open() && link.holds_frames()) link.pump_in();
-    update_interest(link);
+    if (!dirty_.empty()) {
+      Link& link = *dirty_.front();
+      dirty_.pop_front();
+      link.dirty = false;
+      if (link.open()) link.pump_out();
+      if (link.holds_frames()) link.pump_in();
+      update_interest(link);
+    } else if (judges_) {
+      judge();
+    } else {
+      break;
+    }
   }
   ended_.clear();
 }
@@ -297,6 +290,7 @@ void Engine::end(Run& run, Failure failure) {
 void Engine::break_group(Group& group, const Failure& failure) {
   if (group.broken.status != Status::kPending) return;
   group.broken = failure;
+  if (failure.status == Status::kLost) tell(group, kLost, {failure.rank}, failure.text);
   while (!group.lane.empty()) end(*group.lane.front(), failure);
   while (!group.others.empty()) end(*group.others.begin()->second, failure);
   for (std::uint32_t rank : group.ranks)
@@ -308,70 +302,13 @@ void Engine::break_group(Group& group, const Failure& failure) {
     }
 }
 
-void Engine::tell(std::uint32_t kind, std::uint32_t number, const std::string& text) {
-  std::string payload(reinterpret_cast<const char*>(&number), sizeof(number));
-  payload += text.substr(0, kControlBytes - sizeof(number));
-  for (const auto& link : links_)
-    if (link && link->open() && !link->leaving) {
-      link->post_control(kind, payload.data(), payload.size());
-      look_at(*link);
-    }
-}
-
-// A rank is gone. Every group that has it is broken, and everybody is told.
-void Engine::lose(std::uint32_t rank, const std::string& reason) {
-  if (rank >= lost_.size() || lost_[rank]) return;
-  lost_[rank] = true;
-  tell(kLost, rank, reason);
-  for (auto& [id, group] : groups_)
-    if (group->has(rank)) break_group(*group, lost_rank(rank, reason));
-}
-
-void Engine::failed(Link& link, const std::string& reason) {
-  // One that leaves in good order has told everybody itself, and hurts only who still waits for it.
-  if (!link.leaving) return lose(link.peer(), reason);
-  lost_[link.peer()] = true;
-  for (auto& [id, group] : groups_) {
-    if (!group->has(link.peer())) continue;
-    const auto hurt = [&](const std::shared_ptr<Run>& run) {
-      return link.awaits(*run, true) || link.awaits(*run, false);
-    };
-    const bool any =
-        (!group->lane.empty() && hurt(group->lane.front())) ||
-        std::any_of(group->others.begin(), group->others.end(), [&](const auto& other) { return hurt(other.second); });
-    if (any) break_group(*group, lost_rank(link.peer(), reason));
-  }
-}
-
-void Engine::controlled(Link& link, std::uint32_t kind, const char* payload, std::size_t bytes) {
-  if (kind == kLeaving) {
-    link.leaving = true;
-    return;
-  }
-  std::uint32_t number = 0;
-  if ((kind != kLost && kind != kBroken) || bytes < sizeof(number)) {
-    link.close();
-    return failed(link, "a control frame of unknown kind " + std::to_string(kind));
-  }
-  std::memcpy(&number, payload, sizeof(number));
-  std::string text(payload + sizeof(number), bytes - sizeof(number));
-  if (kind == kBroken) {
-    const auto found = groups_.find(number);
-    if (found != groups_.end()) break_group(*found->second, {Status::kMismatch, link.peer(), text});
-    return;
-  }
-  if (number == rank_)
-    text = "rank " + std::to_string(link.peer()) + " has given this rank up: " + text, number = link.peer();
-  lose(number, text);
-}
-
 void Engine::disagrees(Link& link, Item& item, std::size_t sent_bytes) {
   Group& group = group_of(*item.run);
   const std::string text = "rank " + std::to_string(link.peer()) + " sent " + std::to_string(sent_bytes) +
                            " bytes where rank " + std::to_string(rank_) + " expected " +
                            std::to_string(std::min(kFrameBytes, item.bytes - item.done)) + " of " +
                            std::to_string(item.bytes);
-  tell(kBroken, group.id, text);
+  tell(group, kBroken, {}, text);
   break_group(group, {Status::kMismatch, link.peer(), text});
 }
 

@@ -17,9 +17,10 @@ T = TypeVar("T")
 class Mesh:
     """``size`` ranks, each with links to all others. ``sockets[a][b]``: rank a's end of the connection to rank b, as
     the number of its descriptor, which belongs to the engine of rank a. ``narrow``: the sockets take few bytes at a
-    time, so that frames are cut anywhere and wait half-way, as on a slow link."""
+    time, so that frames are cut anywhere and wait half-way, as on a slow link. ``absent``: the last rank has no engine
+    here, but in another process."""
 
-    def __init__(self, size: int, checks: bool = True, narrow: bool = False):
+    def __init__(self, size: int, checks: bool = True, narrow: bool = False, absent: int | None = None):
         self.size = size
         self.sockets = [[-1] * size for _ in range(size)]
         for one in range(size):
@@ -28,7 +29,7 @@ class Mesh:
                     if narrow:
                         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
                     self.sockets[mine][peer] = end.detach()
-        self.links = [Links(rank, self.sockets[rank], checks) for rank in range(size)]
+        self.links = [Links(rank, self.sockets[rank], checks) for rank in range(size) if rank != absent]
         self.transports = [links.world() for links in self.links]
 
     def groups(self, check: bool = True, timeout_s: float = 20.0) -> list[Group]:

@@ -2,9 +2,10 @@
 //
 //   make fuzz-links        builds this with AddressSanitizer and UndefinedBehaviorSanitizer, and runs it
 //
-// An engine is rank 0 of two; the program is rank 1, by hand. It keeps count of the frames of each channel, so that most
-// of them are taken for good ones, and spoils something in some: a bit, the length, the checksum, the sequence, the
-// channel; or it sends less than it announced and closes. When the engine gives the peer up, the next session begins.
+// An engine is rank 0 of two; the program is rank 1, by hand. It keeps count of the frames of each channel, so that
+// most of them are taken for good ones, and spoils something in some: a bit, the length, the checksum, the sequence,
+// the channel; or it sends less than it announced, or closes. When the connection has ended, operations are started for
+// a while, as after the loss of a rank, and then the next session begins.
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -39,8 +40,8 @@ struct Buffer {
 
 std::shared_ptr<const Program> make_program() {
   // Receives of all kinds, each after the one before, and something to send in between.
-  std::vector<Row> rows{{Opcode::kSend, 1, 0, 700},       {Opcode::kReduce, 1, 0, 700},   {Opcode::kWrite, 1, 700, 701},
-                        {Opcode::kReduce, 1, 701, 2999},  {Opcode::kFinish, 0, 0, 2999},  {Opcode::kSend, 1, 0, 2999},
+  std::vector<Row> rows{{Opcode::kSend, 1, 0, 700},       {Opcode::kReduce, 1, 0, 700},  {Opcode::kWrite, 1, 700, 701},
+                        {Opcode::kReduce, 1, 701, 2999},  {Opcode::kFinish, 0, 0, 2999}, {Opcode::kSend, 1, 0, 2999},
                         {Opcode::kWrite, 1, 2999, kNumel}};
   return std::make_shared<const Program>(rows, std::vector<std::uint32_t>{0, 1, 2, 3, 4, 6, 6, 6},
                                          std::vector<std::uint32_t>{1, 2, 3, 4, 5, 6}, kNumel, 2);
@@ -98,7 +99,7 @@ class Session {
   bool send_frame() {
     static const std::size_t lengths[] = {0, 1, 4, 8, 20, 600, 1200, 2800, 4000, 6008, 9192, 12000, 12008};
     Header header{};
-    header.channel = one_in(30) ? static_cast<std::uint32_t>(random_bits())
+    header.channel = one_in(30)   ? static_cast<std::uint32_t>(random_bits())
                      : one_in(12) ? kControl
                                   : static_cast<std::uint32_t>(below(4));
     header.sequence = header.channel == kControl ? static_cast<std::uint32_t>(below(5)) : sent_[header.channel]++;
@@ -107,11 +108,18 @@ class Session {
     std::vector<char> frame(kHeaderBytes + header.length);
     for (std::size_t at = kHeaderBytes; at < frame.size(); at += 64) frame[at] = static_cast<char>(random_bits());
     if (header.length >= 8 && one_in(2)) std::memcpy(frame.data() + kHeaderBytes, "announce", 8);
+    if (header.channel == kControl && header.length >= 8 && !one_in(4)) {
+      // Words that may be true: a group that there is, or is not yet, and a rank.
+      const std::uint32_t words[] = {static_cast<std::uint32_t>(below(4)), static_cast<std::uint32_t>(below(2))};
+      std::memcpy(frame.data() + kHeaderBytes, words, sizeof(words));
+    }
     if (checks_) header.check = crc32c(0, frame.data() + kHeaderBytes, header.length) ^ crc32c(0, &header, 12);
     std::memcpy(frame.data(), &header, kHeaderBytes);
     if (one_in(40)) frame[below(frame.size())] ^= static_cast<char>(1 << below(8));
     if (one_in(200)) frame.resize(below(frame.size()));
-    return send_bytes(frame);
+    const bool sent = send_bytes(frame);
+    if (one_in(150)) shutdown(fd_, SHUT_WR);
+    return sent;
   }
 
   void help() {
@@ -164,7 +172,13 @@ int main(int count, char** arguments) {
     for (std::size_t at = 0; at < 200 && sent < frames; ++at) {
       if (one_in(2)) session.post_something();
       ++sent;
-      if (!session.send_frame()) break;
+      if (!session.send_frame()) {
+        for (int after = 0; after < 5; ++after) {
+          session.post_something();
+          session.help();
+        }
+        break;
+      }
       if (one_in(2)) session.help();
     }
   }
