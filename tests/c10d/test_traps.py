@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -62,6 +63,7 @@ def test_the_header_has_no_other_method() -> None:
 
 def fallbacks_beside_python(rank: int, size: int) -> None:
     """Operations of gloo and of commlab, while another thread keeps the GIL busy."""
+    sys.setswitchinterval(5e-4)  # each operation asks for the GIL several times; 5 ms are Python's own
     stop = threading.Event()
 
     def busy() -> None:

@@ -28,6 +28,7 @@ from commlab.strategies.engine import Engine
 SERVERS = ("ps", "dps")
 GROUPS = ((0, 1, 2, 3), (4, 5, 6), (6, 7))
 
+pytestmark = pytest.mark.usefixtures("small_heap")
 servers = pytest.mark.parametrize("strategy", SERVERS)
 ours = pytest.mark.parametrize("strategy", ("allreduce", *SERVERS))
 
