@@ -35,8 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     _ranks = Ranks()
     torch.set_num_threads(1)
-    # Where ranks share cores, who looks again at once takes the core from the rank that it waits for: a third of what
-    # the launch computed was such looking.
+    # Where ranks share cores, who looks again at once takes the core from the rank that it waits for: a fifth of the
+    # CPU that the tests took was such looking.
     if _ranks.size > usable_cores():
         waiting.SPIN_S = 0.0
     # An optimizer's constructor loads it: seconds, in which those ranks would wait that have loaded it before.
