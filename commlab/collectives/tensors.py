@@ -61,8 +61,8 @@ def writable(tensor: torch.Tensor, where: str) -> torch.Tensor:
 
 
 def surely_writable(tensor: torch.Tensor) -> bool:
-    """Whether :func:`writable` would give the tensor itself, known without a system call: contiguous on the CPU, between
-    pages that were found to be writable."""
+    """Whether :func:`writable` would give the tensor itself, known without a system call: contiguous on the CPU, with
+    both ends on pages that were found to be writable."""
     if (
         type(tensor) not in PLAIN
         or tensor.layout is not torch.strided

@@ -116,12 +116,12 @@ def wait_until(finished: Callable[[], bool], waiter: Waiter, limit_s: float = ma
         waiter.rest(idle_s)
 
 
-def pause(idle_s: float, spin_s: float = SPIN_S) -> None:
-    """Wait a little, having waited ``idle_s`` already. For ``spin_s`` only offer the core to others: the peer that is
-    waited for may want it, also where nobody can see that (hosts that are containers of one machine; without the offer
-    4 B took 4 such hosts on 2 cores 3.9 ms instead of 1.8). Then sleep a tenth of what was waited already: late by 10 %
-    at most, and a long wait costs nothing."""
-    if idle_s < spin_s:
+def pause(idle_s: float, spin_s: float | None = None) -> None:
+    """Wait a little, having waited ``idle_s`` already. For ``spin_s`` (None: for :data:`SPIN_S`) only offer the core to
+    others: the peer that is waited for may want it, also where nobody can see that (hosts that are containers of one
+    machine; without the offer 4 B took 4 such hosts on 2 cores 3.9 ms instead of 1.8). Then sleep a tenth of what was
+    waited already: late by 10 % at most, and a long wait costs nothing."""
+    if idle_s < (SPIN_S if spin_s is None else spin_s):
         os.sched_yield()
     else:
         time.sleep(min(1e-3, max(20e-6, idle_s / 10)))

@@ -8,8 +8,8 @@
                         and a reduce of each shard                                          shard to the nodes
 
 One code for all: each bucket is cut into chunks, one per owner (:mod:`.owners`), so shards are balanced to a cache
-line per bucket. Optimizer state exists once, or where the node is the unit once on each node (:mod:`.holders`,
-:mod:`.pushes`). All ranks train.
+line per bucket; :mod:`.layout` lays them out. Optimizer state exists once, or where the node is the unit once on each
+node (:mod:`.holders`, :mod:`.pushes`). All ranks train.
 
 Cost per step, n numbers: dps sends 2 n (P-1)/P per rank, as an allreduce does, and updates n/P; ps sends n from every
 worker, and its server receives n (P-1), or as a chain (algorithm ring) n, and updates n. Where the node is the unit
@@ -42,15 +42,16 @@ from ..runtime.group import Group
 from .changes import Roster
 from .copies import copy_from_rank_0, require_alike, tensors_of
 from .edits import Edits
-from .flat import FlatParameters, memory_of_rank_0, own_memory, require_in_place
+from .flat import own_memory, require_in_place
 from .holders import choose
+from .layout import Layout
 from .options import Options
-from .owners import Owned, all_owners, one_owner, owned
+from .owners import all_owners, one_owner, owned
 from .protocol import Strategy
 from .pushes import Pushes
 from .reduced import ReducedGradient
 from .server_pushes import ServerPushes
-from .start import give_memory_back, pin_flats, start, start_buckets
+from .start import give_memory_back, start, start_buckets
 from .verdict import Verdict, agree, unused_on_all
 
 INSTEAD = (
@@ -97,21 +98,12 @@ class Sharded(Strategy):
 
     def _plan(self) -> None:
         """Cut what is trained into buckets and chunks, and move parameters into flat buffers."""
-        training, group, holders = self.training, self.training.group, self.training.holders
+        training, group = self.training, self.training.group
         self.buckets = start_buckets(training, self.launch, keep_gradients=False)
-        self._chunks = [self.owners(bucket.numel, holders.size) for bucket in self.buckets.buckets]
-        """Of each bucket: who owns what."""
         if self._pushes is not None:
             self._pushes.plan(self.buckets.buckets)
-        self._owned: list[list[Owned]] = [
-            owned(bucket, chunks[holders.rank])
-            for bucket, chunks in zip(self.buckets.buckets, self._chunks, strict=True)
-        ]
-        """Of each bucket: what this rank updates."""
-        self._flats = [self._flatten(bucket) for bucket in self.buckets.buckets]
-        if any(each.mirror is not None for each in self._flats):
-            pin_flats(training, [each.host for each in self._flats])
-        training.masters.own(self._pieces())
+        self._layout = layout = Layout(training, self.buckets.buckets, self.owners)
+        training.masters.own(layout.pieces())
         pieces = training.masters.pieces
         self._absent = AbsentGradients(
             [(item.name, item.tensor) for item in training.parameters]
@@ -123,41 +115,18 @@ class Sharded(Strategy):
         """The reduced gradient of each of the masters' pieces, where the user may have edited it."""
         if training.in_window:
             training.sharers.barrier()  # its rank 0 has written the shared parameters
-        one_copy = training.in_window and all(each.mirror is None for each in self._flats)
         self.edits = Edits(
             group,
             training.parameters,
-            instead=ONE_COPY.format(self.name) if one_copy else training.masters.instead,
+            instead=ONE_COPY.format(self.name) if layout.one_copy else training.masters.instead,
             pieces=[(f"the optimizer's part of parameter {piece.parameter.name!r}", piece.tensor) for piece in pieces],
-            shared=[(f"memory of {each.text}", each.flat) for each in self._flats if one_copy and each.flat.numel()],
+            shared=[(f"memory of {each.text}", each.flat) for each in layout.shared if each.flat.numel()],
         )
 
     @staticmethod
     @abstractmethod
     def owners(numel: int, ranks: int) -> tuple[Range, ...]:
         """Who owns what of a bucket of ``numel`` numbers: a chunk for each rank."""
-
-    def _flatten(self, bucket: Bucket) -> FlatParameters:
-        """Move a bucket's parameters into a flat buffer; in the window, into the one buffer of all ranks."""
-        dtype, training = bucket.parameters[0].tensor.dtype, self.training
-        if not training.in_window:
-            return FlatParameters(bucket, torch.empty(bucket.numel, dtype=dtype, device="cpu"))
-        host = memory_of_rank_0(training.sharers, bucket.numel, dtype)
-        return FlatParameters(bucket, host, fill=training.sharers.rank == 0)
-
-    def _pieces(self) -> list[Piece]:
-        """What this rank updates, as views of the flat buffers; in the order of buckets and of their parameters."""
-        pieces = []
-        for each, chunks, mine in zip(self._flats, self._chunks, self._owned, strict=True):
-            own = chunks[self.training.holders.rank]
-            chunk = each.flat[own.start : own.stop]
-            for item in mine:
-                tensor = chunk[item.in_chunk.start : item.in_chunk.stop]
-                if not item.parameter.tensor.dim():
-                    # So that its state has no dimension either, like that of the whole.
-                    tensor = tensor.view(())
-                pieces.append(Piece(item.parameter, item.start, item.stop, tensor))
-        return pieces
 
     # A step.
 
@@ -168,7 +137,7 @@ class Sharded(Strategy):
             loss.backward(retain_graph=retain_graph)
 
     def launch(self, bucket: Bucket) -> Waitable:
-        training, chunks = self.training, self._chunks[bucket.index]
+        training, chunks = self.training, self._layout.chunks[bucket.index]
         if self._pushes is not None:
             return self._pushes.launch(bucket)
         squares = bucket.squares if training.wants_norm else None
@@ -210,7 +179,7 @@ class Sharded(Strategy):
     def _gradients(self, unused: set[int]) -> list[torch.Tensor | None]:
         """The reduced gradient of each of the masters' pieces, flat; None for ``unused`` parameters."""
         gradients: list[torch.Tensor | None] = []
-        for (bucket, push), mine in zip(self.buckets.launched, self._owned, strict=True):
+        for (bucket, push), mine in zip(self.buckets.launched, self._layout.owned, strict=True):
             chunk = push.result if self._pushes is None else self._pushes.owned(bucket, push.result)
             gradients += [
                 None if item.parameter.index in unused else chunk[item.in_chunk.start : item.in_chunk.stop]
@@ -272,13 +241,13 @@ class Sharded(Strategy):
         """What to say of parameters whose ``p.grad`` was ``changed``."""
         try:
             # model.to() changes both, and the parameter matters more.
-            require_in_place(self.name, self.training, self._flats)
+            require_in_place(self.name, self.training, self._layout.flats)
         except UsageError as error:
             return str(error)
         return self._absent.complaint(self.training.group.rank, changed)
 
     def update(self, factor: float, unused: set[int]) -> None:
-        require_in_place(self.name, self.training, self._flats)
+        require_in_place(self.name, self.training, self._layout.flats)
         gradients = self._gradients(unused) if self._edited is None else self._edited
         self.training.masters.step_pieces(gradients, factor)
 
@@ -286,7 +255,7 @@ class Sharded(Strategy):
         rank = self.training.holders.rank
         mirrored = [
             (each.mirror, chunks[rank])
-            for each, chunks in zip(self._flats, self._chunks, strict=True)
+            for each, chunks in zip(self._layout.flats, self._layout.chunks, strict=True)
             if each.mirror is not None
         ]
         for mirror, own in mirrored:
@@ -306,14 +275,14 @@ class Sharded(Strategy):
         """Bring every owner's chunk of the parameters to all ranks."""
         group, algorithm = self.training.group, self.training.options.algorithm
         if self._pushes is not None:
-            self._pushes.pull([each.host for each in self._flats])
+            self._pushes.pull([each.host for each in self._layout.flats])
             return
         if self.training.window is not None:
             group.barrier()
             return
         pulls = [
             gather_chunks_async(each.host, chunks, f"parameters of bucket {index}", algorithm, group=group)
-            for index, (each, chunks) in enumerate(zip(self._flats, self._chunks, strict=True))
+            for index, (each, chunks) in enumerate(zip(self._layout.flats, self._layout.chunks, strict=True))
         ]
         for pull in pulls:
             pull.wait()
@@ -329,7 +298,7 @@ class Sharded(Strategy):
             self.edits.exchanged()
 
     def replicas(self) -> Iterator[tuple[str, Any]]:
-        return iter(()) if self._has_one_copy else super().replicas()
+        return iter(()) if self._layout.one_copy else super().replicas()
 
     def compare_shards(self) -> None:
         training = self.training
@@ -351,7 +320,7 @@ class Sharded(Strategy):
     def update_parameters(self, change: Callable[[torch.nn.Module], object]) -> None:
         training, group = self.training, self.training.group
         group.barrier()
-        if not self._has_one_copy:
+        if not self._layout.one_copy:
             super().update_parameters(change)
             group.barrier()
             return
@@ -366,11 +335,6 @@ class Sharded(Strategy):
         training.masters.follow()
         # What is not trained, and buffers, every rank has for itself.
         copy_from_rank_0(group, [entry for entry in tensors_of(training.model) if entry[0] not in shared])
-
-    @property
-    def _has_one_copy(self) -> bool:
-        """Whether the trained parameters exist once for all ranks that share memory."""
-        return self.training.in_window and all(each.mirror is None for each in self._flats)
 
     def replan(self, roster: Roster) -> None:
         self._give_back(roster.members, state=True)
@@ -393,7 +357,7 @@ class Sharded(Strategy):
 
     def _memory(self) -> list[torch.Tensor]:
         """What lies in this rank's area of the window."""
-        shared = [each.host for each in self._flats] if self.training.sharers.rank == 0 else []
+        shared = [each.host for each in self._layout.flats] if self.training.sharers.rank == 0 else []
         sums = [] if self._pushes is None else self._pushes.memory
         return [*(bucket.flat for bucket in self.buckets.buckets), *shared, *sums]
 
@@ -416,7 +380,7 @@ class SingleServer(Sharded):
     def _copies(self) -> Iterator[tuple[str, Any]]:
         # Rank 0 owns all, and each node has a copy of the parameters alone: every rank looks at its shard of them.
         assert self._pushes is not None
-        for each, chunks in zip(self._flats, self._pushes.chunks, strict=True):
+        for each, chunks in zip(self._layout.flats, self._pushes.chunks, strict=True):
             own = chunks[self.training.sharers.rank]
             numbers = each.flat[own.start : own.stop]
             for item in owned(each.bucket, own):

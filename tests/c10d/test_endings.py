@@ -1,80 +1,98 @@
-"""Ranks of torch.distributed end as they like, over links: without a word right after their last operation, which hurts
-nobody; or killed in the middle of one, which all others learn."""
+"""Barriers of torch.distributed that time out, in torch's words; ranks that leave without a word, or die."""
 
 from __future__ import annotations
 
 import os
-import signal
+import re
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from bits import needs_native
 from forked import Forked, RankFailed
 
 from commlab.errors import PeerLostError
-from commlab.transport.tcp import missing_reason
-
-pytestmark = [needs_native, pytest.mark.skipif(bool(missing_reason()), reason=missing_reason())]
-
-LINKS = {"COMMLAB_WINDOW": "off", "COMMLAB_LINKS": "tcp"}
 
 
-def last_operations(rank: int, size: int, last: str) -> float:
-    """A few operations, ``last`` as the last of them. Who returns ends at once by ``os._exit()``."""
+def slow_barrier(rank: int, size: int) -> str:
+    if rank == 0:
+        started_s = time.monotonic()
+        try:
+            dist.barrier()
+        except Exception as error:
+            assert 0.9 < time.monotonic() - started_s < 5
+            return str(error)
+    time.sleep(1.5)
+    return ""
+
+
+def test_barrier_times_out_in_words(forked: Forked) -> None:
+    """Trap 7: what torch's own tests look for in the message."""
+    text = forked(slow_barrier, 2, silent_s=1.0)[0]
+    assert re.search(" (Timed out|closed|timeout) ", text) and "rank 0" in text and "[1]" in text, text
+
+
+def monitored(rank: int, size: int) -> str:
+    """Trap 8: it insists on gloo's name; the group's own method does not."""
     group: Any = dist.group.WORLD
-    assert group.group.links_reason == "links"
-    assert group.group.transport._links.engine.keeper() > 0
-    numels = {"few": 3, "shares": 10_000, "long": 300_000}
-    total = torch.full((numels.get(last, 5),), float(rank + 1))
-    dist.all_reduce(total)
-    if last in numels:
-        total = torch.full((numels[last],), float(rank + 1))
-        dist.all_reduce(total)
-        assert (total == size * (size + 1) / 2).all()
-        return float(total[0])
-    numbers = torch.full((50_000,), float(rank))
-    if last == "broadcast":
-        dist.broadcast(numbers, 1)
-        assert (numbers == 1).all()
-    elif last == "gathered":
-        found = [torch.empty(50_000) for _ in range(size)]
-        dist.all_gather(found, numbers)
-        assert all((each == at).all() for at, each in enumerate(found))
-    elif last == "scattered":
-        share = torch.empty(20_000)
-        dist.reduce_scatter_tensor(share, torch.ones(20_000 * size))
-        assert (share == size).all()
-    else:
-        dist.barrier()
-    return float(total[0])
+    group.monitored_barrier()
+    if rank == 1:
+        return ""
+    try:
+        group.monitored_barrier(timedelta(seconds=2), wait_all_ranks=True)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
 
 
-@pytest.mark.parametrize("last", ["few", "shares", "long", "broadcast", "gathered", "scattered", "barrier"])
-def test_ranks_that_end_right_after_their_last_operation(forked: Forked, last: str) -> None:
-    """Kind: spawned processes, which end by os._exit(); a keeper closes their connections at once."""
-    for size in (3, 5):
-        assert forked(last_operations, size, environ=LINKS, arguments=(last,)) == [size * (size + 1) / 2] * size
+def no_time(rank: int, size: int) -> str:
+    group: Any = dist.group.WORLD
+    try:
+        if rank == 0:
+            group.monitored_barrier(timedelta(0))
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
-def killed_in_the_middle(rank: int, size: int, victim: int) -> str:
-    numbers = torch.ones(2_000_000)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    if rank == victim:
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, async_op=True)
-        time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(PeerLostError, match=rf"\brank {victim}\b") as found:
-        while True:
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return str(found.value)
+def test_monitored_barrier_without_time(forked: Forked) -> None:
+    assert "Rank 0 timed out in monitoredBarrier after 0 ms" in forked(no_time, 2)[0]
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_a_killed_rank_is_named_by_all_others(forked: Forked, victim: int) -> None:
-    """Kind: kill -9 in the middle of an operation. (How fast is measured by bench.death; no timing decides a test.)"""
-    with pytest.raises(RankFailed) as found:
-        forked(killed_in_the_middle, 4, environ=LINKS, arguments=(victim,))
-    assert str(found.value) == f"rank {victim}: ended with -9, saying nothing"
+def test_monitored_barrier(forked: Forked) -> None:
+    texts = forked(monitored, 3)
+    assert "Ranks 1 failed to pass monitoredBarrier in 2000 ms" in texts[0]
+    assert "Rank 2 successfully reached monitoredBarrier" in texts[2] and "[1]" in texts[2]
+
+
+def leaves_without_a_word(rank: int, size: int) -> str:
+    """Trap 9: nothing is destroyed, a future's thread was at work, gloo too."""
+    group: Any = dist.group.WORLD
+    assert group.group.size == size
+    group._futures.threaded = True
+    dist.all_reduce(torch.ones(70_000), async_op=True).get_future().wait()
+    dist.all_reduce(torch.tensor([1]), dist.ReduceOp.BOR)
+    return "left"
+
+
+def test_exit_without_destroy(forked: Forked) -> None:
+    assert forked(leaves_without_a_word, 3, whole_exit=True) == [("left", 0)] * 3
+
+
+def dies(rank: int, size: int) -> float:
+    dist.all_reduce(torch.ones(1))
+    if rank == 1:
+        time.sleep(0.3)
+        os._exit(0)
+    started_s = time.monotonic()
+    with pytest.raises(PeerLostError, match="rank 1"):
+        dist.all_reduce(torch.ones(1))
+    return time.monotonic() - started_s - 0.3
+
+
+def test_a_dead_peer_is_named(forked: Forked) -> None:
+    with pytest.raises(RankFailed, match="rank 1: ended with 0, saying nothing") as found:
+        forked(dies, 3)
+    assert "rank 0" not in str(found.value).replace("rank 1: ended", "") and "rank 2" not in str(found.value)

@@ -91,6 +91,7 @@ class Forked:
 def _serve() -> None:
     import pytest  # noqa: F401
     import torch
+    import torch._dynamo  # which DDP's constructor and an optimizer's load: a second for each of the ranks
 
     import commlab.c10d.ddp_hook
     import commlab.c10d.process_group
@@ -102,14 +103,17 @@ def _serve() -> None:
     for line in sys.stdin:
         answer = json.dumps(_job(json.loads(line))) + "\n"
         os.write(answers, answer.encode())
+    os._exit(0)  # there is nothing to tidy up, and to take all of torch apart takes seconds
 
 
 def _job(request: dict[str, Any]) -> dict[str, Any]:
+    from jobs import free_port
+
     size = request["size"]
     for name in request["preload"]:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         children: list[tuple[int, int]] = []
         for rank in range(size):
             reading, writing = os.pipe()
@@ -147,14 +151,6 @@ def _collect(children: list[tuple[int, int]], stop_s: float) -> dict[str, Any]:
         )
         errors.append(found.get("error") or lost)
     return {"results": results, "errors": errors, "codes": codes}
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _rank(request: dict[str, Any], rank: int, port: int, folder: str, writing: int) -> None:

@@ -4,12 +4,12 @@ on all ranks, and changes no number."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from forked import Forked, RankFailed
+from forked import RankFailed
+from refused import message
 
 import commlab.horovod.torch as hvd
 from commlab.horovod import world
@@ -20,17 +20,6 @@ from commlab.horovod.submission import Submission
 from commlab.horovod.submitted import Submitted
 
 SHAPES = ((3,), (40, 7), (1,), (2, 3, 5), (300_001,))
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Callable[..., list[Any]]]:
-    made = Forked()
-
-    def job(*arguments: Any, **options: Any) -> list[Any]:
-        return made(*arguments, backend=None, preload=("commlab.horovod.torch",), **options)
-
-    yield job
-    made.close()
 
 
 def contribution(rank: int, step: int, index: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -97,14 +86,6 @@ def test_what_comes_again_is_carried_out_without_a_tick(forked: Any, size: int, 
     forked(loops, size, environ={"COMMLAB_NODES": nodes} if nodes else None)
 
 
-def failure(call: Any) -> str:
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error)
-    raise AssertionError("nothing was raised")
-
-
 def deviations(rank: int, size: int) -> dict[str, str]:
     """After each deviation of the last rank the steps go on, with the right numbers."""
     hvd.init()
@@ -116,7 +97,7 @@ def deviations(rank: int, size: int) -> dict[str, str]:
         handle = hvd.allreduce_async(
             torch.ones(7) if odd else contribution(rank, 1, 4), op=hvd.Sum, name="torch.float32 4"
         )
-        found["shape"] = failure(lambda: hvd.synchronize(handle))
+        found["shape"] = message(lambda: hvd.synchronize(handle))
 
     def a_part() -> None:
         step_of(rank, size, 2, range(4))
@@ -132,7 +113,7 @@ def deviations(rank: int, size: int) -> dict[str, str]:
 
     def refused() -> None:
         tensor = torch.ones(3).to_sparse() if odd else contribution(rank, 4, 0)
-        found["refused"] = failure(lambda: hvd.allreduce(tensor, op=hvd.Sum, name="torch.float32 0"))
+        found["refused"] = message(lambda: hvd.allreduce(tensor, op=hvd.Sum, name="torch.float32 0"))
         step_of(rank, size, 4, range(1, 5))
 
     def another_first() -> None:
@@ -156,7 +137,7 @@ def deviations(rank: int, size: int) -> dict[str, str]:
             hvd.allreduce_async(contribution(rank, 6, index), op=hvd.Sum, name=f"torch.float32 {index}")
             for index in range(5)
         ]
-        found["memory"] = " | ".join(failure(lambda handle=handle: hvd.synchronize(handle)) for handle in handles)
+        found["memory"] = " | ".join(message(lambda handle=handle: hvd.synchronize(handle)) for handle in handles)
 
     def process_set() -> None:
         made = hvd.add_process_set(list(range(size)))

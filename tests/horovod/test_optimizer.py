@@ -7,28 +7,15 @@ import copy
 import pickle
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked import Forked
 from torch import nn
 
 import commlab.horovod.torch as hvd
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Callable[..., list[Any]]]:
-    made = Forked()
-
-    def job(*arguments: Any, **options: Any) -> list[Any]:
-        # torch's optimizers import it at their first step: once for all ranks.
-        return made(*arguments, backend=None, preload=("torch._dynamo", "commlab.horovod.torch"), **options)
-
-    yield job
-    made.close()
 
 
 class Net(nn.Module):

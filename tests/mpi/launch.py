@@ -1,11 +1,11 @@
 """The tests that need mpirun: ``python tests/mpi/launch.py [RANKS] [FILE OR FOLDER ...] [arguments for pytest]``.
 
-All files of this folder share one launch, because each launch pays for importing torch on every rank. A file whose
-tests leave something behind that would disturb others says so in a constant, and gets a launch of its own::
+All files share one launch, because each launch pays for importing torch on every rank. A file whose tests leave
+something behind that would disturb others says so in a constant, and comes after them::
 
-    ALONE = "Horovod's thread stays, and takes part in what MPI does until the process ends"
+    LEAVES = "Horovod's thread, which takes part in what MPI does until the process ends"
 
-The first launch that fails ends the run with its exit code. ``MPIEXEC_TIMEOUT`` bounds each launch in seconds.
+``MPIEXEC_TIMEOUT`` bounds the launch in seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -29,32 +29,21 @@ LAUNCH_S = "1800"
 """After how many seconds a launch is ended, unless ``MPIEXEC_TIMEOUT`` says otherwise. Both MPIs read that variable."""
 GRACE_S = 30
 """How much later the launcher itself is ended, should it not have ended its ranks."""
-NO_TESTS = 5
-"""pytest's exit code where its arguments select no test of the files that it was given."""
 
 
-def reason_alone(file: Path) -> str | None:
-    """The file's constant ``ALONE``, read without importing the file."""
+def leaves(file: Path) -> str | None:
+    """The file's constant ``LEAVES``, read without importing the file."""
     for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ALONE":
-            reason = ast.literal_eval(node.value)
-            if not isinstance(reason, str) or not reason:
-                raise SystemExit(f"{file}:{node.lineno}: ALONE must be the reason, as text")
-            return reason
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LEAVES":
+            left = ast.literal_eval(node.value)
+            if not isinstance(left, str) or not left:
+                raise SystemExit(f"{file}:{node.lineno}: LEAVES must say what is left behind, as text")
+            return left
     return None
 
 
-def launches(files: Iterable[Path]) -> list[list[Path]]:
-    """The files of each launch: first those that may be together, then each lonely one."""
-    together: list[Path] = []
-    lonely: list[Path] = []
-    for file in files:
-        (together if reason_alone(file) is None else lonely).append(file)
-    return [*([together] if together else []), *([file] for file in lonely)]
-
-
 def chosen(arguments: Sequence[str]) -> tuple[int, list[Path], list[str]]:
-    """The number of ranks, the test files, and what is left for pytest."""
+    """The number of ranks, the test files in their order, and what is left for pytest."""
     ranks, folders, others = RANKS, [], []
     for at, argument in enumerate(arguments):
         path = Path(argument).resolve()
@@ -65,7 +54,7 @@ def chosen(arguments: Sequence[str]) -> tuple[int, list[Path], list[str]]:
         else:
             others.append(argument)
     files = {file for path in folders or [HERE] for file in ([path] if path.is_file() else path.rglob("test_*.py"))}
-    return ranks, sorted(files), others
+    return ranks, sorted(files, key=lambda file: (leaves(file) is not None, file)), others
 
 
 def run(command: Sequence[str], environment: dict[str, str]) -> int:
@@ -92,16 +81,11 @@ def main() -> int:
     environment = mpirun_environment(mpi)
     environment.setdefault("MPIEXEC_TIMEOUT", LAUNCH_S)
     pytest = [sys.executable, "-m", "pytest", "--with-mpi", "--color=no", "-p", "no:cacheprovider"]
-    codes = []
-    for group in launches(files):
-        names = [str(file.relative_to(ROOT)) for file in group]
-        code = run([mpi.mpirun, "-n", str(ranks), *pytest, *names, *arguments], environment)
-        # Arguments such as -k may well leave nothing of a launch.
-        if code and not (code == NO_TESTS and arguments):
-            print(f"==== exit code {code}: {' '.join(names)}", file=sys.stderr)
-            return code
-        codes.append(code)
-    return 0 if 0 in codes else NO_TESTS
+    names = [str(file.relative_to(ROOT)) for file in files]
+    code = run([mpi.mpirun, "-n", str(ranks), *pytest, *names, *arguments], environment)
+    if code:
+        print(f"==== exit code {code}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

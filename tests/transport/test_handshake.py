@@ -13,7 +13,7 @@ import pytest
 from linked import on_all
 
 from commlab.errors import PeerTimeoutError, UsageError
-from commlab.transport import cards, handshake
+from commlab.transport import cards, handshake, meeting
 from commlab.transport.cards import Address, Card
 from commlab.transport.tcp import missing_reason
 
@@ -117,7 +117,7 @@ def test_strangers_and_half_open_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     ports: list[int] = []
     dropped: list[bytes] = []
     kept: list[socket.socket] = []
-    real = handshake._Meeting.run
+    real = meeting.Meeting.run
 
     def run(self: Any, timeout_s: float) -> str:
         if self.rank == 0:
@@ -125,8 +125,8 @@ def test_strangers_and_half_open_peers(monkeypatch: pytest.MonkeyPatch) -> None:
             ports.append(port)
             kept.extend(strangers := [socket.create_connection((host, port)) for _ in range(4)])
             strangers[1].sendall(b"GET / HTTP/1.1\r\nHost: somebody\r\n\r\n")
-            strangers[2].sendall(handshake._HELLO.pack(handshake._MAGIC, 2, 0, bytes(16))[:20])
-            strangers[3].sendall(handshake._HELLO.pack(handshake._MAGIC, 2, 0, bytes(16)))
+            strangers[2].sendall(meeting._HELLO.pack(meeting._MAGIC, 2, 0, bytes(16))[:20])
+            strangers[3].sendall(meeting._HELLO.pack(meeting._MAGIC, 2, 0, bytes(16)))
 
             def watch() -> None:
                 strangers[3].settimeout(10)
@@ -140,7 +140,7 @@ def test_strangers_and_half_open_peers(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.3)
         return real(self, timeout_s)
 
-    monkeypatch.setattr(handshake._Meeting, "run", run)
+    monkeypatch.setattr(meeting.Meeting, "run", run)
     talk(connect_all(3))
     deadline_s = time.monotonic() + 10
     while len(dropped) < 2 and time.monotonic() < deadline_s:

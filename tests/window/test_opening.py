@@ -18,7 +18,11 @@ from commlab.window.area import STAGING
 from commlab.window.memory import STAGING_BYTES, Window
 from commlab.window.opening import Opening, open_together
 
-pytestmark = [needs_native, pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the window needs Linux")]
+pytestmark = [
+    needs_native,
+    pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the window needs Linux"),
+    pytest.mark.usefixtures("small_heap"),
+]
 
 Outcome = tuple[Window | None, str]
 

@@ -15,7 +15,7 @@ from bench.contestants.commlab import NAMES, Groups, commlab_blocks
 from bench.core.harness import measure
 from bench.core.ranks import Ranks
 
-ALONE = "torch's default process group stays, and Horovod's thread"
+LEAVES = "torch's default process group, and Horovod's thread"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from commlab.chunks import split
 from commlab.precision.loss_scale import LossScale
 from commlab.runtime.control import gather_bytes
 
-ALONE = "Horovod's thread stays: it takes part in what MPI does until the process ends"
+LEAVES = "Horovod's thread, which takes part in what MPI does until the process ends"
 
 
 def test_horovod_in_16_bits(ranks: Ranks) -> None:

@@ -41,9 +41,10 @@ def assert_alike(run: Run) -> None:
 @pytest.mark.parametrize("clipped", [None, 0.5])
 @closing_stores
 def test_bsp_equals_single_after_ten_steps(ranks: Ranks, clipped: float | None) -> None:
-    """SGD with momentum, two groups, a scheduler; 1 to 7 workers, of which some have no samples in some steps."""
+    """SGD with momentum, two groups, a scheduler; 1 to 7 workers, of which some have no samples in some steps. Every
+    second number of ranks and servers is clipped."""
     recipe = Recipe(samples=TEN, max_grad_norm=clipped, accumulation=2 if clipped else 1)
-    for size, servers in CASES:
+    for size, servers in CASES[0 if clipped else 1 :: 2]:
         group = ranks.group(*range(size))
         if group is not None:
             run = train(group, recipe, servers, bucket_bytes=200)
@@ -56,9 +57,10 @@ def test_bsp_equals_single_after_ten_steps(ranks: Ranks, clipped: float | None) 
 @pytest.mark.parametrize("strategy", ["ps", "dps"])
 @pytest.mark.parametrize("clipped", [None, 0.5])
 def test_co_located_equals_single_after_ten_steps(ranks: Ranks, strategy: str, clipped: float | None) -> None:
-    """The same recipe where every rank trains and serves."""
+    """The same recipe where every rank trains and serves: each strategy on every number of ranks, and every number
+    clipped under one strategy and not under the other."""
     recipe = Recipe(samples=TEN, max_grad_norm=clipped, accumulation=2 if clipped else 1)
-    for size in range(2, 9):
+    for size in range(2 if (strategy == "ps") == bool(clipped) else 3, 9, 2):
         group = ranks.group(*range(size))
         if group is not None:
             assert_same(training.train(strategy, group, recipe, bucket_bytes=200), reference(recipe))
