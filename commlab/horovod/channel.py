@@ -148,6 +148,7 @@ class Channel:
                 yield from self._tick(promise.batch.patterns[0])
             if self.ended is not None:
                 return
+            promise = None  # with it the step's gradients would be kept until the next step
             self._spent_s = min(_LONGEST_GATHERING_S, time.monotonic() - began_s)
 
     def _tick(self, missed: Announcement | None = None) -> Waits:
