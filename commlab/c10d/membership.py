@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from .connect import Member, connect
-from .fallback import connects_lazily, leave, make_gloo
+from .fallback import connects_lazily, leave, make_gloo, set_default
 from .window_tensor import tensor_in
 from .work import CommlabWork, Futures, Kept, torch_keeps_works
 
@@ -61,7 +61,7 @@ class Membership(_ProcessGroup):  # type: ignore[misc]
         self._plain: dist.ProcessGroup | None = None
         self._sequence = self._barriers = 0
         self._group_name = self._group_desc = "undefined"
-        self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
+        set_default(self, dist.ProcessGroup.BackendType.CUSTOM)
         _kept.append(self)
         # C++ looks for gloo's own backend in a group that bears its name.
         if name == "gloo" or (size > 1 and not connects_lazily()):
@@ -96,10 +96,16 @@ class Membership(_ProcessGroup):  # type: ignore[misc]
         return self._group
 
     def begin(self, kind: str, tensors: Sequence[torch.Tensor]) -> Any:
-        """The span of an operation in torch's profile, where one is recorded: it ends with the operation."""
+        """The span of an operation in torch's profile, where one is recorded: a future, and the span ends when the
+        future is complete. The work of the operation completes the future."""
         if not torch.autograd._profiler_enabled():
             return None
-        return torch.autograd._record_function_with_args_enter(f"{self._name}:{kind}", *tensors)
+        record = torch.autograd._record_function_with_args_enter(f"{self._name}:{kind}", *tensors)
+        end: Any = torch.futures.Future()
+        # The callback takes this thread's profiler along: up to torch 2.6 a span that is ended in a thread that has no
+        # profiler is lost.
+        torch.ops.profiler._call_end_callbacks_on_jit_fut(record, end)
+        return end
 
     def work(
         self, handles: Sequence[Handle], value: Any, after: Callable[[], None] | None = None, span: Any = None

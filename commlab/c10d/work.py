@@ -152,7 +152,7 @@ class CommlabWork(dist._Work):
     def _end_span(self) -> None:
         """In another thread, which makes the span an asynchronous one: others begin in it and end after it."""
         span, self._span = self._span, None
-        thread = threading.Thread(target=torch.autograd._record_function_with_args_exit, args=(span,))
+        thread = threading.Thread(target=span.set_result, args=(None,))
         thread.start()
         thread.join()
 
