@@ -35,6 +35,8 @@ HEAD = ("contestant", "p50 us", "wrong", "/ Horovod")
 IDLE_HEAD = ("what is up", "p50 ms", "loses")
 STEP_HEAD = ("contestant", "images/s", "wrong", "/ Horovod")
 _SAMPLE_S = 20e-3
+_STEPS_S, _WARM_UP = 300e-3, 20
+"""Of training: a sample of steps, and the steps before it, in which both sides learn what comes in every step."""
 _IMAGE = (3, 32, 32)
 
 Samples = dict[str, list[float]]
@@ -87,13 +89,13 @@ class Alternation:
                 self.ranks.barrier()
         show("")
 
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Of one call of ``work``, of the slowest rank; of so many in a row that they last 20 ms."""
+    def seconds(self, work: Callable[[], object], sample_s: float = _SAMPLE_S) -> float:
+        """Of one call of ``work``, of the slowest rank; of so many in a row that they last ``sample_s``."""
         self.ranks.barrier()
         started_s = time.perf_counter()
         work()
         once_s = self.ranks.maximum([time.perf_counter() - started_s])[0]
-        repeats = max(1, min(200, int(_SAMPLE_S / max(once_s, 1e-7))))
+        repeats = max(1, min(200, int(sample_s / max(once_s, 1e-7))))
         self.ranks.barrier()
         started_s = time.perf_counter()
         for _ in range(repeats):
@@ -202,7 +204,9 @@ def images(alternation: Alternation, batch: int) -> Section:
             nn.functional.cross_entropy(net(data), labels).backward()
             optimizer.step()
 
-        spent_s = alternation.seconds(work)
+        for _ in range(_WARM_UP):
+            work()
+        spent_s = alternation.seconds(work, _STEPS_S)
         digest = float(sum(p.detach().double().sum() for p in net.parameters()))
         differs = alternation.ranks.maximum([digest])[0] != -alternation.ranks.maximum([-digest])[0]
         if name:

@@ -25,9 +25,14 @@ _KNOWN = 4096
 """Of more requests nothing is remembered, and learning begins anew."""
 
 
+def unnumbered(request: Announcement) -> Announcement:
+    """The request as it will come again: without its number, where the caller has chosen no name."""
+    return request if request.named else request._replace(name="")
+
+
 def pattern_of(request: Announcement) -> Announcement | None:
-    """The request as it will come again: without its number, where the caller has chosen no name. None for what is
-    never foreseen: what not every rank contributes to, or what is scaled where it lies, which can't be done twice."""
+    """:func:`unnumbered`; None for what is never foreseen: what not every rank contributes to, or what is scaled where
+    it lies, which can't be done twice."""
     if (
         request.kind != "allreduce"
         or request.op == "adasum"
@@ -37,16 +42,20 @@ def pattern_of(request: Announcement) -> Announcement | None:
         or len(set(request.dtypes)) != 1
     ):
         return None
-    return request if request.named else request._replace(name="")
+    return unnumbered(request)
 
 
 class ForeseenBatch:
     """Requests that are carried out as one allreduce, in this order."""
 
-    __slots__ = ("here", "patterns")
+    __slots__ = ("here", "name", "patterns", "rooms")
 
     def __init__(self, patterns: tuple[Announcement, ...]):
         self.patterns = patterns
+        self.name = _name_of(patterns) if all(pattern.named for pattern in patterns) else ""
+        """What ranks compare; empty where the requests have numbers, which are others each time."""
+        self.rooms: Any = None
+        """Where its tensors lie in the channel's buffer, once that is known."""
         self.here: dict[Announcement, Submission] = {}
         """Those that this rank has been asked for, by pattern."""
 
@@ -63,10 +72,13 @@ class Promise:
 
     def name(self) -> str:
         """What ranks compare: equal exactly (but for a collision of 64 bits) when all requests are."""
-        requests = [submission.request for submission in self.submissions]
-        digest = blake2b(repr([tuple(request) for request in requests]).encode(), digest_size=8).hexdigest()
-        more = f" and {len(requests) - 1} more" if len(requests) > 1 else ""
-        return f"{requests[0].name}{more}, foreseen ({digest})"
+        return self.batch.name or _name_of([submission.request for submission in self.submissions])
+
+
+def _name_of(requests: Sequence[Announcement]) -> str:
+    digest = blake2b(repr([tuple(request) for request in requests]).encode(), digest_size=8).hexdigest()
+    more = f" and {len(requests) - 1} more" if len(requests) > 1 else ""
+    return f"{requests[0].name}{more}, foreseen ({digest})"
 
 
 class _Forming(NamedTuple):

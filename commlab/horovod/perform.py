@@ -58,6 +58,8 @@ def run(channel: Channel, batch: Sequence[Ready], promise: Promise | None = None
     with torch.no_grad():
         if kind == "allreduce" and batch[0].request.op == "adasum":
             yield from reductions.combine(channel, batch[0])
+        elif promise is not None and (tensors := reductions.plain_tensors(promise)):
+            yield from reductions.allreduce_in_place(channel, promise, tensors)
         elif kind == "allreduce":
             for part in _of_one_dtype(batch):
                 yield from reductions.allreduce(channel, part, promise)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from .announcement import Announcement
-from .foreseen import ForeseenBatch, Promise, pattern_of
+from .foreseen import ForeseenBatch, Promise, unnumbered
 from .submission import Submission
 
 
@@ -35,9 +35,9 @@ class Submitted:
         """Enter it in its batch; whether that batch now waits for more."""
         if not self._batches:
             return False
-        pattern = pattern_of(submission.request)
-        batch = self._batches.get(pattern) if pattern is not None else None
-        if batch is None or pattern is None or pattern in batch.here:
+        pattern = unnumbered(submission.request)
+        batch = self._batches.get(pattern)
+        if batch is None or pattern in batch.here:
             return False
         batch.here[pattern] = submission
         self._awaited += 1
