@@ -57,6 +57,8 @@ class Kill(NamedTuple):
     """Until the last survivor had raised; infinite where one did not."""
     named: int
     """So many survivors named the rank that was killed."""
+    misnamed: tuple[str, ...]
+    """What the others said."""
     load: float
     """The machine's, when the rank was killed."""
 
@@ -182,8 +184,14 @@ def killed(
         if host is not made[victim]:
             host.ask(end="wait")
             host.answer("ended")
-    named = sum(bool(re.search(rf"\brank {victim}\b", said["text"].partition(": ")[2])) for said in raised)
-    return Kill(1e3 * max(said["at_s"] - at_s for said in raised), named, load)
+    texts = [said["text"] for said in raised]
+    misnamed = tuple(
+        f"rank {victim} was killed: {text}"
+        for text in texts
+        if not re.search(rf"\brank {victim}\b", text.partition(": ")[2])
+    )
+    last_ms = 1e3 * max(said["at_s"] - at_s for said in raised)
+    return Kill(last_ms, len(texts) - len(misnamed), misnamed, load)
 
 
 def _free_port() -> int:
@@ -209,6 +217,7 @@ def record(row: str, kills: Sequence[Kill], options: argparse.Namespace) -> Reco
         "within_goal": sum(each <= GOAL_MS for each in ordered),
         "named": sum(kill.named for kill in kills),
         "wrong": sum(options.ranks - 1 - kill.named for kill in kills),
+        "misnamed": [text for kill in kills for text in kill.misnamed],
         "samples_ms": [round(kill.last_ms, 2) for kill in kills],
         "load": [round(kill.load, 2) for kill in kills],
     }
