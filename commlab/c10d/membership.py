@@ -139,10 +139,11 @@ class Membership(_ProcessGroup):  # type: ignore[misc]
         *,
         shape: tuple[int, ...] = (),
         reduction: Any = None,
+        after: Callable[[], None] | None = None,
     ) -> CommlabWork:
         """A collective for gloo. ``sent``: tensors of the dtype that all ranks have; ``shape``: what else must be
         equal, where anything must; ``reduction``: what gloo may not have for the dtype; ``start(gloo)`` gives its
-        work."""
+        work; ``after()``: what remains to be done here."""
         sample = sent
         while not isinstance(sample, torch.Tensor):
             sample = sample[0]
@@ -150,7 +151,7 @@ class Membership(_ProcessGroup):  # type: ignore[misc]
         known = reduction is not None and movable(sample)
         refusal = refusal_of(reduction, sample.dtype) if known else ""
         handle = leave(self.group, kind, sample, detail, outs, lambda: start(gloo), shape=shape, refusal=refusal)
-        return self.work((handle,), outs)
+        return self.work((handle,), outs, after)
 
     # --- Life
 
