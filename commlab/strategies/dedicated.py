@@ -27,6 +27,7 @@ from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..gradients.parameters import members_of
+from ..job.dynamo import uncompiled
 from ..ps.consistency import parse
 from ..ps.elementwise import require_nothing_whole
 from ..ps.placement import Slice
@@ -195,7 +196,7 @@ class Dedicated(Strategy):
 
     def update(self, factor: float, unused: set[int]) -> None:
         # Of stand-ins without gradients, so that schedulers know that there was a step: servers clip and update.
-        self.training.optimizer.step()
+        uncompiled(self.training.optimizer.step)
 
     def pull(self) -> None:
         training = self.training
