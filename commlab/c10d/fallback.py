@@ -25,6 +25,7 @@ from ..runtime.control import sides_of
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..transport.base import Pending
+from ..transport.gloo import group_of
 from .arguments import op_text
 
 
@@ -43,17 +44,9 @@ def connects_lazily() -> bool:
     return "lazy_init" in (dist.ProcessGroupGloo.create_default_device.__doc__ or "")
 
 
-def set_default(group: Any, kind: Any) -> None:
-    """Tell C++ which kind of backend ``group`` asks first. Up to torch 2.5 a group knows that since it was made."""
-    if hasattr(group, "_set_default_backend"):
-        group._set_default_backend(kind)
-
-
 def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
-    """A group of gloo alone. It is a ``ProcessGroup`` of exactly that type, whose methods let go of the GIL; those that
-    a Python subclass inherits don't, and would lock out the thread that gloo needs."""
+    """A group of gloo alone."""
     gloo_store = dist.PrefixStore("gloo", store)
-    make_group: Any = dist.ProcessGroup
     make_backend: Any = dist.ProcessGroupGloo
     try:
         options = make_backend._Options()
@@ -61,16 +54,7 @@ def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> di
         gloo = make_backend(gloo_store, rank, size, options)
     except (TypeError, AttributeError):
         gloo = make_backend(gloo_store, rank, size, timeout)
-    kind = make_group.BackendType.GLOO
-    try:
-        plain = make_group(gloo_store, rank, size)
-    except TypeError:
-        # Up to torch 2.5 a group is told its backend when it is made.
-        plain = make_group(gloo_store, rank, size, make_group.Options("gloo"))
-    set_default(plain, kind)
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        plain._register_backend(torch.device(device), kind, gloo)
-    return plain  # type: ignore[no-any-return]
+    return group_of(gloo, gloo_store, ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 
 
 @cache

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from ..errors import UsageError
 from ..runtime.group import Group
 from ..runtime.handle import Handle
+from ..transport.gloo import set_default
 from .connect import Member, connect
-from .fallback import connects_lazily, leave, make_gloo, refusal_of, set_default
+from .fallback import connects_lazily, leave, make_gloo, refusal_of
 from .tensors import movable
 from .window_tensor import tensor_in
 from .work import CommlabWork, Futures, Kept, torch_keeps_works

@@ -202,7 +202,7 @@ def test_engines_give_their_memory_back(ranks: Ranks, strategy: str) -> None:
 def test_a_closed_group_leaves_models_alone(ranks: Ranks, strategy: str) -> None:
     """The model's parameters lie in the window when the group is shut down, and live on there."""
     members = (0, 1, 2, 3) if ranks.rank < 4 else (4, 5, 6, 7)
-    parts = [ranks.world.subgroup(part) for part in ((0, 1, 2, 3), (4, 5, 6, 7))]
+    parts = [ranks.subgroup(part) for part in ((0, 1, 2, 3), (4, 5, 6, 7))]
     group = parts[members[0] // 4]
     assert group is not None
     open_window(group)
