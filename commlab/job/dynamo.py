@@ -9,6 +9,7 @@ it is imported by the first use of torch.compile, which takes seconds, and not b
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -41,7 +42,15 @@ def uncompiled(call: Callable[[], T]) -> T:
 
 
 def _add_folder(rules: ModuleType) -> None:
-    rules.add(__name__.partition(".")[0])
+    try:
+        rules.add(__name__.partition(".")[0])
+    except Exception as error:
+        # Whoever imports torch must not be stopped by this.
+        warnings.warn(
+            "torch.compile can't be told to leave commlab's functions alone "
+            f"({type(error).__name__}: {error}): call them outside of compiled functions only",
+            stacklevel=2,
+        )
 
 
 class _WhenImported(MetaPathFinder):

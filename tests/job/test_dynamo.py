@@ -158,7 +158,22 @@ assert rules.__spec__.loader.get_source(rules.__name__)
 """
 
 
-@pytest.mark.parametrize("program", [AFTER, BEFORE], ids=["commlab-after-the-compiler", "commlab-before"])
+OTHERWISE = """
+import types
+import warnings
+sys.modules["torch._dynamo.trace_rules"] = types.ModuleType("rules")
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import commlab
+assert ["can't be told to leave commlab's functions alone" in str(each.message) for each in said] == [True], said
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [AFTER, BEFORE, OTHERWISE],
+    ids=["commlab-after-the-compiler", "commlab-before", "rules-of-another-torch"],
+)
 def test_in_either_order(program: str) -> None:
     alone = environment(TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     command = [sys.executable, "-c", "import sys\n" + program]
