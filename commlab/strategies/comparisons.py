@@ -54,7 +54,7 @@ class Comparisons:
 
     def step_begins(self, number: int | None) -> None:
         """A call of ``step(number)`` has passed the checks; the verdict follows."""
-        self._training.record.number = number
+        self._training.record.step_begins(number, self._training.steps)
 
     def compare_replicas(self, verdict: Verdict) -> None:
         """Compare what all ranks have copies of, where it is time. Collective, before anything is updated."""

@@ -44,7 +44,7 @@ from .protocol import Strategy
 from .reduced import ReducedGradient
 from .served_buckets import BucketPushes, flattened, plan_served, with_gradients
 from .start import require_trainable, start
-from .verdict import Verdict, agree
+from .verdict import Verdict
 
 
 class Dedicated(Strategy):
@@ -173,7 +173,9 @@ class Dedicated(Strategy):
         # Among the workers: servers compare what was pushed with what, but could tell one worker alone.
         refusal = self._refusal()
         try:
-            told = agree(self.training, 0.0, self.buckets.finite, None, self.edits.digest(refusal))
+            told = self.training.record.agree(
+                0.0, self.buckets.finite, None, len(self.training.parameters), self.edits.digest(refusal)
+            )
             self.edits.require_alike(told.edits, refusal)
         except CommlabError:
             # No worker's clock has ended: step() can be called again, and pulls over what it was told of.

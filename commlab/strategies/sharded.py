@@ -52,7 +52,7 @@ from .pushes import Pushes
 from .reduced import ReducedGradient
 from .server_pushes import ServerPushes
 from .start import give_memory_back, start, start_buckets
-from .verdict import Verdict, agree, unused_on_all
+from .verdict import Verdict, unused_on_all
 
 INSTEAD = (
     "To clip the norm, give commlab.strategy() max_grad_norm=; for everything else there is "
@@ -202,7 +202,7 @@ class Sharded(Strategy):
             squares = norm_squared(self._counted(push.result) for _, push in buckets.launched)
         elif training.wants_norm:
             squares = sum(bucket.squares.of(push.result) for bucket, push in buckets.launched)
-        verdict = agree(training, squares, finite, buckets.used, edits.digest(refusal))
+        verdict = training.record.agree(squares, finite, buckets.used, len(training.parameters), edits.digest(refusal))
         edits.require_alike(verdict.edits, refusal)
         return verdict
 
