@@ -159,6 +159,17 @@ def start(
     masters = precision.masters(model, parameters, optimizer, options.apex_level)
     counts, structure = StepCounts(group), Structure(model, optimizer)
     buffers = Buffers(model, options.buffers, group)
+    looks_at_losses = options.nonfinite != "torch" and precision.loss_scale is None
+    record = StepRecord(
+        group,
+        model,
+        optimizer,
+        precision.loss_scale,
+        counts,
+        structure,
+        buffers,
+        looks_at_losses=looks_at_losses,
+    )
     return Training(
         model,
         optimizer,
@@ -171,7 +182,7 @@ def start(
         masters,
         counts,
         structure,
-        StepRecord(group, model, optimizer, precision.loss_scale, counts, structure, buffers),
+        record,
         buffers,
         group,
         group.window if options.algorithm in ("auto", "window") else None,

@@ -135,7 +135,7 @@ class TrainingSteps:
             raise UsageError("backward(None) is for a rank without samples: pass count=0 with it")
         self._require_no_gradients()
         counts.add(count, total)
-        self._comparisons.backward_begins(loss)
+        self._training.record.backward_begins(loss, buckets.syncing)
         if buckets.syncing and self.averages:
             counts.sum_counts()
         if loss_scale is not None:
@@ -209,21 +209,24 @@ class TrainingSteps:
             )
         if not self._backward_done:
             raise UsageError("step() without a backward() outside no_sync(): there is no gradient to agree on")
-        strategy = self.strategy
+        strategy, training, record = self.strategy, self._training, self._training.record
+        every = self.options.check_replicas
+        due = self.averages and every > 0 and (training.steps + 1) % every == 0  # to compare copies
         started_s = time.perf_counter()
         with trace.span("exchange"):
             self.buckets.wait()
             if self._reduced is not None:
                 for piece in self._reduced[0]:
                     piece.put_back()
-            self._comparisons.step_begins(self._assigned_step if number is None else number)
+            record.step_begins(self._assigned_step if number is None else number, training.steps)
             try:
                 verdict = strategy.agree()
-                self._comparisons.compare_replicas(verdict)
+                if due or verdict.written or self._comparisons.written_steps:
+                    self._comparisons.compare_replicas(verdict.written, due)
             except (AgreedError, DisagreementError):
                 if strategy.drops_steps:
                     self._drop()  # as on every other rank
-                    self._comparisons.step_dropped()
+                    record.reset()
                 raise
         agreed_s = time.perf_counter()
         with trace.span("update"):
@@ -255,14 +258,18 @@ class TrainingSteps:
                 strategy.edits.updated(verdict.unused)
             else:
                 strategy.edits.note()
-            self._comparisons.step_ends(verdict)
-        waited_s, self._training.forward_wait_s = self._training.forward_wait_s, 0.0
+            if due or verdict.buffers:
+                self._comparisons.make_buffers_alike(verdict.buffers, due)
+            record.reset()
+            if training.group.size > 1:
+                training.structure.took_note()
+        waited_s, training.forward_wait_s = training.forward_wait_s, 0.0
         self.times.forward_wait_s += waited_s
         self.times.exchange_s += waited_s + agreed_s - started_s + time.perf_counter() - updated_s
         self.times.update_s += updated_s - agreed_s
         self._begin_step()
         self._stale = strategy.keeps_gradients
-        self._training.steps += 1
+        training.steps += 1
         return updates
 
     def _refuse_not_finite(self, rule: str) -> None:
@@ -276,7 +283,7 @@ class TrainingSteps:
         error = not_finite_error(self._training, self.buckets, instead)
         self.strategy.pull()
         self._drop()
-        self._comparisons.step_dropped()
+        self._training.record.reset()
         raise error
 
     def zero_grad(self) -> None:
@@ -292,7 +299,7 @@ class TrainingSteps:
             )
         self.buckets.drain()
         self._drop()
-        self._comparisons.gradients_dropped()
+        self._training.record.gradients_dropped()
 
     def _drop(self) -> None:
         """Drop the step that is under way, and all gradients."""
@@ -302,7 +309,6 @@ class TrainingSteps:
         for tensor in own if self.options.partial else training.structure.parameters:
             tensor.grad = None
         self._begin_step()
-        self._comparisons.gradients_dropped()
 
     def _begin_step(self) -> None:
         self.buckets.reset()

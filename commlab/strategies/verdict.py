@@ -57,7 +57,8 @@ class Verdict(NamedTuple):
 
 class StepRecord:
     """This rank's record of the step that is under way. ``optimizer``, ``loss_scale`` and ``counts`` are what the step
-    updates with and divides by; of ``structure`` and ``buffers`` the record says what was written between the steps."""
+    updates with and divides by; of ``structure`` and ``buffers`` the record says what was written between the steps.
+    ``looks_at_losses``: whether a loss that is not finite makes the step so."""
 
     def __init__(
         self,
@@ -68,6 +69,8 @@ class StepRecord:
         counts: StepCounts,
         structure: Structure,
         buffers: Buffers,
+        *,
+        looks_at_losses: bool,
     ):
         self.number: int | None = None
         """The caller's own number of the step; None: the engine's."""
@@ -79,6 +82,7 @@ class StepRecord:
         """Calls of ``backward()`` with a loss since the last step."""
         self.losses_finite: list[torch.Tensor] = []
         """bool[] of each loss of the step that is under way, where anybody looks at them."""
+        self._looks_at_losses = looks_at_losses
         self._group, self._counts, self._structure, self._buffers = group, counts, structure, buffers
         self._hypers = HyperParameters(optimizer, loss_scale)
         self._passes = Passes(model)
@@ -87,14 +91,27 @@ class StepRecord:
         """Steps in which all ranks had as many forward passes for each backward pass; less than 0 for good after one
         in which they had not."""
 
-    def reset(self) -> None:
-        """Begin a new step, after one that was made."""
-        self.number, self.zero_grads, self.begun, self.losses = None, 0, 0, 0
-        self._passes.begun = self._passes.ended = 0
+    def backward_begins(self, loss: torch.Tensor | None, syncing: bool) -> None:
+        """A call of ``backward(loss)`` has passed the checks; ``syncing``: outside ``no_sync()``."""
+        self.begun += syncing
+        self.losses += loss is not None
+        if self._looks_at_losses and loss is not None:
+            self.losses_finite.append(loss.detach().isfinite().all())
 
     def step_begins(self, number: int | None, steps: int) -> None:
         """A call of ``step(number)`` has passed the checks, after ``steps`` steps that the engine has made."""
         self.number, self._steps = number, steps
+
+    def gradients_dropped(self) -> None:
+        """A call of ``zero_grad()``."""
+        self.zero_grads += 1
+        self.losses_finite.clear()
+
+    def reset(self) -> None:
+        """Begin a new step, after one that was made, or dropped, on all ranks."""
+        self.number, self.zero_grads, self.begun, self.losses = None, 0, 0, 0
+        self.losses_finite.clear()
+        self._passes.begun = self._passes.ended = 0
 
     def loss_is_finite(self) -> bool:
         """Whether all losses of the step that were looked at are finite. Waits for a GPU."""
