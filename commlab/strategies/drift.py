@@ -1,14 +1,16 @@
-"""The words for ranks that have drifted apart: which of them are in another step, and what they would update with
-otherwise. Nothing here is asked while ranks agree."""
+"""The words for ranks that have drifted apart: which of them are in another step, what they would update with
+otherwise, and which parameter was edited on some of them alone. Nothing here is asked while ranks agree."""
 
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..errors import DisagreementError
-from ..runtime.control import gather_bytes, ranks_of, sides_of
+from ..gradients.parameters import NamedParameter
+from ..runtime.control import exchange_records, gather_bytes, ranks_of, sides_of
 from ..runtime.group import Group
 from .hypers import HyperParameters
 
@@ -133,3 +135,21 @@ def _in_steps(numbers: Sequence[int], reasons: Sequence[str]) -> str:
         for (number, reason), ranks in sorted(sides.items(), reverse=True)
     ]
     return f"{', '.join(listed)}: {_WAY_OUT}"
+
+
+def different_parameter(
+    group: Group, parameters: Sequence[NamedParameter], digests: Sequence[int]
+) -> tuple[str, str] | None:
+    """The name of the first of ``parameters`` that ranks have treated in different ways, and which ranks differ from
+    which, in words; None where there is none. ``digests``: of what this rank has done to each. Collective."""
+    record = struct.pack(f"<{len(digests)}Q", *digests)
+    rows = [struct.unpack(f"<{len(digests)}Q", each) for each in exchange_records(group, record, "what was edited")]
+    for item in parameters:
+        column = [row[item.index] for row in rows]
+        if len(set(column)) > 1:
+            # The most frequent one may be right; the others are named.
+            usual = max(column, key=column.count)
+            others = [rank for rank, each in enumerate(column) if each != usual]
+            rest = [rank for rank in range(len(rows)) if rank not in others]
+            return item.name, f"ranks {', '.join(map(str, others))} differ from {', '.join(map(str, rest))}"
+    return None

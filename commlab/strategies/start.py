@@ -30,12 +30,13 @@ from ..runtime.control import raise_together
 from ..runtime.group import Group
 from ..window.memory import Window
 from .buffers import Buffers
-from .changes import Planned, Roster, Structure
+from .changes import Planned, Roster
 from .claims import require_free_model, require_free_optimizer
 from .copies import copy_from_rank_0, start_from_rank_0
 from .counts import StepCounts
 from .holders import Levels, require_node_memory
 from .options import Options
+from .structure import Structure
 from .verdict import StepRecord
 
 

@@ -22,11 +22,11 @@ from ..precision.loss_scale import LossScale
 from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from .buffers import Buffers
-from .changes import Structure
 from .counts import StepCounts
 from .drift import UNCOUNTED, UNKNOWN, Common, require_together
 from .hypers import HyperParameters
 from .passes import Passes
+from .structure import Structure
 
 _OWN = struct.Struct("<d??QQ?HH")
 _COMMON = struct.Struct("<qHHH?d8s")
