@@ -18,6 +18,22 @@ def closed_error(role: str, call: str) -> UsageError:
     )
 
 
+def driven_error(who: str) -> UsageError:
+    """For a call of ``optimizer.step()`` that is not the engine's; ``who``: the engine."""
+    return UsageError(
+        f"optimizer.step() of an optimizer that {who} drives: gradients are agreed on in engine.step(), which steps "
+        "the optimizer; call engine.step(), or engine.close() first"
+    )
+
+
+def closure_error() -> UsageError:
+    """For a call of ``engine.step(closure)``."""
+    return UsageError(
+        "engine.step() takes no closure: gradients are computed by engine.backward(), once a step. An engine can't run "
+        "an optimizer that evaluates the model again and again (LBFGS)"
+    )
+
+
 def gradients_left_error(name: str, *, stale: bool) -> UsageError:
     """For backward() where parameter ``name`` has a gradient that no backward() of this step has left. ``stale``:
     whether the last step's gradients may still be there."""

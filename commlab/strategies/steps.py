@@ -24,7 +24,7 @@ from .comparisons import Comparisons
 from .nonfinite import not_finite_error
 from .protocol import Strategy
 from .reduced import ReducedGradient
-from .refusals import closed_error, gradients_left_error
+from .refusals import closed_error, closure_error, driven_error, gradients_left_error
 from .replan import take_in_changes
 
 
@@ -64,6 +64,8 @@ class TrainingSteps:
         self._training = training
         self._comparisons = Comparisons(strategy)
         self._closed = self.role == "server"
+        self._updating = False
+        """Whether the strategy updates, and may step the optimizer."""
         self._assigned_step: int | None = None
         """The step that ``turns()`` has given out last."""
         self._backward_done = False
@@ -79,7 +81,12 @@ class TrainingSteps:
         if self.role == "worker":
             training.structure.look()
             self._claim = Claim(
-                strategy.name, training.optimizer, training.parameters, self.zero_grad, sharded=training.planned.rebound
+                strategy.name,
+                training.optimizer,
+                training.parameters,
+                self.zero_grad,
+                self._require_updating,
+                sharded=training.planned.rebound,
             )
 
     @property
@@ -203,10 +210,7 @@ class TrainingSteps:
         if self._closed:
             raise closed_error(self.role, "step()")
         if callable(number):
-            raise UsageError(
-                "engine.step() takes no closure: gradients are computed by engine.backward(), once a step. An engine "
-                "can't run an optimizer that evaluates the model again and again (LBFGS)"
-            )
+            raise closure_error()
         if not self._backward_done:
             raise UsageError("step() without a backward() outside no_sync(): there is no gradient to agree on")
         strategy, training, record = self.strategy, self._training, self._training.record
@@ -214,7 +218,7 @@ class TrainingSteps:
         due = self.averages and every > 0 and (training.steps + 1) % every == 0  # to compare copies
         started_s = time.perf_counter()
         with trace.span("exchange"):
-            self.buckets.wait()
+            strategy.buckets.wait()
             if self._reduced is not None:
                 for piece in self._reduced[0]:
                     piece.put_back()
@@ -239,13 +243,13 @@ class TrainingSteps:
                 self.grad_norm = verdict.squares**0.5 / scale
                 clip = clip_factor(self.grad_norm, self.options.max_grad_norm)
             if not verdict.finite and (rule == "error" or (rule == "torch" and self.options.wire is not None)):
-                self._refuse_not_finite(rule)
+                self._refuse_not_finite()
             if updates:
-                self._claim.stepping = True
+                self._updating = True
                 try:
                     strategy.update(clip / scale, verdict.unused)
                 finally:
-                    self._claim.stepping = False
+                    self._updating = False
             else:
                 self.skipped_steps += 1
             if loss_scale is not None:
@@ -272,15 +276,13 @@ class TrainingSteps:
         training.steps += 1
         return updates
 
-    def _refuse_not_finite(self, rule: str) -> None:
+    def _require_updating(self, *_: object) -> None:
+        if not self._updating:
+            raise driven_error(self._claim.who)
+
+    def _refuse_not_finite(self) -> None:
         """Raise NotFiniteError; the step is dropped. Collective."""
-        instead = 'Take a smaller learning rate, or clip; nonfinite="skip" leaves such steps out'
-        if rule == "torch":
-            instead = (
-                f"It could not travel on wire {self.options.wire}: use precision fp16, which scales the loss and skips "
-                'such steps, or wire bf16 or none, or nonfinite="skip"'
-            )
-        error = not_finite_error(self._training, self.buckets, instead)
+        error = not_finite_error(self._training, self.buckets)
         self.strategy.pull()
         self._drop()
         self._training.record.reset()
