@@ -41,6 +41,7 @@ def _in_child() -> None:
     """A forked child has the memory of its parent's queues, and no part in them."""
     for progress in list(_all):
         progress._queue, progress._lock = deque(), threading.Lock()
+        progress._registered = False
         progress.ended = Ending(UsageError, "belongs to the process from which this one was forked")
     under_way.clear()
 
@@ -59,6 +60,8 @@ class Progress:
         self._queue: deque[Operation] = deque()
         self._lock = threading.Lock()
         self._waiting = False
+        self._registered = False
+        """Whether whoever waits for anything in this process moves this queue on (:func:`.waiting.begin_moving`)."""
         self._work = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -89,8 +92,12 @@ class Progress:
             finally:
                 self.leave()
             return operation.handle
-        self._append(operation)
-        self.poll()
+        self._queue.append(operation)
+        try:
+            self.poll()
+        finally:
+            if self._queue:  # most operations on one node have ended by now
+                self._register()
         if not awaited:
             self._work.set()
         return operation.handle
@@ -99,17 +106,24 @@ class Progress:
         """Queue an operation that has begun between :meth:`take` and :meth:`leave`: what another thread has appended
         meanwhile comes after it."""
         self._queue.appendleft(operation)
-        if self._thread is None:
-            begin_moving(self)
+        self._register()
+
+    def _register(self) -> None:
+        """Let others move this queue on, where it has no thread of its own."""
+        if self._thread is not None or self._registered:
+            return
+        self._registered = True
+        begin_moving(self)
+        if not self._queue:  # another thread has ended what there was
+            self._unregister()
+
+    def _unregister(self) -> None:
+        self._registered = False
+        stop_moving(self)
 
     def all_begun(self) -> bool:
         """Whether every operation that was submitted has been announced to the others."""
         return all(operation.begun for operation in self._queue)
-
-    def _append(self, operation: Operation) -> None:
-        self._queue.append(operation)
-        if self._thread is None:
-            begin_moving(self)
 
     def take(self) -> bool:
         """Whether nothing is under way, and operations are taken; then nothing starts before :meth:`leave`."""
@@ -143,12 +157,12 @@ class Progress:
             if self._queue:
                 self._queue.popleft()
         self._work.clear()
-        stop_moving(self)
+        if self._registered:
+            self._unregister()
         # What was submitted between the last look at the queue and now has set the flag in vain.
         if self._queue:
             self._work.set()
-            if self._thread is None:
-                begin_moving(self)
+            self._register()
         return None
 
     def _step(self, operation: Operation) -> bool:
@@ -266,7 +280,7 @@ class Progress:
     def close(self) -> None:
         """Stop the thread, and take no more operations. Those still in the queue are dropped."""
         self._closed = True
-        stop_moving(self)
+        self._unregister()
         if self.ended is None:
             self.ended = Ending(UsageError, "was shut down")
         self._work.set()
