@@ -41,7 +41,6 @@ def _in_child() -> None:
     """A forked child has the memory of its parent's queues, and no part in them."""
     for progress in list(_all):
         progress._queue, progress._lock = deque(), threading.Lock()
-        progress._registered = False
         progress.ended = Ending(UsageError, "belongs to the process from which this one was forked")
     under_way.clear()
 
@@ -60,8 +59,6 @@ class Progress:
         self._queue: deque[Operation] = deque()
         self._lock = threading.Lock()
         self._waiting = False
-        self._registered = False
-        """Whether whoever waits for anything in this process moves this queue on (:func:`.waiting.begin_moving`)."""
         self._work = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -110,16 +107,10 @@ class Progress:
 
     def _register(self) -> None:
         """Let others move this queue on, where it has no thread of its own."""
-        if self._thread is not None or self._registered:
-            return
-        self._registered = True
-        begin_moving(self)
-        if not self._queue:  # another thread has ended what there was
-            self._unregister()
-
-    def _unregister(self) -> None:
-        self._registered = False
-        stop_moving(self)
+        if self._thread is None:
+            begin_moving(self)
+            if not self._queue:  # another thread has ended what there was
+                stop_moving(self)
 
     def all_begun(self) -> bool:
         """Whether every operation that was submitted has been announced to the others."""
@@ -157,8 +148,8 @@ class Progress:
             if self._queue:
                 self._queue.popleft()
         self._work.clear()
-        if self._registered:
-            self._unregister()
+        if id(self) in under_way:
+            stop_moving(self)
         # What was submitted between the last look at the queue and now has set the flag in vain.
         if self._queue:
             self._work.set()
@@ -280,7 +271,7 @@ class Progress:
     def close(self) -> None:
         """Stop the thread, and take no more operations. Those still in the queue are dropped."""
         self._closed = True
-        self._unregister()
+        stop_moving(self)
         if self.ended is None:
             self.ended = Ending(UsageError, "was shut down")
         self._work.set()
