@@ -68,8 +68,8 @@ def refusal_of(reduction: Any, dtype: torch.dtype) -> str:
     name, kind = op_text(reduction), str(dtype).removeprefix("torch.")
     if name in _BITWISE:
         has = dtype in _INTEGERS
-    elif name == "AVG" or dtype.is_complex:
-        has = dtype in _FLOATS or (dtype.is_complex and name in ("SUM", "AVG"))
+    elif name == "AVG":
+        has = dtype in _FLOATS
     else:
         has = name in ("SUM", "PRODUCT", "MIN", "MAX") and dtype in (*_FLOATS, *_INTEGERS)
     return "" if has else f"Cannot use ReduceOp.{name} with dtype {kind} on the CPU; cast it, or take another reduction"
