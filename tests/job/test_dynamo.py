@@ -157,7 +157,7 @@ torch.compile(lambda x: x, backend="eager")(torch.ones(1))
 assert not any(isinstance(finder, _WhenImported) for finder in sys.meta_path)
 import torch._dynamo.trace_rules as rules
 assert rules.check_file(commlab.__file__.replace("__init__", "train"), True).skipped
-assert rules.__spec__.loader.get_source(rules.__name__)
+assert rules.__spec__.loader.get_source(rules.__name__) and type(rules.__loader__).__name__ == "SourceFileLoader"
 """
 
 
