@@ -59,9 +59,8 @@ class _WhenImported(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _RULES:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in sys.meta_path)), None)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _AndAdd(spec.loader)
         return spec
@@ -79,5 +78,6 @@ class _AndAdd(Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _WhenImported)]
         self._loader.exec_module(module)
         _add_folder(module)
