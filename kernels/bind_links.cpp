@@ -170,10 +170,11 @@ int allreduce_by_leaders(Leaders& leaders, std::uint64_t signature, std::uint64_
 
 std::unique_ptr<Leaders> make_leaders(std::shared_ptr<Engine> engine, std::uint32_t group, std::uint32_t between,
                                       std::vector<std::uint32_t> node, std::size_t me, const NodeSync* window,
-                                      double spin_us) {
+                                      double spin_us, double late_us) {
   std::vector<Page*> pages;
   for (std::size_t rank = 0; window && rank < window->size(); ++rank) pages.push_back(&window->page(rank));
-  return std::make_unique<Leaders>(std::move(engine), group, between, std::move(node), me, std::move(pages), spin_us);
+  return std::make_unique<Leaders>(std::move(engine), group, between, std::move(node), me, std::move(pages), spin_us,
+                                   late_us);
 }
 
 }  // namespace
@@ -237,11 +238,11 @@ void register_links(nb::module_& m) {
       .def(
           "leaders",
           [](const HeldEngine& self, std::uint32_t group, std::uint32_t between, std::vector<std::uint32_t> node,
-             std::size_t me, const NodeSync* window, double spin_us) {
-            return make_leaders(self.engine, group, between, std::move(node), me, window, spin_us);
+             std::size_t me, const NodeSync* window, double spin_us, double late_us) {
+            return make_leaders(self.engine, group, between, std::move(node), me, window, spin_us, late_us);
           },
           nb::arg("group"), nb::arg("between"), nb::arg("node"), nb::arg("me"), nb::arg("window").none(),
-          nb::arg("spin_us"), nb::keep_alive<0, 6>())
+          nb::arg("spin_us"), nb::arg("late_us"), nb::keep_alive<0, 6>())
       .def("remove_group", [](HeldEngine& self, std::uint32_t id) { self.engine->remove_group(id); })
       .def("leave",
            [](HeldEngine& self, double timeout_s) {

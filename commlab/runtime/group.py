@@ -216,11 +216,15 @@ class Group:
         if handle is not None:
             handle.wait()
             return True
-        self.node_bytes_read += few.node_bytes_read
-        self.node_bytes_written += few.node_bytes_written
-        self.bytes_sent += few.bytes_sent
-        self.messages_sent += few.messages_sent
+        self.count(few.bytes_sent, few.messages_sent, few.node_bytes_read, few.node_bytes_written)
         return True
+
+    def count(self, bytes_sent: int, messages_sent: int, node_bytes_read: int, node_bytes_written: int) -> None:
+        """Count what an operation in one native call did for this rank."""
+        self.bytes_sent += bytes_sent
+        self.messages_sent += messages_sent
+        self.node_bytes_read += node_bytes_read
+        self.node_bytes_written += node_bytes_written
 
     def _go_on(self, signature: Signature, sequence: int, rest: Pending) -> Handle:
         """Queue the ``rest`` of an operation that was begun in the native call, before all that was called since. The

@@ -22,6 +22,9 @@ DONE, LATE, LONG_WAY = range(3)
 LEADERS_BYTES: Final = 64 * 1024
 """The most that a rank's page has room for."""
 
+LATE_S = 0.05
+"""A leader whose members are later takes the long way, where everyone waits for everyone, and can say for whom."""
+
 
 class Leaders:
     """The short way of one group, on one of its ranks. ``transport``: the group's own. ``between``: that of the
@@ -36,7 +39,7 @@ class Leaders:
         self.leads, self.nodes, self.node_size = between is not None, len(nodes), len(node)
         self._transport, self._between, self._window = transport, between, window
         sync = None if window is None else window.sync
-        self._native = transport.leaders(between, nodes, node, sync, spin_us)
+        self._native: Any = transport.leaders(between, nodes, node, sync, spin_us, LATE_S * 1e6)
         self.call = self._native.allreduce
         """The native call of an :class:`..transport.base.AtOnce`; its arguments are those of the links' own."""
 
@@ -49,23 +52,33 @@ class Leaders:
 
     def request(self) -> LeadersRequest:
         """The operation that the native call has begun."""
-        return LeadersRequest(self._transport, self._native)
+        return LeadersRequest(self)
+
+    def wait(self, timeout_us: float) -> int:
+        """How far it is after that time at the latest."""
+        return LONG_WAY if self._native is None else self._native.wait(timeout_us)
+
+    def peers(self) -> Sequence[int]:
+        """The ranks of the group that it waits for."""
+        return [] if self._native is None else [self._transport.number_of(rank) for rank in self._native.peers()]
 
     def close(self) -> None:
-        """Let go of the leaders' transport, and of the window's descriptors."""
+        """Let go of the leaders' transport and of the window. An operation under way never comes to an end."""
         if self._between is not None:
             self._between.close()
         if self._window is not None:
             self._window.close()
+        # Operations that broke off are kept, and must not keep the memory, nor look at it.
+        self._window = self._native = None
 
 
 class LeadersRequest:
     """An operation by the short way: done once its numbers are there, or once this rank has turned to the long way."""
 
-    __slots__ = ("_native", "_outcome", "_transport")
+    __slots__ = ("_leaders", "_outcome")
 
-    def __init__(self, transport: Any, native: Any):
-        self._transport, self._native, self._outcome = transport, native, LATE
+    def __init__(self, leaders: Leaders):
+        self._leaders, self._outcome = leaders, LATE
 
     def test(self) -> bool:
         return self._wait(0.0) != LATE
@@ -76,7 +89,7 @@ class LeadersRequest:
 
     def _wait(self, timeout_us: float) -> int:
         if self._outcome == LATE:
-            self._outcome = self._native.wait(timeout_us)
+            self._outcome = self._leaders.wait(timeout_us)
         return self._outcome
 
     @property
@@ -85,4 +98,4 @@ class LeadersRequest:
         return self._outcome == DONE
 
     def peers(self) -> Sequence[int]:
-        return [self._transport.number_of(rank) for rank in self._native.peers()]
+        return self._leaders.peers()

@@ -235,6 +235,7 @@ class TcpTransport:
         node: Sequence[int],
         sync: Any,
         spin_us: float,
+        late_us: float,
     ) -> Any:
         """The native side of :class:`commlab.runtime.leaders.Leaders`, whose arguments these are; ``node``: the ranks
         of this rank's node, ``sync``: that of its window. From now on few numbers of this group are added node by
@@ -242,7 +243,7 @@ class TcpTransport:
         self._engine.set_nodes(self._group, [list(ranks) for ranks in nodes])
         group = 0 if between is None else between._group
         members = [self._ranks[rank] for rank in node]
-        return self._engine.leaders(self._group, group, members, node.index(self.rank), sync, spin_us)
+        return self._engine.leaders(self._group, group, members, node.index(self.rank), sync, spin_us, late_us)
 
     def number_of(self, job_rank: int) -> int:
         """The rank of this group that is ``job_rank`` of the job."""

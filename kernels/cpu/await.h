@@ -45,9 +45,11 @@ int await(const Late& late_of, std::atomic<std::uint32_t>& word, std::atomic<std
   const auto waited_us = [&] { return std::chrono::duration<double, std::micro>(Clock::now() - start).count(); };
   bool lost_core = false;
   if (spin_us > 0) {
-    const double limit_us = std::min(look.us(), timeout_us);
+    // Where others compute on this core, an offer of it costs a time slice, and a sleeper is woken at once.
+    const bool sleeps_at_once = look.shy() && yield_after_us <= 0;
+    const double limit_us = sleeps_at_once ? 0 : std::min(look.us(), timeout_us);
     double looked_us = 0;
-    do {
+    while (looked_us < limit_us && !lost_core) {
       const double before_us = looked_us;
       for (int round = 0; round < 64; ++round) {
         if ((late = late_of()) < 0) {
@@ -57,10 +59,10 @@ int await(const Late& late_of, std::atomic<std::uint32_t>& word, std::atomic<std
         relax();
       }
       // A core that nobody else wants comes back in less than a microsecond.
-      if (looked_us > yield_after_us) sched_yield();
+      if (looked_us >= yield_after_us) sched_yield();
       looked_us = waited_us();
       lost_core = Look::lost_core(looked_us - before_us);
-    } while (looked_us < limit_us && !lost_core);
+    }
   }
   if (soon && spin_us <= 0) {
     for (const double limit_us = std::min(kYieldUs, timeout_us); waited_us() < limit_us;) {

@@ -15,9 +15,6 @@ using Clock = std::chrono::steady_clock;
 
 // So long a waiter sleeps before it looks whether others take the long way: first, and at most.
 constexpr double kFirstSliceUs = 1e3, kLastSliceUs = 10e3;
-// A leader whose members are later than that takes the long way: there everyone waits for everyone, and can say for
-// whom.
-constexpr double kGatherUs = 50e3;
 
 double us_since(Clock::time_point start) {
   return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
@@ -26,7 +23,8 @@ double us_since(Clock::time_point start) {
 }  // namespace
 
 Leaders::Leaders(std::shared_ptr<Engine> engine, std::uint32_t group, std::uint32_t between,
-                 std::vector<std::uint32_t> node, std::size_t me, std::vector<Page*> pages, double spin_us)
+                 std::vector<std::uint32_t> node, std::size_t me, std::vector<Page*> pages, double spin_us,
+                 double late_us)
     : engine_(std::move(engine)),
       group_(group),
       between_(between),
@@ -34,6 +32,7 @@ Leaders::Leaders(std::shared_ptr<Engine> engine, std::uint32_t group, std::uint3
       me_(me),
       pages_(std::move(pages)),
       spin_us_(spin_us),
+      late_us_(late_us),
       look_(spin_us) {
   if (me_ >= node_.size() || (node_.size() > 1 && pages_.size() != node_.size()))
     throw std::invalid_argument("a node's ranks need a page each, and this one is among them");
@@ -125,7 +124,7 @@ Leaders::Outcome Leaders::wait_as_leader(double timeout_us) {
     const bool taken = long_way_taken();
     const int missing = late_member();
     if (missing < 0) continue;
-    if (taken || spent_us() > kGatherUs || engine_->has_lost(node_[static_cast<std::size_t>(missing)])) return turn();
+    if (taken || spent_us() > late_us_ || engine_->has_lost(node_[static_cast<std::size_t>(missing)])) return turn();
     if (left_us <= slice_us) return Outcome::kLate;
   }
   for (double slice_us = kFirstSliceUs; !run_->ended(); slice_us = std::min(2 * slice_us, kLastSliceUs)) {

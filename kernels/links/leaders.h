@@ -53,9 +53,10 @@ class Leaders {
 
   // `group`: of all ranks; `between`: of the leaders, where this rank is one. `node`: this node's ranks of the job, the
   // leader first; `me`: which of them this rank is. `pages`: theirs, used for nothing else; none where a node has one
-  // rank. spin_us: as of await().
+  // rank. spin_us: as of await(). late_us: a leader whose members are later takes the long way, where everyone waits
+  // for everyone, and can say for whom.
   Leaders(std::shared_ptr<Engine> engine, std::uint32_t group, std::uint32_t between, std::vector<std::uint32_t> node,
-          std::size_t me, std::vector<Page*> pages, double spin_us);
+          std::size_t me, std::vector<Page*> pages, double spin_us, double late_us);
   ~Leaders();
   Leaders(const Leaders&) = delete;
   Leaders& operator=(const Leaders&) = delete;
@@ -86,7 +87,7 @@ class Leaders {
   const std::vector<std::uint32_t> node_;
   const std::size_t me_;
   const std::vector<Page*> pages_;
-  const double spin_us_;
+  const double spin_us_, late_us_;
   Look look_;
   Work work_;
   std::uint32_t number_ = 0;  // of the operation, as pages hold it

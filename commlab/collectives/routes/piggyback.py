@@ -83,8 +83,8 @@ def _by_leaders(
     size_bytes = numel * wire.itemsize
     read_bytes = size_bytes * (leaders.node_size - 1 if leaders.leads else 1)
     written_bytes = size_bytes if leaders.node_size > 1 else 0
-    resume = partial(_resume_by_leaders, leaders, few, op, divisor)
-    return AtOnce(leaders.call, arguments, resume, messages * share_bytes, messages, read_bytes, written_bytes)
+    counts = messages * share_bytes, messages, read_bytes, written_bytes
+    return AtOnce(leaders.call, arguments, partial(_resume_by_leaders, leaders, few, op, divisor, counts), *counts)
 
 
 def _resume_by_leaders(
@@ -92,6 +92,7 @@ def _resume_by_leaders(
     few: Load,
     op: str,
     divisor: float,
+    counts: tuple[int, int, int, int],
     group: Group,
     signature: Signature,
     sequence: int,
@@ -103,6 +104,7 @@ def _resume_by_leaders(
         while not request.test():
             yield request
         if request.done:
+            group.count(*counts)
             return
     launch = programs.few_launch(tensor.detach(), few, op, divisor, few.messages(group))
     launch.awaited = True
