@@ -1,8 +1,13 @@
 """``mpirun -n P python -m bench.c10d``: torch.distributed on commlab's backend against torch.distributed on gloo.
 
 Both backends live in one process, in groups of their own; their operations are interleaved by round. Three tables:
-all_reduce by size, a step of DistributedDataParallel, and how long a new group takes to its first operation. A step is
-forward, backward with the exchange, and SGD; ``exposed`` is what the exchange adds to a step without one (no_sync).
+all_reduce by size, a step of DistributedDataParallel, and how long a new group takes to its first operation.
+
+all_reduce: ``p50`` is the time of each of those that a sample calls in a row, for 20 ms; ``first`` is the time of the
+sample's first one, before which the ranks have done something else, as they have in most programs.
+
+A step is forward, backward with the exchange, and SGD; ``exposed`` is what the exchange adds to a step without one
+(no_sync), and ``cpu`` the CPU time that it adds, of all threads of a rank. The floor is DDP whose hook sends nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +16,11 @@ import argparse
 import random
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,11 +36,13 @@ from .core.harness import progress_line
 from .core.program import AsWritten, RankProgram, Section, Session
 from .core.ranks import Ranks, share_cores
 from .core.results import row_beside
-from .core.stats import format_bytes, format_ratio, format_us
+from .core.stats import format_bytes, format_ratio, format_us, ratio
 
 HEAD = ("contestant", "p50 us", "wrong", "/ gloo")
-STEP_HEAD = ("contestant", "p50 ms", "exposed ms", "wrong", "/ gloo", "exposed / gloo's")
-_SAMPLE_S = 2e-3
+REDUCE_HEAD = ("contestant", "p50 us", "first us", "wrong", "/ gloo", "first / gloo's")
+STEP_HEAD = ("contestant", "p50 ms", "exposed ms", "cpu ms", "wrong", "/ gloo", "exposed / gloo's")
+_SAMPLE_S = 20e-3
+_MOST_IN_A_ROW = 1000
 _VOCABULARY = 257
 
 
@@ -51,26 +59,45 @@ def connect(options: argparse.Namespace) -> commlab.Group:
     return commlab.init()
 
 
-Samples = dict[str, list[float]]
+Seconds = dict[str, list[float]]
+"""Of each way, by round."""
+
+
+class Samples(NamedTuple):
+    """What was measured, by round: of the slowest rank; of CPU time the mean of the ranks."""
+
+    each: Seconds
+    """Of one call among those of a sample."""
+    first: Seconds
+    """Of the sample's first call."""
+    cpu: Seconds
+    """Of one call, all threads."""
 
 
 def interleaved(ranks: Ranks, ways: dict[str, Callable[[], None]], rounds: int, show: Callable[[str], None]) -> Samples:
-    """Seconds of each way, by round: of the slowest rank, and so often in a row that a sample lasts 2 ms."""
-    samples: Samples = {name: [] for name in ways}
+    """Measure each way, so often in a row that a sample lasts 20 ms."""
+    samples = Samples(defaultdict(list), defaultdict(list), defaultdict(list))
     repeats = dict.fromkeys(ways, 1)
     order = random.Random(0)
-    for round_ in range(-2, rounds):
+    for round_ in range(-3, rounds):
         for name in order.sample(list(ways), len(ways)):
             show(f"round {max(0, round_) + 1} of {rounds}: {name}")
+            way, count = ways[name], repeats[name]
             ranks.barrier()
-            started_s = time.perf_counter()
-            for _ in range(repeats[name]):
-                ways[name]()
-            spent_s = ranks.maximum([time.perf_counter() - started_s])[0] / repeats[name]
-            if round_ == -1:  # the first makes what is made on first use
-                repeats[name] = max(1, min(200, int(_SAMPLE_S / max(spent_s, 1e-7))))
-            elif round_ >= 0:
-                samples[name].append(spent_s)
+            cpu_s, started_s = time.process_time(), time.perf_counter()
+            way()
+            first_s = time.perf_counter() - started_s
+            for _ in range(count - 1):
+                way()
+            each_s, cpu_s = (time.perf_counter() - started_s) / count, (time.process_time() - cpu_s) / count
+            each_s, first_s = ranks.maximum([each_s, first_s])
+            if round_ >= 0:
+                samples.each[name].append(each_s)
+                samples.first[name].append(first_s)
+                samples.cpu[name].append(ranks.total([cpu_s])[0] / ranks.size)
+            elif round_ > -3:
+                # The first round makes what is made on first use, the second one's calls are too few to go by.
+                repeats[name] = max(1, min(_MOST_IN_A_ROW, int(_SAMPLE_S / max(each_s, 1e-7))))
     return samples
 
 
@@ -88,13 +115,28 @@ def one_size(size_bytes: int, groups: dict[str, Any], session: Session) -> Secti
     }
     samples = interleaved(ranks, ways, session.options.rounds, show)
     show("")
-    found = [row_beside("gloo", "all_reduce", name, samples, wrong[name], ranks, bytes=4 * numel) for name in samples]
-    cells = [
-        [each["contestant"], format_us(each["p50_us"] / 1e6), str(each["wrong"]), format_ratio(each.get("ratio_gloo"))]
-        for each in found
-    ]
+    found, cells = [], []
+    for name in groups:
+        row = row_beside("gloo", "all_reduce", name, samples.each, wrong[name], ranks, bytes=4 * numel)
+        row["first_us"] = round(median(samples.first[name]) * 1e6, 2)
+        first = None
+        if name != "gloo":
+            first = row["ratio_first"] = [
+                float(f"{value:.4g}") for value in ratio(samples.first[name], samples.first["gloo"])
+            ]
+        found.append(row)
+        cells.append(
+            [
+                name,
+                format_us(row["p50_us"] / 1e6),
+                format_us(row["first_us"] / 1e6),
+                str(row["wrong"]),
+                format_ratio(row.get("ratio_gloo")),
+                format_ratio(first),
+            ]
+        )
     title = f"all_reduce, {format_bytes(4 * numel)} of float32, {ranks.size} ranks"
-    return Section(f"{title}\n{table.render(HEAD, cells)}\n", found)
+    return Section(f"{title}\n{table.render(REDUCE_HEAD, cells)}\n", found)
 
 
 class DDPStepper:
@@ -122,6 +164,19 @@ class DDPStepper:
             self.step()
 
 
+class SendsNothing:
+    """A hook of DDP that leaves every rank its own gradients: what is left is DDP itself."""
+
+    def attach(self, model: Any) -> None:
+        # DDP compares a hook's annotations, which are texts in this file; a lambda has none.
+        model.register_comm_hook(None, lambda state, bucket: self._complete(bucket))
+
+    def _complete(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+
 def steps(groups: dict[str, Any], session: Session) -> Section:
     options, ranks = session.options, session.ranks
     ddp_hook = commlab.c10d.DDPHook
@@ -130,43 +185,43 @@ def steps(groups: dict[str, Any], session: Session) -> Section:
         "commlab": DDPStepper(options, groups["commlab"], None, ranks),
         "commlab, DDPHook": DDPStepper(options, groups["commlab"], ddp_hook(), ranks),
         "commlab, DDPHook(bf16)": DDPStepper(options, groups["commlab"], ddp_hook("bf16"), ranks),
+        "the floor": DDPStepper(options, groups["commlab"], SendsNothing(), ranks),
     }
     ways: dict[str, Callable[[], None]] = {name: stepper.step for name, stepper in steppers.items()}
     ways["alone"] = steppers["gloo"].step_alone
     show = progress_line(ranks, "DDP step")
     samples = interleaved(ranks, ways, options.rounds, show)
     show("")
-    # All ranks must hold the same numbers after all those steps; the one that stepped alone in between does not.
-    wrong = {}
+    found = []
     for name, stepper in steppers.items():
+        # All ranks must hold the same numbers after all those steps; not where the steps had no exchange.
         digest = float(sum(p.detach().double().sum() for p in stepper.model.parameters()))
         differs = ranks.maximum([digest])[0] != -ranks.maximum([-digest])[0]
-        wrong[name] = int(differs and name != "gloo")
-    exposed = {
-        name: [with_s - alone_s for with_s, alone_s in zip(samples[name], samples["alone"], strict=True)]
-        for name in steppers
-    }
-    found = [
-        row_beside(
-            "gloo", "ddp step", name, samples, wrong[name], ranks, exposed_us=round(median(exposed[name]) * 1e6, 1)
-        )
-        for name in steppers
-    ]
+        wrong = int(differs and name not in ("gloo", "the floor"))
+        row = row_beside("gloo", "ddp step", name, samples.each, wrong, ranks)
+        row["exposed_us"] = _added_us(samples.each, name)
+        row["cpu_us"] = _added_us(samples.cpu, name)
+        found.append(row)
     cells = [
         [
-            each["contestant"],
-            f"{each['p50_us'] / 1e3:.1f}",
-            f"{each['exposed_us'] / 1e3:.1f}",
-            str(each["wrong"]),
-            format_ratio(each.get("ratio_gloo")),
-            f"{each['exposed_us'] / found[0]['exposed_us']:.2f}" if each is not found[0] else "",
+            row["contestant"],
+            f"{row['p50_us'] / 1e3:.1f}",
+            f"{row['exposed_us'] / 1e3:.1f}",
+            f"{row['cpu_us'] / 1e3:.1f}",
+            str(row["wrong"]),
+            format_ratio(row.get("ratio_gloo")),
+            f"{row['exposed_us'] / found[0]['exposed_us']:.2f}" if row is not found[0] else "",
         ]
-        for each in found
+        for row in found
     ]
     title = f"a DDP step of {options.model}, {options.batch} x {options.seq_len} tokens a rank, {ranks.size} ranks"
-    return Section(
-        f"{title}; {median(samples['alone']) * 1e3:.1f} ms without exchange\n{table.render(STEP_HEAD, cells)}\n", found
-    )
+    alone_ms = median(samples.each["alone"]) * 1e3
+    return Section(f"{title}; {alone_ms:.1f} ms without exchange\n{table.render(STEP_HEAD, cells)}\n", found)
+
+
+def _added_us(seconds: Seconds, name: str) -> float:
+    """What a step has more than one without an exchange; the median of the rounds."""
+    return round(median(mine - alone for mine, alone in zip(seconds[name], seconds["alone"], strict=True)) * 1e6, 1)
 
 
 def new_groups(session: Session) -> Section:
@@ -183,7 +238,7 @@ def new_groups(session: Session) -> Section:
         return make
 
     made: list[Any] = []
-    samples: Samples = {"gloo": [], "commlab": []}
+    samples: Seconds = {"gloo": [], "commlab": []}
     for _ in range(min(9, session.options.rounds)):
         for backend in samples:
             ranks.barrier()

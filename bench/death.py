@@ -20,7 +20,6 @@ import os
 import random
 import re
 import select
-import socket
 import subprocess
 import sys
 import time
@@ -167,11 +166,12 @@ def killed(
     chance: random.Random,
 ) -> Kill:
     """Start a job, kill the rank ``victim``, and hear the others."""
-    launch = {"MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(len(made))}
-    launch |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    launch = {"WORLD_SIZE": str(len(made)), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     for rank, host in enumerate(made):
         request = RankRequest(rank, len(made), {**variables, **launch, "RANK": str(rank)}, options.size, options.memory)
         host.ask(begin=asdict(request))
+        if rank == 0:
+            launch["MASTER_PORT"] = str(host.answer("listening")["port"])
     for host in made:
         host.answer("ready")
     time.sleep(chance.uniform(0.05, 0.25))
@@ -192,12 +192,6 @@ def killed(
     )
     last_ms = 1e3 * max(said["at_s"] - at_s for said in raised)
     return Kill(last_ms, len(texts) - len(misnamed), misnamed, load)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def record(row: str, kills: Sequence[Kill], options: argparse.Namespace) -> Record:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .job.dynamo import leave_alone
 from .job.version import __version__
 
 _HOME = {
@@ -105,6 +106,8 @@ if TYPE_CHECKING:
     from .runtime.handle import Handle
     from .runtime.world import init, shutdown
     from .strategies import strategy
+
+leave_alone()
 
 
 def __getattr__(name: str) -> Any:

@@ -66,17 +66,20 @@ class Training:
 
     def ranks(self, job: str) -> dict[int, int]:
         """The processes of a running job by rank, as this process sees them."""
-        found = {}
+        ranks, parents = {}, {}
         for entry in Path("/proc").glob("[0-9]*/environ"):
             try:
                 variables = dict(item.partition("=")[::2] for item in entry.read_text().split("\0"))
                 words = (entry.parent / "cmdline").read_text().split("\0")
+                parent = re.search(r"^PPid:\s+(\d+)$", (entry.parent / "status").read_text(), re.M)
             except (OSError, UnicodeDecodeError):
                 continue
             a_rank = variables.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in variables
-            if a_rank and words[0].endswith("python") and "commlab.train" in words:
-                found[int(variables["SLURM_PROCID"])] = int(entry.parent.name)
-        return found
+            if a_rank and parent and words[0].endswith("python") and "commlab.train" in words:
+                pid = int(entry.parent.name)
+                ranks[pid], parents[pid] = int(variables["SLURM_PROCID"]), int(parent[1])
+        # The keeper of a rank's memory (docs/links.md) is its child, with its words and its variables.
+        return {rank: pid for pid, rank in ranks.items() if parents[pid] not in ranks}
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@ torch, one after the other.
 
 Requests come as lines of JSON on stdin. ``{"begin": {...}}`` forks a rank, with the fields of :class:`RankRequest`;
 ``{"end": "kill"}`` sends the rank SIGKILL, ``{"end": "wait"}`` waits for its end. On stdout the host says what happens:
-``ready``, once the rank has exchanged something; ``raised``, when and with which words an exchange raised; ``killed``
-and when; ``ended``. Times are those of the host's monotonic clock, in seconds.
+``listening``, on which port rank 0 awaits the others; ``ready``, once the rank has exchanged something; ``raised``,
+when and with which words an exchange raised; ``killed`` and when; ``ended``. Times are those of the host's monotonic
+clock, in seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class RankRequest:
     rank: int
     size: int
     variables: dict[str, str]
-    """Of its environment: the launcher's, and what a row changes."""
+    """Of its environment: the launcher's, and what a row changes. Rank 0's has no MASTER_PORT: rank 0 chooses it."""
     exchanged_bytes: int
     """Of float32 in one allreduce."""
     memory_bytes: int
@@ -81,10 +82,12 @@ def _exchange(request: RankRequest) -> bool:
     import commlab
 
     os.environ.update(request.variables)
+    listening = [_listen()] if request.rank == 0 else []
     held = [torch.ones(1 << 20) for _ in range(request.memory_bytes >> 22)]
     tensor = torch.full((request.exchanged_bytes // 4,), float(request.rank))
     try:
         group = commlab.init(transport="torch", nodes="1", window="off", links="tcp", timeout_s=60)
+        listening.clear()  # commlab's own store holds the port now
         for _ in range(WARM_UPS):
             commlab.allreduce(tensor, "max", group=group)
         say(event="ready", held_bytes=sum(each.nbytes for each in held))
@@ -96,6 +99,20 @@ def _exchange(request: RankRequest) -> bool:
     except BaseException as error:
         say(event="failed", text=repr(error))
         raise
+
+
+def _listen() -> Any:
+    """A store on a port that the kernel chooses, and the word to all where it is.
+
+    A port that somebody else has found free may be taken by the time that rank 0 opens it. The store that commlab opens
+    at MASTER_PORT shares this one's server, since torch lets several in one process do so.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    os.environ["MASTER_PORT"] = str(store.port)
+    say(event="listening", port=store.port)
+    return store
 
 
 if __name__ == "__main__":

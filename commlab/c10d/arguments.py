@@ -26,6 +26,11 @@ def with_op(asked: Any, kind: Any) -> Any:
     return opts
 
 
+def op_text(reduce_op: Any) -> str:
+    """A reduction's name: SUM, BAND, ..."""
+    return str(getattr(reduce_op, "op", reduce_op)).rpartition(".")[2]
+
+
 def with_root(asked: Any, kind: Any, op: Any = None) -> Any:
     """Options, also where the caller gave a bare root or nothing."""
     if hasattr(asked, "timeout"):

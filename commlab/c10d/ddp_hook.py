@@ -1,7 +1,7 @@
 """DDP's communication hook: buckets travel while backward goes on, without a thread; a 16-bit wire with one rounding.
 
-DDP alone asks for a bucket's future at once, so where no core is free every bucket is waited for before backward goes
-on. The hook knows which bucket is the last one: the others are only moved on, and are waited for with the last.
+Without a hook the buckets of a group of commlab's are waited for in the same place, at the end of backward
+(:mod:`.backward`). The hook needs no call of the engine for that: it knows which bucket is the last one.
 """
 
 # No `from __future__ import annotations` here: DDP compares the annotations of a hook, which would be texts.

@@ -2,8 +2,9 @@
 
 Whether an operation goes there depends on its kind, reduction, dtype, device and layout alone, so that all ranks choose
 alike; a collective that is left to gloo keeps its place among the group's own, where ranks compare that all of them
-leave it. The gloo group is made by its first use, and connects a pair of ranks by their first message: so a rank may
-make it alone, as a receive from one peer does.
+leave it, and then whether gloo has begun it: what gloo refuses on all ranks ends no group. The gloo group is made by
+its first use, and connects a pair of ranks by their first message: so a rank may make it alone, as a receive from one
+peer does.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..errors import AgreedError, CommlabError
 from ..native.versions import count_write
 from ..runtime.agreement import Signature
+from ..runtime.control import sides_of
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..transport.base import Pending
+from ..transport.gloo import group_of
+from .arguments import op_text
 
 
 def _lazy_devices() -> list[Any]:
@@ -38,17 +44,9 @@ def connects_lazily() -> bool:
     return "lazy_init" in (dist.ProcessGroupGloo.create_default_device.__doc__ or "")
 
 
-def set_default(group: Any, kind: Any) -> None:
-    """Tell C++ which kind of backend ``group`` asks first. Up to torch 2.5 a group knows that since it was made."""
-    if hasattr(group, "_set_default_backend"):
-        group._set_default_backend(kind)
-
-
 def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
-    """A group of gloo alone. It is a ``ProcessGroup`` of exactly that type, whose methods let go of the GIL; those that
-    a Python subclass inherits don't, and would lock out the thread that gloo needs."""
+    """A group of gloo alone."""
     gloo_store = dist.PrefixStore("gloo", store)
-    make_group: Any = dist.ProcessGroup
     make_backend: Any = dist.ProcessGroupGloo
     try:
         options = make_backend._Options()
@@ -56,16 +54,22 @@ def make_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> di
         gloo = make_backend(gloo_store, rank, size, options)
     except (TypeError, AttributeError):
         gloo = make_backend(gloo_store, rank, size, timeout)
-    kind = make_group.BackendType.GLOO
+    return group_of(gloo, gloo_store, ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+
+
+@cache
+def refusal_of(reduction: Any, dtype: torch.dtype) -> str:
+    """Why gloo does not reduce dense tensors of ``dtype`` by ``reduction``, with its own words; empty where it does.
+    Asked of a group of one rank: among several gloo says it late, in a thread, when peers may be under way."""
+    alone = make_gloo(dist.HashStore(), 0, 1, _PROBE_LIMIT)
+    options = dist.AllreduceOptions()
+    options.reduceOp = reduction
     try:
-        plain = make_group(gloo_store, rank, size)
-    except TypeError:
-        # Up to torch 2.5 a group is told its backend when it is made.
-        plain = make_group(gloo_store, rank, size, make_group.Options("gloo"))
-    set_default(plain, kind)
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        plain._register_backend(torch.device(device), kind, gloo)
-    return plain  # type: ignore[no-any-return]
+        alone.allreduce([torch.ones(1, device="cpu").to(dtype)], options).wait()
+    except Exception as error:
+        said = "".join(filter(str.isprintable, str(error).partition("\n")[0])) or type(error).__name__
+        return f"{op_text(reduction)} of {str(dtype).removeprefix('torch.')} is left to gloo, which says: {said}"
+    return ""
 
 
 class _Polled:
@@ -81,14 +85,51 @@ class _Polled:
         return self._peers
 
 
-def leave(group: Group, kind: str, sample: torch.Tensor, detail: str, outs: Any, start: Callable[[], Any]) -> Handle:
+_PROBE_LIMIT = timedelta(seconds=10)
+
+_SAID_BYTES = 256
+"""So much of gloo's refusal the other ranks are told."""
+
+
+def leave(
+    group: Group,
+    kind: str,
+    sample: torch.Tensor,
+    detail: str,
+    outs: Any,
+    start: Callable[[], Any],
+    *,
+    shape: tuple[int, ...] = (),
+    refusal: str = "",
+) -> Handle:
     """A collective that gloo carries out, in its place among those of ``group``. ``start()`` gives gloo's work, which
-    writes ``outs``; ``sample``: a tensor whose dtype, layout and device are every rank's, as ``detail`` is."""
+    writes ``outs``; ``sample``: a tensor whose dtype, layout and device are every rank's, as ``detail`` and ``shape``
+    are. ``refusal``: why it need not even be tried. The handle ends with AgreedError where the operation is refused on
+    all ranks, after which the group goes on; and with CommlabError, on all ranks, where gloo refuses on some only."""
     count_write(_flat(outs))
     peers = [peer for peer in range(group.size) if peer != group.rank]
 
     def body() -> Pending:
-        work = start()
+        if refusal:  # a rank alone has nobody to agree with
+            raise AgreedError(f"rank {group.rank}: {refusal}")
+        cause: Exception | None = None
+        try:
+            work = start()
+        except Exception as error:
+            cause = error
+        said = b"" if cause is None else (str(cause) or type(cause).__name__).encode(errors="backslashreplace")
+        texts = [said[:_SAID_BYTES].ljust(_SAID_BYTES, b"\0")]
+        if group.size > 1:
+            exchange = group.transport.exchange(texts[0])
+            while not exchange.test():
+                yield exchange
+            texts = exchange.records()
+        words = [text.rstrip(b"\0").decode(errors="replace") for text in texts]
+        if all(words):
+            raise AgreedError(f"rank {group.rank}: {kind} by gloo: {words[group.rank]}") from cause
+        if any(words):
+            sides = sides_of([text or "has begun it" for text in words])
+            raise CommlabError(f"rank {group.rank}: {kind} by gloo is refused on some ranks only: {sides}") from cause
         request = _Polled(work, peers)
         while not request.test():
             yield request
@@ -96,7 +137,7 @@ def leave(group: Group, kind: str, sample: torch.Tensor, detail: str, outs: Any,
 
     layout = str(sample.layout).removeprefix("torch.")
     words = ", ".join(filter(None, (f"by gloo, {layout} on {sample.device.type}", detail)))
-    return group.submit(Signature(kind, (), sample.dtype, detail=words), body())
+    return group.submit(Signature(kind, shape, sample.dtype, detail=words, refusal=refusal), body())
 
 
 def _flat(tensors: Any) -> Iterator[torch.Tensor]:

@@ -15,8 +15,10 @@ import torch.distributed as dist
 from ..errors import UsageError
 from ..runtime.group import Group
 from ..runtime.handle import Handle
+from ..transport.gloo import set_default
 from .connect import Member, connect
-from .fallback import connects_lazily, leave, make_gloo, set_default
+from .fallback import connects_lazily, leave, make_gloo, refusal_of
+from .tensors import movable
 from .window_tensor import tensor_in
 from .work import CommlabWork, Futures, Kept, torch_keeps_works
 
@@ -128,14 +130,29 @@ class Membership(_ProcessGroup):  # type: ignore[misc]
                     self._plain = plain
         return self._plain
 
-    def _left(self, kind: str, sent: Any, outs: Any, start: Callable[[Any], Any], detail: str = "") -> CommlabWork:
-        """A collective for gloo. ``sent``: tensors of the dtype that all ranks have; ``start(gloo)`` gives its work."""
+    def _left(
+        self,
+        kind: str,
+        sent: Any,
+        outs: Any,
+        start: Callable[[Any], Any],
+        detail: str = "",
+        *,
+        shape: tuple[int, ...] = (),
+        reduction: Any = None,
+        after: Callable[[], None] | None = None,
+    ) -> CommlabWork:
+        """A collective for gloo. ``sent``: tensors of the dtype that all ranks have; ``shape``: what else must be
+        equal, where anything must; ``reduction``: what gloo may not have for the dtype; ``start(gloo)`` gives its
+        work; ``after()``: what remains to be done here."""
         sample = sent
         while not isinstance(sample, torch.Tensor):
             sample = sample[0]
         gloo = self._gloo()
-        handle = leave(self.group, kind, sample, detail, outs, lambda: start(gloo))
-        return self.work((handle,), outs)
+        known = reduction is not None and movable(sample)
+        refusal = refusal_of(reduction, sample.dtype) if known else ""
+        handle = leave(self.group, kind, sample, detail, outs, lambda: start(gloo), shape=shape, refusal=refusal)
+        return self.work((handle,), outs, after)
 
     # --- Life
 

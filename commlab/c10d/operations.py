@@ -54,48 +54,71 @@ OPS: Final = {
 }
 """Reductions that commlab knows; what else there is (bitwise ones, PREMUL_SUM) is gloo's."""
 
-_SMALL_INTEGERS: Final = (torch.uint8, torch.int8, torch.int16)
-"""Reduced as int32, and cut back: sums and products are the same modulo 256 or 65536."""
+_OF_BOOLS: Final = {
+    _KINDS.SUM: "max",
+    _KINDS.MAX: "max",
+    _KINDS.BOR: "max",
+    _KINDS.PRODUCT: "min",
+    _KINDS.MIN: "min",
+    _KINDS.BAND: "min",
+    _KINDS.BXOR: "sum",
+}
+"""The reductions of bools, as numbers 0 and 1; of the sum of an exclusive or only the last bit counts."""
 
-
-def op_of(reduce_op: Any) -> str | None:
-    """commlab's name of a reduction."""
-    return OPS.get(getattr(reduce_op, "op", reduce_op))
+_AS_INT32: Final = (torch.uint8, torch.int8, torch.int16, torch.bool)
+"""Reduced as int32, and cut back: sums and products of integers are the same modulo 256 or 65536."""
 
 
 class _Reduced:
-    """A tensor as commlab reduces it: another dtype, and a division at the end, where torch's contract wants that."""
+    """A tensor as commlab reduces it by ``op``: another dtype, and something to do at the end, where torch's contract
+    wants that. ``width``: how many of the numbers in ``flat`` are one of the tensor's."""
 
-    __slots__ = ("divisor", "flat", "op")
+    __slots__ = ("divisor", "flat", "modulus", "op", "width")
 
-    def __init__(self, tensor: torch.Tensor, op: str, size: int):
-        self.flat, self.op, self.divisor = flat_of(tensor), op, 1
-        if op == "mean" and not tensor.dtype.is_floating_point:
+    def __init__(self, tensor: torch.Tensor, op: str, size: int, modulus: int):
+        self.flat, self.op, self.divisor, self.modulus, self.width = flat_of(tensor), op, 1, modulus, 1
+        if tensor.is_complex():
+            self.flat, self.width = torch.view_as_real(self.flat).view(-1), 2
+        elif op == "mean" and not tensor.dtype.is_floating_point:
             # What NCCL does, and what programs written for it rely on: a quotient that is cut to an integer.
             self.op, self.divisor = "sum", size
-        if tensor.dtype in _SMALL_INTEGERS:
+        if tensor.dtype in _AS_INT32:
             self.flat = self.flat.to(torch.int32)
 
     def finish(self, reduced: torch.Tensor, target: torch.Tensor) -> None:
         """Write what became of the numbers into ``target``."""
         if self.divisor > 1:
             reduced = reduced.div(self.divisor, rounding_mode="trunc")
-        write(target, reduced)
+        if self.modulus:
+            reduced = reduced % self.modulus
+        write(target, torch.view_as_complex(reduced.view(-1, 2)) if self.width > 1 else reduced)
 
     def lies_in(self, target: torch.Tensor) -> bool:
         """Whether the numbers are reduced in place and nothing remains to be done."""
-        return self.divisor == 1 and self.flat.data_ptr() == target.data_ptr() and self.flat.dtype is target.dtype
+        in_place = self.flat.data_ptr() == target.data_ptr() and (self.flat.dtype is target.dtype or self.width > 1)
+        return in_place and self.divisor == 1
 
 
-def reduced(tensor: torch.Tensor, op: str | None, size: int) -> _Reduced | None:
+def reduced(tensor: torch.Tensor, reduce_op: Any, size: int) -> _Reduced | None:
     """None for what commlab does not reduce."""
-    if op is None or not movable(tensor) or not (tensor.dtype in DTYPES or tensor.dtype in _SMALL_INTEGERS):
+    kind, dtype, modulus = getattr(reduce_op, "op", reduce_op), tensor.dtype, 0
+    if dtype is torch.bool:
+        op = _OF_BOOLS.get(kind)
+        modulus = 2 if kind == _KINDS.BXOR else 0
+    else:
+        op = OPS.get(kind)
+    if op is None or not movable(tensor):
         return None
-    return _Reduced(tensor, op, size)
+    if dtype.is_complex:
+        if op not in ("sum", "mean") or dtype.to_real() not in DTYPES:
+            return None
+    elif dtype not in DTYPES and dtype not in _AS_INT32:
+        return None
+    return _Reduced(tensor, op, size, modulus)
 
 
 def allreduce(pg: Members, tensors: Tensors, reduce_op: Any, awaited: bool) -> Work:
-    numbers = reduced(tensors[0], op_of(reduce_op), pg.size()) if len(tensors) == 1 else None
+    numbers = reduced(tensors[0], reduce_op, pg.size()) if len(tensors) == 1 else None
     if numbers is None:
         return None
     tensor, group, span = tensors[0], pg.group, pg.begin("all_reduce", tensors)
@@ -113,8 +136,7 @@ def allreduce(pg: Members, tensors: Tensors, reduce_op: Any, awaited: bool) -> W
 
 def allreduce_coalesced(pg: Members, tensors: Tensors, reduce_op: Any) -> Work:
     """All tensors of a dtype in one allreduce."""
-    op = op_of(reduce_op)
-    found = [reduced(tensor, op, pg.size()) for tensor in tensors]
+    found = [reduced(tensor, reduce_op, pg.size()) for tensor in tensors]
     if not tensors or any(numbers is None for numbers in found):
         return None
     span = pg.begin("all_reduce", tensors)
@@ -139,7 +161,7 @@ def allreduce_coalesced(pg: Members, tensors: Tensors, reduce_op: Any) -> Work:
 
 
 def reduce(pg: Members, tensors: Tensors, root: int, reduce_op: Any) -> Work:
-    numbers = reduced(tensors[0], op_of(reduce_op), pg.size()) if len(tensors) == 1 else None
+    numbers = reduced(tensors[0], reduce_op, pg.size()) if len(tensors) == 1 else None
     if numbers is None:
         return None
     tensor, flat, span = tensors[0], numbers.flat, pg.begin("reduce", tensors)
@@ -159,7 +181,7 @@ def reduce_scatter(pg: Members, out: torch.Tensor, parts: Tensors, reduce_op: An
         return None
     with torch.no_grad():
         whole = torch.cat([flat_of(part) for part in parts]) if len(parts) > 1 else flat_of(parts[0])
-    numbers = reduced(whole, op_of(reduce_op), size)
+    numbers = reduced(whole, reduce_op, size)
     if numbers is None:
         return None
     sizes = [part.numel() for part in parts] if len(parts) > 1 else [whole.numel() // size] * size
@@ -175,7 +197,8 @@ def reduce_scatter(pg: Members, out: torch.Tensor, parts: Tensors, reduce_op: An
     flat, span = numbers.flat, pg.begin("reduce_scatter" if len(parts) > 1 else "_reduce_scatter_base", parts)
     if len(parts) == 1 and flat.data_ptr() == parts[0].data_ptr():
         flat = flat.clone()
-    handle = reduce_chunks_async(flat, adjoining(sizes), numbers.op, group=pg.group)
+    chunks = adjoining([part * numbers.width for part in sizes])
+    handle = reduce_chunks_async(flat, chunks, numbers.op, group=pg.group)
     return pg.work((handle,), [out], lambda: numbers.finish(handle.result, out), span)
 
 

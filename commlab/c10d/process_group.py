@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch.distributed as dist
 from ..native.versions import count_write
 from ..runtime.agreement import Signature
 from . import operations
-from .arguments import listed, present, rows_of, with_op, with_root
+from .arguments import listed, op_text, present, rows_of, with_op, with_root
 from .membership import Membership
 from .monitor import monitored_barrier
-from .tensors import movable
+from .tensors import flat_of, movable, write, write_all
 from .work import CommlabWork
 
 
@@ -30,31 +30,32 @@ class CommlabProcessGroup(Membership):
         tensors, opts = listed(tensors), with_op(opts, dist.AllreduceOptions)
         awaited = getattr(opts, "asyncOp", True) is False
         work = operations.allreduce(self, tensors, opts.reduceOp, awaited)
-        return work or self._left("allreduce", tensors, tensors, lambda gloo: gloo.allreduce(tensors, opts))
+        return work or self._left_reduction("allreduce", tensors, opts, lambda gloo, flats: gloo.allreduce(flats, opts))
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts or dist.AllreduceCoalescedOptions()
         work = operations.allreduce_coalesced(self, tensors, opts.reduceOp)
-        return work or self._left("allreduce", tensors, tensors, lambda gloo: gloo.allreduce_coalesced(tensors, opts))
+        return work or self._left_reduction(
+            "allreduce", tensors, opts, lambda gloo, flats: gloo.allreduce_coalesced(flats, opts)
+        )
 
     def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None) -> Any:
         tensors, opts = listed(tensors), with_root(opts, dist.ReduceOptions, op)
         work = operations.reduce(self, tensors, opts.rootRank, opts.reduceOp)
-        written, root = (tensors if self.rank() == opts.rootRank else []), f"root {opts.rootRank}"
-        return work or self._left("reduce", tensors, written, lambda gloo: gloo.reduce(tensors, opts), root)
+        return work or self._left_reduction(
+            "reduce", tensors, opts, lambda gloo, flats: gloo.reduce(flats, opts), opts.rootRank
+        )
 
     def reduce_scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, opts = listed(outs), with_op(opts, dist.ReduceScatterOptions)
         ins = ins if isinstance(ins[0], (list, tuple)) else [ins]
         work = operations.reduce_scatter(self, outs[0], ins[0], opts.reduceOp) if len(outs) == 1 else None
-        return work or self._left("reduce_scatter", ins, outs, lambda gloo: gloo.reduce_scatter(outs, ins, opts))
+        return work or self._left_reduce_scatter(outs, ins, opts)
 
     def reduce_scatter_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
         opts = with_op(opts, dist.ReduceScatterOptions)
         work = operations.reduce_scatter(self, out, [tensor], opts.reduceOp)
-        return work or self._left(
-            "reduce_scatter", [tensor], [out], lambda gloo: gloo._reduce_scatter_base(out, tensor, opts)
-        )
+        return work or self._left_reduce_scatter([out], [[tensor]], opts)
 
     _reduce_scatter_base = reduce_scatter_single
 
@@ -175,6 +176,44 @@ class CommlabProcessGroup(Membership):
         if len(tensors) != self.size():
             raise ValueError(f"rank {self.rank()}: {kind} of {len(tensors)} tensors among {self.size()} ranks")
         return list(tensors)
+
+    def _left_reduction(
+        self, kind: str, tensors: Any, opts: Any, start: Callable[[Any, Any], Any], root: int | None = None
+    ) -> CommlabWork:
+        """A reduction for gloo, of which ranks compare the sizes and the operator too. gloo takes a tensor's memory for
+        its numbers in order, and would reduce others where it is not contiguous."""
+        dense, written = all(map(movable, tensors)), tensors if root in (None, self.rank()) else []
+        flats = [flat_of(tensor) for tensor in tensors] if dense else tensors
+        return self._left(
+            kind,
+            tensors,
+            written,
+            lambda gloo: start(gloo, flats),
+            op_text(opts.reduceOp) + ("" if root is None else f", root {root}"),
+            shape=(sum(tensor.numel() for tensor in tensors),),
+            reduction=opts.reduceOp,
+            after=(lambda: write_all(written, flats[: len(written)])) if dense else None,
+        )
+
+    def _left_reduce_scatter(self, outs: Any, ins: Any, opts: Any) -> CommlabWork:
+        """As gloo does it, by an allreduce of all parts. Not by its own reduce_scatter, whose works never say that they
+        are complete."""
+        if len(outs) != 1:
+            raise ValueError(f"rank {self.rank()}: reduce_scatter of {len(outs)} tensors; a rank has one on the CPU")
+        out, parts = outs[0], ins[0]
+        whole = torch.cat([part.detach().reshape(-1) for part in parts])
+        before = sum(part.numel() for part in parts[: self.rank()]) if len(parts) > 1 else self.rank() * out.numel()
+        asked = with_op(opts.reduceOp, dist.AllreduceOptions)
+        return self._left(
+            "reduce_scatter",
+            whole,
+            outs,
+            lambda gloo: gloo.allreduce([whole], asked),
+            op_text(opts.reduceOp),
+            shape=(whole.numel(),),
+            reduction=opts.reduceOp,
+            after=lambda: write(out, whole[before : before + out.numel()]),
+        )
 
     def _rows(self, whole: torch.Tensor, splits: Sequence[int]) -> list[torch.Tensor]:
         return rows_of(self.rank(), self.size(), whole, splits)

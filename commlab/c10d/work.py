@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..errors import PeerTimeoutError
 from ..runtime.handle import Handle
+from .backward import AtEnd, caller_of
 
 # The stubs have every version's names and overloads at once, which no class could satisfy.
 _ProcessGroup: Any = dist.ProcessGroup
@@ -22,10 +23,10 @@ _ProcessGroup: Any = dist.ProcessGroup
 class Futures:
     """Completes the futures of one group in the order in which they were asked for. ``threaded``: by a thread of its
     own, started with the first one; else whoever asks for a future waits for its operation, because where no core is
-    free a thread would only take one from the computation."""
+    free a thread would only take one from the computation. Those of DDP's buckets wait ``at_end`` of backward then."""
 
     def __init__(self, threaded: bool):
-        self.threaded = threaded
+        self.threaded, self.at_end = threaded, AtEnd()
         self._posted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -199,15 +200,21 @@ class CommlabWork(dist._Work):
         if self._future is None:
             # Built-in hooks of DDP want a future that knows its type. Only one that is complete can be made from
             # Python, and only 16 bits go through such a hook.
-            if not self._futures.threaded or self._ended or _is_halves(self._value):
+            base: Any = torch.futures.Future()
+            futures = self._futures
+            if self._ended or _is_halves(self._value):
                 self._complete_now()
-            else:
-                base: Any = torch.futures.Future()
+            elif futures.threaded:
                 self._future = base.then(self._outcome)
-                self._futures.post(lambda: self._complete(base))
+                futures.post(lambda: self._complete(base))
+            elif futures.at_end.put_off(lambda: self._complete(base), caller_of(1)):
+                self._future = base.then(self._outcome)
+            else:
+                self._complete_now()
         return self._future
 
     def _complete_now(self) -> None:
+        self._futures.at_end.complete_all()
         try:
             self._finish()
         except Exception:

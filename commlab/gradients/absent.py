@@ -94,8 +94,8 @@ class AbsentGradients:
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], strategy: str, instead: str):
         self._strategy, self._instead = strategy, instead
-        self._absent = [(name, tensor, AbsentGradient(tensor, self._text(name))) for name, tensor in tensors]
-        self._there = False
+        self.entries = [(name, tensor, AbsentGradient(tensor, self._text(name))) for name, tensor in tensors]
+        """The name of each parameter, the tensor, and what stands in its ``grad``."""
 
     def _text(self, name: str) -> str:
         return (
@@ -104,28 +104,8 @@ class AbsentGradients:
             f"another backward pass add to it. {self._instead}"
         )
 
-    def put(self) -> None:
-        """Let every ``p.grad`` say that it is on its way. Cost: about 0.6 us a tensor."""
-        for _, tensor, absent in self._absent:
-            tensor.grad = absent
-        self._there = True
-
-    def remove(self) -> Sequence[str]:
-        """Leave every ``p.grad`` None; the names of parameters whose ``p.grad`` was no longer what :meth:`put` has put
-        there. Nothing is done where nothing was put."""
-        changed: dict[str, None] = {}
-        if self._there:
-            for name, tensor, absent in self._absent:
-                if tensor.grad is not absent:
-                    changed[name] = None
-                tensor.grad = None
-            self._there = False
-        return tuple(changed)
-
     def complaint(self, rank: int, names: Sequence[str]) -> str:
-        """What to say of the names that :meth:`remove` has returned; empty where there are none."""
-        if not names:
-            return ""
+        """What to say of parameters ``names``, whose ``p.grad`` was no longer what stands there."""
         more = f" (and of {len(names) - 1} more)" if len(names) > 1 else ""
         return (
             f"rank {rank}: p.grad of {names[0]!r}{more} was set to something else between backward() and step(), which "

@@ -128,12 +128,17 @@ def address_of(what: str, tensor: Tensor, start: int, numel: int, item_bytes: in
     """The address of number `start` of the tensor, once it is certain that `numel` numbers lie there."""
     if 0 <= start <= start + numel <= tensor.numel() and tensor.is_cpu and tensor.is_contiguous():
         return tensor.data_ptr() + start * item_bytes
+    raise range_error(what, tensor, start, numel)
+
+
+def range_error(what: str, tensor: Tensor, start: int, numel: int) -> ValueError:
+    """For a tensor in whose memory `numel` numbers from `start` on do not lie side by side."""
     if not tensor.is_cpu or not tensor.is_contiguous():
-        raise ValueError(
+        return ValueError(
             f"native.{what} must be a contiguous CPU tensor, not shape {tuple(tensor.shape)}, "
             f"strides {tensor.stride()}, on {tensor.device}"
         )
-    raise ValueError(f"native.{what}[{start}:{start + numel}] reaches outside its tensor of {tensor.numel()} numbers")
+    return ValueError(f"native.{what}[{start}:{start + numel}] reaches outside its tensor of {tensor.numel()} numbers")
 
 
 def _part(tensor: Tensor, start: int, numel: int) -> Tensor:

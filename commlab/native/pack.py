@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from commlab.native import library
-from commlab.native.arithmetic import address_of
+from commlab.native.arithmetic import range_error
 from commlab.native.dtypes import DTYPES
 
 if TYPE_CHECKING:
@@ -56,17 +56,20 @@ class PackPlan:
             if not tensor.is_cpu:
                 raise ValueError(f"PackPlan: tensor {index} is on {tensor.device}; this plan packs CPU memory")
         self._tensors = list(tensors)
-        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._addresses = list(map(torch.Tensor.data_ptr, tensors))
         self._staged = [
             (tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
             for tensor in tensors
             if not tensor.is_contiguous()
         ]
         if self._native is not None:
-            staged = iter(self._staged)
-            self._native.set_addresses(
-                [tensor.data_ptr() if tensor.is_contiguous() else next(staged)[1].data_ptr() for tensor in tensors]
-            )
+            addresses = self._addresses
+            if self._staged:
+                staged = iter(self._staged)
+                addresses = [
+                    tensor.data_ptr() if tensor.is_contiguous() else next(staged)[1].data_ptr() for tensor in tensors
+                ]
+            self._native.set_addresses(addresses)
 
     def release(self) -> None:
         """Let go of the tensors, whose memory would live as long as the plan; it wants a "
@@ -102,9 +105,11 @@ class PackPlan:
         if wire.dtype is not self.wire:
             raise TypeError(f"PackPlan: made for a wire of {self.wire}, given one of {wire.dtype}")
         # `p.data = ...` moves a tensor without telling anybody: to look costs 0.1 us a tensor.
-        if [tensor.data_ptr() for tensor in self._tensors] != self._addresses:
+        if list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses:
             self.rebind(self._tensors)
-        return address_of("PackPlan wire", wire, wire_start, self.end, DTYPES[self.wire][1])
+        if not (0 <= wire_start <= wire.numel() - self.end and wire.is_cpu and wire.is_contiguous()):
+            raise range_error("PackPlan wire", wire, wire_start, self.end)
+        return wire.data_ptr() + wire_start * DTYPES[self.wire][1]
 
     def _torch_pack(self, wire: Tensor, scale: float) -> bool:
         finite = True

@@ -20,6 +20,7 @@ import torch
 from ..apex import Apex
 from ..checkpoint.pieces import MASTER, Piece, parameter_of, rebind, whole
 from ..gradients.parameters import NamedParameter
+from ..job.dynamo import uncompiled
 from ..native.norm import scale_
 
 _LEAST = 1e-37
@@ -76,7 +77,7 @@ class InPlaceMasters:
 
     def step(self, factor: float) -> None:
         scale_([item.tensor.grad for item in self._parameters if item.tensor.grad is not None], factor)
-        self._optimizer.step()
+        uncompiled(self._optimizer.step)
 
     def step_pieces(self, gradients: Sequence[torch.Tensor | None], factor: float) -> None:
         present = [gradient for gradient in gradients if gradient is not None]
@@ -100,7 +101,7 @@ class InPlaceMasters:
             device = self._parameters[0].tensor.device
             self._optimizer.grad_scale = torch.tensor(1.0 / factor, dtype=torch.float32, device=device)  # type: ignore[attr-defined]
         try:
-            self._optimizer.step()
+            uncompiled(self._optimizer.step)
         finally:
             if divides:
                 del self._optimizer.grad_scale  # type: ignore[attr-defined]
@@ -172,7 +173,7 @@ class Fp32Masters:
                 sources.append(gradient)
                 targets.append(master.grad)
         self._apex.scale(sources, targets, factor)
-        self._optimizer.step()
+        uncompiled(self._optimizer.step)
         for master in masters:
             master.grad = None
         self._apex.scale(masters, [parameter_of(piece) for piece in self.pieces], 1.0)

@@ -10,7 +10,8 @@ import torch
 
 from ..errors import UsageError
 
-_NOT_SENT = ("params", "param_names")
+NOT_SENT = ("params", "param_names")
+"""What a group of an optimizer has besides hyper-parameters."""
 
 
 class Hypers(NamedTuple):
@@ -38,7 +39,7 @@ def encode(
                 f"{groups}; build a new one to add a group"
             )
         sent = [
-            {key: _plain(value, at, key) for key, value in entry.items() if key not in _NOT_SENT}
+            {key: _plain(value, at, key) for key, value in entry.items() if key not in NOT_SENT}
             for at, entry in enumerate(optimizer.param_groups)
         ]
         for entry in sent:
@@ -54,6 +55,13 @@ def decode(data: bytes) -> Hypers:
     if groups is not None:
         groups = [{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()} for entry in groups]
     return Hypers(groups, sent["scale"])
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether ``value`` can't change without becoming another object, as tensors and lists do."""
+    if isinstance(value, tuple):
+        return all(map(is_fixed, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 def _plain(value: Any, at: int, key: str) -> Any:

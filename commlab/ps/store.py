@@ -170,7 +170,7 @@ class ParameterServer:
         self._keys.require(key, tensor, "push")
         if tensor.requires_grad or tensor.dim() != 1:
             tensor = tensor.detach().reshape(-1)
-        self._requests.send_hypers(self.clock, self._hypers)
+        self._requests.send_hypers(self.clock, self._hyper_values, self._hypers)
         return self._requests.push((key,), tensor, self.clock)
 
     def pull(self, key: str, out: torch.Tensor) -> Handle:
@@ -204,7 +204,7 @@ class ParameterServer:
         wire's dtype; adjoining slices travel in one message."""
         self._require_worker("push_flat")
         self._keys.require_flat(keys, flat, "push_flat", self._requests.wire)
-        self._requests.send_hypers(self.clock, self._hypers)
+        self._requests.send_hypers(self.clock, self._hyper_values, self._hypers)
         return self._requests.push(tuple(keys), flat, self.clock)
 
     def pull_flat(self, keys: Sequence[str], flat: torch.Tensor, *, exact: bool = False) -> Handle:
@@ -311,6 +311,15 @@ class ParameterServer:
             raise UsageError(f"rank {self._keys.rank}: {what}() on a parameter server that was closed")
         if self._left and what in ("push", "push_pull", "push_flat", "step", "leave"):
             raise UsageError(f"rank {self._keys.rank}: {what}() after leave(), after which a worker only pulls")
+
+    def _hyper_values(self) -> list[Any]:
+        """All that :meth:`_hypers` is made of."""
+        found: list[Any] = [self.lr_factor, self.grad_scale]
+        for entry in () if self.optimizer is None else self.optimizer.param_groups:
+            for key, value in entry.items():
+                if key not in hypers.NOT_SENT:
+                    found += (key, value)
+        return found
 
     def _hypers(self) -> bytes:
         try:

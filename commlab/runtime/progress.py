@@ -89,8 +89,12 @@ class Progress:
             finally:
                 self.leave()
             return operation.handle
-        self._append(operation)
-        self.poll()
+        self._queue.append(operation)
+        try:
+            self.poll()
+        finally:
+            if self._queue:  # most operations on one node have ended by now
+                self._register()
         if not awaited:
             self._work.set()
         return operation.handle
@@ -99,17 +103,18 @@ class Progress:
         """Queue an operation that has begun between :meth:`take` and :meth:`leave`: what another thread has appended
         meanwhile comes after it."""
         self._queue.appendleft(operation)
+        self._register()
+
+    def _register(self) -> None:
+        """Let others move this queue on, where it has no thread of its own."""
         if self._thread is None:
             begin_moving(self)
+            if not self._queue:  # another thread has ended what there was
+                stop_moving(self)
 
     def all_begun(self) -> bool:
         """Whether every operation that was submitted has been announced to the others."""
         return all(operation.begun for operation in self._queue)
-
-    def _append(self, operation: Operation) -> None:
-        self._queue.append(operation)
-        if self._thread is None:
-            begin_moving(self)
 
     def take(self) -> bool:
         """Whether nothing is under way, and operations are taken; then nothing starts before :meth:`leave`."""
@@ -143,12 +148,12 @@ class Progress:
             if self._queue:
                 self._queue.popleft()
         self._work.clear()
-        stop_moving(self)
+        if id(self) in under_way:
+            stop_moving(self)
         # What was submitted between the last look at the queue and now has set the flag in vain.
         if self._queue:
             self._work.set()
-            if self._thread is None:
-                begin_moving(self)
+            self._register()
         return None
 
     def _step(self, operation: Operation) -> bool:

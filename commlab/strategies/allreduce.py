@@ -30,7 +30,7 @@ from .options import Options
 from .protocol import Strategy
 from .reduced import ReducedGradient, whole_gradients
 from .start import close_buckets, start, start_buckets
-from .verdict import Verdict, agree, unused_on_all
+from .verdict import Verdict, unused_on_all
 
 
 class AllReduce(Strategy):
@@ -118,7 +118,9 @@ class AllReduce(Strategy):
                 own = split(bucket.numel, group.size)[group.rank]
                 squares += bucket.squares.of(bucket.flat[own.start : own.stop])
         refusal = edits.refusal()
-        verdict = agree(training, squares, finite, buckets.used, edits.digest(refusal, edited))
+        verdict = training.record.agree(
+            squares, finite, buckets.used, len(training.parameters), edits.digest(refusal, edited)
+        )
         edits.require_alike(verdict.edits, refusal, edited)
         self._pass_over(verdict.unused)
         return verdict

@@ -61,7 +61,8 @@ _CLOSE_FIRST = "call close() on that engine first, which gives model and optimiz
 
 class Claim:
     """An engine's hold on ``parameters`` and ``optimizer``. ``sharded``: the optimizer holds pieces or masters, which
-    mean nothing outside of the engine. ``zero_grad``: the engine's."""
+    mean nothing outside of the engine. ``zero_grad``: the engine's; ``before_step``: is called before each step of the
+    optimizer, and refuses those that are not the engine's."""
 
     def __init__(
         self,
@@ -69,21 +70,20 @@ class Claim:
         optimizer: torch.optim.Optimizer,
         parameters: Sequence[NamedParameter],
         zero_grad: Callable[[], None],
+        before_step: Callable[..., None],
         *,
         sharded: bool,
     ):
         self.who = f"an engine of strategy {strategy}"
         self.optimizer = optimizer
         self.train(parameters)
-        self.stepping = False
-        """Whether the engine itself calls the optimizer just now."""
         self._strategy = strategy
         self._handles: list[Any] = []
         with _lock:
             _claims.add(self)
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             return  # of a class that does not call torch.optim.Optimizer's constructor
-        self._handles.append(optimizer.register_step_pre_hook(self._require_stepping))
+        self._handles.append(optimizer.register_step_pre_hook(before_step))
         optimizer.zero_grad = lambda set_to_none=True: zero_grad()  # type: ignore[method-assign]
         if sharded:
             self._refuse("state_dict()", "engine.state_dict(), this rank's part, or commlab.checkpoint.Checkpoints")
@@ -97,13 +97,6 @@ class Claim:
         # torch.utils.swap_tensors() would take the hooks off a parameter in silence. It refuses a tensor that has weak
         # references.
         self._pins = [weakref.ref(item.tensor) for item in parameters]
-
-    def _require_stepping(self, *_: Any) -> None:
-        if not self.stepping:
-            raise UsageError(
-                f"optimizer.step() of an optimizer that {self.who} drives: gradients are agreed on in engine.step(), "
-                "which steps the optimizer; call engine.step(), or engine.close() first"
-            )
 
     def _refuse(self, call: str, instead: str) -> None:
         def refuse(*_: Any) -> None:

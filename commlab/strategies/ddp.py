@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import AgreedError, UsageError
+from ..errors import AgreedError
 from ..gradients.own_hooks import OwnHook
 from ..runtime.control import gather_bytes
 from ..runtime.elsewhere import waiting_elsewhere
 from ..runtime.group import Group
+from ..transport.gloo import group_of
 from ..transport.rendezvous import join_store, open_store
 from .changes import Roster
 from .external import External
@@ -44,11 +45,7 @@ def _process_group(group: Group) -> dist.ProcessGroup:
         address = gather_bytes(group, address, "address of torch's store")[0]
         store = server or join_store(address, group.size, group.timeout_s)
         gloo = dist.ProcessGroupGloo(store, group.rank, group.size, timedelta(seconds=group.timeout_s))
-        made = dist.ProcessGroup(store, group.rank, group.size)
-        kind = dist.ProcessGroup.BackendType.GLOO
-        made._set_default_backend(kind)
-        for device in ("cpu", "cuda"):
-            made._register_backend(torch.device(device), kind, gloo)
+        made = group_of(gloo, store, ("cpu", "cuda"))
         _kept.append(made)
         _process_groups[group] = made
     return _process_groups[group]
@@ -73,8 +70,6 @@ class Ddp(External):
     name = "ddp"
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group, options: Options):
-        if not hasattr(dist.ProcessGroup, "_set_default_backend"):
-            raise UsageError(f"strategy ddp needs torch 2.6 or later, and this is {torch.__version__}; use allreduce")
         super().__init__(model, optimizer, group, options)
         self._look: Callable[[], None] = lambda: None
         self._is_ready = False

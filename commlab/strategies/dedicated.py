@@ -27,6 +27,7 @@ from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import GradientBuckets, Waitable
 from ..gradients.parameters import members_of
+from ..job.dynamo import uncompiled
 from ..ps.consistency import parse
 from ..ps.elementwise import require_nothing_whole
 from ..ps.placement import Slice
@@ -37,14 +38,14 @@ from . import server_state
 from .changes import Roster
 from .copies import start_from_rank_0
 from .edits import Edits
-from .flat import own_memory, require_in_place
+from .flat import own_memory
 from .late_pulls import Pulls
 from .options import Options
 from .protocol import Strategy
 from .reduced import ReducedGradient
 from .served_buckets import BucketPushes, flattened, plan_served, with_gradients
 from .start import require_trainable, start
-from .verdict import Verdict, agree
+from .verdict import Verdict
 
 
 class Dedicated(Strategy):
@@ -105,16 +106,19 @@ class Dedicated(Strategy):
         self.buckets = self._start_buckets()
         if not averages:
             store.lr_factor = 1 / store.group.size
-        self._flats = [flattened(bucket) for bucket in self.buckets.buckets]
-        self.pulls = Pulls(model, store, self._flats, self._forward_waited)
+        flats = [flattened(bucket) for bucket in self.buckets.buckets]
+        self.pulls = Pulls(model, store, flats, self._forward_waited)
         self._accounted_bytes = 0
-        self._absent = AbsentGradients(
-            [(item.name, item.tensor) for item in self.training.parameters],
-            f"{name} with dedicated servers",
-            "To clip the norm, give commlab.strategy() max_grad_norm=",
-        )
         self.edits = Edits(
-            self.training.group, self.training.parameters, instead="the next pull overwrites it from the servers"
+            self.training.group,
+            self.training.parameters,
+            instead="the next pull overwrites it from the servers",
+            absent=AbsentGradients(
+                [(item.name, item.tensor) for item in self.training.parameters],
+                f"{name} with dedicated servers",
+                "To clip the norm, give commlab.strategy() max_grad_norm=",
+            ),
+            lying=(name, self.training.structure),
         )
 
     def _start_buckets(self) -> GradientBuckets:
@@ -131,10 +135,10 @@ class Dedicated(Strategy):
     # A step.
 
     def complete(self) -> None:
-        self._absent.put()
+        self.edits.put_absent()
 
     def forget(self) -> None:
-        self._absent.remove()
+        self.edits.remove_absent()
 
     def reduced(self, scale: float) -> tuple[list[ReducedGradient], set[int]]:
         raise UsageError(
@@ -164,20 +168,23 @@ class Dedicated(Strategy):
 
     def agree(self) -> Verdict:
         """The servers' verdict, where they need one; each of them passes over parameters that nobody has pushed."""
+        self.edits.remove_absent()
+        refusal = self.edits.refusal()
         if not self.averages:
-            if refusal := self._refusal():
-                self._absent.put()
+            if refusal:
+                self.edits.put_absent()
                 raise UsageError(refusal)
             self.store.step(finite=self.buckets.finite)
             return Verdict(0.0, True, set())
         # Among the workers: servers compare what was pushed with what, but could tell one worker alone.
-        refusal = self._refusal()
         try:
-            told = agree(self.training, 0.0, self.buckets.finite, None, self.edits.digest(refusal))
+            told = self.training.record.agree(
+                0.0, self.buckets.finite, None, len(self.training.parameters), self.edits.digest(refusal)
+            )
             self.edits.require_alike(told.edits, refusal)
         except CommlabError:
             # No worker's clock has ended: step() can be called again, and pulls over what it was told of.
-            self._absent.put()
+            self.edits.put_absent()
             self.edits.note()
             raise
         ended = self.store.step(finite=told.finite)
@@ -188,18 +195,12 @@ class Dedicated(Strategy):
             squares=(answer.norm * self.training.precision.scale) ** 2, finite=told.finite and answer.finite
         )
 
-    def _refusal(self) -> str:
-        """What to say of edits that can't count; empty where there are none."""
-        changed = self._absent.remove()
-        return self._absent.complaint(self.training.group.rank, changed) or self.edits.refusal()
-
     def update(self, factor: float, unused: set[int]) -> None:
         # Of stand-ins without gradients, so that schedulers know that there was a step: servers clip and update.
-        self.training.optimizer.step()
+        uncompiled(self.training.optimizer.step)
 
     def pull(self) -> None:
         training = self.training
-        require_in_place(self.name, training, self._flats)
         self.pulls.ask()
         if training.options.overlap_pulls:
             self.pulls.end_step()

@@ -1,33 +1,41 @@
 """What users do to parameters and gradients beside the engine: seen before anything is updated.
 
+    at any time                  parameters are given other memory      model.half(), p.data = ...
     between two steps            parameters are written in place        p.mul_(0.5), Embedding(max_norm=1.0)
     between backward and step    gradients are edited                   clip_grad_norm_(...), p.grad = None
 
 torch counts the writes to a tensor, so to look costs a comparison of integers per parameter. Where every rank has
 parameters and gradients of its own, edits count, and must be the same on all ranks: a digest of what was edited travels
-with the verdict. Where ranks share one copy of the parameters, a write would count once per rank, and is refused.
+with the verdict. What can't count is refused, on all ranks: a write where ranks share one copy of the parameters, which
+would count once per rank, and an edit of a gradient that is on its way to others.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 
 from ..errors import AgreedError, DisagreementError
+from ..gradients.absent import AbsentGradients
 from ..gradients.parameters import NamedParameter
 from ..native.versions import count_write
-from ..runtime.control import exchange_records, gather_bytes
+from ..runtime.control import gather_bytes
 from ..runtime.group import Group
 from ..runtime.raw import fingerprint
+from .drift import different_parameter
+from .refusals import moved_text, piece_written_text, written_text
+from .structure import Structure
 
 REFUSED = 2**64 - 1
 """The digest of a rank that has something to refuse."""
 
 _PROBES = 256
 """About how many numbers of a buffer a probe compares."""
+
+_version, _address = attrgetter("_version"), torch.Tensor.data_ptr
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -62,7 +70,8 @@ class Edits:
 
     ``instead``: why a write between two steps can't count, where it can't: what every rank has is not its own.
     ``pieces``: the tensors that the optimizer has in place of parameters. ``shared``: flat buffers that the ranks of a
-    node share.
+    node share. ``absent``: what stands in ``p.grad`` where gradients are on their way to others. ``lying``: where
+    parameters are updated where they lie now, and must stay: the strategy's name, and the model's structure.
     """
 
     def __init__(
@@ -73,23 +82,44 @@ class Edits:
         instead: str = "",
         pieces: Iterable[tuple[str, torch.Tensor]] = (),
         shared: Iterable[tuple[str, torch.Tensor]] = (),
+        absent: AbsentGradients | None = None,
+        lying: tuple[str, Structure] | None = None,
     ):
         self._group, self._parameters, self._instead = group, parameters, instead
+        self._tensors = [item.tensor for item in parameters]
         self._pieces = list(pieces)
+        self._piece_tensors = [tensor for _, tensor in self._pieces]
         self._probes = [(name, Probe(flat)) for name, flat in shared]
         self._gradients: list[Gradient] = []
+        self._absent, self._away = absent, False
+        self._changed: Sequence[str] = ()
+        """Parameters whose ``p.grad`` was changed while it was absent."""
+        self._lying = lying
+        # Numbers, not tensors to compare with: where torch gives a storage other memory in place, all tensors that
+        # share it move, those kept here too.
+        self._addresses = [] if lying is None else list(map(_address, self._tensors))
         self.note()
+
+    def _moved(self) -> NamedParameter | None:
+        """A parameter that no longer lies where it is updated, or is another one by now; None where all do."""
+        if self._lying is None:
+            return None
+        addresses, structure = list(map(_address, self._tensors)), self._lying[1]
+        if addresses == self._addresses and structure.same_structure():
+            return None
+        present, rows = structure.present(), zip(self._parameters, addresses, self._addresses, strict=True)
+        return next((item for item, now, then in rows if now != then or id(item.tensor) not in present), None)
 
     # Parameters, between two steps.
 
     def note(self) -> None:
         """From here on a write to a parameter is the user's."""
-        self._versions = [item.tensor._version for item in self._parameters]
+        self._versions = list(map(_version, self._tensors))
         self.note_pieces()
 
     def note_pieces(self) -> None:
         """From here on a write to what the optimizer has is a write outside of its step."""
-        self._piece_versions = [tensor._version for _, tensor in self._pieces]
+        self._piece_versions = list(map(_version, self._piece_tensors))
         for _, probe in self._probes:
             probe.note()
 
@@ -102,7 +132,7 @@ class Edits:
     def exchanged(self) -> None:
         """Between two steps parameters have become those of other ranks. What the user has written is still seen."""
         before = {item.index for item in self.written_parameters()}
-        count_write([item.tensor for item in self._parameters])
+        count_write(self._tensors)
         for at, item in enumerate(self._parameters):
             if item.index not in before:
                 self._versions[at] = item.tensor._version
@@ -110,19 +140,19 @@ class Edits:
 
     def written_parameters(self) -> list[NamedParameter]:
         """The parameters that were written since :meth:`note`."""
-        return [
-            item
-            for item, version in zip(self._parameters, self._versions, strict=True)
-            if item.tensor._version != version
-        ]
+        versions = list(map(_version, self._tensors))
+        if versions == self._versions:
+            return []
+        rows = zip(self._parameters, versions, self._versions, strict=True)
+        return [item for item, now, then in rows if now != then]
 
     def written_pieces(self) -> list[str]:
         """What was written since :meth:`note` of what the optimizer has, or by ways that torch does not count."""
-        found = [
-            name
-            for (name, tensor), version in zip(self._pieces, self._piece_versions, strict=True)
-            if tensor._version != version
-        ]
+        found: list[str] = []
+        versions = list(map(_version, self._piece_tensors))
+        if versions != self._piece_versions:
+            rows = zip(self._pieces, versions, self._piece_versions, strict=True)
+            found = [name for (name, _), now, then in rows if now != then]
         return found + [name for name, probe in self._probes if probe.changed()]
 
     # Gradients, between backward and step.
@@ -152,25 +182,39 @@ class Edits:
         """The step is over, or dropped."""
         self._gradients = []
 
+    def put_absent(self) -> None:
+        """Let every ``p.grad`` say that the gradient is on its way. Cost: about 0.6 us a tensor."""
+        assert self._absent is not None
+        for _, tensor, absent in self._absent.entries:
+            tensor.grad = absent
+        self._away, self._changed = True, ()
+
+    def remove_absent(self) -> None:
+        """Leave every ``p.grad`` None, and note for :meth:`refusal` which was no longer what :meth:`put_absent` has put
+        there. Nothing is done where nothing was put."""
+        if not self._away or self._absent is None:
+            return
+        changed: dict[str, None] = {}
+        for name, tensor, absent in self._absent.entries:
+            if tensor.grad is not absent:
+                changed[name] = None
+            tensor.grad = None
+        self._away, self._changed = False, tuple(changed)
+
     # Agreement.
 
     def refusal(self) -> str:
-        """What to say of writes that cannot count; empty where there are none."""
+        """What to say of edits that can't count; empty where there are none."""
         rank = self._group.rank
+        # First: model.to() changes p.grad too, and the parameter matters more.
+        if self._lying is not None and (moved := self._moved()):
+            return moved_text(rank, moved.name, self._lying[0])
+        if self._absent is not None and self._changed:
+            return self._absent.complaint(rank, self._changed)
         if self._instead and (found := self.written_parameters()):
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            return (
-                f"rank {rank}: parameter {found[0].name!r}{more} was written between two steps, by something else than "
-                f"the engine; {self._instead}. Write parameters by engine.update_parameters(lambda model: ...), which "
-                "has the write count once, on all ranks"
-            )
+            return written_text(rank, [item.name for item in found], self._instead)
         if names := self.written_pieces():
-            return (
-                f"rank {rank}: {names[0]} was written outside of the optimizer's step, and other ranks may have "
-                "computed with it before. Where an optimizer exchanges parameters (eval() and train() of schedule-free "
-                "ones, the swap of SWA), call engine.settle() after it, on all ranks; write parameters yourself by "
-                "engine.update_parameters(lambda model: ...), and not through p.data"
-            )
+            return piece_written_text(rank, names[0])
         return ""
 
     def digest(self, refusal: str, edited: Sequence[NamedParameter] = ()) -> int:
@@ -201,7 +245,6 @@ class Edits:
 
     def _difference(self, edited: Sequence[NamedParameter]) -> str:
         """The first parameter that ranks have treated in different ways. Collective."""
-        count = len(self._parameters)
         for what, found, tensor_of, remedy in (
             (
                 "written between two steps",
@@ -218,23 +261,15 @@ class Edits:
             ),
         ):
             look: Callable[[NamedParameter], torch.Tensor | None] = tensor_of
-            digests = [0] * count
+            digests = [0] * len(self._parameters)
             for item in found:
                 digests[item.index] = _mix(0, item.index, _bits(look(item)))
-            records = exchange_records(self._group, struct.pack(f"<{count}Q", *digests), "what was edited")
-            rows = [struct.unpack(f"<{count}Q", record) for record in records]
-            for item in self._parameters:
-                column = [row[item.index] for row in rows]
-                if len(set(column)) > 1:
-                    # The most frequent one may be right; the others are named.
-                    usual = max(column, key=column.count)
-                    others = [rank for rank, each in enumerate(column) if each != usual]
-                    return (
-                        f"rank {self._group.rank}: parameter {item.name!r} was {what}, and not alike on all ranks: "
-                        f"ranks {', '.join(map(str, others))} differ from "
-                        f"{', '.join(str(rank) for rank in range(len(rows)) if rank not in others)}. Their parameters "
-                        f"would drift apart, so nothing was updated; {remedy}"
-                    )
+            if different := different_parameter(self._group, self._parameters, digests):
+                name, sides = different
+                return (
+                    f"rank {self._group.rank}: parameter {name!r} was {what}, and not alike on all ranks: {sides}. "
+                    f"Their parameters would drift apart, so nothing was updated; {remedy}"
+                )
         raise AssertionError("digests of ranks differ, and those of single parameters do not")
 
 

@@ -192,7 +192,7 @@ class Engine(TrainingSteps):
             return
         self._take_in_changes(closing=True)
         self._closed = True
-        self._comparisons.close()
+        self._training.record.close()
         try:
             self.strategy.close(state=state)
         finally:

@@ -21,7 +21,7 @@ from .options import Options
 from .protocol import Strategy
 from .reduced import ReducedGradient, whole_gradients
 from .start import start
-from .verdict import Verdict, agree
+from .verdict import Verdict
 
 
 class External(Strategy):
@@ -79,7 +79,9 @@ class External(Strategy):
         edited = edits.edited_gradients()
         digest = edits.digest(refusal, edited)
         # Of all ranks' equal squares rank 0's count.
-        verdict = agree(training, 0.0 if training.group.rank else squares, math.isfinite(squares), None, digest)
+        verdict = training.record.agree(
+            0.0 if training.group.rank else squares, math.isfinite(squares), None, len(training.parameters), digest
+        )
         edits.require_alike(verdict.edits, refusal, edited)
         return verdict
 

@@ -10,10 +10,16 @@ from ..runtime.control import gather_bytes, sides_of
 from .start import Training
 
 
-def not_finite_error(training: Training, buckets: GradientBuckets, instead: str) -> NotFiniteError:
+def not_finite_error(training: Training, buckets: GradientBuckets) -> NotFiniteError:
     """The error for a step that all ranks know to be not finite, equal on all of them but for the rank that raises it.
-    Collective. ``instead``: what to do."""
-    group = training.group
+    Collective."""
+    group, options = training.group, training.options
+    instead = 'Take a smaller learning rate, or clip; nonfinite="skip" leaves such steps out'
+    if options.nonfinite == "torch":
+        instead = (
+            f"It could not travel on wire {options.wire}: use precision fp16, which scales the loss and skips such "
+            'steps, or wire bf16 or none, or nonfinite="skip"'
+        )
     own = _what_is_not(training, buckets)
     everyones = [text.decode() for text in gather_bytes(group, own.encode(), "what is not finite")]
     known = [text or "all its own is finite" for text in everyones]

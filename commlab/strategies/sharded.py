@@ -31,7 +31,6 @@ from ..checkpoint.pieces import Piece
 from ..checkpoint.whole import regroup
 from ..chunks import Range, split
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
-from ..errors import UsageError
 from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket
 from ..gradients.hooks import Waitable
@@ -42,7 +41,7 @@ from ..runtime.group import Group
 from .changes import Roster
 from .copies import copy_from_rank_0, require_alike, tensors_of
 from .edits import Edits
-from .flat import own_memory, require_in_place
+from .flat import own_memory
 from .holders import choose
 from .layout import Layout
 from .options import Options
@@ -52,7 +51,7 @@ from .pushes import Pushes
 from .reduced import ReducedGradient
 from .server_pushes import ServerPushes
 from .start import give_memory_back, start, start_buckets
-from .verdict import Verdict, agree, unused_on_all
+from .verdict import Verdict, unused_on_all
 
 INSTEAD = (
     "To clip the norm, give commlab.strategy() max_grad_norm=; for everything else there is "
@@ -105,7 +104,7 @@ class Sharded(Strategy):
         self._layout = layout = Layout(training, self.buckets.buckets, self.owners)
         training.masters.own(layout.pieces())
         pieces = training.masters.pieces
-        self._absent = AbsentGradients(
+        absent = AbsentGradients(
             [(item.name, item.tensor) for item in training.parameters]
             + [(piece.parameter.name, piece.tensor) for piece in pieces],
             self.name,
@@ -121,6 +120,8 @@ class Sharded(Strategy):
             instead=ONE_COPY.format(self.name) if layout.one_copy else training.masters.instead,
             pieces=[(f"the optimizer's part of parameter {piece.parameter.name!r}", piece.tensor) for piece in pieces],
             shared=[(f"memory of {each.text}", each.flat) for each in layout.shared if each.flat.numel()],
+            absent=absent,
+            lying=(self.name, training.structure),
         )
 
     @staticmethod
@@ -152,10 +153,10 @@ class Sharded(Strategy):
         )
 
     def complete(self) -> None:
-        self._absent.put()
+        self.edits.put_absent()
 
     def forget(self) -> None:
-        self._absent.remove()
+        self.edits.remove_absent()
         self._edited = None
 
     def reduced(self, scale: float) -> tuple[list[ReducedGradient], set[int]]:
@@ -190,8 +191,8 @@ class Sharded(Strategy):
     def agree(self) -> Verdict:
         training, buckets, edits = self.training, self.buckets, self.edits
         squares, finite = 0.0, buckets.finite
-        changed = self._absent.remove()
-        refusal = (self._complaint(changed) if changed else "") or edits.refusal()
+        edits.remove_absent()
+        refusal = edits.refusal()
         if self._edited is not None:
             edited = [gradient for gradient in self._edited if gradient is not None]
             squares = norm_squared(map(self._counted, edited))
@@ -202,7 +203,7 @@ class Sharded(Strategy):
             squares = norm_squared(self._counted(push.result) for _, push in buckets.launched)
         elif training.wants_norm:
             squares = sum(bucket.squares.of(push.result) for bucket, push in buckets.launched)
-        verdict = agree(training, squares, finite, buckets.used, edits.digest(refusal))
+        verdict = training.record.agree(squares, finite, buckets.used, len(training.parameters), edits.digest(refusal))
         edits.require_alike(verdict.edits, refusal)
         return verdict
 
@@ -237,17 +238,7 @@ class Sharded(Strategy):
         topology = self.training.group.topology
         return [topology.local_rank(rank) for rank in range(topology.size)]
 
-    def _complaint(self, changed: Sequence[str]) -> str:
-        """What to say of parameters whose ``p.grad`` was ``changed``."""
-        try:
-            # model.to() changes both, and the parameter matters more.
-            require_in_place(self.name, self.training, self._layout.flats)
-        except UsageError as error:
-            return str(error)
-        return self._absent.complaint(self.training.group.rank, changed)
-
     def update(self, factor: float, unused: set[int]) -> None:
-        require_in_place(self.name, self.training, self._layout.flats)
         gradients = self._gradients(unused) if self._edited is None else self._edited
         self.training.masters.step_pieces(gradients, factor)
 

@@ -30,13 +30,14 @@ from ..runtime.control import raise_together
 from ..runtime.group import Group
 from ..window.memory import Window
 from .buffers import Buffers
-from .changes import Planned, Roster, Structure
+from .changes import Planned, Roster
 from .claims import require_free_model, require_free_optimizer
 from .copies import copy_from_rank_0, start_from_rank_0
 from .counts import StepCounts
 from .holders import Levels, require_node_memory
 from .options import Options
-from .record import StepRecord
+from .structure import Structure
+from .verdict import StepRecord
 
 
 @dataclass(eq=False)
@@ -61,6 +62,8 @@ class Training:
     """What the optimizer updates for the parameters."""
     counts: StepCounts
     """The token counts of the step that is under way."""
+    structure: Structure
+    """Sees when something else is to be trained."""
     record: StepRecord
     """What this rank says of the step that is under way, for the ranks to compare."""
     buffers: Buffers
@@ -85,12 +88,9 @@ class Training:
     """Seconds in which forward has waited for parameters, since the engine last took them into its times."""
     agreed: Named = field(init=False)
     """What all ranks have last agreed to train. Dedicated servers keep what is frozen among ``parameters``."""
-    structure: Structure = field(init=False)
-    """Sees when something else is to be trained."""
 
     def __post_init__(self) -> None:
         self.agreed = Named(list(self.parameters), list(self.frozen))
-        self.structure = Structure(self.model, self.optimizer)
 
     @property
     def in_window(self) -> bool:
@@ -158,7 +158,19 @@ def start(
         start_from_rank_0(group, model, optimizer, options)
     precision = Precision(options.precision, options.autocast, device, group, options.loss_scale)
     masters = precision.masters(model, parameters, optimizer, options.apex_level)
-    counts = StepCounts(group)
+    counts, structure = StepCounts(group), Structure(model, optimizer)
+    buffers = Buffers(model, options.buffers, group)
+    looks_at_losses = options.nonfinite != "torch" and precision.loss_scale is None
+    record = StepRecord(
+        group,
+        model,
+        optimizer,
+        precision.loss_scale,
+        counts,
+        structure,
+        buffers,
+        looks_at_losses=looks_at_losses,
+    )
     return Training(
         model,
         optimizer,
@@ -170,8 +182,9 @@ def start(
         precision,
         masters,
         counts,
-        StepRecord(group, model, optimizer, precision.loss_scale, counts),
-        Buffers(model, options.buffers, group),
+        structure,
+        record,
+        buffers,
         group,
         group.window if options.algorithm in ("auto", "window") else None,
         wants_norm=options.max_grad_norm is not None

@@ -24,7 +24,7 @@ from .comparisons import Comparisons
 from .nonfinite import not_finite_error
 from .protocol import Strategy
 from .reduced import ReducedGradient
-from .refusals import closed_error, gradients_left_error
+from .refusals import closed_error, closure_error, driven_error, gradients_left_error
 from .replan import take_in_changes
 
 
@@ -64,6 +64,8 @@ class TrainingSteps:
         self._training = training
         self._comparisons = Comparisons(strategy)
         self._closed = self.role == "server"
+        self._updating = False
+        """Whether the strategy updates, and may step the optimizer."""
         self._assigned_step: int | None = None
         """The step that ``turns()`` has given out last."""
         self._backward_done = False
@@ -79,7 +81,12 @@ class TrainingSteps:
         if self.role == "worker":
             training.structure.look()
             self._claim = Claim(
-                strategy.name, training.optimizer, training.parameters, self.zero_grad, sharded=training.planned.rebound
+                strategy.name,
+                training.optimizer,
+                training.parameters,
+                self.zero_grad,
+                self._require_updating,
+                sharded=training.planned.rebound,
             )
 
     @property
@@ -135,7 +142,7 @@ class TrainingSteps:
             raise UsageError("backward(None) is for a rank without samples: pass count=0 with it")
         self._require_no_gradients()
         counts.add(count, total)
-        self._comparisons.backward_begins(loss)
+        self._training.record.backward_begins(loss, buckets.syncing)
         if buckets.syncing and self.averages:
             counts.sum_counts()
         if loss_scale is not None:
@@ -203,27 +210,27 @@ class TrainingSteps:
         if self._closed:
             raise closed_error(self.role, "step()")
         if callable(number):
-            raise UsageError(
-                "engine.step() takes no closure: gradients are computed by engine.backward(), once a step. An engine "
-                "can't run an optimizer that evaluates the model again and again (LBFGS)"
-            )
+            raise closure_error()
         if not self._backward_done:
             raise UsageError("step() without a backward() outside no_sync(): there is no gradient to agree on")
-        strategy = self.strategy
+        strategy, training, record = self.strategy, self._training, self._training.record
+        every = self.options.check_replicas
+        due = self.averages and every > 0 and (training.steps + 1) % every == 0  # to compare copies
         started_s = time.perf_counter()
         with trace.span("exchange"):
-            self.buckets.wait()
+            strategy.buckets.wait()
             if self._reduced is not None:
                 for piece in self._reduced[0]:
                     piece.put_back()
-            self._comparisons.step_begins(self._assigned_step if number is None else number)
+            record.step_begins(self._assigned_step if number is None else number, training.steps)
             try:
                 verdict = strategy.agree()
-                self._comparisons.compare_replicas(verdict)
+                if due or verdict.written or self._comparisons.written_steps:
+                    self._comparisons.compare_replicas(verdict.written, due)
             except (AgreedError, DisagreementError):
                 if strategy.drops_steps:
                     self._drop()  # as on every other rank
-                    self._comparisons.step_dropped()
+                    record.reset()
                 raise
         agreed_s = time.perf_counter()
         with trace.span("update"):
@@ -236,13 +243,13 @@ class TrainingSteps:
                 self.grad_norm = verdict.squares**0.5 / scale
                 clip = clip_factor(self.grad_norm, self.options.max_grad_norm)
             if not verdict.finite and (rule == "error" or (rule == "torch" and self.options.wire is not None)):
-                self._refuse_not_finite(rule)
+                self._refuse_not_finite()
             if updates:
-                self._claim.stepping = True
+                self._updating = True
                 try:
                     strategy.update(clip / scale, verdict.unused)
                 finally:
-                    self._claim.stepping = False
+                    self._updating = False
             else:
                 self.skipped_steps += 1
             if loss_scale is not None:
@@ -255,28 +262,30 @@ class TrainingSteps:
                 strategy.edits.updated(verdict.unused)
             else:
                 strategy.edits.note()
-            self._comparisons.step_ends(verdict)
-        waited_s, self._training.forward_wait_s = self._training.forward_wait_s, 0.0
+            if due or verdict.buffers:
+                self._comparisons.make_buffers_alike(verdict.buffers, due)
+            record.reset()
+            if training.group.size > 1:
+                training.structure.took_note()
+        waited_s, training.forward_wait_s = training.forward_wait_s, 0.0
         self.times.forward_wait_s += waited_s
         self.times.exchange_s += waited_s + agreed_s - started_s + time.perf_counter() - updated_s
         self.times.update_s += updated_s - agreed_s
         self._begin_step()
         self._stale = strategy.keeps_gradients
-        self._training.steps += 1
+        training.steps += 1
         return updates
 
-    def _refuse_not_finite(self, rule: str) -> None:
+    def _require_updating(self, *_: object) -> None:
+        if not self._updating:
+            raise driven_error(self._claim.who)
+
+    def _refuse_not_finite(self) -> None:
         """Raise NotFiniteError; the step is dropped. Collective."""
-        instead = 'Take a smaller learning rate, or clip; nonfinite="skip" leaves such steps out'
-        if rule == "torch":
-            instead = (
-                f"It could not travel on wire {self.options.wire}: use precision fp16, which scales the loss and skips "
-                'such steps, or wire bf16 or none, or nonfinite="skip"'
-            )
-        error = not_finite_error(self._training, self.buckets, instead)
+        error = not_finite_error(self._training, self.buckets)
         self.strategy.pull()
         self._drop()
-        self._comparisons.step_dropped()
+        self._training.record.reset()
         raise error
 
     def zero_grad(self) -> None:
@@ -292,7 +301,7 @@ class TrainingSteps:
             )
         self.buckets.drain()
         self._drop()
-        self._comparisons.gradients_dropped()
+        self._training.record.gradients_dropped()
 
     def _drop(self) -> None:
         """Drop the step that is under way, and all gradients."""
@@ -302,7 +311,6 @@ class TrainingSteps:
         for tensor in own if self.options.partial else training.structure.parameters:
             tensor.grad = None
         self._begin_step()
-        self._comparisons.gradients_dropped()
 
     def _begin_step(self) -> None:
         self.buckets.reset()

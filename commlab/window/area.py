@@ -54,7 +54,7 @@ class Area:
         self._next = STAGING + 1
         self._vacant: deque[int] = deque()
         """Numbers for the next segments, in places of the table that were given back."""
-        self._starts: list[tuple[int, int]] = []
+        self.starts: list[tuple[int, int]] = []
         """(address, number) of the segments, ascending."""
         self._free: dict[int, list[Place]] = {}
         """Places that nobody has, by size: the next request of that size gets them."""
@@ -105,13 +105,13 @@ class Area:
         fd, mapping = self.memory(f"segment {number}", size_bytes)
         self.segments[number], self._segment_fds[number] = mapping, fd
         self.sync.add_segment(number, fd, size_bytes)
-        bisect.insort(self._starts, (mapping.address, number))
+        bisect.insort(self.starts, (mapping.address, number))
 
     def _give_back(self, number: int) -> None:
         """Nobody has anything of this segment any more: its memory goes once the peers have let go too."""
         self.sync.drop_segment(number)  # before the descriptor may mean something else
         mapping, fd = self.segments.pop(number), self._segment_fds.pop(number)
-        self._starts.remove((mapping.address, number))
+        self.starts.remove((mapping.address, number))
         self._forget_places(number)
         del self._taken[number]
         # The place in the table is used again, never the number: peers may still have the old memory mapped.
@@ -199,15 +199,6 @@ class Area:
                 self._forget_places(self._arena)
                 self._arena_soiled = max(self._arena_soiled, self.arena_used)
                 self.arena_used = self._stagger
-
-    def locate(self, address: int, size_bytes: int) -> Place | None:
-        """The place of this memory; None where it is none of this area."""
-        at = bisect.bisect_right(self._starts, (address, NOWHERE)) - 1
-        if at < 0:
-            return None
-        start, segment = self._starts[at]
-        offset = address - start
-        return Place(segment, offset) if offset + size_bytes <= self.segments[segment].size_bytes else None
 
 
 def _rounded(size_bytes: int) -> int:

@@ -48,25 +48,16 @@ class WindowWait:
         return () if late < 0 else (late,)
 
 
-class WindowExchange:
+class WindowExchange(WindowWait):
     """The agreement check in the window: records lie in the control pages, and the wait orders what follows."""
 
-    __slots__ = ("_wait", "_window")
+    __slots__ = ()
 
     def __init__(self, window: Window, number: int, attached: Attachment | None):
         """``attached``: what this rank publishes now; None where the rank has published everything already."""
-        self._window, self._wait = window, WindowWait(window)
+        self._window = window
         if attached is not None:
             window.sync.publish(number, *attached)
-
-    def test(self) -> bool:
-        return self._wait.test()
-
-    def block(self, timeout_s: float) -> None:
-        self._wait.block(timeout_s)
-
-    def peers(self) -> Sequence[int]:
-        return self._wait.peers()
 
     def agreed(self, record: bytes) -> bool:
         return bool(self._window.sync.agreed())

@@ -8,6 +8,7 @@ token before they touch a byte, because in another PID namespace the same path c
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import os
 import secrets
@@ -165,7 +166,14 @@ class Window:
 
     def locate(self, tensor: torch.Tensor) -> Place | None:
         """Where the tensor's data lie in this rank's area; None for an ordinary tensor."""
-        return self.area.locate(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        starts, address = self.area.starts, tensor.data_ptr()
+        at = bisect.bisect_right(starts, (address, NOWHERE)) - 1
+        if at < 0:
+            return None
+        start, segment = starts[at]
+        place = Place(segment, address - start)
+        end = place.offset + tensor.numel() * tensor.element_size()
+        return place if end <= self.area.segments[segment].size_bytes else None
 
     def mappings(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The whole segments, as uint8, that these tensors of any rank lie in, as this process has mapped them."""

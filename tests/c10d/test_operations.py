@@ -281,7 +281,10 @@ def test_autograd_hears_of_writes(forked: Forked, nodes: str) -> None:
 def left_by_one(rank: int, size: int) -> None:
     odd = rank == 1
     for make, op in (
-        (lambda: torch.ones(4, dtype=torch.bool if odd else torch.float32), dist.ReduceOp.SUM),
+        (
+            lambda: torch.ones(4, dtype=torch.int8 if odd else torch.float32),
+            getattr(dist.ReduceOp, "BOR" if odd else "SUM"),
+        ),
         (lambda: torch.ones(4).to_sparse() if odd else torch.ones(4), dist.ReduceOp.SUM),
         (lambda: torch.ones(4, dtype=torch.int32), dist.ReduceOp.BAND if odd else dist.ReduceOp.SUM),
     ):
@@ -292,12 +295,13 @@ def left_by_one(rank: int, size: int) -> None:
     # Where all leave it, it keeps its place among the others.
     works, found = [], []
     for at in range(3):
-        found += [torch.full((2,), rank == at % size), torch.full((5,), rank + at)]
-        works += [dist.all_reduce(each, dist.ReduceOp.MAX, async_op=True) for each in found[-2:]]
+        found += [torch.full((2,), 1 << rank), torch.full((5,), rank + at)]
+        ops = (dist.ReduceOp.BOR, dist.ReduceOp.MAX)
+        works += [dist.all_reduce(each, op, async_op=True) for each, op in zip(found[-2:], ops, strict=True)]
     works[-1].wait()
     for at, work in enumerate(works):
         work.wait()
-        assert found[at].tolist() == ([True] * 2 if at % 2 == 0 else [size - 1 + at // 2] * 5)
+        assert found[at].tolist() == ([2**size - 1] * 2 if at % 2 == 0 else [size - 1 + at // 2] * 5)
 
 
 def test_what_one_rank_leaves_to_gloo_is_a_disagreement(forked: Forked) -> None:

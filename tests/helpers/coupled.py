@@ -99,3 +99,13 @@ def errors_of(crew: Crew, task: Callable[[int], object]) -> list[str]:
         return ""
 
     return crew.all(attempt)
+
+
+def all_told(crew: Crew, engines: list[Engine], task: Callable[[int], object], *words: str) -> None:
+    """``task`` ends in DisagreementError with all ``words`` on every rank, and no parameter has changed."""
+    before = [values(engine) for engine in engines]
+    told = errors_of(crew, task)
+    for rank, text in enumerate(told):
+        assert not [word for word in words if word not in text], (rank, text)
+    for engine, old in zip(engines, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(values(engine), old, strict=True)), "nothing was updated"

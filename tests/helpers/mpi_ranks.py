@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 import commlab
 from commlab.runtime import world
@@ -32,10 +35,22 @@ class Ranks:
         """All ranks: also the group of operations that are given none."""
         return commlab.init("mpi", timeout_s=TIMEOUT_S)
 
+    def need(self, count: int) -> None:
+        """Skip the test, on all ranks, where the launch has fewer than ``count``."""
+        if self.size < count:
+            pytest.skip(f"needs {count} ranks, and this launch has {self.size}: python tests/mpi/launch.py 8")
+
+    def subgroup(self, ranks: Iterable[int]) -> Group | None:
+        """A new group of these ranks; None on the others. Collective over all ranks; where the launch has not so many,
+        the test is skipped."""
+        members = tuple(ranks)
+        self.need(max(members) + 1)
+        return self.world.subgroup(members)
+
     def group(self, *ranks: int) -> Group | None:
-        """A group of these ranks; None on the others. Collective over all ranks."""
+        """The group of these ranks, kept for the next test; None on the others. Collective over all ranks."""
         if ranks not in self._groups:
-            self._groups[ranks] = self.world.subgroup(ranks)
+            self._groups[ranks] = self.subgroup(ranks)
         return self._groups[ranks]
 
     def halves(self, first: int) -> Group:

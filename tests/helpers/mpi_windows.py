@@ -19,7 +19,7 @@ def window_group(ranks: Ranks, *members: int) -> Group | None:
     """A group of these ranks with a window; None on the others. Collective over all ranks; kept for the next test."""
     key = ranks.world, members
     if key not in _opened:
-        group = ranks.world.subgroup(members)
+        group = ranks.subgroup(members)
         if group is not None and group.size > 1:
             open_window(group)
             assert group.window is not None, group.window_reason

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from crew import Crew, SharedNetwork
 
 from commlab.job.topology import Topology
@@ -36,6 +37,10 @@ def groups(size: int, timeout_s: float = 300.0) -> list[Group]:
     network, family, lock = SharedNetwork(size), {}, threading.Lock()  # type: ignore[var-annotated]
     everyone = Topology((tuple(range(size)),))
     return [Group(SplitTransport(network, rank, family, lock), everyone, timeout_s) for rank in range(size)]
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.5, momentum=0.5)
 
 
 def play(

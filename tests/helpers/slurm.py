@@ -32,6 +32,7 @@ from bench.hosts.plan import HostLink  # noqa: E402
 SKIPPED = 77
 PACKAGES = ("slurm-wlm", "munge", "libpmix2")
 DAEMONS = ("munged", "slurmctld", "slurmd")
+NODES = ("n1", "n2")
 UP_S = 30.0
 CORES = 2
 """Of each node, whatever the machine has: Slurm counts them, and binds nobody to them."""
@@ -61,11 +62,13 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdSpoolDir={folder}/spool-%n
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdLogFile={folder}/slurmd-%n.log
+TmpFS={folder}/tmp-%n
 NodeName=n1 NodeHostname={host0} NodeAddr=10.77.0.1 Port=17001 CPUs={cores} RealMemory=1000 State=UNKNOWN
 NodeName=n2 NodeHostname={host1} NodeAddr=10.77.0.2 Port=17002 CPUs={cores} RealMemory=1000 State=UNKNOWN
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
-# cred_expire is also how long a requeued job waits before it may start (2 minutes, where nothing is said).
+# cred_expire is also how long a requeued job waits before it may start (2 minutes, where nothing is said). TmpFS: each
+# node's pmix plugin makes a folder there under the step's name, and the node that comes second in one /tmp gives up.
 
 
 def why_not() -> str | None:
@@ -124,7 +127,11 @@ class Slurm:
     def _up(self) -> None:
         folder, names = self.folder, self.hosts.names
         munge = folder / "munge"
-        for made in (munge, folder / "state", folder / "spool-n1", folder / "spool-n2"):
+        for made in (
+            munge,
+            folder / "state",
+            *(folder / f"{kind}-{node}" for kind in ("spool", "tmp") for node in NODES),
+        ):
             made.mkdir()
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o400)
@@ -139,7 +146,7 @@ class Slurm:
         self._daemon(0, *munged, f"--socket={munge / 'socket'}")
         wait_until((munge / "socket").exists, UP_S, "munged's socket")
         self._daemon(0, "slurmctld", "-D")
-        for host, node in enumerate(("n1", "n2")):
+        for host, node in enumerate(NODES):
             self._daemon(host, "slurmd", "-D", "-N", node)
         wait_until(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", UP_S, "two idle nodes")
 

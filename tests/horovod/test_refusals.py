@@ -36,6 +36,10 @@ def one_sided(rank: int, size: int) -> bool:
         ):
             given = make() if rank == 1 else torch.ones(3, 2) if case == "overlapping" else torch.ones(6)
             assert re.search(words, message(lambda: call(given))), case  # noqa: B023
+    ones = torch.ones(2)
+    for grouped in (hvd.grouped_allreduce, hvd.grouped_allreduce_, hvd.grouped_allgather, hvd.grouped_reducescatter):
+        for few in ([], [] if rank == 1 else [ones]):
+            assert "a grouped operation of no tensors" in message(lambda: grouped(few)), grouped  # noqa: B023
     assert "could not convert" in message(
         lambda: hvd.allreduce(torch.ones(2), prescale_factor="x" if rank == 1 else 1.0)
     )

@@ -108,6 +108,21 @@ def test_operations_run_one_after_the_other() -> None:
     assert order == ["begin 1", "end 1", "begin 2", "end 2"]
 
 
+@pytest.mark.parametrize("awaited", [False, True])
+def test_who_waits_elsewhere_moves_on_what_has_not_ended_at_once(awaited: bool) -> None:
+    """What ends in its first step is not registered; what does not is, until it has ended, whoever ends it."""
+    progress, message = inline(), Message(1)
+    assert progress.submit(operation(progress, iter(())), awaited).finished
+    assert id(progress) not in waiting.under_way
+    handle = progress.submit(operation(progress, waiting_for(message)), awaited)
+    assert waiting.under_way[id(progress)]() is progress and not handle.finished
+    assert progress.submit(operation(progress, iter(())), awaited) is not handle
+    message.arrived = True
+    waiting.move_others(object())
+    assert handle.finished and id(progress) not in waiting.under_way
+    progress.close()
+
+
 def test_an_error_belongs_to_its_own_operation() -> None:
     progress = inline()
 

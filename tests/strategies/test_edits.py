@@ -15,7 +15,7 @@ from crew import Crew, by_turns, groups
 from training import EVEN, RAGGED, Recipe, Run, assert_same
 
 import commlab
-from commlab.errors import CommlabError, DisagreementError, UsageError
+from commlab.errors import AgreedError, CommlabError, DisagreementError, UsageError
 from commlab.runtime.group import Group
 from commlab.strategies.engine import Engine
 
@@ -284,6 +284,34 @@ def test_gradients_that_were_taken_away_are_named_on_every_rank(
     assert {training.digest(run.model) for run in runs} == {before}
     crews[2].all(lambda rank: training.go_on(runs[rank], range(2)))
     assert_same(runs[1], training.go_on(build("single", training.alone(), recipe), range(2)))
+
+
+MOVES: dict[str, Edit] = {
+    "p.data = ?": lambda engine: setattr(engine.model.middle.weight, "data", engine.model.middle.weight.data.clone()),
+    "half()": lambda engine: engine.model.half().float(),
+    "another Parameter": lambda engine: setattr(engine.model, "middle", torch.nn.Linear(7, 6)),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("strategy", ["ps", "dps"])
+def test_a_parameter_that_was_moved_is_named_on_every_rank(crews: dict[int, Crew], strategy: str, move: str) -> None:
+    """A8: on the rank alone that updates it, others would wait; and nothing is updated."""
+    ranks, recipe = groups(2), Recipe(samples=EVEN)
+    runs = crews[2].all(lambda rank: build(strategy, ranks[rank], recipe))
+
+    def step(rank: int) -> None:
+        training.backward(runs[rank].engine, recipe, 0)
+        if rank == 1:
+            MOVES[move](runs[rank].engine)
+        runs[rank].engine.step()
+
+    before = training.digest(runs[0].model)
+    for error in crews[2].all(outcome(step)):
+        assert isinstance(error, AgreedError)
+        assert re.search(r"^rank 1: parameter '\S+' was given other memory after commlab\.strategy\(\)", str(error))
+        assert str(error).endswith("; nothing was updated")
+    assert training.digest(runs[0].model) == before
 
 
 def edit_pieces(engine: Engine) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +13,6 @@ from crew import Crew, groups
 from commlab.errors import NotFiniteError
 from commlab.native.norm import clip_factor
 from commlab.strategies.engine import Engine
-
-
-@pytest.fixture
-def crew() -> Iterator[Crew]:
-    made = Crew(SIZE)
-    yield made
-    made.close()
 
 
 def backward(engine: Engine, rank: int, bad_rank: int, number: float) -> None:

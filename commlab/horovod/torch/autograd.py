@@ -34,7 +34,7 @@ class _Allreduce(torch.autograd.Function):
         start = mpi_ops.grouped_allreduce_async
         found = synchronize(
             start([_detached(t) for t in tensors], None, name, op, before, after, group)
-            if len(tensors) > 1
+            if len(tensors) != 1
             else mpi_ops.allreduce_async(_detached(tensors[0]), None, name, op, before, after, group)
         )
         return tuple(found) if len(tensors) > 1 else found

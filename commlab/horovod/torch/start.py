@@ -106,8 +106,10 @@ def _set_of(process_set: ProcessSet, kind: str) -> int:
 
 
 def _described(tensors: Tensors, outputs: Tensors | None = None) -> dict[str, Any]:
-    """Dtypes and shapes, as a request has them. UsageError for what has no dense numbers, and for ``outputs`` that
-    can't be written in place."""
+    """Dtypes and shapes, as a request has them. UsageError for no tensor at all, for what has no dense numbers, and for
+    ``outputs`` that can't be written in place."""
+    if not tensors:
+        raise UsageError(f"rank {world.rank()}: a grouped operation of no tensors; call it with one at least, or not")
     for tensor in tensors:
         if outputs is tensors and surely_writable(tensor):
             continue

@@ -9,6 +9,7 @@ import torch
 
 from ...chunks import Range
 from ...errors import UsageError
+from ...job.dynamo import uncompiled
 from ..placement import Placement
 
 Factory: TypeAlias = Callable[[Any], torch.optim.Optimizer]
@@ -160,7 +161,7 @@ class Shard:
                 piece = pieces[index]
                 piece.grad = gradient if piece.dim() else gradient.view(())
         try:
-            self.optimizer.step()
+            uncompiled(self.optimizer.step)
         finally:
             for entry, params in zip(groups, everything, strict=True):
                 entry["params"] = params

@@ -5,15 +5,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from ...errors import DisagreementError, UsageError
 from ...runtime.control import exchange_records, gather_bytes
 from ...runtime.group import Group
-from ..messages import WIRE_CODES
+from ..messages import MESSAGE_BYTES, WIRE_CODES
 from ..placement import Entry, Placement, deal
+
+
+class Span(NamedTuple):
+    """Adjoining slices ``first .. first + slices - 1`` of a server, which travel in one message, and where their
+    numbers lie in a flat tensor of this worker."""
+
+    server: int
+    first: int
+    slices: int
+    start: int
+    stop: int
 
 
 class Keys:
@@ -32,6 +43,7 @@ class Keys:
         """The tensors as they were given; of tied tensors only the first."""
         self.entry_of: dict[str, int] = {}
         """By key: the index of its tensor in ``placement.entries``."""
+        self._spans: dict[tuple[str, ...], list[Span]] = {}
         self.placement: Placement = deal(self._entries(named_params, groups), servers)
 
     def _entries(self, named_params: Iterable[tuple[str, torch.Tensor]], groups: Mapping[str, int]) -> list[Entry]:
@@ -96,6 +108,30 @@ class Keys:
                 hint = f"there are {len(self.entry_of)} keys"
             raise UsageError(f"rank {self.rank}: the parameter server has no key {key!r}; {hint}")
         return self.placement.entries[at]
+
+    def spans_of(self, keys: tuple[str, ...]) -> list[Span]:
+        """The spans that carry these tensors, which lie side by side in a flat tensor."""
+        if keys not in self._spans:
+            spans: list[Span] = []
+            placement, base = self.placement, 0
+            for key in keys:
+                self.entry(key)
+                entry = self.entry_of[key]
+                itemsize = placement.entries[entry].dtype.itemsize
+                for owned in placement.of_entry[entry]:
+                    start, stop = base + owned.start, base + owned.stop
+                    last = spans[-1] if spans else None
+                    if (
+                        last is not None
+                        and (last.server, last.first + last.slices, last.stop) == (owned.server, owned.number, start)
+                        and (stop - last.start) * itemsize <= MESSAGE_BYTES
+                    ):
+                        spans[-1] = last._replace(slices=last.slices + 1, stop=stop)
+                    else:
+                        spans.append(Span(owned.server, owned.number, 1, start, stop))
+                base += placement.entries[entry].numel
+            self._spans[keys] = spans
+        return self._spans[keys]
 
     def require(self, key: str, tensor: Any, what: str) -> None:
         """UsageError unless ``tensor`` has the shape and dtype of ``key``, and plain memory; ``what`` is to be done

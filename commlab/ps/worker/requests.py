@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -12,26 +13,16 @@ from ...native.versions import count_write
 from ...runtime.handle import Handle
 from ..consistency import BSP, Consistency
 from ..encoding import encode
+from ..hypers import is_fixed
 from ..link import Order
-from ..messages import MESSAGE_BYTES, SMALL_BYTES, WIRE_CODES, Header, Kind
+from ..messages import SMALL_BYTES, WIRE_CODES, Header, Kind
 from ..placement import Slice
 from .calls import Item, PendingRequests
 from .client import CLOSE, Client, Message
-from .keys import Keys
+from .keys import Keys, Span
 from .outgoing import Outgoing
 
 _LAST = 2**62
-
-
-class Span(NamedTuple):
-    """Adjoining slices ``first .. first + slices - 1`` of a server, which travel in one message, and where their
-    numbers lie in a flat tensor of this worker."""
-
-    server: int
-    first: int
-    slices: int
-    start: int
-    stop: int
 
 
 class Reading(NamedTuple):
@@ -54,10 +45,11 @@ class Requests:
         """By key: the version of the value that was last pulled."""
         self._consistency, self._agrees = consistency, agrees
         self._outgoing = Outgoing(client, wire)
-        self._spans: dict[tuple[str, ...], list[Span]] = {}
         self._pushed: set[str] = set()
         """The keys that this worker has pushed in its clock."""
         self._sent_hypers, self._hypers_clock = b"", -1
+        self._hyper_values: list[Any] = []
+        """What the hyper-parameters that the servers know were made of; empty where any of it may change in place."""
         self._pulled = self._note_versions
         """Bound once: thousands of pulls under way are to give Python's garbage collector little to look at."""
 
@@ -66,7 +58,7 @@ class Requests:
     def push(self, keys: tuple[str, ...], flat: torch.Tensor, clock: int) -> Handle:
         """Push several tensors of one dtype that lie side by side in ``flat``."""
         call = PendingRequests(self.client, "push", keys, clock)
-        spans, dtype = self._spans_of(keys), flat.dtype
+        spans, dtype = self.keys.spans_of(keys), flat.dtype
         self._pushed.update(keys)
         if flat.numel() * dtype.itemsize > SMALL_BYTES or not self._is_busy(spans):
             return self._send(Kind.PUSH, call, spans, flat, self.wire, clock)
@@ -81,7 +73,7 @@ class Requests:
         """This worker has no gradient for ``keys`` in this clock: what the end of the clock would tell, now. Under ssp
         and asp nobody waits for one."""
         call = PendingRequests(self.client, "push without a gradient", keys, clock)
-        spans = self._spans_of(keys) if self._consistency.averages else []
+        spans = self.keys.spans_of(keys) if self._consistency.averages else []
         self._pushed.update(keys)
         with self.client.lock:
             self.client.begin(call, len(spans))
@@ -92,7 +84,7 @@ class Requests:
     def assign(self, keys: tuple[str, ...], flat: torch.Tensor) -> Handle:
         """Overwrite several tensors of one dtype that lie side by side in ``flat``."""
         call = PendingRequests(self.client, "first value", keys, -1)
-        return self._send(Kind.INIT, call, self._spans_of(keys), flat, None, -1)
+        return self._send(Kind.INIT, call, self.keys.spans_of(keys), flat, None, -1)
 
     def _is_busy(self, spans: list[Span]) -> bool:
         """Whether a server of ``spans`` has pushes or pulls of this worker to answer, or a frame is being filled."""
@@ -124,30 +116,6 @@ class Requests:
         handle = self.client.submit(call, messages)
         self.client.poll()
         return handle
-
-    def _spans_of(self, keys: tuple[str, ...]) -> list[Span]:
-        """The spans that carry these tensors, which lie side by side in a flat tensor."""
-        if keys not in self._spans:
-            spans: list[Span] = []
-            placement, base = self.keys.placement, 0
-            for key in keys:
-                self.keys.entry(key)
-                entry = self.keys.entry_of[key]
-                itemsize = placement.entries[entry].dtype.itemsize
-                for owned in placement.of_entry[entry]:
-                    start, stop = base + owned.start, base + owned.stop
-                    last = spans[-1] if spans else None
-                    if (
-                        last is not None
-                        and (last.server, last.first + last.slices, last.stop) == (owned.server, owned.number, start)
-                        and (stop - last.start) * itemsize <= MESSAGE_BYTES
-                    ):
-                        spans[-1] = last._replace(slices=last.slices + 1, stop=stop)
-                    else:
-                        spans.append(Span(owned.server, owned.number, 1, start, stop))
-                base += placement.entries[entry].numel
-            self._spans[keys] = spans
-        return self._spans[keys]
 
     # Pulls.
 
@@ -187,7 +155,7 @@ class Requests:
         asked: list[tuple[Span, int]] | None = None
         if len(keys) > 1 and any(self._reading(key, clock, follows is not None) != reading for key in keys):
             asked, reading = self._key_by_key(keys, clock, follows is not None)
-        spans = self._spans_of(keys)
+        spans = self.keys.spans_of(keys)
         itemsize = flat.dtype.itemsize
         small = flat.numel() * itemsize <= SMALL_BYTES and wire is self.wire and self._is_busy(spans)
         landing = flat
@@ -259,7 +227,7 @@ class Requests:
         for key in keys:
             reading = self._reading(key, clock, after)
             latest = Reading(max(latest.clock, reading.clock), max(latest.needs_clocks, reading.needs_clocks))
-            for span in self._spans_of((key,)):
+            for span in self.keys.spans_of((key,)):
                 moved = span._replace(start=base + span.start, stop=base + span.stop)
                 asked.append((moved, reading.clock))
             base += self.keys.entry(key).numel
@@ -276,13 +244,18 @@ class Requests:
         self.client.poll()
         return handle
 
-    def send_hypers(self, clock: int, text: Callable[[], bytes]) -> None:
+    def send_hypers(self, clock: int, values: Callable[[], list[Any]], text: Callable[[], bytes]) -> None:
         """Before the first push of a clock: send the servers the clock's hyper-parameters, if these differ from those
-        that the servers know. ``text()``: :func:`commlab.ps.hypers.encode`."""
+        that the servers know. ``text()``: :func:`commlab.ps.hypers.encode`; ``values()``: all that ``text()`` is made
+        of. Cost where these are the same objects as at the last clock, and numbers or text: a look at each."""
         if self._hypers_clock == clock:
             return
+        now = values()
+        if len(now) == len(self._hyper_values) and all(map(is_, now, self._hyper_values)):
+            self._hypers_clock = clock
+            return
         sent = text()
-        self._hypers_clock = clock
+        self._hypers_clock, self._hyper_values = clock, now if all(map(is_fixed, now)) else []
         if sent != self._sent_hypers:
             self._sent_hypers = sent
             data = torch.frombuffer(bytearray(sent), dtype=torch.uint8)

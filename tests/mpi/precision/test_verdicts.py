@@ -91,7 +91,7 @@ def test_all_ranks_decide_alike_on_autocast(ranks: Ranks, monkeypatch: pytest.Mo
 
 
 def test_ranks_of_different_precisions_are_told(ranks: Ranks) -> None:
-    for group in [ranks.world.subgroup([0, 1, 2])]:  # of its own: its ranks part ways in the middle of an operation
+    for group in [ranks.subgroup([0, 1, 2])]:  # of its own: its ranks part ways in the middle of an operation
         if group is not None:
             model = torch.nn.Linear(3, 3)
             with pytest.raises(

@@ -20,7 +20,7 @@ def fresh(ranks: Ranks, messages: bool) -> Group:
     """A group that nobody needs afterwards: in messages, or with a window of its own."""
     from commlab.runtime.nodes import open_window
 
-    group = ranks.world.subgroup(range(ranks.size))
+    group = ranks.subgroup(range(ranks.size))
     assert group is not None
     if not messages:
         open_window(group)

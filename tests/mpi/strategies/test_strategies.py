@@ -178,7 +178,7 @@ def test_a_progress_thread_changes_no_bit(
 ) -> None:
     """Where a core is free, a thread moves operations on while the hooks start more of them."""
     recipe = Recipe(max_grad_norm=0.5, accumulation=2, total_known=False)
-    inline, plain = window_group(ranks, 0, 1, 2), ranks.world.subgroup((0, 1, 2))
+    inline, plain = window_group(ranks, 0, 1, 2), ranks.subgroup((0, 1, 2))
     if inline is not None and plain is not None:
         monkeypatch.setattr("commlab.runtime.group.usable_cores", lambda: 64)
         threaded = Group(plain.transport, plain.topology, plain.timeout_s, cores=64)

@@ -18,7 +18,7 @@ from mpi_windows import close_all
 from training import RAGGED, Recipe, assert_same, build, go_on, reference, train
 
 import commlab
-from commlab.errors import UsageError
+from commlab.errors import AgreedError, UsageError
 from commlab.runtime.nodes import open_window
 from commlab.strategies.engine import Engine
 
@@ -124,7 +124,8 @@ def memory_of(file: str) -> tuple[int, int]:
 
 @servers
 def test_a_parameter_that_was_moved_is_named(ranks: Ranks, strategy: str) -> None:
-    """Nothing is updated then, and with the parameter back in its place the step can be repeated."""
+    """On all ranks: nothing is updated then, the step is dropped, and with the parameter back in its place the step can
+    be made anew."""
     recipe = Recipe(max_grad_norm=0.5)
     for group in groups_of(ranks):
         run = go_on(build(strategy, group, recipe), range(2))
@@ -133,10 +134,13 @@ def test_a_parameter_that_was_moved_is_named(ranks: Ranks, strategy: str) -> Non
         place = weight.data
         weight.data = place.clone()
         before = training.digest(run.model)
-        with pytest.raises(UsageError, match=rf"rank {group.rank}: parameter 'middle.weight' was given other memory"):
+        where = f" (so it is on ranks {', '.join(map(str, range(group.size)))})" if group.size > 1 else ""
+        with pytest.raises(AgreedError, match=r"rank 0: parameter 'middle.weight' was given other memory") as told:
             run.engine.step()
+        assert str(told.value).endswith(f"{where}; nothing was updated")
         assert training.digest(run.model) == before
         weight.data = place
+        training.backward(run.engine, recipe, 2)
         run.engine.step()
         run.digests.append(training.digest(run.model))
         run.norms.append(run.engine.grad_norm)
@@ -202,7 +206,7 @@ def test_engines_give_their_memory_back(ranks: Ranks, strategy: str) -> None:
 def test_a_closed_group_leaves_models_alone(ranks: Ranks, strategy: str) -> None:
     """The model's parameters lie in the window when the group is shut down, and live on there."""
     members = (0, 1, 2, 3) if ranks.rank < 4 else (4, 5, 6, 7)
-    parts = [ranks.world.subgroup(part) for part in ((0, 1, 2, 3), (4, 5, 6, 7))]
+    parts = [ranks.subgroup(part) for part in ((0, 1, 2, 3), (4, 5, 6, 7))]
     group = parts[members[0] // 4]
     assert group is not None
     open_window(group)

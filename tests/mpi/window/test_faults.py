@@ -156,7 +156,7 @@ UNAVAILABLE = {
 @pytest.mark.parametrize("case", UNAVAILABLE)
 def test_where_one_rank_has_no_window_none_has(ranks: Ranks, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     doctor, message = UNAVAILABLE[case]
-    group = ranks.world.subgroup(range(ranks.size))
+    group = ranks.subgroup(range(ranks.size))
     assert group is not None
     before = mappings()
     if group.rank == 1:
@@ -180,7 +180,7 @@ def test_where_one_rank_has_no_window_none_has(ranks: Ranks, case: str, monkeypa
 def test_memory_that_is_gone_when_it_is_needed(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """The staging area is made by the first large operation. Where that has no memory it is refused on all ranks, and
     nothing was moved; small ones go on, and so do large ones once there is memory again."""
-    group = ranks.world.subgroup(range(ranks.size))
+    group = ranks.subgroup(range(ranks.size))
     assert group is not None
     open_window(group)
     large = torch.full((50_000,), float(group.rank))
@@ -210,7 +210,7 @@ def test_closed_groups_leave_nothing_behind(ranks: Ranks) -> None:
     """Five times; a tensor that somebody keeps stays what it was, and goes when it is let go."""
     before = mappings(), len(os.listdir("/proc/self/fd"))
     for turn in range(5):
-        group = ranks.world.subgroup(range(ranks.size))
+        group = ranks.subgroup(range(ranks.size))
         assert group is not None
         open_window(group)
         kept = commlab.empty(10_000, group=group).fill_(turn + group.rank)

@@ -46,7 +46,7 @@ _made: dict[tuple[Group, str], Group | None] = {}
 def declared(ranks: Ranks, members: tuple[int, ...], nodes: str) -> Group | None:
     """A group of these ranks on nodes that are declared, as ``commlab.init(nodes=...)`` makes "
     "it. Collective over all."""
-    part = ranks.world.subgroup(members)
+    part = ranks.subgroup(members)
     if part is None:
         return None
     part.progress.close()
@@ -57,8 +57,7 @@ def declared(ranks: Ranks, members: tuple[int, ...], nodes: str) -> Group | None
 
 def group_of(ranks: Ranks, layout: str) -> Group | None:
     """This rank's group of a layout, kept for the next test."""
-    if ranks.size < 8:
-        pytest.skip("needs 8 ranks")
+    ranks.need(8)
     key = ranks.world, layout
     if key not in _made:
         made = [declared(ranks, members, nodes) for members, nodes in LAYOUTS[layout]]
@@ -230,9 +229,8 @@ def test_disagreement(ranks: Ranks) -> None:
     ],
 )
 def test_nodes_that_will_not_do_are_refused_by_name(ranks: Ranks, nodes: str, reason: str) -> None:
-    if ranks.size < 8:
-        pytest.skip("needs 8 ranks")
-    part = ranks.world.subgroup(range(8))
+    ranks.need(8)
+    part = ranks.subgroup(range(8))
     assert part is not None
     part.progress.close()
     group = Group(part.transport, topology.declared(nodes, 8), TIMEOUT_S)
@@ -249,8 +247,7 @@ def test_nodes_that_will_not_do_are_refused_by_name(ranks: Ranks, nodes: str, re
 
 
 def test_where_one_node_has_no_window_none_has(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    if ranks.size < 8:
-        pytest.skip("needs 8 ranks")
+    ranks.need(8)
     if ranks.rank == 5:
 
         def full(fd: int, offset: int, size_bytes: int) -> None:
@@ -286,8 +283,7 @@ def test_training_equals_single(ranks: Ranks, layout: str) -> None:
 
 
 def test_closing_a_group_closes_its_nodes(ranks: Ranks) -> None:
-    if ranks.size < 8:
-        pytest.skip("needs 8 ranks")
+    ranks.need(8)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         group = declared(ranks, tuple(range(8)), "2")
