@@ -233,7 +233,8 @@ def test_any_mixture_of_ways(job: Job) -> None:
                 wrong.append(f"{what} {at}")
         return wrong
 
-    assert job.all(one) == [[]] * job.size
+    results = job.all(one)
+    assert results == [[]] * job.size, "\n".join(f"rank {rank}: {each!r}" for rank, each in enumerate(results))
 
 
 @pytest.mark.parametrize("gone", range(6))
