@@ -220,7 +220,7 @@ void register_links(nb::module_& m) {
       .def(
           "wait", [](Leaders& self, double timeout_us) { return static_cast<int>(self.wait(timeout_us)); },
           nb::call_guard<nb::gil_scoped_release>())
-      .def("peers", &Leaders::peers);
+      .def("peers", &Leaders::peers, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<HeldEngine>(m, "LinksEngine")
       .def(
           "__init__",

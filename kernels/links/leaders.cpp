@@ -52,6 +52,7 @@ Leaders::~Leaders() {
 double Leaders::spent_us() const { return us_since(begun_); }
 
 void Leaders::begin(const Work& work) {
+  const std::lock_guard<std::mutex> held(mutex_);
   if (phase_ != Phase::kIdle) throw std::invalid_argument("an operation of these leaders is under way");
   if (work.numel * dtype_bytes(work.dtype) > kInlineBytes) throw std::invalid_argument("a page has no room for these");
   work_ = work;
@@ -78,6 +79,7 @@ int Leaders::late_member() {
 }
 
 Leaders::Outcome Leaders::wait(double timeout_us) {
+  const std::lock_guard<std::mutex> held(mutex_);
   if (phase_ == Phase::kIdle) throw std::invalid_argument("nothing to wait for");
   return leads() ? wait_as_leader(timeout_us) : wait_as_member(timeout_us);
 }
@@ -183,6 +185,7 @@ void Leaders::release() {
 }
 
 std::vector<std::uint32_t> Leaders::peers() {
+  const std::lock_guard<std::mutex> held(mutex_);
   std::vector<std::uint32_t> found;
   if (phase_ == Phase::kIdle) return found;
   if (phase_ == Phase::kBetween) return engine_->awaited_ranks(*run_);

@@ -4,8 +4,7 @@
 //
 //   member   writes record and numbers into its page, and waits for its leader
 //   leader   waits for its members, compares their records with its own, adds up; announces record and sums to the
-//   other
-//            leaders (Few), who compare again; writes the result into its page, and releases its members
+//            leaders of other nodes (Few), who compare again; writes the result into its page, releases its members
 //
 // The long way is the group's own announcement, from everyone to everyone. A rank takes it from the start where it does
 // anything else than this, and turns to it where the short way can't come to an end. Both give the same bits (few.h).
@@ -18,12 +17,14 @@
 //   4  where it sees that another rank has announced this operation by the long way, which has done so for 1 to 4.
 // And whoever waits looks for 4 again and again, so everyone turns. What is left over of a short way given up does no
 // harm: words of a page hold the number of the operation that they are for, and so do announcements of leaders.
+// tests/runtime/test_leaders_model.py goes through every interleaving of a few ranks and operations.
 #pragma once
 
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -62,7 +63,7 @@ class Leaders {
   Leaders& operator=(const Leaders&) = delete;
 
   // Begins; then wait() helps until the operation has ended, or for timeout_us. One at a time. The numbers are read in
-  // begin() and written in wait(), at no other time.
+  // begin() and written in wait(), at no other time. A thread may ask for peers() while another one waits.
   void begin(const Work& work);
   Outcome wait(double timeout_us);
   // The ranks of the job for which this one waits.
@@ -88,6 +89,7 @@ class Leaders {
   const std::size_t me_;
   const std::vector<Page*> pages_;
   const double spin_us_, late_us_;
+  std::mutex mutex_;  // of all below: held while an operation is begun or moved on
   Look look_;
   Work work_;
   std::uint32_t number_ = 0;  // of the operation, as pages hold it

@@ -38,11 +38,11 @@ layouts = pytest.mark.parametrize("job", LAYOUTS, indirect=True)
 class Job:
     """Ranks on nodes. ``leaders``: the first rank of each node."""
 
-    def __init__(self, nodes: Nodes, timeout_s: float = 20.0):
+    def __init__(self, nodes: Nodes):
         self.nodes, self.size = nodes, sum(map(len, nodes))
         self.leaders = [node[0] for node in nodes]
         self.mesh = Mesh(self.size)
-        self.groups = self.mesh.groups(timeout_s=timeout_s, nodes=nodes)
+        self.groups = self.mesh.groups(nodes=nodes)
         assert all(group.leaders is not None for group in self.groups)
 
     def all(self, call: Callable[[Group], Any]) -> list[Any]:
@@ -262,13 +262,18 @@ def test_a_leader_or_a_member_is_gone(gone: int, begun: bool) -> None:
 @pytest.mark.parametrize("silent", range(4))
 def test_a_silent_rank_is_named(silent: int) -> None:
     """Also by those who wait for a rank that waits for it."""
-    job = Job(LAYOUTS["2 x 2"], timeout_s=0.5)
+    job, named = Job(LAYOUTS["2 x 2"]), []
 
     def one(group: Group) -> object:
         if group.rank == silent:
-            time.sleep(1.5)
+            while len(named) < job.size - 1:
+                time.sleep(0.01)
             return None
-        return reduced(group, 4)
+        group.progress.timeout_s = 2.0
+        try:
+            return reduced(group, 4)
+        finally:
+            named.append(group.rank)
 
     for rank, result in enumerate(job.all(one)):
         if rank != silent:
@@ -298,6 +303,25 @@ def test_an_operation_that_is_given_up(job: Job) -> None:
     assert [tensor.tolist() for tensor in tensors] == [[10.0] * 3, [2.0] * 3, [10.0] * 3, [10.0] * 3]
     with pytest.raises(CommlabError, match="KeyboardInterrupt"):
         reduced(job.groups[1], 3)
+
+
+def test_who_is_awaited_may_be_asked_at_any_time(job: Job) -> None:
+    """By a thread that waits for something else, say, while another one moves the operation on."""
+    asked, ended = 0, []
+
+    def one(group: Group | None) -> None:
+        nonlocal asked
+        if group is not None:
+            try:
+                assert all(right(reduced(group, 5), job.size, 5) for _ in range(2000))
+            finally:
+                ended.append(group.rank)
+            return
+        while len(ended) < job.size:
+            asked += sum(len(each.leaders.peers()) <= job.size for each in job.groups if each.leaders is not None)
+
+    assert on_all([*job.groups, None], one) == [None] * (job.size + 1)
+    assert asked
 
 
 def test_nothing_is_left_open() -> None:
