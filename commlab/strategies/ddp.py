@@ -75,7 +75,8 @@ class Ddp(External):
         self._is_ready = False
         """Whether torch's reducer waits for the step's gradients."""
         self._wrap()
-        self._hook = model.register_forward_pre_hook(OwnHook(self._begins))
+        scripted = isinstance(model, torch.jit.ScriptModule)  # takes no hooks
+        self._hook = None if scripted else model.register_forward_pre_hook(OwnHook(self._begins))
 
     def _wrap(self) -> None:
         options, group = self.training.options, self.training.group
@@ -124,7 +125,8 @@ class Ddp(External):
 
     def close(self, *, state: bool) -> None:
         super().close(state=state)
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         del self._ddp
 
     def no_sync(self) -> AbstractContextManager[None]:

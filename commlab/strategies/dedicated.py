@@ -65,6 +65,11 @@ class Dedicated(Strategy):
                 f"strategy {name} with dedicated servers works on the CPU, without Apex; leave servers out, or the "
                 "model on the CPU"
             )
+        if isinstance(model, torch.jit.ScriptModule):
+            raise UsageError(
+                f"strategy {name} with dedicated servers waits for parameters in hooks of the model, and one that is "
+                "TorchScript takes none; leave servers out, or script parts of the model only"
+            )
         require_nothing_whole(optimizer)
         averages = parse(options.consistency).averages
         named = raise_together(group, lambda: require_trainable(model, optimizer, options, moves=name))

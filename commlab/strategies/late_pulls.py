@@ -59,7 +59,11 @@ class Pulls:
         """The units that each module waits for; None until a forward pass has been watched."""
         self._unguarded: set[int] = set()
         """Units that no module is known to wait for."""
-        self._hooks: list[Any] = [module.register_forward_pre_hook(OwnHook(self._begins)) for module in model.modules()]
+        self._hooks: list[Any] = [
+            module.register_forward_pre_hook(OwnHook(self._begins))
+            for module in model.modules()
+            if not isinstance(module, torch.jit.ScriptModule)  # takes no hooks: the module above waits for it
+        ]
         saving = OwnHook(lambda *_: self.wait_for_all())
         self._hooks.append(model.register_state_dict_pre_hook(saving))
 

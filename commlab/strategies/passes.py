@@ -14,17 +14,20 @@ from ..gradients.own_hooks import OwnHook
 
 
 class Passes:
-    """Forward passes of ``model`` that will be differentiated: in training mode, with gradients on."""
+    """Forward passes of ``model`` that will be differentiated: in training mode, with gradients on. Of a model that is
+    TorchScript none is seen: it takes no hooks."""
 
     def __init__(self, model: torch.nn.Module):
         self.begun = 0
         """In the step that is under way."""
         self.ended = 0
         """In the step that is under way; a pass that is begun and not ended has raised an exception."""
-        self._hooks: list[Any] = [
-            model.register_forward_pre_hook(OwnHook(self._begins)),
-            model.register_forward_hook(OwnHook(self._ends)),
-        ]
+        self._hooks: list[Any] = []
+        if not isinstance(model, torch.jit.ScriptModule):
+            self._hooks = [
+                model.register_forward_pre_hook(OwnHook(self._begins)),
+                model.register_forward_hook(OwnHook(self._ends)),
+            ]
 
     def close(self) -> None:
         """Take the hooks off the model."""

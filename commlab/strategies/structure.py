@@ -31,10 +31,14 @@ class Structure:
     def look(self) -> None:
         """Remember everything as it is now."""
         modules = list(self._model.modules())
-        self._dicts: list[dict[str, Any]] = [module._parameters for module in modules]
-        self._dicts += [module._modules for module in modules]
+        # TorchScript keeps its names in C++, and they are fixed.
+        self._scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
+        plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        self._dicts: list[dict[str, Any]] = [module._parameters for module in plain]
+        self._dicts += [module._modules for module in plain]
         self._names = list(chain.from_iterable(self._dicts))
         self._values = list(self._values_now())
+        self._scripted_values = self._scripted_values_now()
         self._shown = [(name, tensor) for name, tensor in parameters_by_name(self._model)]
         self.parameters: list[torch.nn.Parameter] = [tensor for _, tensor in self._shown]
         """All parameters of the model, trained or not."""
@@ -46,6 +50,9 @@ class Structure:
 
     def _values_now(self) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, self._dicts))
+
+    def _scripted_values_now(self) -> list[Any]:
+        return [tensor for module in self._scripted for tensor in module._parameters.values()]
 
     def _settings_now(self) -> tuple[list[bool], list[torch.dtype]]:
         return list(map(_trains, self.parameters)), list(map(_dtype, self.parameters))
@@ -71,6 +78,7 @@ class Structure:
             sum(map(len, self._dicts)) == len(self._values)
             and all(map(is_, self._values_now(), self._values))
             and list(chain.from_iterable(self._dicts)) == self._names
+            and (not self._scripted or _are(self._scripted_values_now(), self._scripted_values))
         )
 
     def present(self) -> set[int]:
@@ -114,3 +122,8 @@ class Structure:
         if len(groups) != len(self.groups):
             changes.append(f"the optimizer has {len(groups)} groups, and had {len(self.groups)}")
         return ", ".join(changes)
+
+
+def _are(now: list[Any], before: list[Any]) -> bool:
+    """Whether these are the same objects."""
+    return len(now) == len(before) and all(map(is_, now, before))

@@ -4,6 +4,7 @@ one rank; and what is refused, which ends no group."""
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from functools import reduce
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from forked import Forked
 
-from commlab.c10d.fallback import leave
+from commlab.c10d.fallback import leave, make_gloo, refusal_of
 from commlab.errors import AgreedError, CommlabError, DisagreementError
 
 OPS = ("SUM", "PRODUCT", "MIN", "MAX", "AVG", "BAND", "BOR", "BXOR")
@@ -126,7 +127,6 @@ def test_every_reduction_without_a_common_window(forked: Forked, environ: dict[s
 
 
 def refused(rank: int, size: int) -> None:
-    gloo: Any = dist.new_group(backend="gloo")
     for op in OPS:
         for dtype in DTYPES:
             if taken(op, dtype):
@@ -138,10 +138,8 @@ def refused(rank: int, size: int) -> None:
                 arguments += [0] if form is dist.reduce else []
                 with pytest.raises((AgreedError, ValueError)):
                     form(*arguments, torch_op)
-                with pytest.raises((RuntimeError, ValueError)):
-                    form(*arguments, torch_op, group=gloo)
     # torch itself refuses complex tensors before any backend is asked.
-    with pytest.raises(AgreedError, match=rf"rank {rank}: BXOR of float16 is left to gloo, which says: .*BXOR"):
+    with pytest.raises(AgreedError, match=rf"rank {rank}: Cannot use ReduceOp.BXOR with dtype float16 on the CPU"):
         dist.all_reduce(torch.ones(3, dtype=torch.float16), dist.ReduceOp.BXOR)
     with pytest.raises(AgreedError, match=rf"rank {rank}: broadcast by gloo: "):
         dist.broadcast(torch.ones(3).to_sparse(), 0)
@@ -154,6 +152,24 @@ def refused(rank: int, size: int) -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_what_is_refused_ends_no_group(forked: Forked, size: int) -> None:
     forked(refused, size)
+
+
+def what_gloo_has(rank: int, size: int) -> None:
+    gloo = make_gloo(dist.HashStore(), 0, 1, timedelta(seconds=20))
+    for op in OPS:
+        for dtype in (*INTEGERS, *FLOATS, torch.bool, torch.uint16, torch.float8_e5m2):
+            asked = dist.AllreduceOptions()
+            asked.reduceOp = getattr(dist.ReduceOp, op)
+            try:
+                gloo.allreduce([torch.ones(1).to(dtype)], asked).wait()
+                refused = False
+            except RuntimeError:
+                refused = True
+            assert bool(refusal_of(asked.reduceOp, dtype)) == refused, (op, dtype)
+
+
+def test_what_gloo_has_is_known(forked: Forked) -> None:
+    forked(what_gloo_has, 1)
 
 
 def not_alike(rank: int, size: int) -> None:

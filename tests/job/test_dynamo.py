@@ -109,8 +109,9 @@ def horovod(rank: int, size: int) -> None:
     for wrap in (lambda step: step, compiled):
         torch.manual_seed(3)
         model = nn.Linear(3, 2)
+        # What the user compiles is compiled, the optimizer too, and may round otherwise.
         optimizer = hvd.DistributedOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters()
+            torch.optim.SGD(model.parameters(), lr=0.01), named_parameters=model.named_parameters()
         )
 
         def step(x: torch.Tensor, model: nn.Module = model, optimizer: Any = optimizer) -> torch.Tensor:
@@ -123,7 +124,8 @@ def horovod(rank: int, size: int) -> None:
         traced = wrap(step)
         ends.append([traced(torch.full((2, 3), 1.0 + rank + at)) for at in range(3)])
         ends[-1] += [parameter.detach().clone() for parameter in model.parameters()]
-    assert all(map(torch.equal, *ends)), ends
+    for found, wanted in zip(*ends, strict=True):
+        torch.testing.assert_close(found, wanted)
     hvd.shutdown()
 
 
@@ -149,9 +151,10 @@ import commlab
 assert not any(name.startswith("torch") for name in sys.modules)
 import torch
 assert "torch._dynamo" not in sys.modules
-finders = len(sys.meta_path)
+from commlab.job.dynamo import _WhenImported
+assert [isinstance(finder, _WhenImported) for finder in sys.meta_path].count(True) == 1
 torch.compile(lambda x: x, backend="eager")(torch.ones(1))
-assert len(sys.meta_path) == finders - 1
+assert not any(isinstance(finder, _WhenImported) for finder in sys.meta_path)
 import torch._dynamo.trace_rules as rules
 assert rules.check_file(commlab.__file__.replace("__init__", "train"), True).skipped
 assert rules.__spec__.loader.get_source(rules.__name__)
