@@ -12,9 +12,9 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -59,27 +59,25 @@ class _WhenImported(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _RULES:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _AndAdd(spec.loader)
         return spec
 
 
 class _AndAdd(Loader):
-    """The loader of the rules, which adds commlab's folder when they are there."""
+    """Stands in for the loader of the rules while they are loaded, and adds commlab's folder when they are there."""
 
-    def __init__(self, loader: Any):
+    def __init__(self, loader: Loader):
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        made: ModuleType | None = self._loader.create_module(spec)
-        return made
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _WhenImported)]
         self._loader.exec_module(module)
         _add_folder(module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)

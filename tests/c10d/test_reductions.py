@@ -168,6 +168,9 @@ def what_gloo_has(rank: int, size: int) -> None:
             assert bool(refusal_of(asked.reduceOp, dtype)) == refused, (op, dtype)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="where gloo refuses, that of torch 2.6 may hang"
+)
 def test_what_gloo_has_is_known(forked: Forked) -> None:
     forked(what_gloo_has, 1)
 

@@ -151,13 +151,18 @@ import commlab
 assert not any(name.startswith("torch") for name in sys.modules)
 import torch
 assert "torch._dynamo" not in sys.modules
+from importlib.machinery import PathFinder
+there = PathFinder.find_spec("torch._dynamo.trace_rules", [torch.__path__[0] + "/_dynamo"])
+waiting = [finder for finder in sys.meta_path if type(finder).__name__ == "_WhenImported"]
+asked = waiting[0].find_spec(there.name, [torch.__path__[0] + "/_dynamo"])
+assert asked.origin == there.origin  # whoever only asks does not import
 from commlab.job.dynamo import _WhenImported
 assert [isinstance(finder, _WhenImported) for finder in sys.meta_path].count(True) == 1
 torch.compile(lambda x: x, backend="eager")(torch.ones(1))
 assert not any(isinstance(finder, _WhenImported) for finder in sys.meta_path)
 import torch._dynamo.trace_rules as rules
 assert rules.check_file(commlab.__file__.replace("__init__", "train"), True).skipped
-assert rules.__spec__.loader.get_source(rules.__name__)
+assert rules.__spec__.loader.get_source(rules.__name__) and type(rules.__loader__).__name__ == "SourceFileLoader"
 """
 
 
