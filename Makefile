@@ -107,14 +107,14 @@ fuzz-links: ## a million spoiled frames to the links' engine, under AddressSanit
 	mkdir -p build
 	$(CXX) -O1 -g -std=c++17 -fsanitize=address,undefined -fno-sanitize-recover=all -fwrapv -ffp-contract=off -Wall -Wextra \
 	  -Wno-psabi -Ikernels tests/helpers/links/fuzz.cpp kernels/links/*.cpp kernels/cpu/reduce.cpp kernels/cpu/gather.cpp \
-	  kernels/cpu/isa.cpp -o build/fuzz-links -pthread
+	  kernels/cpu/isa.cpp kernels/cpu/sync.cpp -o build/fuzz-links -pthread
 	build/fuzz-links $(ARGS)
 
 stress-links: ## threads that start and await the links' operations, under ThreadSanitizer
 	mkdir -p build
 	$(CXX) -O1 -g -std=c++17 -fsanitize=thread -fwrapv -ffp-contract=off -Wall -Wextra -Wno-psabi -Ikernels \
 	  tests/helpers/links/stress.cpp kernels/links/*.cpp kernels/cpu/reduce.cpp kernels/cpu/gather.cpp kernels/cpu/isa.cpp \
-	  -o build/stress-links -pthread
+	  kernels/cpu/sync.cpp -o build/stress-links -pthread
 	build/stress-links $(ARGS)
 
 clean: ## remove what was built and cached, not the environments

@@ -4,6 +4,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
@@ -20,6 +21,7 @@
 #include "links/engine.h"
 #include "links/interfaces.h"
 #include "links/keeper.h"
+#include "links/leaders.h"
 #include "record.h"
 
 namespace nb = nanobind;
@@ -144,8 +146,7 @@ nb::object allreduce_few(const std::shared_ptr<Engine>& engine, std::uint64_t si
                          Address data, std::uint32_t group, std::size_t numel, int dtype, int op, double divisor,
                          std::size_t share_bytes, bool to_each, double patience_us) {
   auto run = std::make_shared<Run>(Run::Kind::kLaunch, group);
-  const std::uint64_t record = record_of(signature, sequence);
-  run->record.assign(reinterpret_cast<const char*>(&record), sizeof(record));
+  run->record = announcement(signature, sequence);
   run->few = std::make_unique<Few>(Few{share_bytes, to_each});
   run->operand = make_operand(data, numel, dtype, op, divisor, false, 0, 0, 0, true);
   {
@@ -155,6 +156,25 @@ nb::object allreduce_few(const std::shared_ptr<Engine>& engine, std::uint64_t si
   }
   if (run->status.load(std::memory_order_acquire) == Status::kDone) return nb::int_(0);
   return nb::cast(HeldRun(engine, std::move(run), nb::none()));
+}
+
+// The same by the short way of `leaders`: 0 once it is done, 1: not within `patience_us`, 2: by the long way.
+int allreduce_by_leaders(Leaders& leaders, std::uint64_t signature, std::uint64_t sequence, Address data,
+                         std::size_t numel, int dtype, int op, double divisor, std::size_t share_bytes, bool to_each,
+                         double patience_us) {
+  const Operand known = make_operand(data, numel, dtype, op, divisor, false, 0, 0, 0, true);
+  nb::gil_scoped_release released;
+  leaders.begin({signature, sequence, known.buffer, numel, known.dtype, known.op, divisor, {share_bytes, to_each}});
+  return static_cast<int>(leaders.wait(patience_us));
+}
+
+std::unique_ptr<Leaders> make_leaders(std::shared_ptr<Engine> engine, std::uint32_t group, std::uint32_t between,
+                                      std::vector<std::uint32_t> node, std::size_t me, const NodeSync* window,
+                                      double spin_us, double late_us) {
+  std::vector<Page*> pages;
+  for (std::size_t rank = 0; window && rank < window->size(); ++rank) pages.push_back(&window->page(rank));
+  return std::make_unique<Leaders>(std::move(engine), group, between, std::move(node), me, std::move(pages), spin_us,
+                                   late_us);
 }
 
 }  // namespace
@@ -195,6 +215,12 @@ void register_links(nb::module_& m) {
       .def("peers", &HeldRun::peers)
       .def("failure", &HeldRun::failure)
       .def("records", &HeldRun::records);
+  nb::class_<Leaders>(m, "LinksLeaders")
+      .def("allreduce", &allreduce_by_leaders)
+      .def(
+          "wait", [](Leaders& self, double timeout_us) { return static_cast<int>(self.wait(timeout_us)); },
+          nb::call_guard<nb::gil_scoped_release>())
+      .def("peers", &Leaders::peers, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<HeldEngine>(m, "LinksEngine")
       .def(
           "__init__",
@@ -207,6 +233,16 @@ void register_links(nb::module_& m) {
       .def("keeper", [](const HeldEngine& self) { return self.keeper ? self.keeper->pid() : 0; })
       .def("add_group", [](HeldEngine& self, std::uint32_t id,
                            const std::vector<std::uint32_t>& ranks) { self.engine->add_group(id, ranks); })
+      .def("set_nodes", [](HeldEngine& self, std::uint32_t id,
+                           std::vector<std::vector<std::size_t>> nodes) { self.engine->set_nodes(id, nodes); })
+      .def(
+          "leaders",
+          [](const HeldEngine& self, std::uint32_t group, std::uint32_t between, std::vector<std::uint32_t> node,
+             std::size_t me, const NodeSync* window, double spin_us, double late_us) {
+            return make_leaders(self.engine, group, between, std::move(node), me, window, spin_us, late_us);
+          },
+          nb::arg("group"), nb::arg("between"), nb::arg("node"), nb::arg("me"), nb::arg("window").none(),
+          nb::arg("spin_us"), nb::arg("late_us"), nb::keep_alive<0, 6>())
       .def("remove_group", [](HeldEngine& self, std::uint32_t id) { self.engine->remove_group(id); })
       .def("leave",
            [](HeldEngine& self, double timeout_s) {

@@ -110,7 +110,7 @@ class Agreement:
                 cause, brought = error, NOTHING
                 signature = replace(signature, refusal=refusal_of(error, self._transport.rank))
             record = signature.record(sequence)
-            exchange = self._announce(record, brought)
+            exchange = self._announce(record, sequence, brought)
             while not exchange.test():
                 yield exchange
             rank = self._transport.rank
@@ -128,13 +128,14 @@ class Agreement:
                 raise AgreedError(f"rank {rank}: {signature.refusal}") from cause
         yield from body
 
-    def _announce(self, record: bytes, brought: Attachment | Piggyback | Offload | None) -> Any:
+    def _announce(self, record: bytes, sequence: int, brought: Attachment | Piggyback | Offload | None) -> Any:
         if self._transport.moves_itself and self.window is None:
             # Launches keep the order of the calls, whatever is moved in Python: so every announcement is one.
             launch = brought if isinstance(brought, Offload) else None
             if launch is not None and launch.request is not None:
                 return launch.request
-            request = self._transport.launch(record, launch)  # type: ignore[attr-defined]
+            announced = record + sequence.to_bytes(8, "little")
+            request = self._transport.launch(announced, launch)  # type: ignore[attr-defined]
             if launch is not None:
                 # Returns when the whole operation has ended: the body finds it done.
                 launch.request = request

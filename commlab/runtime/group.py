@@ -25,6 +25,7 @@ from .direct import Direct
 from .ending import ended_by
 from .execute import Execution
 from .handle import Handle, Operation
+from .leaders import Leaders
 from .progress import Progress
 from .waiting import under_way as others_under_way
 
@@ -95,6 +96,8 @@ class Group:
         """The ranks of this rank's node, which share a window; None where the group has one node, or no windows."""
         self.across: Group | None = None
         """The ranks that have this rank's local rank, one on each node; None where :attr:`node` is."""
+        self.leaders: Leaders | None = None
+        """The short way for few numbers where several ranks share a node; None where there is none."""
         self.plans: dict[tuple[Any, ...], Any] = {}
         """What operations have worked out once for each shape of call."""
         self.endings: list[tuple[Callable[[], None], Callable[[], None]]] = []
@@ -203,7 +206,7 @@ class Group:
             patience_us = _PATIENCE_FOR_OTHERS_US if others_under_way else _PATIENCE_US
             left = few.call(signature.hash, sequence, address, *few.arguments, patience_us)
             if left != 0:
-                handle = self._go_on(signature, sequence, *few.resume(self, tensor, left))
+                handle = self._go_on(signature, sequence, few.resume(self, signature, sequence, tensor, left))
         except BaseException as error:
             progress.end(ended_by(error, signature.text(sequence)))
             raise
@@ -213,20 +216,23 @@ class Group:
         if handle is not None:
             handle.wait()
             return True
-        self.node_bytes_read += few.node_bytes * self.size
-        self.node_bytes_written += few.node_bytes
-        self.bytes_sent += few.bytes_sent
-        self.messages_sent += few.messages_sent
+        self.count(few.bytes_sent, few.messages_sent, few.node_bytes_read, few.node_bytes_written)
         return True
 
-    def _go_on(self, signature: Signature, sequence: int, body: Pending, announced: Offload | None) -> Handle:
-        """Queue the rest of an operation that was announced in the native call, before all that was called since:
-        over a transport by ``announced``. The caller waits for it."""
-        checked = self.agreement.before(signature, sequence, body, lambda: announced)
+    def count(self, bytes_sent: int, messages_sent: int, node_bytes_read: int, node_bytes_written: int) -> None:
+        """Count what an operation in one native call did for this rank."""
+        self.bytes_sent += bytes_sent
+        self.messages_sent += messages_sent
+        self.node_bytes_read += node_bytes_read
+        self.node_bytes_written += node_bytes_written
+
+    def _go_on(self, signature: Signature, sequence: int, rest: Pending) -> Handle:
+        """Queue the ``rest`` of an operation that was begun in the native call, before all that was called since. The
+        caller waits for it."""
         handle = Handle(self.progress, partial(signature.text, sequence), None)
         self._awaited = handle, threading.get_ident()
         handle.when_finished(self._no_longer_awaited)
-        self.progress.put_first(Operation(checked, handle, self.rank, self.departed))
+        self.progress.put_first(Operation(rest, handle, self.rank, self.departed))
         return handle
 
     def execute(self, execution: Execution) -> Pending:
@@ -321,7 +327,7 @@ class Group:
             orderly = self.progress.ended is None
             for _, free in list(self.endings):
                 free()
-            for level in (self.node, self.across):
+            for level in (self.node, self.across, self.leaders):
                 if level is not None:
                     level.close()
             self.progress.close()

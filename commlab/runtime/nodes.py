@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from ..errors import PeerLostError
+from ..transport.base import PIGGYBACK_RANKS
 from ..window.exchange import WindowWait
 from ..window.memory import Window
 from ..window.opening import Gather, Opening
 from .control import gather_bytes
 from .group import Group
+from .leaders import Leaders
 from .waiting import SPIN_S, gone_words, silence_of, wait_until
 from .waiting import under_way as others_under_way
 
@@ -21,6 +23,11 @@ log = logging.getLogger("commlab")
 _OPENING = "the opening of a window"
 _LOOK_S = 10e-3
 """So often a rank looks again who has opened the window: one that could not wakes nobody."""
+
+
+def spin_us_of(group: Group) -> float:
+    """How long at most a rank in the window looks before it sleeps."""
+    return 0.0 if group.crowded else SPIN_S * 1e6
 
 
 def open_window(
@@ -33,7 +40,7 @@ def open_window(
     if group.size == 1 or len(group.nodes) > 1:
         group.window_reason = "one rank" if group.size == 1 else f"the ranks are on {len(group.nodes)} nodes"
         return
-    spin_us = 0.0 if group.crowded else SPIN_S * 1e6
+    spin_us = spin_us_of(group)
     gather = gather or partial(gather_bytes, group)
     if opened is None:
         opening = Opening(group.local_rank, group.size)
@@ -101,8 +108,13 @@ def open_levels(group: Group) -> tuple[tuple[Group, Group] | None, str]:
 
 
 def open_nodes(group: Group) -> None:
-    """Make the groups of each node, with a window, and across nodes. Collective over ``group``. Where it can't be done
-    on all nodes, no rank has them."""
+    """Make the groups of each node, with a window, and across nodes, and the short way of few numbers. Collective over
+    ``group``. Where one of both can't be done on all nodes, no rank has it."""
+    _open_both_ways(group)
+    _open_leaders(group)
+
+
+def _open_both_ways(group: Group) -> None:
     local_sizes = {len(node) for node in group.nodes}
     if len(local_sizes) != 1 or local_sizes == {1}:
         group.window_reason = (
@@ -128,3 +140,28 @@ def open_nodes(group: Group) -> None:
     # An operation of the whole that breaks off leaves the levels in the middle of theirs, and the other way round.
     for level in (group.node, group.across):
         group.progress.tie(level.progress)
+
+
+def _open_leaders(group: Group) -> None:
+    """Make ``group.leaders``, where links join nodes of several ranks."""
+    if not (group.transport.moves_itself and group.agreement.required and 1 < len(group.nodes) < group.size):
+        return
+    if group.size > PIGGYBACK_RANKS:
+        return
+    node = None
+    for ranks in group.nodes:
+        if len(ranks) > 1:
+            node = group.subgroup(ranks) or node
+    if node is not None:
+        open_window(node)
+    reason = "" if node is None or node.window is not None else node.window_reason
+    # Here all ranks of a node have opened its pages, and nobody waits there any more.
+    reasons = gather_bytes(group, reason.encode(errors="backslashreplace"), "reasons against leaders")
+    if any(reasons):
+        if node is not None:
+            node.close()
+        return
+    between = group.split([ranks[0] for ranks in group.nodes])
+    window = None if node is None else node.window
+    group.leaders = Leaders(group.transport, between, group.nodes, window, spin_us_of(group))
+    group.barrier()  # nobody writes into a page that its owner has still to clear

@@ -114,7 +114,12 @@ class Progress:
 
     def all_begun(self) -> bool:
         """Whether every operation that was submitted has been announced to the others."""
-        return all(operation.begun for operation in self._queue)
+        # Whatever begins ahead of its turn begins after all before it: so the last one tells. In the middle of a loop
+        # another thread may end the first ones.
+        try:
+            return self._queue[-1].begun
+        except IndexError:
+            return True
 
     def take(self) -> bool:
         """Whether nothing is under way, and operations are taken; then nothing starts before :meth:`leave`."""

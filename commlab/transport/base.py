@@ -119,13 +119,14 @@ class AtOnce(NamedTuple):
     """``call(hash of the signature, sequence, address, *arguments, patience_us)``: 0 where it is done; else what tells
     how far it came."""
     arguments: tuple[Any, ...]
-    resume: Callable[[Any, torch.Tensor, Any], tuple[Pending, Offload | None]]
-    """``resume(group, tensor, what call has returned)``: the rest of the operation, and, where a transport moves it,
-    what is under way there."""
+    resume: Callable[[Any, Any, int, torch.Tensor, Any], Pending]
+    """``resume(group, signature, sequence, tensor, what call has returned)``: the rest of the operation, from the
+    agreement check on."""
     bytes_sent: int = 0
     messages_sent: int = 0
-    node_bytes: int = 0
-    """What a rank writes into the window; it reads as much of every rank."""
+    node_bytes_read: int = 0
+    node_bytes_written: int = 0
+    """In the window."""
 
 
 class Contexts:

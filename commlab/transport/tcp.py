@@ -228,6 +228,27 @@ class TcpTransport:
         of their dtype and of the reduction, the divisor, the bytes to each peer, whether each gets another share."""
         return self._engine.allreduce_few, (self._group, *arguments)
 
+    def leaders(
+        self,
+        between: TcpTransport | None,
+        nodes: Sequence[Sequence[int]],
+        node: Sequence[int],
+        sync: Any,
+        spin_us: float,
+        late_us: float,
+    ) -> Any:
+        """The native side of :class:`commlab.runtime.leaders.Leaders`, whose arguments these are; ``node``: the ranks
+        of this rank's node, ``sync``: that of its window. From now on few numbers of this group are added node by
+        node."""
+        self._engine.set_nodes(self._group, [list(ranks) for ranks in nodes])
+        group = 0 if between is None else between._group
+        members = [self._ranks[rank] for rank in node]
+        return self._engine.leaders(self._group, group, members, node.index(self.rank), sync, spin_us, late_us)
+
+    def number_of(self, job_rank: int) -> int:
+        """The rank of this group that is ``job_rank`` of the job."""
+        return self._ranks.index(job_rank)
+
     def resumed(self, run: Any, keep: Any) -> OffloadRequest:
         """What such a call has begun. ``keep``: the tensor."""
         run.hold(keep)
@@ -243,7 +264,7 @@ class TcpTransport:
     def failure_of(self, status: int, job_rank: int, text: str) -> CommlabError:
         """The error for a run that ended with ``status``."""
         if status == _LOST:
-            rank = self._ranks.index(job_rank)
+            rank = self.number_of(job_rank)
             lost = PeerLostError(f"the links lost rank {rank}: {text}")
             lost.rank = rank
             return lost

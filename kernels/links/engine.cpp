@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "descriptors.h"
+#include "record.h"
 
 namespace commlab::links {
 namespace {
@@ -232,6 +233,32 @@ bool Engine::wait(const Run& run, double timeout_s) {
   else if (run.ended())
     hand_over(lock);  // who comes back before the end only looks for signals, and goes on to wait
   return run.ended();
+}
+
+bool Engine::announced_by_others(std::uint32_t id, std::uint64_t sequence) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!driving_) {
+    driving_ = true;
+    drive(lock, 0, nullptr);
+    driving_ = false;
+    if (waiting_ > 0) changed_.notify_all();
+  }
+  const auto found = groups_.find(id);
+  if (found == groups_.end() || found->second->broken.status != Status::kPending) return true;
+  bool announced = false;
+  for (const std::uint32_t rank : found->second->ranks) {
+    Link* link = links_[rank].get();
+    if (!link) continue;
+    link->take_arrived();
+    look_at(*link);
+    // Nothing earlier is under way, so the first frame that nobody has asked for is an announcement.
+    const std::vector<char>* first = link->first_early(program_channel(id));
+    announced =
+        announced || (first && (first->size() < kAnnouncedBytes || announced_sequence(first->data()) <= sequence));
+  }
+  work(lock);
+  hand_over(lock);
+  return announced;
 }
 
 // The engine's own thread.

@@ -41,16 +41,27 @@ class Engine final : public Events {
   // A group of ranks of the job, with a number that no other group of any of its ranks has.
   void add_group(std::uint32_t id, std::vector<std::uint32_t> ranks);
   void remove_group(std::uint32_t id);
+  // The ranks of the group on each node: few numbers are added node by node from now on.
+  void set_nodes(std::uint32_t id, std::vector<std::vector<std::size_t>> nodes);
 
   // Starts a run; launches of a group run one after the other. `awaited`: the caller goes on to wait for it. `here`:
   // the caller has the time to send what can be sent now; else the thread does it.
   void post(std::shared_ptr<Run> run, bool awaited, bool here);
   // Helps until the run has ended, or for `timeout_s`, or until a signal arrives; whether it has ended.
   bool wait(const Run& run, double timeout_s);
-  // The ranks of the group that the run waits for.
+  // The ranks that the run waits for, as its group counts them, or the job.
   std::vector<std::uint32_t> awaited_peers(const Run& run);
+  std::vector<std::uint32_t> awaited_ranks(const Run& run);
   // Gives up a run that has not ended: from now on its memory is not touched, and its group is of no more use.
   void cancel(const std::shared_ptr<Run>& run);
+  // The same of a launch that has not got beyond its announcement and skips earlier ones, on all ranks: the group
+  // stays.
+  void withdraw(const std::shared_ptr<Run>& run);
+  // Whether a rank has announced operation `sequence` of the group, or an earlier one, and nobody here has asked for
+  // it; or the group can't go on. Reads what has arrived by now.
+  bool announced_by_others(std::uint32_t group, std::uint64_t sequence);
+  // Whether nothing more comes from this rank of the job, as far as is known here.
+  bool has_lost(std::uint32_t rank);
   // Tells the peers that this rank leaves in good order, and waits up to `timeout_s` for what is still to be sent.
   void leave(double timeout_s);
 
@@ -61,6 +72,7 @@ class Engine final : public Events {
     std::uint32_t id;
     std::vector<std::uint32_t> ranks;
     std::size_t me;
+    std::vector<std::vector<std::size_t>> nodes;
     std::deque<std::shared_ptr<Run>> lane;
     std::unordered_map<const Run*, std::shared_ptr<Run>> others;  // messages and exchanges
     Failure broken;

@@ -90,6 +90,8 @@ class Link {
   bool awaits(const Run& run, bool sends) const;
   // Frames of the channel that have arrived and that nobody has asked for, or could take, yet.
   std::size_t early_frames(std::uint32_t channel) const;
+  // The payload of the first of them; null: there is none.
+  const std::vector<char>* first_early(std::uint32_t channel) const;
 
   // Sends and receives what can be sent and received now.
   void pump_out();

@@ -222,6 +222,11 @@ std::size_t Link::early_frames(std::uint32_t id) const {
   return found == channels_.end() ? 0 : found->second->early.size();
 }
 
+const std::vector<char>* Link::first_early(std::uint32_t id) const {
+  const auto found = channels_.find(id);
+  return found == channels_.end() || found->second->early.empty() ? nullptr : &found->second->early.front().payload;
+}
+
 void Link::discard(std::uint32_t id) {
   Channel& given_up = channel(id);
   given_up.discards = true;

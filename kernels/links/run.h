@@ -75,6 +75,7 @@ class Run {
 
   // kLaunch
   std::unique_ptr<Few> few;
+  bool skips_earlier = false;  // an announcement of an earlier operation is left over of one that was withdrawn
   std::shared_ptr<const Program> program;
   Operand operand;
 

@@ -5,8 +5,9 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "cpu/gather.h"
 #include "engine.h"
+#include "few.h"
+#include "record.h"
 
 namespace commlab::links {
 
@@ -35,6 +36,18 @@ void Engine::remove_group(std::uint32_t id) {
   settle();
   groups_.erase(found);
   hearsay_.erase(id);
+}
+
+void Engine::set_nodes(std::uint32_t id, std::vector<std::vector<std::size_t>> nodes) {
+  const std::lock_guard<std::mutex> held(mutex_);
+  Group& group = *groups_.at(id);
+  std::vector<std::size_t> seen;
+  for (const auto& node : nodes) seen.insert(seen.end(), node.begin(), node.end());
+  std::sort(seen.begin(), seen.end());
+  for (std::size_t rank = 0; rank < std::max(seen.size(), group.ranks.size()); ++rank)
+    if (seen.size() != group.ranks.size() || seen[rank] != rank)
+      throw std::invalid_argument("each rank of a group is on one node");
+  group.nodes = std::move(nodes);
 }
 
 Item& Engine::add(Run& run, Item::Kind kind, char* data, std::size_t bytes) {
@@ -147,8 +160,7 @@ void Engine::announced(Run& run, Group& group) {
   for (std::size_t rank = 0; rank < ranks; ++rank) from[rank] = group.table.data() + rank * group.row_bytes + width;
   void* to = operand.buffer + start;
   from[group.me] = to;
-  gather_reduce(&to, 1, operand.dtype, from.data(), ranks, operand.dtype, bytes / operand.item_bytes(), operand.op,
-                operand.divisor, /*cached=*/true);
+  add_ranks(to, from, group.nodes, operand.dtype, bytes / operand.item_bytes(), operand.op, operand.divisor);
   if (!run.few->to_each) return end(run, {Status::kDone, 0, ""});
   share(run, group);
 }
@@ -207,6 +219,12 @@ void Engine::move(Run& run, Group& group) {
 void Engine::completed(Item& item) {
   Run& run = *item.run;
   if (item.row != kNoRow) return row_done(run, item.row);
+  if (run.skips_earlier && item.kind == Item::Kind::kAnnounce &&
+      announced_sequence(item.data) < announced_sequence(run.record.data())) {
+    Group& group = group_of(run);
+    item.done = 0;
+    return post_item(run, group, static_cast<std::size_t>(item.data - group.table.data()) / group.row_bytes, item);
+  }
   if (--run.left == 0) next_phase(run);
 }
 
@@ -324,6 +342,29 @@ std::vector<std::uint32_t> Engine::awaited_peers(const Run& run) {
     if (!peers.empty()) break;
   }
   return peers;
+}
+
+std::vector<std::uint32_t> Engine::awaited_ranks(const Run& run) {
+  std::vector<std::uint32_t> found = awaited_peers(run);
+  const std::lock_guard<std::mutex> held(mutex_);
+  const auto group = groups_.find(run.group);
+  if (group == groups_.end()) return {};
+  for (std::uint32_t& rank : found) rank = group->second->ranks[rank];
+  return found;
+}
+
+bool Engine::has_lost(std::uint32_t rank) {
+  const std::lock_guard<std::mutex> held(mutex_);
+  return lost_.count(rank) > 0;
+}
+
+void Engine::withdraw(const std::shared_ptr<Run>& run) {
+  if (run->ended()) return;
+  std::unique_lock<std::mutex> lock(mutex_);
+  work(lock);
+  if (run->ended()) return;
+  end(*run, {Status::kGivenUp, rank_, "withdrawn"});
+  settle();
 }
 
 void Engine::cancel(const std::shared_ptr<Run>& run) {

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from commlab.job.topology import Topology
 from commlab.runtime.group import Group
+from commlab.runtime.nodes import open_nodes
 from commlab.transport.tcp import Links
 
 T = TypeVar("T")
@@ -32,10 +33,16 @@ class Mesh:
         self.links = [Links(rank, self.sockets[rank], checks) for rank in range(size) if rank != absent]
         self.transports = [links.world() for links in self.links]
 
-    def groups(self, check: bool = True, timeout_s: float = 20.0) -> list[Group]:
-        """A group of all ranks, each rank on a node of its own."""
-        nodes = Topology(tuple((rank,) for rank in range(self.size)))
-        return [Group(transport, nodes, timeout_s, check) for transport in self.transports]
+    def groups(
+        self, check: bool = True, timeout_s: float = 20.0, nodes: tuple[tuple[int, ...], ...] | None = None
+    ) -> list[Group]:
+        """A group of all ranks, each rank on a node of its own; or on ``nodes``, with all that nodes have."""
+        found = Topology(nodes or tuple((rank,) for rank in range(self.size)))
+        groups = [Group(transport, found, timeout_s, check) for transport in self.transports]
+        if nodes is not None:
+            for error in on_all(groups, open_nodes):
+                assert error is None, error
+        return groups
 
     def close(self) -> None:
         for links in self.links:

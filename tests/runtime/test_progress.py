@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,52 @@ def test_who_waits_elsewhere_moves_on_what_has_not_ended_at_once(awaited: bool) 
     waiting.move_others(object())
     assert handle.finished and id(progress) not in waiting.under_way
     progress.close()
+
+
+def test_others_begin_while_all_are_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another thread, which may get its turn between two entries, where garbage is collected: no wait breaks off of
+    that."""
+    progress, message, late = inline(), Message(), inline()
+
+    class Shared(dict[int, Any]):
+        def items(self) -> Any:
+            for entry in super().items():
+                waiting.begin_moving(late)
+                yield entry
+
+    monkeypatch.setattr(waiting, "under_way", Shared())
+    handle = progress.submit(operation(progress, waiting_for(message)))
+    message.arrived = True
+    waiting.move_others(object())
+    assert handle.finished
+
+
+def test_an_operation_ends_while_another_is_called() -> None:
+    """The first one in a thread that moves this queue on, between two glances of the caller at the queue."""
+    progress, message = inline(), Message()
+    for sequence in (1, 2):
+        progress.submit(operation(progress, waiting_for(message), sequence=sequence))
+    assert not progress.all_begun()
+
+    class Begun(Operation):
+        """Looked at, it ends."""
+
+        __slots__ = ()
+
+        @property
+        def begun(self) -> bool:  # type: ignore[override]
+            message.arrived = True
+            progress.poll()
+            return True
+
+        @begun.setter
+        def begun(self, value: bool) -> None:
+            pass
+
+    for queued in progress._queue:
+        queued.__class__ = Begun
+    assert progress.all_begun()
+    assert progress.head() is None and progress.all_begun()
 
 
 def test_an_error_belongs_to_its_own_operation() -> None:

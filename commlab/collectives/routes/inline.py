@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from ...native.dtypes import DTYPES, OP_CODES
+from ...runtime.agreement import Signature
 from ...runtime.group import Group
 from ...transport.base import AtOnce, Pending
 from ...window import loops
@@ -34,11 +35,15 @@ def at_once(group: Group, few: int, numel: int, wire: torch.dtype, op: str) -> A
     assert group.window is not None
     divisor, reduction = divided(op, group.size)
     arguments = numel, DTYPES[wire][0], OP_CODES[reduction], divisor
-    return AtOnce(group.window.sync.allreduce_inline, arguments, partial(_resume, reduction, divisor), node_bytes=few)
+    call, read_bytes = group.window.sync.allreduce_inline, few * group.size
+    return AtOnce(call, arguments, partial(_resume, reduction, divisor), 0, 0, read_bytes, few)
 
 
-def _resume(op: str, divisor: float, group: Group, tensor: torch.Tensor, left: object) -> tuple[Pending, None]:
-    return _reduce(group, tensor, op, divisor), None
+def _resume(
+    op: str, divisor: float, group: Group, signature: Signature, sequence: int, tensor: torch.Tensor, left: object
+) -> Pending:
+    # The record is published.
+    return group.agreement.before(signature, sequence, _reduce(group, tensor, op, divisor), lambda: None)
 
 
 def attach(call: Call) -> Attachment:

@@ -6,7 +6,8 @@
 
 So a small allreduce takes one message time or two, not one more, and no schedule is walked. Its figures are in
 docs/algorithms/direct.md. Rounding: contributions are added in rank order (16-bit ones in fp32), divided, and rounded
-once.
+once. Where several ranks share a node and links join the nodes, contributions are added node by node, and up to 64 KB
+that the caller waits for go by the nodes' leaders (:mod:`commlab.runtime.leaders`), which gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import native
-from ...native.dtypes import DTYPES, OP_CODES
+from ...native.dtypes import DTYPES, HALVES, OP_CODES
 from ...runtime import programs
+from ...runtime.agreement import Signature
 from ...runtime.group import Group
+from ...runtime.leaders import LATE, LEADERS_BYTES, Leaders
 from ...transport.base import RECORD_BYTES, AtOnce, Offload, Pending, Piggyback
 from ..plan import Call, divided
 from . import schedule
@@ -62,17 +65,59 @@ def at_once(group: Group, few: Load, numel: int, wire: torch.dtype, op: str) -> 
     if not group.transport.moves_itself:
         return None
     divisor, reduction = divided(op, group.size)
+    if group.leaders is not None and numel * wire.itemsize <= LEADERS_BYTES:
+        return _by_leaders(group, group.leaders, few, numel, wire, reduction, divisor)
     arguments = numel, DTYPES[wire][0], OP_CODES[reduction], divisor, *few
     call, arguments = group.transport.few(*arguments)  # type: ignore[attr-defined]
     messages = few.messages(group)
     return AtOnce(call, arguments, partial(_resume, few), messages * few.share_bytes, messages)
 
 
-def _resume(few: Load, group: Group, tensor: torch.Tensor, left: Any) -> tuple[Pending, Offload]:
+def _by_leaders(
+    group: Group, leaders: Leaders, few: Load, numel: int, wire: torch.dtype, op: str, divisor: float
+) -> AtOnce:
+    sums_bytes = 4 if wire in HALVES else wire.itemsize
+    share_bytes, to_each = leaders.frames(numel, sums_bytes, EVERYTHING_BYTES)
+    arguments = numel, DTYPES[wire][0], OP_CODES[op], divisor, share_bytes, to_each
+    messages = (leaders.nodes - 1) * (2 if to_each else 1) if leaders.leads else 0
+    size_bytes = numel * wire.itemsize
+    read_bytes = size_bytes * (leaders.node_size - 1 if leaders.leads else 1)
+    written_bytes = size_bytes if leaders.node_size > 1 else 0
+    counts = messages * share_bytes, messages, read_bytes, written_bytes
+    return AtOnce(leaders.call, arguments, partial(_resume_by_leaders, leaders, few, op, divisor, counts), *counts)
+
+
+def _resume_by_leaders(
+    leaders: Leaders,
+    few: Load,
+    op: str,
+    divisor: float,
+    counts: tuple[int, int, int, int],
+    group: Group,
+    signature: Signature,
+    sequence: int,
+    tensor: torch.Tensor,
+    left: int,
+) -> Pending:
+    if left == LATE:
+        request = leaders.request()
+        while not request.test():
+            yield request
+        if request.done:
+            group.count(*counts)
+            return
+    launch = programs.few_launch(tensor.detach(), few, op, divisor, few.messages(group))
+    launch.awaited = True
+    body = programs.finish(group, group.transport, launch)
+    yield from group.agreement.before(signature, sequence, body, lambda: launch)
+
+
+def _resume(few: Load, group: Group, signature: Signature, sequence: int, tensor: torch.Tensor, left: Any) -> Pending:
     messages = few.messages(group)
     launch = Offload(None, tensor, None, few, messages * few.share_bytes, messages)
     launch.request = group.transport.resumed(left, tensor)  # type: ignore[attr-defined]
-    return programs.finish(group, group.transport, launch), launch
+    body = programs.finish(group, group.transport, launch)
+    return group.agreement.before(signature, sequence, body, lambda: launch)
 
 
 def attach(call: Call) -> Piggyback | Offload:

@@ -31,7 +31,7 @@ def bytes_like(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
     return ((torch.arange(numel) * 5 + rank * 3) % 7).float().to(dtype)
 
 
-def linked(per_node: int, links: str = "tcp", iface: str | None = None) -> Group:
+def linked(per_node: int | str, links: str = "tcp", iface: str | None = None) -> Group:
     launched = MpiTransport()
     nodes = declared(str(per_node), launched.size)
     transport, reason = open_links(Group(launched, nodes, 60.0), links, iface, True)
@@ -113,6 +113,26 @@ def test_hierarchical_over_links() -> None:
         commlab.allreduce(tensor, op, group=group)
         want = expected(op, group.size, 100_003, dtype)
         assert torch.allclose(tensor.double(), want.double(), rtol=2**-7, atol=2**-7 if dtype.itemsize == 2 else 0)
+    group.barrier()
+    group.close()
+
+
+@pytest.mark.mpi(min_size=4)
+def test_few_numbers_by_leaders() -> None:
+    """Processes of their own on nodes of 3, of 1 and of all other ranks: exact, and ranks that disagree are told."""
+    size = MpiTransport().size
+    group = linked(f"0-2,3,4-{size - 1}" if size > 4 else "0-2,3")
+    open_nodes(group)
+    assert group.leaders is not None
+    for at in range(60):
+        dtype = DTYPES[at % len(DTYPES)]
+        op, numel = ops_for(dtype)[at % len(ops_for(dtype))], (1, 100, 3000, 8192)[at // len(DTYPES) % 4]
+        tensor = numbers(group.rank, numel, dtype, op)
+        commlab.allreduce(tensor, op, group=group)
+        assert torch.equal(tensor, expected(op, size, numel, dtype)), (dtype, op, numel)
+    for wrong in range(size):
+        with pytest.raises(DisagreementError, match=rf"rank {wrong}: allreduce #\d+ of float32\[6\]"):
+            commlab.allreduce(torch.ones(5 + (group.rank == wrong)), group=group)
     group.barrier()
     group.close()
 

@@ -1,0 +1,347 @@
+"""Few numbers of several nodes by their leaders: exact, the bits of the long way, and whatever goes wrong is told as
+without leaders."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from closed_form import DTYPES, HALVES, expected, numbers, ops_for, same_bits
+from linked import Mesh, on_all
+
+import commlab
+from commlab.collectives.routes import piggyback
+from commlab.errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, RefusedError, UsageError
+from commlab.runtime import group as group_module
+from commlab.runtime import leaders as leaders_module
+from commlab.runtime.group import Group
+from commlab.runtime.leaders import LATE, LEADERS_BYTES
+from commlab.transport.tcp import TcpTransport, missing_reason
+
+pytestmark = pytest.mark.skipif(bool(missing_reason()), reason=missing_reason())
+
+Nodes = tuple[tuple[int, ...], ...]
+LAYOUTS: dict[str, Nodes] = {
+    "2 x 2": ((0, 1), (2, 3)),
+    "3 and 1": ((0, 1, 2), (3,)),
+    "1, 2 and 3": ((0,), (1, 2), (3, 4, 5)),
+    "dealt out": ((0, 2, 4), (1, 3, 5)),
+}
+layouts = pytest.mark.parametrize("job", LAYOUTS, indirect=True)
+
+
+class Job:
+    """Ranks on nodes. ``leaders``: the first rank of each node."""
+
+    def __init__(self, nodes: Nodes):
+        self.nodes, self.size = nodes, sum(map(len, nodes))
+        self.leaders = [node[0] for node in nodes]
+        self.mesh = Mesh(self.size)
+        self.groups = self.mesh.groups(nodes=nodes)
+        assert all(group.leaders is not None for group in self.groups)
+
+    def all(self, call: Callable[[Group], Any]) -> list[Any]:
+        return on_all(self.groups, call)
+
+    def require_whole(self, numel: int = 11) -> None:
+        """All ranks still reduce."""
+        assert all(right(each, self.size, numel) for each in self.all(lambda group: reduced(group, numel)))
+
+    def close(self) -> None:
+        on_all(self.groups, lambda group: group.close())
+        self.mesh.close()
+
+
+@pytest.fixture
+def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    if "exact" in request.node.name:  # no slowness of the machine is to make anyone turn to the long way
+        monkeypatch.setattr(leaders_module, "LATE_S", 60.0)
+    made = Job(LAYOUTS[getattr(request, "param", "2 x 2")])
+    yield made
+    made.close()
+
+
+def reduced(group: Group, numel: int, dtype: torch.dtype = torch.float32, op: str = "sum") -> torch.Tensor:
+    return commlab.allreduce(numbers(group.rank, numel, dtype, op), op, group=group)
+
+
+def right(got: object, size: int, numel: int, dtype: torch.dtype = torch.float32, op: str = "sum") -> bool:
+    return isinstance(got, torch.Tensor) and same_bits(got + 0, expected(op, size, numel, dtype) + 0)
+
+
+def noise(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers whose sums round, so that another order of adding gives other bits."""
+    generator = torch.Generator().manual_seed(100 * rank + numel)
+    if not dtype.is_floating_point:
+        return torch.randint(-(2**31), 2**31 - 1, (numel,), generator=generator).to(dtype)
+    return (torch.randn(numel, generator=generator, dtype=torch.float64) * 10 ** (rank % 3)).to(dtype)
+
+
+@layouts
+@pytest.mark.parametrize("patience_us", [20e6, 0.0])
+def test_exact_and_counted(job: Job, monkeypatch: pytest.MonkeyPatch, patience_us: float) -> None:
+    """Nobody announces anything to everyone, and only leaders send, also where the native call comes back before the
+    end."""
+    monkeypatch.setattr(Group, "_queue", None)
+    monkeypatch.setattr(TcpTransport, "launch", None)
+    monkeypatch.setattr(group_module, "_PATIENCE_US", patience_us)
+    others = len(job.nodes) - 1
+    for dtype in DTYPES:
+        sums_bytes = 4 if dtype in HALVES else dtype.itemsize
+        most = LEADERS_BYTES // dtype.itemsize
+        for at, numel in enumerate((1, piggyback.EVERYTHING_BYTES // sums_bytes + 1, most - 1, most)):
+            op = ops_for(dtype)[at % len(ops_for(dtype))]
+            before = [(group.bytes_sent, group.messages_sent) for group in job.groups]
+            results = job.all(lambda group, n=numel, d=dtype, o=op: reduced(group, n, d, o))
+            assert all(right(each, job.size, numel, dtype, op) for each in results), (dtype, numel, op, results)
+            shared = numel * sums_bytes > piggyback.EVERYTHING_BYTES and others > 1
+            share_bytes = -(-numel // (others + 1)) * sums_bytes if shared else numel * sums_bytes
+            messages = others * (2 if shared else 1)
+            for group, (sent, told) in zip(job.groups, before, strict=True):
+                want = (messages * share_bytes, messages) if group.rank in job.leaders else (0, 0)
+                assert (group.bytes_sent - sent, group.messages_sent - told) == want, (group.rank, dtype, numel)
+
+
+@layouts
+def test_the_bits_of_the_long_way(job: Job) -> None:
+    """Which way is taken may hang on the moment, and must not be seen in the numbers."""
+    for dtype in DTYPES:
+        for op in ops_for(dtype):
+            for numel in (1, 33, 3001, LEADERS_BYTES // dtype.itemsize):
+
+                def one(group: Group, n: int = numel, d: torch.dtype = dtype, o: str = op) -> list[torch.Tensor]:
+                    at_once = commlab.allreduce(noise(group.rank, n, d), o, group=group)
+                    return [at_once, commlab.allreduce_async(noise(group.rank, n, d), o, group=group).wait()]
+
+                results = job.all(one)
+                first = results[0][0]
+                assert all(same_bits(each, first) for both in results for each in both), (dtype, op, numel)
+
+
+def test_more_than_a_page_holds_and_wires(job: Job) -> None:
+    numel = LEADERS_BYTES // 4 + 1
+    assert all(right(each, 4, numel) for each in job.all(lambda group: reduced(group, numel)))
+
+    def one(group: Group) -> torch.Tensor:
+        return commlab.allreduce(torch.full((9,), float(group.rank + 1)), wire="fp16", group=group)
+
+    assert [each.tolist() for each in job.all(one)] == [[2.5] * 9] * 4
+
+
+@layouts
+@pytest.mark.parametrize("patience_us", [1e5, 0.0])
+@pytest.mark.parametrize("numel", [7, 4000])
+def test_disagreement(job: Job, monkeypatch: pytest.MonkeyPatch, patience_us: float, numel: int) -> None:
+    """On all ranks, with both sides, and the group goes on: what leaders have announced in vain is skipped."""
+    monkeypatch.setattr(group_module, "_PATIENCE_US", patience_us)
+    for wrong in range(job.size):
+        for result in job.all(lambda group, wrong=wrong: reduced(group, numel + (group.rank == wrong))):
+            assert isinstance(result, DisagreementError), result
+            for text in (f"float32[{numel}]", f"rank {wrong}: allreduce", f"float32[{numel + 1}]"):
+                assert text in str(result)
+        job.require_whole()
+
+
+@layouts
+def test_other_operations_and_refusals(job: Job) -> None:
+    for wrong in range(job.size):
+
+        def other(group: Group, wrong: int = wrong) -> object:
+            return group.barrier() if group.rank == wrong else reduced(group, 3)
+
+        for result in job.all(other):
+            assert isinstance(result, DisagreementError) and "barrier" in str(result), result
+
+        def refused(group: Group, wrong: int = wrong) -> object:
+            return commlab.allreduce(torch.ones(4).to_sparse() if group.rank == wrong else torch.ones(4), group=group)
+
+        for rank, result in enumerate(job.all(refused)):
+            assert isinstance(result, UsageError if rank == wrong else RefusedError), result
+            assert rank == wrong or f"rank {wrong}: allreduce" in str(result)
+        job.require_whole()
+
+
+@layouts
+@pytest.mark.parametrize("late_s", [0.0, 0.005, 0.12])
+def test_one_rank_takes_the_long_way(job: Job, late_s: float) -> None:
+    """Because its program waits later, say. All turn to the long way, the next operation goes by the leaders again."""
+    for other in range(job.size):
+
+        def one(group: Group, other: int = other) -> list[torch.Tensor]:
+            if group.rank != other:
+                return [reduced(group, 300), reduced(group, 5)]
+            time.sleep(late_s)
+            handle = commlab.allreduce_async(numbers(group.rank, 300, torch.float32), "sum", group=group)
+            return [handle.wait(), reduced(group, 5)]
+
+        for results in job.all(one):
+            assert isinstance(results, list), results
+            assert right(results[0], job.size, 300) and right(results[1], job.size, 5)
+
+
+@layouts
+def test_a_late_rank_and_what_is_queued(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_module, "_PATIENCE_US", 1e3)
+
+    def one(group: Group, late: int, late_s: float) -> list[torch.Tensor]:
+        if group.rank == late:
+            time.sleep(late_s)
+        first = reduced(group, 3000)
+        queued = commlab.allreduce_async(numbers(group.rank, 200_000, torch.float32), "sum", group=group)
+        if group.rank == (late + 1) % group.size:
+            queued.wait()  # then the next one finds nothing under way
+        return [first, reduced(group, 5), queued.wait()]
+
+    for late in range(job.size):
+        for late_s in (0.01, 0.1):
+            for results in job.all(lambda group, late=late, late_s=late_s: one(group, late, late_s)):
+                assert isinstance(results, list), results
+                assert all(map(right, results, [job.size] * 3, [3000, 5, 200_000]))
+
+
+@layouts
+def test_any_mixture_of_ways(job: Job) -> None:
+    """Each rank waits when it likes, for as long as it likes, and now and then does something that differs."""
+    seed = random.Random(5)
+    plan = [seed.choice(["few", "few", "few", "more", "barrier", "differ"]) for _ in range(150)]
+
+    def one(group: Group) -> list[str]:
+        mine, wrong = random.Random(group.rank), []
+        for at, what in enumerate(plan):
+            if mine.random() < 0.1:
+                time.sleep(mine.random() * 0.004)
+            if what == "barrier":
+                group.barrier()
+                continue
+            numel = {"few": 17 + at, "more": 40_000, "differ": 50 + at + (group.rank == at % group.size)}[what]
+            tensor = numbers(group.rank, numel, torch.float32)
+            try:
+                if mine.random() < 0.2:
+                    commlab.allreduce_async(tensor, "sum", group=group).wait()
+                else:
+                    commlab.allreduce(tensor, "sum", group=group)
+            except DisagreementError:
+                if what != "differ":
+                    raise
+                continue
+            if what == "differ" or not right(tensor, group.size, numel):
+                wrong.append(f"{what} {at}")
+        return wrong
+
+    results = job.all(one)
+    assert results == [[]] * job.size, "\n".join(f"rank {rank}: {each!r}" for rank, each in enumerate(results))
+
+
+@pytest.mark.parametrize("gone", range(6))
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_leader_or_a_member_is_gone(gone: int, begun: bool) -> None:
+    """Before the others call, or while they wait: all name it."""
+    job = Job(LAYOUTS["1, 2 and 3"])
+    job.require_whole()
+
+    def one(group: Group) -> object:
+        if group.rank == gone:
+            time.sleep(0.02 * begun)
+            job.mesh.links[gone].engine.leave(0.0)
+            return None
+        time.sleep(0.02 * (not begun))
+        return reduced(group, 4)
+
+    start_s = time.perf_counter()
+    for rank, result in enumerate(job.all(one)):
+        assert rank == gone or (isinstance(result, PeerLostError) and result.rank == gone), (rank, result)
+    assert time.perf_counter() - start_s < 15
+    job.close()
+
+
+@pytest.mark.parametrize("silent", range(4))
+def test_a_silent_rank_is_named(silent: int) -> None:
+    """Also by those who wait for a rank that waits for it."""
+    job, named = Job(LAYOUTS["2 x 2"]), []
+
+    def one(group: Group) -> object:
+        if group.rank == silent:
+            while len(named) < job.size - 1:
+                time.sleep(0.01)
+            return None
+        group.progress.timeout_s = 2.0
+        try:
+            return reduced(group, 4)
+        finally:
+            named.append(group.rank)
+
+    for rank, result in enumerate(job.all(one)):
+        if rank != silent:
+            assert isinstance(result, PeerTimeoutError) and f"for rank {silent} in allreduce" in str(result), result
+    job.close()
+
+
+def test_an_operation_that_is_given_up(job: Job) -> None:
+    """Kind: Ctrl-C in a member that waits. Its tensor is not touched any more, and its group takes no more work; the
+    others have its numbers."""
+    tensors = [torch.full((3,), 1.0 + group.rank) for group in job.groups]
+    member = job.groups[1].leaders
+    assert member is not None
+    call = member.call
+
+    def interrupted(*arguments: Any) -> object:
+        assert call(*arguments[:-1], 1e3) == LATE
+        raise KeyboardInterrupt
+
+    member.call = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        commlab.allreduce(tensors[1], "sum", group=job.groups[1])
+    for result in on_all([job.groups[rank] for rank in (0, 2, 3)], lambda group: commlab.allreduce(
+        tensors[group.rank], "sum", group=group
+    )):  # fmt: skip
+        assert isinstance(result, torch.Tensor), result
+    assert [tensor.tolist() for tensor in tensors] == [[10.0] * 3, [2.0] * 3, [10.0] * 3, [10.0] * 3]
+    with pytest.raises(CommlabError, match="KeyboardInterrupt"):
+        reduced(job.groups[1], 3)
+
+
+def test_who_is_awaited_may_be_asked_at_any_time(job: Job) -> None:
+    """By a thread that waits for something else, say, while another one moves the operation on."""
+    asked, ended = 0, []
+
+    def one(group: Group | None) -> None:
+        nonlocal asked
+        if group is not None:
+            try:
+                assert all(right(reduced(group, 5), job.size, 5) for _ in range(2000))
+            finally:
+                ended.append(group.rank)
+            return
+        while len(ended) < job.size:
+            asked += sum(len(each.leaders.peers()) <= job.size for each in job.groups if each.leaders is not None)
+
+    assert on_all([*job.groups, None], one) == [None] * (job.size + 1)
+    assert asked
+
+
+def test_nothing_is_left_open() -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    Job(LAYOUTS["1, 2 and 3"]).close()
+    before = descriptors()
+    for _ in range(3):
+        Job(LAYOUTS["1, 2 and 3"]).close()
+    assert descriptors() <= before
+
+
+def test_where_there_are_no_leaders() -> None:
+    """A rank for each node, one node, or no check."""
+    alone = Mesh(2)
+    assert all(group.leaders is None for group in alone.groups(nodes=((0,), (1,))))
+    unchecked = Mesh(3)
+    groups = unchecked.groups(check=False, nodes=((0, 1), (2,)))
+    assert all(group.leaders is None for group in groups)
+    assert all(right(each, 3, 8) for each in on_all(groups, lambda group: reduced(group, 8)))
+    for mesh in (alone, unchecked):
+        mesh.close()
