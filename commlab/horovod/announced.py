@@ -123,7 +123,7 @@ class Announced:
         of the table are taken out of there too."""
         found: list[Ready] = []
         size, me = len(self._ranks), self._ranks.index(self._rank)
-        for name, row in list(self._table.items()):
+        for name, row in self._table.copy().items():
             if len(row) < size and any(peer not in row and peer not in self._joined for peer in range(size)):
                 continue
             del self._table[name]

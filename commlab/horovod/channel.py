@@ -301,13 +301,13 @@ class Channel:
             self.fail(error)
         reason = self._stalls.inspect(
             now_s,
-            {name: now_s - submission.since_s for name, submission in list(self.submissions.items())},
+            {name: now_s - submission.since_s for name, submission in self.submissions.copy().items()},
             self._announced.lacking,
             self._silent,
         )
         if reason:
             error = PeerTimeoutError(f"rank {self.rank} gave up: {reason}, or the timeout be raised")
-            for name, submission in list(self.submissions.items()):
+            for name, submission in self.submissions.copy().items():
                 del self.submissions[name]
                 submission.end(error)
             self.submitted.clear()

@@ -171,7 +171,7 @@ class Watch:
         self._links[connection.fileno()] = link
         self._expected -= 1
         self._take(link, rest)
-        for rank, (how, _) in list(self._gone.items()):
+        for rank, (how, _) in self._gone.copy().items():
             self._send(link, _line(rank=rank, how=how))
         if self._expected <= 0:
             self._met.set()

@@ -60,19 +60,13 @@ def others_move(driver: Any) -> bool:
     return len(under_way) > (id(driver) in under_way)
 
 
-def _drivers() -> list[tuple[int, weakref.ref[Any]]]:
-    while True:
-        # Making the list may collect garbage, up to Python 3.11 between two entries, and whatever that runs may let
-        # another thread begin or end something.
-        with suppress(RuntimeError):
-            return list(under_way.items())
-
-
 def move_others(driver: Any) -> None:
     """Move on, without waiting, what any driver but ``driver`` has under way. Two ranks may wait for operations of
     several groups, or of a group and a parameter server, in different orders: neither would come to an end if each of
     them moved only the one that it waits for."""
-    for key, reference in _drivers():
+    # A copy, not a list of the items: making that may collect garbage between two of them, up to Python 3.11, and what
+    # that runs may let another thread begin or end something. dict.copy() is one step.
+    for key, reference in under_way.copy().items():
         other = reference()
         if other is None:
             if under_way.get(key) is reference:
