@@ -101,18 +101,15 @@ def leave(
     start: Callable[[], Any],
     *,
     shape: tuple[int, ...] = (),
-    refusal: str = "",
 ) -> Handle:
     """A collective that gloo carries out, in its place among those of ``group``. ``start()`` gives gloo's work, which
     writes ``outs``; ``sample``: a tensor whose dtype, layout and device are every rank's, as ``detail`` and ``shape``
-    are. ``refusal``: why it need not even be tried. The handle ends with AgreedError where the operation is refused on
-    all ranks, after which the group goes on; and with CommlabError, on all ranks, where gloo refuses on some only."""
+    are. The handle ends with AgreedError where gloo refuses the operation on all ranks, after which the group goes on;
+    and with CommlabError, on all ranks, where it refuses on some only."""
     count_write(_flat(outs))
     peers = [peer for peer in range(group.size) if peer != group.rank]
 
     def body() -> Pending:
-        if refusal:  # a rank alone has nobody to agree with
-            raise AgreedError(f"rank {group.rank}: {refusal}")
         cause: Exception | None = None
         try:
             work = start()
@@ -138,7 +135,7 @@ def leave(
 
     layout = str(sample.layout).removeprefix("torch.")
     words = ", ".join(filter(None, (f"by gloo, {layout} on {sample.device.type}", detail)))
-    return group.submit(Signature(kind, shape, sample.dtype, detail=words, refusal=refusal), body())
+    return group.submit(Signature(kind, shape, sample.dtype, detail=words), body())
 
 
 def _flat(tensors: Any) -> Iterator[torch.Tensor]:

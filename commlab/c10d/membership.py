@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import UsageError
+from ..errors import AgreedError, UsageError
 from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..transport.gloo import set_default
@@ -148,10 +148,12 @@ class Membership(_ProcessGroup):  # type: ignore[misc]
         sample = sent
         while not isinstance(sample, torch.Tensor):
             sample = sample[0]
-        gloo = self._gloo()
         known = reduction is not None and movable(sample)
-        refusal = refusal_of(reduction, sample.dtype) if known else ""
-        handle = leave(self.group, kind, sample, detail, outs, lambda: start(gloo), shape=shape, refusal=refusal)
+        if known and (refusal := refusal_of(reduction, sample.dtype)):
+            error = AgreedError(f"rank {self.rank()}: {refusal}")
+            return self.work((self.group.refuse(kind, None, error),), outs)
+        gloo = self._gloo()
+        handle = leave(self.group, kind, sample, detail, outs, lambda: start(gloo), shape=shape)
         return self.work((handle,), outs, after)
 
     # --- Life

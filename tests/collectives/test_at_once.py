@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from closed_form import DTYPES, expected, numbers, ops_for, same_bits
-from linked import Mesh, on_all
+from closed_form import DTYPES, ops_for
+from linked import Mesh, late_and_queued, on_all, reduced, right
 
 import commlab
 from commlab.collectives.routes import piggyback
@@ -33,14 +33,6 @@ def edges(size: int, dtype: torch.dtype) -> list[int]:
     everything, most = piggyback.EVERYTHING_BYTES // dtype.itemsize, LINKS_BYTES // dtype.itemsize * size
     largest = [most - 1, most] if dtype is torch.float16 else []
     return [1, everything, everything + 1, everything + size + 1, *largest]
-
-
-def reduced(group: Group, numel: int, dtype: torch.dtype = torch.float32, op: str = "sum") -> torch.Tensor:
-    return commlab.allreduce(numbers(group.rank, numel, dtype, op), op, group=group)
-
-
-def right(got: object, size: int, numel: int, dtype: torch.dtype = torch.float32, op: str = "sum") -> bool:
-    return isinstance(got, torch.Tensor) and same_bits(got + 0, expected(op, size, numel, dtype) + 0)
 
 
 @pytest.mark.parametrize("mesh", [2, 7], indirect=True)
@@ -82,17 +74,8 @@ def test_a_late_rank_and_what_is_queued(mesh: Mesh, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(group_module, "_PATIENCE_US", 1e3)
     groups = mesh.groups()
 
-    def one(group: Group, late: int) -> list[torch.Tensor]:
-        if group.rank == late:
-            time.sleep(0.05)
-        first = reduced(group, 3000)
-        queued = commlab.allreduce_async(numbers(group.rank, 200_000, torch.float32), "sum", group=group)
-        if group.rank == (late + 1) % group.size:
-            queued.wait()  # then the next one finds nothing under way
-        return [first, reduced(group, 5), queued.wait()]
-
     for late in range(mesh.size):
-        for results in on_all(groups, lambda group, late=late: one(group, late)):
+        for results in on_all(groups, lambda group, late=late: late_and_queued(group, late, 0.05)):
             assert isinstance(results, list), results
             assert [right(*each) for each in zip(results, [3] * 3, [3000, 5, 200_000], strict=True)] == [True] * 3
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
+from closed_form import expected, numbers, same_bits
+
+import commlab
 from commlab.job.topology import Topology
 from commlab.runtime.group import Group
 from commlab.runtime.nodes import open_nodes
@@ -63,3 +68,25 @@ def wait_for(request: Any, timeout_s: float = 20.0) -> None:
             return
         request.block(0.1)
     assert request.test(), f"still waiting for ranks {list(request.peers())}"
+
+
+def reduced(group: Group, numel: int, dtype: torch.dtype = torch.float32, op: str = "sum") -> torch.Tensor:
+    """The ranks' numbers of :mod:`closed_form`, reduced by a call that waits."""
+    return commlab.allreduce(numbers(group.rank, numel, dtype, op), op, group=group)
+
+
+def right(got: object, size: int, numel: int, dtype: torch.dtype = torch.float32, op: str = "sum") -> bool:
+    """Whether that is what ``size`` ranks should get."""
+    return isinstance(got, torch.Tensor) and same_bits(got + 0, expected(op, size, numel, dtype) + 0)
+
+
+def late_and_queued(group: Group, late: int, late_s: float) -> list[torch.Tensor]:
+    """Sums of 3,000, 5 and 200,000 numbers: rank ``late`` comes late, the largest is queued, and the next rank finds
+    nothing under way before it asks for the 5."""
+    if group.rank == late:
+        time.sleep(late_s)
+    first = reduced(group, 3000)
+    queued = commlab.allreduce_async(numbers(group.rank, 200_000, torch.float32), "sum", group=group)
+    if group.rank == (late + 1) % group.size:
+        queued.wait()
+    return [first, reduced(group, 5), queued.wait()]

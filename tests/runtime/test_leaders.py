@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from closed_form import DTYPES, HALVES, expected, numbers, ops_for, same_bits
-from linked import Mesh, on_all
+from closed_form import DTYPES, HALVES, numbers, ops_for, same_bits
+from linked import Mesh, late_and_queued, on_all, reduced, right
 
 import commlab
 from commlab.collectives.routes import piggyback
@@ -64,14 +64,6 @@ def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     made = Job(LAYOUTS[getattr(request, "param", "2 x 2")])
     yield made
     made.close()
-
-
-def reduced(group: Group, numel: int, dtype: torch.dtype = torch.float32, op: str = "sum") -> torch.Tensor:
-    return commlab.allreduce(numbers(group.rank, numel, dtype, op), op, group=group)
-
-
-def right(got: object, size: int, numel: int, dtype: torch.dtype = torch.float32, op: str = "sum") -> bool:
-    return isinstance(got, torch.Tensor) and same_bits(got + 0, expected(op, size, numel, dtype) + 0)
 
 
 def noise(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -188,18 +180,9 @@ def test_one_rank_takes_the_long_way(job: Job, late_s: float) -> None:
 def test_a_late_rank_and_what_is_queued(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_module, "_PATIENCE_US", 1e3)
 
-    def one(group: Group, late: int, late_s: float) -> list[torch.Tensor]:
-        if group.rank == late:
-            time.sleep(late_s)
-        first = reduced(group, 3000)
-        queued = commlab.allreduce_async(numbers(group.rank, 200_000, torch.float32), "sum", group=group)
-        if group.rank == (late + 1) % group.size:
-            queued.wait()  # then the next one finds nothing under way
-        return [first, reduced(group, 5), queued.wait()]
-
     for late in range(job.size):
         for late_s in (0.01, 0.1):
-            for results in job.all(lambda group, late=late, late_s=late_s: one(group, late, late_s)):
+            for results in job.all(lambda group, late=late, late_s=late_s: late_and_queued(group, late, late_s)):
                 assert isinstance(results, list), results
                 assert all(map(right, results, [job.size] * 3, [3000, 5, 200_000]))
 
