@@ -186,8 +186,11 @@ void register_links(nb::module_& m) {
     for (const Interface& each : interfaces()) found.emplace_back(each.name, each.address, each.loopback);
     return found;
   });
-  m.def("crc32c", [](nb::bytes data, bool by_table) {
-    return by_table ? crc32c_by_table(0, data.c_str(), data.size()) : crc32c(0, data.c_str(), data.size());
+  m.def("crc32c", [](nb::bytes data, std::uint32_t crc) { return crc32c(crc, data.c_str(), data.size()); });
+  m.def("has_crc32c", [](int way) { return has_crc32c(static_cast<Crc32cWay>(way)); });
+  m.def("crc32c_by", [](int way, nb::bytes data, std::uint32_t crc) {
+    if (!has_crc32c(static_cast<Crc32cWay>(way))) throw nb::value_error("the processor lacks this way");
+    return crc32c_by(static_cast<Crc32cWay>(way), crc, data.c_str(), data.size());
   });
 
   // Held by shared pointers here: a run outlives the Python object that made its program.

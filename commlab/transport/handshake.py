@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from ..errors import CommlabError, PeerTimeoutError, UsageError
 from .cards import Card, addresses, own_card, require_alike
+from .congestion import begin_congestion, require_congestion, settle_congestion
 from .meeting import Meeting
 
 Gather = Callable[[bytes], list[bytes]]
@@ -41,6 +42,7 @@ def connect(
     key = hashlib.sha256("".join(card.secret for card in cards).encode()).digest()
     listeners, problem, found = [], "", {}
     try:
+        require_congestion()
         others = [card for card in cards if card.rank != rank]
         near = any(card.network == cards[rank].network for card in others)
         beyond = any(card.network != cards[rank].network for card in others)
@@ -73,8 +75,9 @@ def _raise_any(problems: Sequence[bytes], kind: type[CommlabError]) -> None:
 
 
 def tune(connection: socket.socket, timeout_s: float) -> None:
-    """Small frames leave at once, and a peer whose host is gone is noticed: by what is sent to it, or else by
-    keep-alives."""
+    """Small frames leave at once, bursts are not held back, and a peer whose host is gone is noticed: by what is sent
+    to it, or else by keep-alives."""
+    settle_congestion(connection)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout_s))
     connection.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -93,6 +96,7 @@ def _listen(candidates: Sequence[object], size: int) -> list[socket.socket]:
         host = each.host  # type: ignore[attr-defined]
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         try:
+            begin_congestion(listener)
             listener.bind((host, 0))
             listener.listen(max(64, size))
             listener.setblocking(False)

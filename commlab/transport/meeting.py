@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from .cards import Card
+from .congestion import begin_congestion
 
 PROOF_S = 1.0
 """Who has not proved itself after so long is dropped; a peer that was only slow tries again."""
@@ -124,6 +125,7 @@ class Meeting:
         connection = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         connection.setblocking(False)
         try:
+            begin_congestion(connection)
             connection.connect((host, port))
         except BlockingIOError:
             pass

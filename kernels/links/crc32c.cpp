@@ -10,6 +10,8 @@
 #include <arm_acle.h>
 #endif
 
+#include "crc32c_folding.h"
+
 namespace commlab::links {
 namespace {
 
@@ -32,6 +34,21 @@ constexpr Table byte_tables() {
 }
 
 constexpr Table kTables = byte_tables();
+
+std::uint32_t by_table(std::uint32_t crc, const void* data, std::size_t bytes) {
+  const auto* at = static_cast<const unsigned char*>(data);
+  crc = ~crc;
+  for (; bytes >= 8; bytes -= 8, at += 8) {
+    std::uint32_t next = 0;
+    for (std::size_t k = 0; k < 8; ++k) {
+      const std::uint32_t byte = k < 4 ? (at[k] ^ crc >> (8 * k)) & 0xff : at[k];
+      next ^= kTables[7 - k][byte];
+    }
+    crc = next;
+  }
+  for (; bytes; --bytes, ++at) crc = (crc >> 8) ^ kTables[0][(crc ^ *at) & 0xff];
+  return ~crc;
+}
 
 #if defined(__x86_64__)
 
@@ -94,9 +111,15 @@ CRC_TARGET std::uint32_t by_instruction(std::uint32_t crc, const void* data, std
 }
 
 // Asked of the processor itself: compilers other than GCC answer __builtin_cpu_supports only after a start-up call.
-bool has_instruction() {
+bool asked() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_SSE4_2);
+}
+
+// Once: in a virtual machine the question takes 20 us and more.
+bool has_instruction() {
+  static const bool found = asked();
+  return found;
 }
 
 #elif defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
@@ -118,33 +141,50 @@ bool has_instruction() { return true; }
 #else
 
 std::uint32_t by_instruction(std::uint32_t crc, const void* data, std::size_t bytes) {
-  return crc32c_by_table(crc, data, bytes);
+  return by_table(crc, data, bytes);
 }
 
 bool has_instruction() { return false; }
 
 #endif
 
+std::uint32_t by_folding(std::uint32_t crc, const void* data, std::size_t bytes) {
+  if (bytes < kFoldingBytes) return by_instruction(crc, data, bytes);
+  std::uint64_t left[2];
+  const std::size_t folded = fold_crc32c(~crc, data, bytes, left);
+  // by_instruction() inverts what it is given and what it returns; here a checksum begins with nothing.
+  return by_instruction(by_instruction(~0u, left, sizeof left), static_cast<const char*>(data) + folded,
+                        bytes - folded);
+}
+
+Crc32cWay fastest() {
+  for (const Crc32cWay way : {Crc32cWay::kFolding, Crc32cWay::kInstruction})
+    if (has_crc32c(way)) return way;
+  return Crc32cWay::kTable;
+}
+
 }  // namespace
 
-std::uint32_t crc32c_by_table(std::uint32_t crc, const void* data, std::size_t bytes) {
-  const auto* at = static_cast<const unsigned char*>(data);
-  crc = ~crc;
-  for (; bytes >= 8; bytes -= 8, at += 8) {
-    std::uint32_t next = 0;
-    for (std::size_t k = 0; k < 8; ++k) {
-      const std::uint32_t byte = k < 4 ? (at[k] ^ crc >> (8 * k)) & 0xff : at[k];
-      next ^= kTables[7 - k][byte];
-    }
-    crc = next;
+bool has_crc32c(Crc32cWay way) {
+  switch (way) {
+    case Crc32cWay::kTable: return true;
+    case Crc32cWay::kInstruction: return has_instruction();
+    case Crc32cWay::kFolding: return has_instruction() && has_folding();
   }
-  for (; bytes; --bytes, ++at) crc = (crc >> 8) ^ kTables[0][(crc ^ *at) & 0xff];
-  return ~crc;
+  return false;
+}
+
+std::uint32_t crc32c_by(Crc32cWay way, std::uint32_t crc, const void* data, std::size_t bytes) {
+  switch (way) {
+    case Crc32cWay::kInstruction: return by_instruction(crc, data, bytes);
+    case Crc32cWay::kFolding: return by_folding(crc, data, bytes);
+    default: return by_table(crc, data, bytes);
+  }
 }
 
 std::uint32_t crc32c(std::uint32_t crc, const void* data, std::size_t bytes) {
-  static const bool instruction = has_instruction();
-  return instruction ? by_instruction(crc, data, bytes) : crc32c_by_table(crc, data, bytes);
+  static const Crc32cWay way = fastest();
+  return crc32c_by(way, crc, data, bytes);
 }
 
 }  // namespace commlab::links
