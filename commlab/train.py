@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from . import trace
 from .errors import AgreedError, NotFiniteError, UsageError
-from .job.launch import detect, end_job
+from .job.launch import detect, end_job, install_exception_hook
 from .trainer.build import compiled, device_of, make_optimizer
 from .trainer.config import Config
 from .trainer.preemption import EXIT_CODE, Preemption, listening
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.rank == 0:
             print(f"commlab: {error}", file=sys.stderr)
         return 2
+    if launch.launcher is not None:
+        # Ctrl-C while torch is being imported, which takes seconds: no traceback of every rank.
+        install_exception_hook(os._exit)
     try:
         with listening(bool(config.checkpoint_every)) as preemption:
             return train(config, started_s, preemption)
@@ -102,7 +105,9 @@ def train(config: Config, started_s: float, preemption: Preemption) -> int:
     torch.set_num_threads(threads)
     device = raise_together(group, lambda: device_of(config, group))
 
-    corpus = load_together(group, config.data, config.tokenizer, config.tokenizer_cache, config.text_field)
+    corpus = load_together(
+        group, config.data, config.tokenizer, config.tokenizer_cache, config.text_field, config.written
+    )
     blocks = Blocks(corpus.train, config.seq_len)
     held_out = Blocks(corpus.held_out, config.seq_len, token_bytes=corpus.held_out_bytes)
     raise_together(group, lambda: require_held_out(held_out, config.batch_size, config.eval_batches or None))

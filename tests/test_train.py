@@ -6,11 +6,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import commlab
 from commlab.train import main
 from commlab.trainer.report import Report
 
@@ -59,6 +62,31 @@ def test_a_resumed_run_ends_with_the_same_bits(capsys: pytest.CaptureFixture[str
     assert rows() == whole, "losses, gradient norms and learning rates too; the file goes on"
     assert weights("parts") == weights("whole")
     assert Path("parts/checkpoints/step-0000000006/manifest.json").exists()
+    assert run("--output", "parts", "--checkpoint-every", "2", "--resume") == 0
+    assert "nats per token" not in capsys.readouterr().out, "no step was left to do, so there is no loss"
+    json.loads(Path("m.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
+
+
+def test_ctrl_c_while_torch_is_imported() -> None:
+    """No traceback of every rank: the hook is there before the imports that take seconds."""
+    program = """
+import sys
+import commlab.train
+def interrupted(*_):
+    assert "torch" not in sys.modules
+    raise KeyboardInterrupt
+commlab.train.train = interrupted
+commlab.train.main([])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(Path(commlab.__file__).parents[1]), "PMI_RANK": "0", "PMI_SIZE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_what_is_damaged_is_said_and_passed_over(capsys: pytest.CaptureFixture[str]) -> None:

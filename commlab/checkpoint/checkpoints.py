@@ -1,7 +1,7 @@
 """Checkpoints of a training run: every rank writes what it owns, and any number of ranks takes up what each needs.
 
     rank r   its pieces of the parameters and of the optimizer's state; torch's, Python's and numpy's random state
-    rank 0   also what exists once: buffers, frozen parameters, the schedule, whatever the caller adds
+    rank 0   also what exists once: buffers, frozen parameters, extra state, the schedule, what the caller adds
 
 Under ``ps`` and ``dps`` pieces are shards; under the other strategies rank 0 writes them all. So a checkpoint holds
 every number once, whatever the number of ranks.
@@ -25,6 +25,7 @@ from ..runtime.control import gather_bytes, raise_together
 from ..runtime.group import Group
 from ..runtime.raw import bytes_of, write_bytes
 from . import files, random_state
+from .same import require_same_model, require_same_scheduler, with_extra_state
 from .writer import Writer
 
 
@@ -202,6 +203,8 @@ class Checkpoints:
         if rank == 0:
             state["fixed"] = dict(self._fixed())
             state["scheduler"] = None if self._scheduler is None else self._scheduler.state_dict()
+            state["scheduler_class"] = type(self._scheduler).__name__
+            state["extra"] = {name: module.get_extra_state() for name, module in with_extra_state(self._model)}
             state["more"] = more
         return state
 
@@ -253,7 +256,8 @@ class Checkpoints:
                 raise UsageError(
                     f"{path} has parts of steps {sorted(steps)} under a manifest of step {manifest['step']}"
                 )
-            self._require_same_model(owned, fixed)
+            require_same_model(self._engine.parameters, self._fixed(), owned, fixed)
+            require_same_scheduler(self._scheduler, states[0], speak=self._group.rank == 0)
             self._engine.load_state_dict(*owned)
 
         raise_together(self._group, load)
@@ -261,6 +265,9 @@ class Checkpoints:
         if len(states) == self._group.size and "buffers" in (own := states[self._group.rank]):
             for name, tensor in self._model.named_buffers():
                 _overwrite(tensor, own["buffers"][name])
+        for name, module in with_extra_state(self._model):
+            if name in states[0].get("extra", {}):
+                module.set_extra_state(states[0]["extra"][name])
         if self._scheduler is not None and states[0]["scheduler"] is not None:
             self._scheduler.load_state_dict(states[0]["scheduler"])
         if len(states) == self._group.size:
@@ -268,31 +275,6 @@ class Checkpoints:
         else:
             random_state.draw_anew([state["random"] for state in states], manifest["step"])
         return states[0]["more"]
-
-    def _require_same_model(self, owned: list[dict[str, Any]], fixed: dict[str, torch.Tensor]) -> None:
-        saved = {name: list(tensor.shape) for name, tensor in fixed.items()}
-        mine = {name: list(tensor.shape) for name, tensor in self._fixed()}
-        for item in self._engine.parameters:
-            mine[item.name] = [item.tensor.numel()]
-        for state in owned:
-            for name, pieces in state["pieces"].items():
-                saved.setdefault(name, [0])
-                saved[name][0] += sum(piece["stop"] - piece["start"] for piece in pieces)
-        # A parameter without numbers may be in no rank's state.
-        for name in sorted(mine.keys() | saved.keys()):
-            if mine.get(name, [0]) != saved.get(name, [0]):
-                raise UsageError(
-                    f"{name!r} has shape or size {saved.get(name, 'none')} in the checkpoint, and "
-                    f"{mine.get(name, 'none')} in this model; resume with the model that was saved"
-                )
-        for name, tensor in self._fixed():
-            if tensor.dtype != fixed[name].dtype and not (
-                tensor.is_floating_point() and fixed[name].is_floating_point()
-            ):
-                raise UsageError(
-                    f"{name!r} is {fixed[name].dtype} in the checkpoint, and {tensor.dtype} in this model; resume with "
-                    "the model that was saved"
-                )
 
     def _write_values(self, owned: list[dict[str, Any]], fixed: dict[str, torch.Tensor]) -> None:
         for item in self._engine.parameters:

@@ -61,8 +61,8 @@ def begin(folder: Path, step: int, writer: Writer) -> None:
     """Make the folder aside, and remove what writers that died have left. One rank, which has the right to write."""
     with _reported(folder):
         own = aside(folder, step)
-        for left in folder.glob(".step-*") if writer.locked else filter(Path.is_dir, [own]):
-            shutil.rmtree(left)
+        for left in folder.glob(".step-*") if writer.locked else [own]:
+            _delete(left)
         own.mkdir(parents=True)
 
 
@@ -107,10 +107,11 @@ def commit(folder: Path, step: int, files: Sequence[StateFile], more: dict[str, 
 
 def newest_first(folder: Path) -> list[Path]:
     """All checkpoints of the folder, whole or not."""
-    if not folder.is_dir():
-        return []
     with _reported(folder):
-        found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        try:
+            found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        except FileNotFoundError:
+            return []
     return [path for _, path in sorted(found, key=lambda item: (int(item[0][1]), int(item[0][2] or 0)), reverse=True)]
 
 
@@ -119,7 +120,15 @@ def remove(path: Path) -> None:
     with _reported(path):
         hidden = path.with_name(f".{path.name}.removed")
         os.rename(path, hidden)
-        shutil.rmtree(hidden)
+        _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    """Remove whatever is there: a folder with its content, a file, or a link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_manifest(path: Path) -> str:

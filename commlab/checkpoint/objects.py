@@ -18,6 +18,7 @@ from ..errors import AgreedError
 from ..runtime import raw
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
+from ..runtime.recording import refusal
 from ..runtime.world import resolve
 from .nested import pack, unpack
 
@@ -35,6 +36,8 @@ def broadcast_object(obj: Any = None, root: int = 0, allow_pickle: bool = False,
     travel. Cost: one delivery of its bytes.
     """
     group = resolve(group)
+    if by := group.recorder():
+        group.refuse("broadcast_object", None, refusal(group.rank, "broadcast_object", by)).wait()
     try:
         root = root_of(group, "broadcast_object", root)
     except Exception as error:
@@ -49,6 +52,8 @@ def allgather_object(obj: Any, allow_pickle: bool = False, group: Group | None =
     """Every rank's object on every rank, in rank order. Collective. What an object may be: see
     :func:`broadcast_object`. Cost: every rank sends its bytes to each of the others."""
     group = resolve(group)
+    if by := group.recorder():
+        group.refuse("allgather_object", None, refusal(group.rank, "allgather_object", by)).wait()
     data = _encoded(group, "allgather_object", obj, allow_pickle)
     received = _exchanged(group, "allgather_object", _mode(allow_pickle), data)
     return _decoded(group, "allgather_object", dict(enumerate(received)), allow_pickle)

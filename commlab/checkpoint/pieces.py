@@ -78,11 +78,11 @@ def _cut(value: torch.Tensor, shape: torch.Size, start: int, stop: int) -> torch
 def state(
     pieces: Iterable[Piece], optimizer: torch.optim.Optimizer, frozen: Iterable[NamedParameter] = ()
 ) -> dict[str, Any]:
-    """What this rank's optimizer remembers: ``{"groups": [hyper-parameters], "pieces": {name: [{"start", "stop",
-    "numel", "state"}]}}``, and where the optimizer remembers something of ``frozen`` parameters also ``"frozen"``, like
-    ``"pieces"``. Tensors are not copied."""
+    """What this rank's optimizer remembers: ``{"optimizer": class, "groups": [hyper-parameters], "pieces": {name:
+    [{"start", "stop", "numel", "shape", "group", "dtype", "state"}]}}``, and where the optimizer remembers something of
+    ``frozen`` parameters also ``"frozen"``, like ``"pieces"``. Tensors are not copied."""
     remembered = [whole(item) for item in frozen if optimizer.state.get(item.tensor)]
-    saved = {"groups": groups_of(optimizer), "pieces": _entries(pieces, optimizer)}
+    saved = {**about(optimizer), "pieces": _entries(pieces, optimizer)}
     if remembered:
         saved["frozen"] = _entries(remembered, optimizer)
     return saved
@@ -96,7 +96,8 @@ def whole(item: NamedParameter) -> Piece:
 def _entries(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[str, list[dict[str, Any]]]:
     saved: dict[str, list[dict[str, Any]]] = {}
     for piece in pieces:
-        entry: dict[str, Any] = {"start": piece.start, "stop": piece.stop, "numel": piece.parameter.tensor.numel()}
+        entry: dict[str, Any] = {"start": piece.start, "stop": piece.stop, **described(piece.parameter)}
+        entry["dtype"] = str(piece.tensor.dtype)
         values = optimizer.state.get(piece.tensor, {})
         entry["state"] = {
             key: _cut(value, piece.tensor.shape, 0, piece.stop - piece.start) if torch.is_tensor(value) else value
@@ -106,6 +107,16 @@ def _entries(pieces: Iterable[Piece], optimizer: torch.optim.Optimizer) -> dict[
             entry["state"][MASTER] = piece.tensor.view(-1)
         saved.setdefault(piece.parameter.name, []).append(entry)
     return saved
+
+
+def about(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What is saved of the optimizer itself: its class, and the hyper-parameters of its groups."""
+    return {"optimizer": type(optimizer).__name__, "groups": groups_of(optimizer)}
+
+
+def described(item: NamedParameter) -> dict[str, Any]:
+    """What is saved of a parameter beside its values and its state."""
+    return {"numel": item.tensor.numel(), "shape": list(item.tensor.shape), "group": item.group}
 
 
 def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -147,12 +158,26 @@ def collect(
     leave the optimizer as it was."""
     if not states:
         raise UsageError("load_state_dict() needs at least one part")
+    _require_same_class(optimizer, states[0])
     if len(states[0]["groups"]) != len(optimizer.param_groups):
         raise UsageError(
             f"the saved optimizer has {len(states[0]['groups'])} groups, this one {len(optimizer.param_groups)}"
         )
     # A parameter without numbers has a state too, which nobody saved.
     return [(piece, _collect(piece, states)) for piece in pieces if piece.stop > piece.start]
+
+
+def _require_same_class(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """UsageError where the state is one that ``optimizer`` can't go on from: of another class, with other
+    hyper-parameters (those of Adam and AdamW are alike). States of commlab 0.1 do not tell their class."""
+    saved_class, own_class = saved.get("optimizer"), type(optimizer).__name__
+    lacking = {key for entry in saved["groups"] for key in getattr(optimizer, "defaults", {}).keys() - entry.keys()}
+    if saved_class not in (None, own_class) and lacking:
+        raise UsageError(
+            f"the saved state is of an optimizer {saved_class}, and this one is {own_class}, whose "
+            f"{', '.join(sorted(lacking))} were not saved; give the optimizer that was saved, or load the model's "
+            "parameters alone"
+        )
 
 
 def load_groups(optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]]) -> None:
@@ -181,6 +206,13 @@ def _collect(piece: Piece, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
             f"parameter {name!r}: saved with {saved[0]['numel']} numbers, the model has "
             f"{piece.parameter.tensor.numel()}"
         )
+    for key, what in (("shape", "with shape"), ("group", "in the optimizer's group")):
+        mine = described(piece.parameter)[key]
+        if saved and saved[0].get(key, mine) != mine:
+            raise UsageError(
+                f"parameter {name!r}: saved {what} {saved[0][key]}, and here it is {mine}; make model and optimizer as "
+                "they were saved"
+            )
     result: dict[str, Any] = {}
     # Ranks that do not shard all save the whole parameter; its numbers are taken once.
     covered = wanted.start
@@ -195,7 +227,10 @@ def _collect(piece: Piece, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 result[key] = value.clone() if torch.is_tensor(value) else value
                 continue
             if key not in result:
-                result[key] = torch.empty(wanted.numel, dtype=value.dtype, device=value.device)
+                # What has the dtype of the updated tensor keeps having it, as under torch's load_state_dict().
+                follows = str(value.dtype) == entry.get("dtype") and key != MASTER
+                dtype = piece.tensor.dtype if follows else value.dtype
+                result[key] = torch.empty(wanted.numel, dtype=dtype, device=value.device)
             result[key][common.start - wanted.start : common.stop - wanted.start] = value[
                 common.start - here.start : common.stop - here.start
             ]

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from ..errors import UsageError
 from ..native.norm import Squares
 from ..native.versions import count_write
 from ..runtime.group import Group
@@ -70,6 +71,15 @@ def _body(call: Call, users: torch.Tensor | None) -> Pending:
             count_write((users,))
 
 
+def _named(error: Exception, tensor: torch.Tensor, where: str) -> Exception:
+    """``error``, or what names the tensor whose memory can't be reached (inside vmap, grad and their like)."""
+    try:
+        writable(tensor, where)
+    except UsageError as named:
+        return named
+    return error
+
+
 def allreduce(
     tensor: torch.Tensor,
     op: str = "mean",
@@ -100,7 +110,7 @@ def allreduce(
         else:
             memory = writable(tensor, where_of(group, "allreduce", tensor))
     except Exception as error:
-        group.refuse("allreduce", name, error).wait()
+        group.refuse("allreduce", name, _named(error, tensor, where_of(group, "allreduce", tensor))).wait()
         raise
     if sent is not None and at_once is not None:
         if group.allreduce_at_once(plan.signature, at_once, sent, address):

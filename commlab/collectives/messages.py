@@ -18,6 +18,7 @@ from ..errors import DisagreementError, RefusedError, UsageError
 from ..native.versions import count_write
 from ..runtime.group import Group
 from ..runtime.handle import Handle
+from ..runtime.recording import recorder, refusal, unrecorded
 from ..runtime.world import resolve
 from ..transport.base import Bytes, Pending, Request, Transport
 from .delivery import bytes_of
@@ -38,10 +39,13 @@ def send_async(tensor: torch.Tensor, to: int, name: str | None = None, group: Gr
     group = resolve(group)
     peer, where = _peer(group, to, "send", tensor)
     try:
+        if by := recorder():
+            raise refusal(group.rank, "send", by)
         data, words = _sent(tensor, where, name)
     except Exception as error:
         reason = (_REFUSED + str(error).encode(errors="replace"))[:_WORDS_BYTES]
-        _send(group, peer, _NOTHING, reason.ljust(_WORDS_BYTES, b"\0"), f"refusal to rank {peer}", None).done()
+        with unrecorded():
+            _send(group, peer, _NOTHING, reason.ljust(_WORDS_BYTES, b"\0"), f"refusal to rank {peer}", None).done()
         raise
     return _send(group, peer, data, words, f"send of {described(tensor)} to rank {peer}", tensor)
 
@@ -85,6 +89,8 @@ def recv_async(tensor: torch.Tensor, frm: int, name: str | None = None, group: G
         yield from _drop(transport, size_bytes, peer)
 
     try:
+        if by := recorder():
+            raise refusal(group.rank, "recv", by)
         own = writable(tensor, where)
         memory, meaning = carrier(own, where) if own.is_quantized else (own, "")
         in_place = memory.is_cpu and memory.is_contiguous() and not (memory.is_neg() or memory.is_conj())

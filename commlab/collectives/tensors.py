@@ -81,7 +81,12 @@ def surely_writable(tensor: torch.Tensor) -> bool:
 def _plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
     kind = type(tensor)
     if not isinstance(tensor, torch.Tensor):
-        raise UsageError(f"{where}: that is no tensor; give a torch.Tensor")
+        raise UsageError(
+            f"{where}: a torch.fx.Proxy stands for a tensor that symbolic_trace does not have; torch.fx.wrap() the"
+            " function, and the call stays in the graph"
+            if kind.__module__ == "torch.fx.proxy"
+            else f"{where}: that is no tensor; give a torch.Tensor"
+        )
     if torch.nn.parameter.is_lazy(tensor):
         raise UsageError(f"{where}: a {kind.__name__} has no numbers yet; run a forward pass first")
     if tensor.is_nested or tensor.layout is not torch.strided:

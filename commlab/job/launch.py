@@ -21,6 +21,9 @@ from types import TracebackType
 from ..errors import UsageError
 from .leaving import interactive
 
+LONGEST_S = 1e9
+"""The longest time-out, 30 years: clocks of the system, of MPI and of torch overflow not far above."""
+
 _LAUNCHERS = (
     (
         "openmpi",

@@ -60,7 +60,8 @@ def declared(text: str, size: int) -> Topology:
         nodes = []
         for entry in text.split(","):
             first, dash, last = entry.partition("-")
-            nodes.append(tuple(range(int(first), int(last if dash else first) + 1)))
+            # Cut behind the last rank, which is enough to be refused below.
+            nodes.append(tuple(range(max(int(first), -1), min(int(last if dash else first), size) + 1)))
     except ValueError:
         raise UsageError(
             f"--nodes {text!r}: give the number of ranks per node (2), or one range of ranks per node (0-3,4-7)"

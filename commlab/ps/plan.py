@@ -107,6 +107,12 @@ def _example(factory: Factory, groups: int, elementwise: bool | None) -> torch.o
     made = factory(stand_ins if groups == 1 else [{"params": [stand_in]} for stand_in in stand_ins])
     if not isinstance(made, torch.optim.Optimizer):
         raise UsageError(f"the optimizer's factory returned a {type(made).__name__}, which is no torch.optim.Optimizer")
+    held = {id(tensor) for entry in made.param_groups for tensor in entry["params"]}
+    if held != set(map(id, stand_ins)):
+        raise UsageError(
+            f"the optimizer's factory made {type(made).__name__} of other tensors than those that it was given, or not"
+            " of all of them; let it pass them on: lambda params: SGD(params, lr=0.1)"
+        )
     require_elementwise(made, elementwise)
     return made
 

@@ -19,6 +19,7 @@ from ..native.dtypes import WIRES
 from ..runtime.control import raise_together
 from ..runtime.group import Group
 from ..runtime.handle import Handle
+from ..runtime.recording import recorder, refusal
 from ..runtime.world import resolve
 from ..transport.sim import SimNetwork
 from . import hypers
@@ -309,6 +310,8 @@ class ParameterServer:
             raise UsageError(f"rank {self._keys.rank}: {what}() is for workers, and this rank was a server")
         if self._closed:
             raise UsageError(f"rank {self._keys.rank}: {what}() on a parameter server that was closed")
+        if by := recorder():
+            raise refusal(self._keys.rank, f"{what}()", by)
         if self._left and what in ("push", "push_pull", "push_flat", "step", "leave"):
             raise UsageError(f"rank {self._keys.rank}: {what}() after leave(), after which a worker only pulls")
 

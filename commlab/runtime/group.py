@@ -7,13 +7,14 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 
 from .. import trace
-from ..errors import UsageError
+from ..errors import RefusedError, UsageError
 from ..job.topology import Topology, usable_cores
 from ..job.watch import Watch
 from ..schedules.step import NodeStep
@@ -27,6 +28,7 @@ from .execute import Execution
 from .handle import Handle, Operation
 from .leaders import Leaders
 from .progress import Progress
+from .recording import active_modes, recorder, refusal, tracing_state, unrecorded
 from .waiting import under_way as others_under_way
 
 log = logging.getLogger("commlab")
@@ -137,6 +139,8 @@ class Group:
         ended = self.progress.ended
         if ended is not None:
             raise ended.error(signature.kind, self.rank)
+        if (by := self.recorder()) and not signature.refusal:
+            return self.refuse(signature.kind, signature.name, refusal(self.rank, signature.kind, by))
         with self._calls:
             if self._inline and not signature.refusal:
                 return self.refuse(signature.kind, signature.name, _two_threads(self.rank, "an allreduce"))
@@ -169,9 +173,19 @@ class Group:
         if self.size == 1 or not (self.agreement.checks or kind == "subgroup"):
             raise error
         name = name if isinstance(name, str) else None
-        return self.submit(
-            Signature(kind, name=name, refusal=refusal_of(error, self.rank)), attached=partial(_raise, error)
-        )
+        signature = Signature(kind, name=name, refusal=refusal_of(error, self.rank))
+        if not recorder():
+            return self.submit(signature, attached=partial(_raise, error))
+        with unrecorded():
+            handle = self.submit(signature, attached=partial(_raise, error))
+            with suppress(RefusedError):  # raised by who waits
+                handle.wait()
+        return handle
+
+    def recorder(self) -> str:
+        """What records this rank's calls, which can't be recorded (:mod:`.recording`); empty in a group of one rank, in
+        which they do nothing."""
+        return recorder() if self.size > 1 else ""
 
     def _queue(
         self,
@@ -197,7 +211,7 @@ class Group:
         differ in which of the two they take. Whether it was possible; if not, nothing was done."""
         progress = self.progress
         unchecked = self.window is None and not self.agreement.required
-        if unchecked or trace.enabled() or not progress.take():
+        if unchecked or trace.enabled() or active_modes() or tracing_state() or not progress.take():
             return False
         self._sequence = sequence = self._sequence + 1
         handle = None

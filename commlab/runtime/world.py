@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..job import leaving, topology, watch
-from ..job.launch import detect, install_exception_hook
+from ..job.launch import LONGEST_S, detect, install_exception_hook
 from ..transport.base import Transport
 from .connect import connect
 from .control import gather_bytes
@@ -129,8 +129,8 @@ def _require(arguments: dict[str, Any]) -> None:
     if arguments["links"] not in LINKS:
         raise UsageError(f"unknown links {arguments['links']!r}; there are {', '.join(LINKS)}")
     timeout_s = arguments["timeout_s"]
-    if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < float("inf")):
-        raise UsageError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
+    if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s <= LONGEST_S):
+        raise UsageError(f"timeout_s={timeout_s!r}: give a number of seconds above 0, {LONGEST_S:g} (30 years) at most")
 
 
 def _group(connected: Transport, arguments: dict[str, Any]) -> Group:

@@ -50,9 +50,10 @@ def state(store: ParameterServer, slices: Sequence[Slice], optimizer: torch.opti
     requests = (store.optimizer_state(each) for each in slices)
     for each, found in zip(slices, _few_at_a_time(requests), strict=True):
         entry = store.placement.entries[each.entry]
-        piece = {"start": each.start, "stop": each.stop, "numel": entry.numel, "state": found}
+        described = {"numel": entry.numel, "shape": list(entry.shape), "group": entry.group, "dtype": str(entry.dtype)}
+        piece = {"start": each.start, "stop": each.stop, **described, "state": found}
         saved.setdefault(entry.name, []).append(piece)
-    return {"groups": pieces.groups_of(optimizer), "pieces": saved}
+    return {**pieces.about(optimizer), "pieces": saved}
 
 
 def collect(

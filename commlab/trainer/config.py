@@ -110,6 +110,9 @@ class Config(Knobs):
                 config = cls(**values)
             except UsageError as error:
                 raise UsageError(f"{error} (flags, and --config {line.config!r})") from error
+            for flag, path in (("--metrics", config.metrics), ("--trace", config.trace)):
+                if path is not None and os.path.realpath(path) == os.path.realpath(line.config):
+                    raise UsageError(f"{flag} {path!r} is the file of --config, and would replace it; give another one")
         if line.print_config:
             if speak:
                 show(config_file.rendered(config))
@@ -207,6 +210,12 @@ class Config(Knobs):
     @property
     def checkpoint_folder(self) -> str:
         return self.checkpoint_dir if self.checkpoint_dir is not None else str(Path(self.output, "checkpoints"))
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The files and folders that the run writes."""
+        paths = (self.output, self.checkpoint_folder, self.tensorboard, self.metrics, self.trace)
+        return tuple(path for path in paths if path is not None)
 
     def shaping(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that was saved, beside the text and its order; how ranks

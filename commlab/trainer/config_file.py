@@ -54,7 +54,7 @@ def _load(path: str, where: str) -> dict[str, Any]:
     else:
         raise UsageError(f"{where}: TOML needs Python 3.11 or the package tomli: pip install tomli, or give flags")
     try:
-        found: dict[str, Any] = toml.loads(Path(path).read_text(encoding="utf-8"))
+        found: dict[str, Any] = toml.loads(Path(path).read_text(encoding="utf-8-sig"))
         return found
     except OSError as error:
         raise UsageError(f"{where} cannot be read: {error.strerror or error}") from error
@@ -72,7 +72,10 @@ def _typed(where: str, knob: Knob, value: Any) -> Any:
     if knob.many and isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return tuple(value)
     if knob.kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UsageError(f"{where} must be a finite number, got one of {len(str(abs(value)))} digits") from None
     if not isinstance(value, knob.kind) or (knob.kind is int and isinstance(value, bool)):
         wanted = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[knob.kind]
         raise UsageError(

@@ -45,6 +45,7 @@ class Knob:
     kind: type
     choices: Sequence[str] = ()
     least: float | None = None
+    most: float | None = None
     above: float | None = None
     below: float | None = None
     many: bool = False
@@ -64,7 +65,8 @@ def knob(default: Any, group: str, help: str, kind: type = str, **limits: Any) -
     """A dataclass field that is also a flag of the field's name; ``kind`` is str, int, float, or bool for a flag that
     takes no value and is False by default.
 
-    ``limits``: ``choices`` of a text; ``least`` (itself allowed), ``above`` and ``below`` (themselves not) of a number.
+    ``limits``: ``choices`` of a text; ``least`` and ``most`` (themselves allowed), ``above`` and ``below`` (themselves
+    not) of a number.
     ``many``: the field is a tuple of texts.
     ``help`` describes a default of None; any other default is added to the help.
     """
@@ -134,6 +136,8 @@ def _check(name: str, knob: Knob, value: Any) -> None:
     if knob.kind is str:
         if not value or (knob.many and "" in value):
             raise UsageError(f"{flag} is empty; leave it out, or give a value")
+        if "\0" in "".join(value):
+            raise UsageError(f"{flag} {value!r} has a NUL character, which no path and no name can have")
         return
     if knob.kind is bool:
         return
@@ -141,6 +145,7 @@ def _check(name: str, knob: Knob, value: Any) -> None:
         raise UsageError(f"{flag} must be a finite number, got {value}")
     for limit, text, inside in (
         (knob.least, "at least", knob.least is None or value >= knob.least),
+        (knob.most, "at most", knob.most is None or value <= knob.most),
         (knob.above, "more than", knob.above is None or value > knob.above),
         (knob.below, "less than", knob.below is None or value < knob.below),
     ):

@@ -58,8 +58,25 @@ class Described(NamedTuple):
     """The folder whose tokenizer belongs to the model; None: there is none."""
 
 
+def require_readable(name: str) -> None:
+    """UsageError where there is something at the path that can't be looked at."""
+    try:
+        os.stat(name)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return
+    except OSError as error:
+        raise UsageError(f"model {name!r} cannot be read: {error.strerror or error}") from error
+
+
 def read(name: str) -> Described:
     """What the file or the folder ``name``, which exists, describes. UsageError where that is no GPT-2."""
+    try:
+        return _described(name)
+    except OSError as error:
+        raise UsageError(f"model {name!r} cannot be read: {error.strerror or error}") from error
+
+
+def _described(name: str) -> Described:
     folder = Path(name) if Path(name).is_dir() else None
     config = _checked(name, _read_json(name, Path(name) if folder is None else folder / "config.json"))
     if folder is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..job.launch import LONGEST_S
 from ..strategies.options import KNOWN
 from .data import bpe
 from .display import MODES as PROGRESS
@@ -22,6 +23,10 @@ _HOW, _NUMBERS, _WHAT, _TRAIN, _SHOW, _MACHINE = (
     "evaluation and output",
     "machine",
 )
+
+
+_MOST_THREADS = 4096
+"""More than any machine has cores; far more end the process, where threads can't be had."""
 
 
 @dataclass(frozen=True)
@@ -223,11 +228,15 @@ class Knobs:
         choices=PROGRESS,
     )
     progress_every: float = knob(10.0, _SHOW, "seconds between two lines of progress", float, above=0)
-    timeout: float = knob(300.0, _MACHINE, "seconds of silence after which a peer counts as lost", float, above=0)
+    timeout: float = knob(
+        300.0, _MACHINE, "seconds of silence after which a peer counts as lost", float, above=0, most=LONGEST_S
+    )
     device: str = knob(
         "auto", _MACHINE, "where the model is; auto = a GPU where torch sees one", choices=("auto", "cpu", "cuda")
     )
     compile: bool = knob(
         False, _MACHINE, "run the model through torch.compile, where this machine has a compiler", bool
     )
-    threads: int | None = knob(None, _MACHINE, "torch threads per rank (default: cores / local ranks)", int, least=1)
+    threads: int | None = knob(
+        None, _MACHINE, "torch threads per rank (default: cores / local ranks)", int, least=1, most=_MOST_THREADS
+    )

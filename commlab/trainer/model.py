@@ -66,6 +66,7 @@ def describe_model(name: str) -> ModelShape:
     anything else."""
     if name in PRESETS:
         return PRESETS[name]
+    gpt2_config.require_readable(name)
     if not os.path.isfile(name) and not os.path.isdir(name):
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "; nothing is downloaded"

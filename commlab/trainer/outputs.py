@@ -14,11 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..checkpoint import files
+from ..checkpoint.writer import NAME as LOCK
 from ..checkpoint.writer import Writer
 from ..errors import UsageError
 from .config import Config
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", *_TOKENIZER_FILES)
 _TRIED_BYTES = 1 << 16
 _STATE_FACTOR = 3
 """A checkpoint has each parameter and the two moments of Adam."""
@@ -36,6 +38,7 @@ class Outputs:
         self._writer: Writer | None = None
         if config.tensorboard is not None and find_spec("tensorboard") is None:
             raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out")
+        _require_apart(config)
         try_folder("--output", config.output)
         # A folder that is both is locked by the checkpoints.
         if not (config.checkpoint_every and _same(config.output, config.checkpoint_folder)):
@@ -48,8 +51,6 @@ class Outputs:
         for flag, path in (("--metrics", config.metrics), ("--trace", config.trace)):
             if path is not None:
                 try_file(flag, path)
-        if config.metrics is not None and config.trace is not None and _same(config.metrics, config.trace):
-            raise UsageError(f"--metrics and --trace are both {config.trace!r}; give each a file of its own")
 
     def require_room(self, model_bytes: int, total_steps: int) -> None:
         """UsageError where the disk has no room for the model, of ``model_bytes``, and for the checkpoints that a run
@@ -61,7 +62,9 @@ class Outputs:
             saves = min(config.checkpoint_keep + 1, total_steps // config.checkpoint_every)
             saves -= len(files.newest_first(Path(config.checkpoint_folder)))
             checkpoints = max(0, saves) * _STATE_FACTOR * model_bytes
-        if checkpoints and os.stat(config.output).st_dev != os.stat(config.checkpoint_folder).st_dev:
+        with _reported("--output", config.output):
+            apart = checkpoints and os.stat(config.output).st_dev != os.stat(config.checkpoint_folder).st_dev
+        if apart:
             _reserve("--checkpoint-dir", config.checkpoint_folder, checkpoints, "the checkpoints")
             checkpoints = 0
         what = "the model and its checkpoints" if checkpoints else "the model"
@@ -74,23 +77,50 @@ class Outputs:
             self._writer = None
 
 
+def _require_apart(config: Config) -> None:
+    """UsageError where a file that this run writes is one that it reads, or belongs to something else it writes."""
+    read = {"--data": config.data or (), "--model": config.model, "--tokenizer": config.tokenizer}
+    folders = {"--output": config.output, "--model": config.model, "--tokenizer": config.tokenizer}
+    for flag, path in (("--metrics", config.metrics), ("--trace", config.trace)):
+        if path is None or (os.path.exists(path) and not os.path.isfile(path)):
+            continue  # of a device, a pipe and a folder nothing is lost
+        for other, files_read in read.items():
+            for file in (files_read,) if isinstance(files_read, str) else files_read:
+                if os.path.isfile(file) and _same(path, file):
+                    raise UsageError(f"{flag} {path!r} is the file of {other}, and would replace it; give another one")
+        where, name = os.path.split(path)
+        if name == LOCK and any(_same(where, folder) for folder in (config.output, config.checkpoint_folder)):
+            raise UsageError(f"{flag} {path!r} is the file that locks its folder; give another name")
+        for other, folder in folders.items():
+            if name in _MODEL_FILES and _same(where, folder):
+                raise UsageError(f"{flag} {path!r} is a file of the model in {other} {folder!r}; give another name")
+        if flag == "--trace" and config.metrics is not None and _same(path, config.metrics):
+            raise UsageError(f"--metrics and --trace are both {path!r}; give each a file of its own")
+    for path in config.data or ():
+        if os.path.isdir(path) and _same(path, config.output):
+            raise UsageError(
+                f"--output {config.output!r} is the folder of --data, and the next run would read the model as text;"
+                " give another folder, in this one if you like"
+            )
+
+
 def try_folder(flag: str, folder: str) -> None:
     """Make the folder, where it is missing, and write a file there, which is removed again. UsageError where one of
     them fails."""
     path = Path(folder)
-    for above in (path, *path.parents):
-        if above.is_symlink() and not above.exists():
-            raise UsageError(
-                f"{flag} {folder!r}: {str(above)!r} is a link to {os.readlink(above)!r}, which does not exist; make"
-                " that folder, or give another one"
-            )
-        if above.exists() and not above.is_dir():
-            raise UsageError(
-                f"{flag} {folder!r} is a file; give a folder, which is made where it does not exist"
-                if above == path
-                else f"{flag} {folder!r} lies below {str(above)!r}, which is a file; give another folder"
-            )
     with _reported(flag, folder):
+        for above in (path, *path.parents):
+            if above.is_symlink() and not above.exists():
+                raise UsageError(
+                    f"{flag} {folder!r}: {str(above)!r} is a link to {os.readlink(above)!r}, which does not exist; make"
+                    " that folder, or give another one"
+                )
+            if above.exists() and not above.is_dir():
+                raise UsageError(
+                    f"{flag} {folder!r} is a file; give a folder, which is made where it does not exist"
+                    if above == path
+                    else f"{flag} {folder!r} lies below {str(above)!r}, which is a file; give another folder"
+                )
         path.mkdir(parents=True, exist_ok=True)
         _take(folder, _TRIED_BYTES)
 
@@ -99,15 +129,17 @@ def try_file(flag: str, path: str) -> None:
     """Open the file for writing; its content stays, and a file that was not there is not there afterwards. UsageError
     where that fails."""
     found = Path(path)
-    if found.is_dir() or not found.parent.is_dir():
-        what = "is a folder" if found.is_dir() else f"lies in {str(found.parent)!r}, which is not a folder"
-        raise UsageError(f"{flag} {path!r} {what}; give the name of a file in a folder that exists")
-    if found.is_symlink() and not found.exists() and not (found.parent / os.readlink(found)).parent.is_dir():
-        raise UsageError(f"{flag} {path!r} is a link into a folder that does not exist; make it, or give another file")
-    if found.exists() and not found.is_file():
-        return  # a device or a pipe: opening it may wait for a reader
     with _reported(flag, path):
+        if found.is_dir() or not found.parent.is_dir():
+            what = "is a folder" if found.is_dir() else f"lies in {str(found.parent)!r}, which is not a folder"
+            raise UsageError(f"{flag} {path!r} {what}; give the name of a file in a folder that exists")
+        if found.is_symlink() and not found.exists() and not (found.parent / os.readlink(found)).parent.is_dir():
+            raise UsageError(
+                f"{flag} {path!r} is a link into a folder that does not exist; make it, or give another file"
+            )
         was_there = found.exists()
+        if was_there and not found.is_file():
+            return  # a device or a pipe: opening it may wait for a reader
         with open(path, "ab") as file:
             if not was_there:
                 file.write(b"\n" * 4096)  # a full disk still makes empty files
@@ -159,7 +191,8 @@ def _reserve(flag: str, folder: str, size_bytes: int, what: str) -> None:
     try:
         _take(folder, size_bytes)
     except OSError as error:
-        left = shutil.disk_usage(folder).free
+        with _reported(flag, folder):
+            left = shutil.disk_usage(folder).free
         raise UsageError(
             f"{flag} {folder!r} has no room for {what}: {size_bytes / 1e6:,.1f} MB are needed, and {left / 1e6:,.1f} MB"
             f" are left ({_cause(error)}); make room, or give another folder"

@@ -61,7 +61,7 @@ class Report:
         """The step before, until the sums over all ranks have arrived."""
         self._exchanges_by_library = exchanges_by_library(engine)
         self._first_loss: float | None = None
-        self._last_loss = float("nan")
+        self._last_loss: float | None = None
         self._held_out = float("nan")
         self._bytes_before = 0
         self._measures_memory = False
@@ -315,8 +315,11 @@ class Report:
         self._finish_step()
         summary = gather(self.group, self.engine, self._totals, self._memory_bytes)
         self._display.close()
-        first_loss = float("nan") if self._first_loss is None else self._first_loss
-        learned = {"first_loss": first_loss, "last_loss": self._last_loss, "held_out_bits_per_byte": self._held_out}
+        learned = {
+            "first_loss": self._first_loss,
+            "last_loss": self._last_loss,
+            "held_out_bits_per_byte": self._held_out,
+        }
         took_s = time.perf_counter() - self._started_s
         table = rows(self.config, self.engine, summary, learned, took_s, folder)
         width = max(map(len, table))

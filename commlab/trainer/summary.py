@@ -75,10 +75,16 @@ def gather(group: Group, engine: Engine, totals: Totals, memory_bytes: int) -> S
 
 
 def rows(
-    config: Config, engine: Engine, summary: Summary, learned: dict[str, float], took_s: float, folder: str
+    config: Config,
+    engine: Engine,
+    summary: Summary,
+    learned: dict[str, float | None],
+    took_s: float,
+    folder: str,
 ) -> dict[str, str]:
-    """The closing table: titles and texts. ``learned``: ``first_loss``, ``last_loss``, ``held_out_bits_per_byte``.
-    ``took_s``: seconds since the start of the process. ``folder``: where the model is, "" where it is nowhere."""
+    """The closing table: titles and texts. ``learned``: ``first_loss`` and ``last_loss``, None where no step was made,
+    and ``held_out_bits_per_byte``. ``took_s``: seconds since the start of the process.
+    ``folder``: where the model is, "" where it is nowhere."""
     ranks, ms = engine.group.size, summary.step_ms
     hidden = exchanges_by_library(engine)
     known = ranks > 1 and engine.averages and not hidden
@@ -102,8 +108,9 @@ def rows(
     table |= {
         "memory": f"{sum(summary.memory_bytes_per_rank) / 2**20:.0f} MiB in all, what ranks share counted once; at "
         f"most {max(summary.peak_bytes_per_rank) / 2**20:.0f} MiB of addresses in use by a rank",
-        "loss": f"{learned['first_loss']:.4f} -> {learned['last_loss']:.4f} nats per token",
     }
+    if learned["first_loss"] is not None:  # a resumed run may have had nothing left to do
+        table["loss"] = f"{learned['first_loss']:.4f} -> {learned['last_loss']:.4f} nats per token"
     if engine.precision.loss_scale is not None:
         table["skipped steps"] = f"{engine.skipped_steps}, loss scale {engine.precision.scale:g} at the end"
     return table | {

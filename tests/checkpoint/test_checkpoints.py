@@ -229,6 +229,116 @@ def test_one_that_was_refused_makes_room(tmp_path: Path) -> None:
     assert restored(tmp_path) == (4, [], digest(run.model))
 
 
+def test_links_and_files_among_checkpoints_are_in_nobodys_way(tmp_path: Path) -> None:
+    two_checkpoints(tmp_path)
+    (tmp_path / "step-0000000008").symlink_to("/nowhere")
+    (tmp_path / "step-0000000009").touch()
+    (tmp_path / ".step-0000000001.removed").symlink_to("/nowhere")
+    run = build("single", training.alone(), RECIPE)
+    checkpoints = checkpoints_of(run, tmp_path)
+    assert checkpoints.restore() == (4, {"cursor": 4})
+    checkpoints.save(6, {"cursor": 6})
+    assert [path.name for path in store.newest_first(tmp_path)] == ["step-0000000006", "step-0000000004"]
+    with pytest.raises(UsageError, match="Not a directory"):
+        store.newest_first(tmp_path / "step-0000000004/manifest.json")
+
+
+class Counting(torch.nn.Linear):
+    """Keeps a number that is no tensor."""
+
+    calls = 0
+
+    def get_extra_state(self) -> object:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.calls = state["calls"]
+
+
+def of(
+    folder: Path, optimizer: str = "AdamW", *, shape: tuple[int, ...] = (2, 6), schedule: Any = None, swap: bool = False
+) -> tuple[torch.nn.Module, Any, Checkpoints]:
+    """A model of one layer and a parameter of ``shape``, in two groups."""
+    model = Counting(3, 2)
+    model.extra = torch.nn.Parameter(torch.arange(12.0).reshape(shape))
+    groups = [{"params": [model.weight, model.bias]}, {"params": [model.extra], "lr": 0.5}]
+    made = getattr(torch.optim, optimizer)(groups[::-1] if swap else groups, lr=0.1)
+    engine = commlab.strategy("single", model, made, training.alone())
+    engine.backward(model(torch.ones(1, 3)).sum() + model.extra.square().sum())
+    engine.step()
+    return model, engine, Checkpoints(folder, model, engine, schedule and schedule(made))
+
+
+def step_lr(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"optimizer": "SGD"}, "of an optimizer AdamW, and this one is SGD, whose dampening, momentum"),
+        ({"shape": (6, 2)}, r"parameter 'extra': saved with shape \[2, 6\], and here it is \[6, 2\]"),
+        ({"shape": (12,)}, r"parameter 'extra': saved with shape \[2, 6\], and here it is \[12\]"),
+        ({"swap": True}, "saved in the optimizer's group 0, and here it is 1"),
+        ({"schedule": cosine}, "saved with a StepLR, and the scheduler is a CosineAnnealingLR"),
+    ],
+)
+def test_what_can_not_go_on_from_a_checkpoint(tmp_path: Path, other: dict[str, Any], words: str) -> None:
+    """State that would be taken for another's: of another class, shape or group."""
+    _, _, checkpoints = of(tmp_path, schedule=step_lr)
+    checkpoints.save(1)
+    checkpoints.close()
+    model, _, another = of(tmp_path, **{"schedule": step_lr, **other})
+    before = digest(model)
+    with pytest.raises(UsageError, match=words):
+        another.restore()
+    assert digest(model) == before
+
+
+@pytest.mark.parametrize(("first", "then"), [(step_lr, None), (None, step_lr)])
+def test_a_schedule_of_one_program_alone_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: Any, then: Any
+) -> None:
+    _, _, checkpoints = of(tmp_path, schedule=first)
+    checkpoints.save(1)
+    checkpoints.close()
+    of(tmp_path, schedule=then)[2].restore()
+    assert ("is lost" if then is None else "starts anew") in caplog.text
+
+
+def test_extra_state_comes_back(tmp_path: Path) -> None:
+    model, _, checkpoints = of(tmp_path)
+    model.calls = 7
+    checkpoints.save(1)
+    checkpoints.close()
+    model, _, checkpoints = of(tmp_path)
+    checkpoints.restore()
+    assert model.calls == 7
+
+
+def test_state_follows_the_parameters_dtype(tmp_path: Path) -> None:
+    """As under torch's load_state_dict(), without which the optimizer's next step raises."""
+    runs = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = torch.nn.Linear(3, 2).to(dtype)
+        optimizer = torch.optim.AdamW(model.parameters())
+        engine = commlab.strategy("single", model, optimizer, training.alone())
+        runs.append((model, engine, Checkpoints(tmp_path, model, engine)))
+        engine.backward(model(torch.ones(1, 3, dtype=dtype)).sum())
+        engine.step()
+    runs[0][2].save(1)
+    runs[1][2].restore()
+    model, engine, _ = runs[1]
+    assert {value.dtype for value in engine.optimizer.state[model.weight].values()} == {torch.float32}
+    engine.zero_grad()
+    engine.backward(model(torch.ones(1, 3)).sum())
+    engine.step()
+
+
 def test_another_model_is_refused_before_anything_is_changed(saved: tuple[Path, list[bytes]]) -> None:
     model = torch.nn.Linear(3, 2)
     before = digest(model)

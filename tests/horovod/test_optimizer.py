@@ -314,3 +314,38 @@ def test_elastic(forked: Callable[..., list[Any]]) -> None:
         assert len(list(Path(folder).glob("step-*"))) == 2
         again = forked(goes_on, 3, environ=environ, arguments=(folder,))
         assert [each[0] for each in again] == [[1, 2, 3, 4]] * 3 and again[0][2] == first[0][2]
+
+
+def commits(rank: int, size: int, upto: int, renamed: bool) -> list[Any]:
+    """Plain values alone; each rank's, and what a rank raises."""
+    state = hvd.elastic.ObjectState(**{"steps" if renamed else "epoch": 0})
+
+    @hvd.elastic.run
+    def train(state: Any) -> int:
+        begun = int(state.epoch)
+        for state.epoch in range(begun + 1, upto + 1):
+            state.commit()
+        return begun
+
+    found: list[Any] = []
+    try:
+        found.append(train(state))
+    except Exception as error:
+        found.append(str(error))
+    hvd.shutdown()
+    return found
+
+
+def test_commits_of_damaged_folders(forked: Callable[..., list[Any]]) -> None:
+    """Where all commits are damaged, the new ones, whose numbers are lower, stay all the same; plain values are
+    committed, too; a commit of other members is refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        environ = {"COMMLAB_ELASTIC_DIR": folder}
+        assert forked(commits, 1, environ=environ, arguments=(6, False)) == [[0]]
+        for manifest in Path(folder).glob("step-*/manifest.json"):
+            manifest.write_text(manifest.read_text() + " ")
+        assert forked(commits, 1, environ=environ, arguments=(3, False)) == [[0]]
+        assert sorted(path.name[-1] for path in Path(folder).glob("step-*")) == ["2", "3"]
+        assert forked(commits, 1, environ=environ, arguments=(5, False)) == [[3]]
+        ((words,),) = forked(commits, 1, environ=environ, arguments=(5, True))
+        assert "has epoch, and this program's state has steps; give the state what was committed" in words

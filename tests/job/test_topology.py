@@ -53,7 +53,7 @@ def test_declared_refuses_what_it_cannot_read(text: str) -> None:
         declared(text, 4)
 
 
-@pytest.mark.parametrize("text", ["0-1", "0-1,1-3", "0-4", "0-3,0-3", "1-3", "0-3,5-4", "3-0"])
+@pytest.mark.parametrize("text", ["0-1", "0-1,1-3", "0-4", "0-3,0-3", "1-3", "0-3,5-4", "3-0", "0-99999999999"])
 def test_declared_refuses_ranks_missing_or_twice(text: str) -> None:
     with pytest.raises(UsageError, match=r"--nodes .*each of the ranks 0\.\.3 exactly once"):
         declared(text, 4)

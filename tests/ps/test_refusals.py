@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sim_stores import groups, play, sgd
+from torch.optim import SGD
 from training import alone
 
 from commlab.errors import CommlabError, UsageError
@@ -113,6 +114,8 @@ def test_hyper_parameters_that_can_not_be(change: dict[str, Any], reason: str) -
         (([("w", torch.zeros(3)), ("w", torch.ones(3))],), {}, "two tensors are named 'w'"),
         (([("w", torch.zeros(3))], 7), {}, "optimizer is a int; give a factory"),
         (([("w", torch.zeros(3))], lambda params: None), {}, "factory returned a NoneType"),
+        (([("w", torch.zeros(3))], lambda params: SGD([torch.zeros(3)], lr=0.1)), {}, "made SGD of other tensors"),
+        (([("w", torch.zeros(3))], lambda params: SGD([*params, torch.zeros(3)], lr=0.1)), {}, "of other tensors"),
         (
             ([("w", torch.zeros(3))], lambda params: 1 / 0),
             {},

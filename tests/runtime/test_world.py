@@ -36,6 +36,9 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_without_a_launcher_there_is_a_group_of_one() -> None:
+    for seconds in (0, float("nan"), float("inf"), 1e10):
+        with pytest.raises(UsageError, match=r"give a number of seconds above 0, 1e\+09 \(30 years\) at most"):
+            commlab.init("mpi", timeout_s=seconds)
     group = commlab.init()
     assert (group.rank, group.size, group.local_rank, group.local_size, group.nodes) == (0, 1, 0, 1, ((0,),))
     assert commlab.init() is group

@@ -116,6 +116,8 @@ def test_servers() -> None:
         ("--lr 0", ["--lr must be more than 0, got 0"]),
         ("--lr nan", ["--lr must be a finite number, got nan"]),
         ("--timeout inf", ["--timeout must be a finite number, got inf"]),
+        ("--timeout 1e10", ["--timeout must be at most 1000000000"]),
+        ("--threads 100000", ["--threads must be at most 4096, got 100000"]),
         ("--dropout 1", ["--dropout must be less than 1, got 1"]),
         ("--seed 4294967296", ["--seed must be less than 4294967296"]),
         ("--bucket-mb 0", ["--bucket-mb must be more than 0"]),

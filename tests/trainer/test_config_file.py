@@ -30,6 +30,7 @@ def test_flags_win() -> None:
     assert with_file('data = "a"', "--data b c").data == ("b", "c")
     assert Config.from_argv(["--data", "a", "--data", "b", "c"]).data == ("a", "b", "c")
     assert with_file("") == Config()
+    assert with_file("\ufeffsteps = 8\r\n").steps == 8, "as editors of other systems write"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,10 @@ def test_what_is_printed_is_read(flags: str, capsys: pytest.CaptureFixture[str])
         ("batch-size = 8\nbatch_size = 8", "is there twice"),
         ("steps = ", "is not TOML ("),
         ("steps = " + "[" * 100_000, "is nested too deeply"),
+        ("lr = 1" + "0" * 400, "lr must be a finite number, got one of 401 digits"),
+        ('output = "a\\u0000b"', "--output 'a\\x00b' has a NUL character"),
+        ('data = ["a\\u0000b"]', "has a NUL character"),
+        ('metrics = "run.toml"', "--metrics 'run.toml' is the file of --config, and would replace it"),
         ("batch-size = 0", "--batch-size must be at least 1, got 0 (flags, and --config 'run.toml')"),
     ],
 )

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import commlab
 from commlab.errors import UsageError
 from commlab.trainer.config import Config
 from commlab.trainer.outputs import Outputs, save_somewhere
+
+LONG = "a" * 300
+"""No name of a file may be as long."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +44,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"trace": "gone/t.json"}, "--trace 'gone/t.json' lies in 'gone', which is not a folder"),
         ({"trace": "/proc/commlab"}, "--trace '/proc/commlab' can't be written: "),
         ({"metrics": "o/../t", "trace": "t"}, "--metrics and --trace are both 't'"),
+        ({"output": LONG}, "can't be written: File name too long"),
+        ({"metrics": LONG}, "can't be written: File name too long"),
+        ({"trace": LONG}, "can't be written: File name too long"),
+        ({"checkpoint_dir": LONG, "checkpoint_every": 1}, "can't be written: File name too long"),
+        ({"metrics": "file", "data": "tmp/../file"}, "--metrics 'file' is the file of --data, and would replace it"),
+        ({"trace": "file", "tokenizer": "file"}, "--trace 'file' is the file of --tokenizer"),
+        ({"trace": "o/model.safetensors"}, "--trace 'o/model.safetensors' is a file of the model in --output 'o'"),
+        ({"metrics": "tmp/config.json", "tokenizer": "tmp"}, "is a file of the model in --tokenizer 'tmp'"),
+        ({"metrics": "o/.writer"}, "--metrics 'o/.writer' is the file that locks its folder"),
+        ({"metrics": "tmp/.writer", "checkpoint_dir": "tmp"}, "is the file that locks its folder"),
+        ({"output": "tmp", "data": ("file", "tmp")}, "--output 'tmp' is the folder of --data"),
     ],
 )
 def test_what_cannot_be_written_is_known_at_once(arguments: dict[str, object], words: str) -> None:
@@ -47,6 +64,62 @@ def test_what_cannot_be_written_is_known_at_once(arguments: dict[str, object], w
     with pytest.raises(UsageError) as caught:
         Outputs(Config(**{"output": "o", **arguments}))  # type: ignore[arg-type]
     assert words in str(caught.value)
+
+
+def test_devices_lose_nothing() -> None:
+    Outputs(Config(output="o", metrics="/dev/null", trace="/dev/null"))
+
+
+RIGHTS_PROGRAM = """
+import os
+from commlab.checkpoint.files import newest_first
+from commlab.errors import UsageError
+from commlab.trainer.config import Config
+from commlab.trainer.data.text import read_text
+from commlab.trainer.data.tokenizer import open_tokenizer
+from commlab.trainer.model import describe_model
+from commlab.trainer.outputs import Outputs
+from pathlib import Path
+
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+def refused(call):
+    try:
+        call()
+    except UsageError as error:
+        assert "Permission denied" in str(error), error
+        return
+    raise AssertionError("not refused")
+for path in ("dark/f", "dark"):
+    refused(lambda: read_text(path))
+    refused(lambda: open_tokenizer(path))
+    refused(lambda: describe_model(path))
+    refused(lambda: newest_first(Path(path)))
+for arguments in ({"output": "dark/x/y"}, {"metrics": "dark/m"}, {"trace": "dark/t"},
+                  {"checkpoint_dir": "dark/c", "checkpoint_every": 1}):
+    refused(lambda: Outputs(Config(**{"output": "o", **arguments})))
+print("all refused")
+"""
+
+
+def test_folders_that_may_not_be_entered(tmp_path: Path) -> None:
+    """A user without rights gets one sentence, in which nothing is said not to exist that may well be there."""
+    (tmp_path / "dark").mkdir()
+    (tmp_path / "dark/f").touch()
+    (tmp_path / "dark").chmod(0)
+    tmp_path.chmod(0o777)
+    done = subprocess.run(
+        [sys.executable, "-c", RIGHTS_PROGRAM],
+        env={**os.environ, "PYTHONPATH": str(Path(commlab.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    (tmp_path / "dark").chmod(0o700)
+    assert done.stdout == "all refused\n", done.stderr
 
 
 def test_trying_leaves_nothing() -> None:

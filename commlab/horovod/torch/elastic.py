@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ...checkpoint import files
-from ...errors import PeerLostError, PeerTimeoutError
+from ...errors import PeerLostError, PeerTimeoutError, UsageError
 from .. import world
 from ..exceptions import HostsUpdatedInterrupt
 from ..submission import HorovodInternalError
@@ -82,6 +82,11 @@ class ObjectState(State):
         super().__init__()
         self._names = list(values)
         self._saved: dict[str, Any] = {}
+        self._copies: dict[str, Any] = {}
+        """What members with a ``state_dict`` had at the last commit."""
+        self._commits = 0
+        self._refused: set[str] = set()
+        """Commits in the folder that are damaged."""
         for name, value in values.items():
             setattr(self, name, value)
         self._keep()
@@ -102,6 +107,65 @@ class ObjectState(State):
             self._saved = broadcast_object(self._saved, 0, "elastic_state")
             ObjectState.restore(self)
 
+    def commit(self) -> None:
+        super().commit()
+        folder = os.environ.get(FOLDER)
+        if folder:
+            self._commits += 1
+            self._write(Path(folder))
+
+    def _write(self, folder: Path) -> None:
+        """Rank 0 writes the commit; the folder has the newest ones."""
+        if world.rank():
+            return
+        step = self._commits
+        writer = files.claim(folder)
+        try:
+            files.begin(folder, step, writer)
+            state = {"values": self._saved, "states": self._copies}
+            written = files.write_state(files.aside(folder, step), "state.safetensors", state)
+            files.commit(folder, step, [written], {"ranks": world.size()})
+            whole = 0
+            for path in files.newest_first(folder):
+                # Damaged ones make room too: their numbers may be higher than those of the commits that count.
+                if path.name in self._refused or whole >= _KEPT:
+                    files.remove(path)
+                else:
+                    whole += 1
+            self._refused.clear()
+        finally:
+            writer.close()
+
+    def _require_members(self, path: Path, saved: set[str]) -> None:
+        """UsageError where the commit is of a state with other members, which would keep what they begin with."""
+        own = {*self._names, *self._copies}
+        if saved != own:
+            raise UsageError(
+                f"commit {path} has {', '.join(sorted(saved)) or 'nothing'}, and this program's state has "
+                f"{', '.join(sorted(own)) or 'nothing'}; give the state what was committed, or {FOLDER} another folder"
+            )
+
+    def read(self, folder: Path) -> bool:
+        """Take the newest whole commit of the folder, on this rank; whether there is one."""
+        import json
+
+        for path in files.newest_first(folder):
+            try:
+                manifest = json.loads(files.read_manifest(path))
+                (file,) = files.state_files(manifest)
+                files.verify(path, file)
+            except files.Refused as refused:
+                log.warning("commit %s is passed over: %s", path, refused)
+                self._refused.add(path.name)
+                continue
+            state = files.read_state(path, file)
+            self._require_members(path, {*state["values"], *state["states"]})
+            self._commits = int(manifest["step"])
+            self._saved, self._copies = state["values"], state["states"]
+            self.restore()
+            return True
+        return False
+
 
 class TorchState(ObjectState):
     """A model, an optimizer, samplers and plain values. What has ``state_dict`` and ``load_state_dict`` is kept by
@@ -110,8 +174,6 @@ class TorchState(ObjectState):
     def __init__(self, model: torch.nn.Module | None = None, optimizer: Any = None, **values: Any):
         stateful = {"model": model, "optimizer": optimizer} | values
         self._stateful = {name: each for name, each in stateful.items() if hasattr(each, "load_state_dict")}
-        self._copies: dict[str, Any] = {}
-        self._commits = 0
         super().__init__(**{name: each for name, each in values.items() if name not in self._stateful})
         for name, each in self._stateful.items():
             setattr(self, name, each)
@@ -123,13 +185,6 @@ class TorchState(ObjectState):
     def save(self) -> None:
         super().save()
         self._copy()
-
-    def commit(self) -> None:
-        super().commit()
-        folder = os.environ.get(FOLDER)
-        if folder:
-            self._commits += 1
-            self._write(Path(folder))
 
     def restore(self) -> None:
         super().restore()
@@ -151,41 +206,6 @@ class TorchState(ObjectState):
         for each in self._stateful.values():
             if isinstance(each, ElasticSampler):
                 each.reset()
-
-    def _write(self, folder: Path) -> None:
-        """Rank 0 writes the commit; the folder has the newest ones."""
-        if world.rank():
-            return
-        step = self._commits
-        writer = files.claim(folder)
-        try:
-            files.begin(folder, step, writer)
-            state = {"values": self._saved, "states": self._copies}
-            written = files.write_state(files.aside(folder, step), "state.safetensors", state)
-            files.commit(folder, step, [written], {"ranks": world.size()})
-            for old in files.newest_first(folder)[_KEPT:]:
-                files.remove(old)
-        finally:
-            writer.close()
-
-    def read(self, folder: Path) -> bool:
-        """Take the newest whole commit of the folder, on this rank; whether there is one."""
-        import json
-
-        for path in files.newest_first(folder):
-            try:
-                manifest = json.loads(files.read_manifest(path))
-                (file,) = files.state_files(manifest)
-                files.verify(path, file)
-            except files.Refused as refused:
-                log.warning("commit %s is passed over: %s", path, refused)
-                continue
-            state = files.read_state(path, file)
-            self._commits = int(manifest["step"])
-            self._saved, self._copies = state["values"], state["states"]
-            self.restore()
-            return True
-        return False
 
 
 def run(func: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ import torch
 
 from ...collectives.tensors import described, readable, surely_writable, writable
 from ...errors import UsageError
+from ...runtime.recording import recorder, refusal
 from .. import world
 from ..announcement import FLOATS, Announcement, require_reducible
 from ..process_sets import ProcessSet, global_process_set
@@ -85,6 +86,11 @@ def start(
 
 def _submit(number: int, submission: Submission) -> AsyncHandle:
     global _handles
+    if (by := recorder()) and not submission.request.refused and world.size() > 1:
+        request = submission.request
+        error = refusal(world.rank(), request.kind, by)
+        _submit(number, Submission(Announcement(request.kind, request.name, refused=str(error), named=False)))
+        raise error
     world.require().engine.submit(number, [submission])
     _handles += 1
     handle = AsyncHandle(_handles)

@@ -21,17 +21,22 @@ from .tokenizer import Tokenizer, open_tokenizer
 
 
 def load_together(
-    group: Group, paths: Sequence[str] | None, tokenizer: str, cache: Path, text_field: str | None = None
+    group: Group,
+    paths: Sequence[str] | None,
+    tokenizer: str,
+    cache: Path,
+    text_field: str | None = None,
+    written: Sequence[str] = (),
 ) -> Corpus:
     """:func:`commlab.trainer.data.corpus.load_corpus` by all ranks of a group. Collective.
 
     Every rank reads the text by itself. With a slow tokenizer each rank encodes a share of the text, and ranks exchange
     the tokens. Rank 0 alone learns a BPE, or finds one in its ``cache``, and gives it to the other ranks, which wait
-    for rank 0 as for any peer: at most --timeout.
+    for rank 0 as for any peer: at most --timeout. ``written``: as for :func:`commlab.trainer.data.text.read_text`.
     Errors: AgreedError on all ranks for a text or tokenizer that any of them can't read, and for texts or tokenizers
     that differ between ranks.
     """
-    text = raise_together(group, lambda: read_text(paths, text_field))
+    text = raise_together(group, lambda: read_text(paths, text_field, written))
     _require_same(
         group, text.digest(), "text", "give the same --data on all hosts; without it, they need the same Python"
     )

@@ -45,13 +45,16 @@ class Text:
         return digest.digest()
 
 
-def read_text(paths: str | Sequence[str] | None = None, text_field: str | None = None) -> Text:
+def read_text(
+    paths: str | Sequence[str] | None = None, text_field: str | None = None, written: Sequence[str] = ()
+) -> Text:
     """Read documents and hold out a twentieth.
 
     ``paths``: what to read, in this order: files (plain text, a .json array of texts or of records, .jsonl; also with
     .gz, .bz2 or .xz), folders of such files (recursively, in the order of relative paths; links are followed, files
     that are not UTF-8 text are skipped and counted), folders that Hugging Face's datasets has saved. None: the running
     Python's library sources without their tests (12 MB in Python 3.11). ``text_field``: of records; None: it is found.
+    ``written``: files and folders that the run writes, which are no text of a folder that they lie in.
     Of 40 documents or more every 20th is held out; of fewer, the last twentieth of each or, where each is too short for
     that, one document of 20 (of all, where there are fewer).
     Errors: UsageError for a missing or empty path, text that is not UTF-8, JSON of another form.
@@ -67,7 +70,7 @@ def read_text(paths: str | Sequence[str] | None = None, text_field: str | None =
             same = known.setdefault(os.path.realpath(path), path)
             if same is not path:
                 raise UsageError(f"--data {path!r} and {same!r} are the same; give each text once")
-            found.add(_read(Path(path), field))
+            found.add(_read(Path(path), field, written))
     if text_field is not None and not field.used:
         raise UsageError(
             f"--text-field {text_field!r} is for JSON lines and datasets, and {source} has none; leave it out"
@@ -94,17 +97,25 @@ class _Found:
         self.notes += other.notes
 
 
-def _read(path: Path, field: TextField) -> _Found:
+def _read(path: Path, field: TextField, written: Sequence[str]) -> _Found:
     try:
-        found = path.stat()
+        return _read_found(path, path.stat(), field, written)
     except OSError as error:
-        if path.is_symlink():
+        if isinstance(error, FileNotFoundError) and os.path.lexists(path) and not os.path.exists(path):
             raise UsageError(
                 f"--data {str(path)!r} is a link to {os.readlink(path)!r}, which does not exist"
             ) from error
-        raise UsageError(f"--data {str(path)!r}: no such file or folder (looked in {os.getcwd()})") from error
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not os.path.lexists(path):
+            raise UsageError(f"--data {str(path)!r}: no such file or folder (looked in {os.getcwd()})") from error
+        at = "" if error.filename in (None, str(path)) else f"{str(error.filename)!r} "
+        raise UsageError(f"--data {str(path)!r}: {at}cannot be read: {error.strerror or error}") from error
+
+
+def _read_found(path: Path, found: os.stat_result, field: TextField, written: Sequence[str]) -> _Found:
     if stat.S_ISDIR(found.st_mode):
-        return _Found(read_dataset(path, field)) if is_dataset(path) else _read_folder(path, field)
+        if is_dataset(path):
+            return _Found(read_dataset(path, field))
+        return _read_folder(path, field, written=written)
     if not stat.S_ISREG(found.st_mode):
         raise UsageError(f"--data {str(path)!r} is a pipe or a device, which can't be read by each rank; give a file")
     documents = read_file(path, field)
@@ -114,11 +125,17 @@ def _read(path: Path, field: TextField) -> _Found:
 
 
 def _read_folder(
-    root: Path, field: TextField, *, suffix: str = "", without: frozenset[str] = frozenset(), follow: bool = True
+    root: Path,
+    field: TextField,
+    *,
+    suffix: str = "",
+    without: frozenset[str] = frozenset(),
+    follow: bool = True,
+    written: Sequence[str] = (),
 ) -> _Found:
     """The documents of all files below ``root`` whose names end in ``suffix``; hidden, __pycache__ and ``without``
-    folders are not entered, nor folders behind links unless ``follow``."""
-    walk = _Walk(root, suffix, without | {"__pycache__"}, follow)
+    folders are not entered, nor folders behind links unless ``follow``. What is ``written`` is left out."""
+    walk = _Walk(root, suffix, without | {"__pycache__"}, follow, written)
     found = _Found([], 0, walk.notes)
     # Each file system has an order of its own, which differs between machines; the order of relative paths does not.
     for file in sorted(walk.files, key=lambda file: file.relative_to(root).parts):
@@ -133,12 +150,13 @@ class _Walk:
     to it: text that is held out would be trained on under its other name. What is there without a link comes first,
     then links by name."""
 
-    def __init__(self, root: Path, suffix: str, without: frozenset[str], follow: bool):
+    def __init__(self, root: Path, suffix: str, without: frozenset[str], follow: bool, written: Sequence[str]):
         self.files: list[Path] = []
         self._suffix, self._without, self._follow = suffix, without, follow
         self._known: set[tuple[int, int]] = set()
         self._links: list[Path] = []
-        self._nowhere = self._again = self._special = 0
+        self._nowhere = self._again = self._special = self._own = 0
+        self._written = {_identity(path) for path in written if os.path.exists(path)}
         self._enter(root)
         while self._links:
             self._links.sort(reverse=True)
@@ -156,6 +174,7 @@ class _Walk:
             "links that lead nowhere": self._nowhere,
             "links to what is read already": self._again,
             "pipes or devices": self._special,
+            "files or folders of this run's own": self._own,
         }
         return [f"{count} {what} left out" for what, count in counts.items() if count]
 
@@ -183,20 +202,28 @@ class _Walk:
                     self._take(path)
 
     def _take(self, path: Path) -> None:
-        if not path.is_file():
+        if not stat.S_ISREG(path.stat().st_mode):
             self._special += 1
         elif not (self._follow and self._is_known(path)):
             self.files.append(path)
 
     def _is_known(self, path: Path) -> bool:
         """Whether the file or folder was seen before; from now on it was."""
-        found = path.stat()
-        identity = found.st_dev, found.st_ino
+        identity = _identity(path)
+        if identity in self._written:
+            self._own += 1
+            return True
         if identity in self._known:
             self._again += 1
             return True
         self._known.add(identity)
         return False
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    """What a file has in common with its other names, and with nothing else."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def _read_library() -> _Found:

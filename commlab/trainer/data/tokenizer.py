@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
@@ -170,18 +171,22 @@ def _open_file(path: Path) -> Any:
     """The ``tokenizers.Tokenizer`` of a file or folder; transformers is imported only for folders without a
     tokenizer.json."""
     where = f"--tokenizer {str(path)!r}"
-    if not path.exists():
+    try:
+        os.stat(path)
+    except OSError as error:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise UsageError(f"{where} cannot be read as a tokenizer: {error.strerror or error}") from error
         raise UsageError(
             f"{where}: no such file or folder; give 'bytes', 'bpe' for one that is trained on the text, or the path of"
             " a tokenizer.json or of a folder that transformers' AutoTokenizer can open (nothing is downloaded)"
-        )
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if path.is_dir() and not any((path / name).is_file() for name in _FILES):
-        there = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        raise UsageError(
-            f"{where} cannot be read as a tokenizer: the folder has none of {', '.join(_FILES)}; it has {there}"
-        )
+        ) from None
     try:
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if path.is_dir() and not any((path / name).is_file() for name in _FILES):
+            there = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+            raise UsageError(
+                f"{where} cannot be read as a tokenizer: the folder has none of {', '.join(_FILES)}; it has {there}"
+            )
         if file.exists():
             from tokenizers import Tokenizer as FastTokenizer
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from closed_form import expected, numbers
 from mpi_ranks import Ranks
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import commlab
 from commlab.errors import RefusedError
@@ -133,6 +135,66 @@ def test_a_tensor_that_one_rank_has(ranks: Ranks, case: str) -> None:
     """B18: what one rank's tensor can't do is told to all, by every operation that it concerns."""
     for group in groups_of(ranks):
         refused_tensors(group, case)
+
+
+RECORDERS: dict[str, Callable[[Callable[..., Any], torch.Tensor], object]] = {
+    "torch.jit.trace": lambda call, x: torch.jit.trace(call, x, check_trace=False),
+    "make_fx": lambda call, x: make_fx(call)(x),
+    "export": lambda call, x: torch.export.export(Called(call), (x,)),
+}
+
+
+class Called(torch.nn.Module):
+    def __init__(self, call: Callable[..., Any]):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.call(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("recorder", RECORDERS)
+def test_what_is_recorded(ranks: Ranks, recorder: str) -> None:
+    """Nothing of an operation would be in the recorded program, which would go on with numbers of now."""
+    group, odd = ranks.world, ranks.size - 1
+    rows = torch.ones(group.size, 2)
+
+    def barrier(x: torch.Tensor) -> torch.Tensor:
+        commlab.barrier(group)
+        return x * 2
+
+    calls: list[Callable[[torch.Tensor], Any]] = [
+        lambda x: commlab.allreduce(x * 2, group=group) + 1,
+        lambda x: commlab.allreduce(x.sum(), group=group) + 1,
+        lambda x: commlab.allreduce_async(x * 2, group=group).wait() + 1,
+        lambda x: commlab.broadcast(x * 2, group=group) + 1,
+        lambda x: commlab.grouped_allreduce([x * 2], group=group)[0] + 1,
+        lambda x: commlab.allgather_parts(x * 2, group=group)[0] + 1,
+        lambda x: commlab.alltoall(torch.empty(group.size, 2), rows * x[0], group=group) + 1,
+        lambda x: x * commlab.allgather_object(1, group=group)[0],
+        barrier,
+    ]
+    for call in calls:
+        x = torch.ones(6)
+        words = f"inside .*{recorder}|stands for other tensors"
+        all_are_told(
+            group,
+            odd,
+            lambda call=call, x=x: RECORDERS[recorder](call, x) if group.rank == odd else call(x),  # type: ignore[misc]
+            words,
+        )
+    to, frm = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    if group.rank == odd:
+        with pytest.raises(commlab.UsageError, match=f"send inside .*{recorder}"):
+            RECORDERS[recorder](lambda x: commlab.send(x, to, group=group), torch.ones(6))
+    if frm == odd:
+        with pytest.raises(RefusedError, match=f"could not send .*inside .*{recorder}"):
+            commlab.recv(torch.zeros(6), frm, group=group)
+    counted = torch.ones(6)
+    with FlopCounterMode(display=False):
+        commlab.allreduce(counted, "sum", group=group)
+    assert torch.equal(counted, torch.full((6,), float(group.size))), "a counter records nothing"
 
 
 def refused_arguments(group: Group, odd: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from commlab.errors import UsageError
 from commlab.trainer.data.corpus import Corpus, load_corpus
-from commlab.trainer.data.text import HELD_OUT_EVERY, _split
+from commlab.trainer.data.text import HELD_OUT_EVERY, _split, read_text
 from commlab.trainer.data.tokenizer import ByteTokenizer, open_tokenizer
 
 MIXED = "naïve façade — 东京 🚂  tail\n"
@@ -189,6 +190,34 @@ def test_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"\0\1")
     with pytest.raises(UsageError, match=r"holds no text .1 files skipped"):
         load_corpus(str(tmp_path))
+
+
+def test_what_the_run_writes_is_no_text(tmp_path: Path) -> None:
+    """A folder that holds output and data: a second run, or one that goes on, has the text of the first."""
+    (tmp_path / "a.txt").write_text("first line\n" * 50)
+    first = read_text(str(tmp_path))
+    (tmp_path / "out/checkpoints").mkdir(parents=True)
+    (tmp_path / "out/checkpoints/manifest.json").write_text("{}")
+    (tmp_path / "run.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "link").symlink_to("out")
+    written = [str(tmp_path / name) for name in ("out", "run.jsonl", "gone")]
+    again = read_text(str(tmp_path), written=written)
+    assert again.digest() == first.digest()
+    assert again.notes == ("3 files or folders of this run's own left out",)
+
+
+def test_a_file_that_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("first line\n" * 50)
+    really = os.scandir
+
+    def scandir(folder: Path) -> list[os.DirEntry[str]]:
+        found = list(really(folder))
+        (tmp_path / "a.txt").unlink()
+        return found
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UsageError, match=r"a\.txt' cannot be read: No such file or directory"):
+        read_text(str(tmp_path))
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
