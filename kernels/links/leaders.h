@@ -36,12 +36,22 @@ namespace commlab::links {
 // A rank's page of the window (frames have a Control too).
 using Page = commlab::Control;
 
+// More numbers than a page has room for, as leaders exchange them: a node's sums stand share by share, that of the first
+// leader first, and a share is the parts of the tensor that its leader's node owns by the long way.
+struct Shares {
+  struct Piece {
+    std::size_t start, at, numel;  // of the tensor; where among the sums
+  };
+  std::vector<Piece> pieces;
+  Few few;  // with bounds
+};
+
 class Leaders {
  public:
   enum class Outcome : int { kDone = 0, kLate = 1, kLongWay = 2 };
 
   // What is done to numbers at `data`. `signature`: a hash of all that ranks must agree on, and `sequence` the number
-  // of the operation in its group. `few`: how sums travel between leaders.
+  // of the operation in its group. `few`: how sums travel between leaders; `shares`: that of more numbers, instead.
   struct Work {
     std::uint64_t signature = 0, sequence = 0;
     char* data = nullptr;
@@ -50,14 +60,19 @@ class Leaders {
     Op op = Op::kSum;
     double divisor = 1;
     Few few;
+    std::shared_ptr<const Shares> shares;
+
+    std::size_t bytes() const { return numel * dtype_bytes(dtype); }
   };
 
   // `group`: of all ranks; `between`: of the leaders, where this rank is one. `node`: this node's ranks of the job, the
   // leader first; `me`: which of them this rank is. `pages`: theirs, used for nothing else; none where a node has one
-  // rank. spin_us: as of await(). late_us: a leader whose members are later takes the long way, where everyone waits
+  // rank. `areas`: of each of them, `area_bytes` of the window for more numbers; none where no operation has shares.
+  // spin_us: as of await(). late_us: a leader whose members are later takes the long way, where everyone waits
   // for everyone, and can say for whom.
   Leaders(std::shared_ptr<Engine> engine, std::uint32_t group, std::uint32_t between, std::vector<std::uint32_t> node,
-          std::size_t me, std::vector<Page*> pages, double spin_us, double late_us);
+          std::size_t me, std::vector<Page*> pages, std::vector<char*> areas, std::size_t area_bytes, double spin_us,
+          double late_us);
   ~Leaders();
   Leaders(const Leaders&) = delete;
   Leaders& operator=(const Leaders&) = delete;
@@ -76,7 +91,11 @@ class Leaders {
   Outcome wait_as_leader(double timeout_us);
   Outcome wait_as_member(double timeout_us);
   int late_member();
+  char* numbers_of(std::size_t member) const;
+  void add_up();
+  void add_up_shares();
   void exchange();
+  void take_result();
   void release();
   void note(std::uint32_t rank);
   Outcome turn();
@@ -88,6 +107,8 @@ class Leaders {
   const std::vector<std::uint32_t> node_;
   const std::size_t me_;
   const std::vector<Page*> pages_;
+  const std::vector<char*> areas_;
+  const std::size_t area_bytes_;
   const double spin_us_, late_us_;
   std::mutex mutex_;  // of all below: held while an operation is begun or moved on
   Look look_;
