@@ -3,29 +3,26 @@ without leaders."""
 
 from __future__ import annotations
 
-import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from closed_form import DTYPES, HALVES, numbers, ops_for, same_bits
-from linked import Mesh, late_and_queued, on_all, reduced, right
+from linked import Job, Mesh, Nodes, late_and_queued, noise, on_all, reduced, right
 
 import commlab
 from commlab.collectives.routes import piggyback
-from commlab.errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, RefusedError, UsageError
+from commlab.errors import DisagreementError, RefusedError, UsageError
 from commlab.runtime import group as group_module
 from commlab.runtime import leaders as leaders_module
 from commlab.runtime.group import Group
-from commlab.runtime.leaders import LATE, LEADERS_BYTES
+from commlab.runtime.leaders import LEADERS_BYTES
 from commlab.transport.tcp import TcpTransport, missing_reason
 
 pytestmark = pytest.mark.skipif(bool(missing_reason()), reason=missing_reason())
 
-Nodes = tuple[tuple[int, ...], ...]
 LAYOUTS: dict[str, Nodes] = {
     "2 x 2": ((0, 1), (2, 3)),
     "3 and 1": ((0, 1, 2), (3,)),
@@ -35,28 +32,6 @@ LAYOUTS: dict[str, Nodes] = {
 layouts = pytest.mark.parametrize("job", LAYOUTS, indirect=True)
 
 
-class Job:
-    """Ranks on nodes. ``leaders``: the first rank of each node."""
-
-    def __init__(self, nodes: Nodes):
-        self.nodes, self.size = nodes, sum(map(len, nodes))
-        self.leaders = [node[0] for node in nodes]
-        self.mesh = Mesh(self.size)
-        self.groups = self.mesh.groups(nodes=nodes)
-        assert all(group.leaders is not None for group in self.groups)
-
-    def all(self, call: Callable[[Group], Any]) -> list[Any]:
-        return on_all(self.groups, call)
-
-    def require_whole(self, numel: int = 11) -> None:
-        """All ranks still reduce."""
-        assert all(right(each, self.size, numel) for each in self.all(lambda group: reduced(group, numel)))
-
-    def close(self) -> None:
-        on_all(self.groups, lambda group: group.close())
-        self.mesh.close()
-
-
 @pytest.fixture
 def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     if "exact" in request.node.name:  # no slowness of the machine is to make anyone turn to the long way
@@ -64,14 +39,6 @@ def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     made = Job(LAYOUTS[getattr(request, "param", "2 x 2")])
     yield made
     made.close()
-
-
-def noise(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers whose sums round, so that another order of adding gives other bits."""
-    generator = torch.Generator().manual_seed(100 * rank + numel)
-    if not dtype.is_floating_point:
-        return torch.randint(-(2**31), 2**31 - 1, (numel,), generator=generator).to(dtype)
-    return (torch.randn(numel, generator=generator, dtype=torch.float64) * 10 ** (rank % 3)).to(dtype)
 
 
 @layouts
@@ -218,104 +185,6 @@ def test_any_mixture_of_ways(job: Job) -> None:
 
     results = job.all(one)
     assert results == [[]] * job.size, "\n".join(f"rank {rank}: {each!r}" for rank, each in enumerate(results))
-
-
-@pytest.mark.parametrize("gone", range(6))
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_leader_or_a_member_is_gone(gone: int, begun: bool) -> None:
-    """Before the others call, or while they wait: all name it."""
-    job = Job(LAYOUTS["1, 2 and 3"])
-    job.require_whole()
-
-    def one(group: Group) -> object:
-        if group.rank == gone:
-            time.sleep(0.02 * begun)
-            job.mesh.links[gone].engine.leave(0.0)
-            return None
-        time.sleep(0.02 * (not begun))
-        return reduced(group, 4)
-
-    start_s = time.perf_counter()
-    for rank, result in enumerate(job.all(one)):
-        assert rank == gone or (isinstance(result, PeerLostError) and result.rank == gone), (rank, result)
-    assert time.perf_counter() - start_s < 15
-    job.close()
-
-
-@pytest.mark.parametrize("silent", range(4))
-def test_a_silent_rank_is_named(silent: int) -> None:
-    """Also by those who wait for a rank that waits for it."""
-    job, named = Job(LAYOUTS["2 x 2"]), []
-
-    def one(group: Group) -> object:
-        if group.rank == silent:
-            while len(named) < job.size - 1:
-                time.sleep(0.01)
-            return None
-        group.progress.timeout_s = 2.0
-        try:
-            return reduced(group, 4)
-        finally:
-            named.append(group.rank)
-
-    for rank, result in enumerate(job.all(one)):
-        if rank != silent:
-            assert isinstance(result, PeerTimeoutError) and f"for rank {silent} in allreduce" in str(result), result
-    job.close()
-
-
-def test_an_operation_that_is_given_up(job: Job) -> None:
-    """Kind: Ctrl-C in a member that waits. Its tensor is not touched any more, and its group takes no more work; the
-    others have its numbers."""
-    tensors = [torch.full((3,), 1.0 + group.rank) for group in job.groups]
-    member = job.groups[1].leaders
-    assert member is not None
-    call = member.call
-
-    def interrupted(*arguments: Any) -> object:
-        assert call(*arguments[:-1], 1e3) == LATE
-        raise KeyboardInterrupt
-
-    member.call = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        commlab.allreduce(tensors[1], "sum", group=job.groups[1])
-    for result in on_all([job.groups[rank] for rank in (0, 2, 3)], lambda group: commlab.allreduce(
-        tensors[group.rank], "sum", group=group
-    )):  # fmt: skip
-        assert isinstance(result, torch.Tensor), result
-    assert [tensor.tolist() for tensor in tensors] == [[10.0] * 3, [2.0] * 3, [10.0] * 3, [10.0] * 3]
-    with pytest.raises(CommlabError, match="KeyboardInterrupt"):
-        reduced(job.groups[1], 3)
-
-
-def test_who_is_awaited_may_be_asked_at_any_time(job: Job) -> None:
-    """By a thread that waits for something else, say, while another one moves the operation on."""
-    asked, ended = 0, []
-
-    def one(group: Group | None) -> None:
-        nonlocal asked
-        if group is not None:
-            try:
-                assert all(right(reduced(group, 5), job.size, 5) for _ in range(2000))
-            finally:
-                ended.append(group.rank)
-            return
-        while len(ended) < job.size:
-            asked += sum(len(each.leaders.peers()) <= job.size for each in job.groups if each.leaders is not None)
-
-    assert on_all([*job.groups, None], one) == [None] * (job.size + 1)
-    assert asked
-
-
-def test_nothing_is_left_open() -> None:
-    def descriptors() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
-    Job(LAYOUTS["1, 2 and 3"]).close()
-    before = descriptors()
-    for _ in range(3):
-        Job(LAYOUTS["1, 2 and 3"]).close()
-    assert descriptors() <= before
 
 
 def test_where_there_are_no_leaders() -> None:
