@@ -56,10 +56,10 @@ class Mesh:
 class Job:
     """Ranks on nodes, with leaders. ``leaders``: the first rank of each node."""
 
-    def __init__(self, nodes: Nodes):
+    def __init__(self, nodes: Nodes, narrow: bool = False):
         self.nodes, self.size = nodes, sum(map(len, nodes))
         self.leaders = [node[0] for node in nodes]
-        self.mesh = Mesh(self.size)
+        self.mesh = Mesh(self.size, narrow=narrow)
         self.groups = self.mesh.groups(nodes=nodes)
         assert all(group.leaders is not None for group in self.groups)
 
@@ -101,12 +101,12 @@ def right(got: object, size: int, numel: int, dtype: torch.dtype = torch.float32
     return isinstance(got, torch.Tensor) and same_bits(got + 0, expected(op, size, numel, dtype) + 0)
 
 
-def late_and_queued(group: Group, late: int, late_s: float) -> list[torch.Tensor]:
-    """Sums of 3,000, 5 and 200,000 numbers: rank ``late`` comes late, the largest is queued, and the next rank finds
-    nothing under way before it asks for the 5."""
+def late_and_queued(group: Group, late: int, late_s: float, numel: int = 3000) -> list[torch.Tensor]:
+    """Sums of ``numel``, 5 and 200,000 numbers: rank ``late`` comes late, the largest is queued, and the next rank
+    finds nothing under way before it asks for the 5."""
     if group.rank == late:
         time.sleep(late_s)
-    first = reduced(group, 3000)
+    first = reduced(group, numel)
     queued = commlab.allreduce_async(numbers(group.rank, 200_000, torch.float32), "sum", group=group)
     if group.rank == (late + 1) % group.size:
         queued.wait()

@@ -28,7 +28,18 @@ LAYOUTS: dict[str, Nodes] = {
     "3 and 1": ((0, 1, 2), (3,)),
     "1, 2 and 3": ((0,), (1, 2), (3, 4, 5)),
     "dealt out": ((0, 2, 4), (1, 3, 5)),
+    "3 x 2": ((0, 1), (2, 3), (4, 5)),
 }
+MORE = 40_000
+"""Numbers that no page holds: on nodes of equally many ranks they go by the leaders too."""
+
+
+def layouts_and(few: int) -> pytest.MarkDecorator:
+    """``few`` numbers on all layouts, and MORE where leaders take them."""
+    cases = [*((name, few) for name in LAYOUTS), *((name, MORE) for name in ("2 x 2", "dealt out", "3 x 2"))]
+    return pytest.mark.parametrize(("job", "numel"), cases, indirect=["job"])
+
+
 layouts = pytest.mark.parametrize("job", LAYOUTS, indirect=True)
 
 
@@ -92,9 +103,8 @@ def test_more_than_a_page_holds_and_wires(job: Job) -> None:
     assert [each.tolist() for each in job.all(one)] == [[2.5] * 9] * 4
 
 
-@layouts
+@layouts_and(4000)
 @pytest.mark.parametrize("patience_us", [1e5, 0.0])
-@pytest.mark.parametrize("numel", [7, 4000])
 def test_disagreement(job: Job, monkeypatch: pytest.MonkeyPatch, patience_us: float, numel: int) -> None:
     """On all ranks, with both sides, and the group goes on: what leaders have announced in vain is skipped."""
     monkeypatch.setattr(group_module, "_PATIENCE_US", patience_us)
@@ -106,18 +116,19 @@ def test_disagreement(job: Job, monkeypatch: pytest.MonkeyPatch, patience_us: fl
         job.require_whole()
 
 
-@layouts
-def test_other_operations_and_refusals(job: Job) -> None:
+@layouts_and(3)
+def test_other_operations_and_refusals(job: Job, numel: int) -> None:
     for wrong in range(job.size):
 
         def other(group: Group, wrong: int = wrong) -> object:
-            return group.barrier() if group.rank == wrong else reduced(group, 3)
+            return group.barrier() if group.rank == wrong else reduced(group, numel)
 
         for result in job.all(other):
             assert isinstance(result, DisagreementError) and "barrier" in str(result), result
 
         def refused(group: Group, wrong: int = wrong) -> object:
-            return commlab.allreduce(torch.ones(4).to_sparse() if group.rank == wrong else torch.ones(4), group=group)
+            ones = torch.ones(numel)
+            return commlab.allreduce(ones.to_sparse() if group.rank == wrong else ones, group=group)
 
         for rank, result in enumerate(job.all(refused)):
             assert isinstance(result, UsageError if rank == wrong else RefusedError), result
@@ -125,33 +136,33 @@ def test_other_operations_and_refusals(job: Job) -> None:
         job.require_whole()
 
 
-@layouts
+@layouts_and(300)
 @pytest.mark.parametrize("late_s", [0.0, 0.005, 0.12])
-def test_one_rank_takes_the_long_way(job: Job, late_s: float) -> None:
+def test_one_rank_takes_the_long_way(job: Job, late_s: float, numel: int) -> None:
     """Because its program waits later, say. All turn to the long way, the next operation goes by the leaders again."""
     for other in range(job.size):
 
         def one(group: Group, other: int = other) -> list[torch.Tensor]:
             if group.rank != other:
-                return [reduced(group, 300), reduced(group, 5)]
+                return [reduced(group, numel), reduced(group, 5)]
             time.sleep(late_s)
-            handle = commlab.allreduce_async(numbers(group.rank, 300, torch.float32), "sum", group=group)
+            handle = commlab.allreduce_async(numbers(group.rank, numel, torch.float32), "sum", group=group)
             return [handle.wait(), reduced(group, 5)]
 
         for results in job.all(one):
             assert isinstance(results, list), results
-            assert right(results[0], job.size, 300) and right(results[1], job.size, 5)
+            assert right(results[0], job.size, numel) and right(results[1], job.size, 5)
 
 
-@layouts
-def test_a_late_rank_and_what_is_queued(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+@layouts_and(3000)
+def test_a_late_rank_and_what_is_queued(job: Job, monkeypatch: pytest.MonkeyPatch, numel: int) -> None:
     monkeypatch.setattr(group_module, "_PATIENCE_US", 1e3)
 
     for late in range(job.size):
         for late_s in (0.01, 0.1):
-            for results in job.all(lambda group, late=late, late_s=late_s: late_and_queued(group, late, late_s)):
+            for results in job.all(lambda group, at=late, for_s=late_s: late_and_queued(group, at, for_s, numel)):
                 assert isinstance(results, list), results
-                assert all(map(right, results, [job.size] * 3, [3000, 5, 200_000]))
+                assert all(map(right, results, [job.size] * 3, [numel, 5, 200_000]))
 
 
 @layouts
@@ -168,7 +179,7 @@ def test_any_mixture_of_ways(job: Job) -> None:
             if what == "barrier":
                 group.barrier()
                 continue
-            numel = {"few": 17 + at, "more": 40_000, "differ": 50 + at + (group.rank == at % group.size)}[what]
+            numel = {"few": 17 + at, "more": MORE + at, "differ": 50 + at + (group.rank == at % group.size)}[what]
             tensor = numbers(group.rank, numel, torch.float32)
             try:
                 if mine.random() < 0.2:
