@@ -199,8 +199,7 @@ int allreduce_shares_by_leaders(Leaders& leaders, std::uint64_t signature, std::
   if (shares->few.bounds.back() != numel * known.item_bytes())
     throw std::invalid_argument("the shares are those of another tensor");
   nb::gil_scoped_release released;
-  leaders.begin(
-      {signature, sequence, known.buffer, numel, known.dtype, known.op, divisor, {}, std::move(shares)});
+  leaders.begin({signature, sequence, known.buffer, numel, known.dtype, known.op, divisor, {}, std::move(shares)});
   return static_cast<int>(leaders.wait(patience_us));
 }
 

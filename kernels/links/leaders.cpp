@@ -188,8 +188,8 @@ void Leaders::add_up() {
   run_->operand.dtype = wide;
 }
 
-// In the leader's own area, where the result will be: its members, who have arrived, have read the last one. 16-bit sums
-// are divided and rounded to travel, as by the long way (commlab/collectives/routes/hierarchical.py).
+// In the leader's own area, where the result will be: its members, who have arrived, have read the last one. 16-bit
+// sums are divided and rounded to travel, as by the long way (commlab/collectives/routes/hierarchical.py).
 void Leaders::add_up_shares() {
   const std::size_t itemsize = dtype_bytes(work_.dtype);
   const bool halves = is_16bit(work_.dtype);

@@ -36,8 +36,8 @@ namespace commlab::links {
 // A rank's page of the window (frames have a Control too).
 using Page = commlab::Control;
 
-// More numbers than a page has room for, as leaders exchange them: a node's sums stand share by share, that of the first
-// leader first, and a share is the parts of the tensor that its leader's node owns by the long way.
+// More numbers than a page has room for, as leaders exchange them: a node's sums stand share by share, that of the
+// first leader first, and a share is the parts of the tensor that its leader's node owns by the long way.
 struct Shares {
   struct Piece {
     std::size_t start, at, numel;  // of the tensor; where among the sums
