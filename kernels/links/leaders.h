@@ -6,8 +6,13 @@
 //   leader   waits for its members, compares their records with its own, adds up; announces record and sums to the
 //            leaders of other nodes (Few), who compare again; writes the result into its page, releases its members
 //
+// More numbers than a page has room for lie in areas of the window, and travel between leaders as `Shares` say: what
+// the announcement's frame has no room for follows once all leaders agree, reduced shares after that (Engine::follow,
+// share).
+//
 // The long way is the group's own announcement, from everyone to everyone. A rank takes it from the start where it does
-// anything else than this, and turns to it where the short way can't come to an end. Both give the same bits (few.h).
+// anything else than this, and turns to it where the short way can't come to an end. Both give the same bits: few.h,
+// and for shares commlab/collectives/routes/leaders.py.
 //
 // Why no rank can have a result by the short way while another takes the long one, unless a rank is lost. Without one,
 // a rank turns to the long way
@@ -16,8 +21,15 @@
 //   3  as a leader to whom another leader announced something else: all leaders have seen that;
 //   4  where it sees that another rank has announced this operation by the long way, which has done so for 1 to 4.
 // And whoever waits looks for 4 again and again, so everyone turns. What is left over of a short way given up does no
-// harm: words of a page hold the number of the operation that they are for, and so do announcements of leaders.
-// tests/runtime/test_leaders_model.py goes through every interleaving of a few ranks and operations.
+// harm: words of a page hold the number of the operation that they are for, and so do announcements of leaders. Numbers
+// that follow an announcement hold none, and need none: once a leader has seen that all leaders agree, all have sent
+// what shows it to every other one, none of 1 to 3 can hold any more, and so none of them, and no member, turns.
+//
+// If a rank is lost meanwhile, leaders turn in the middle of numbers that move. Then their group ends
+// (Engine::withdraw), because what is left over there could be taken for an announcement; and nothing later goes by the
+// short way here. The group of all ranks ends with the long way, which awaits the lost rank. Who has a result by then,
+// which was complete before, keeps it; its next operation fails. tests/runtime/test_leaders_model.py goes through every
+// interleaving of a few ranks and operations.
 #pragma once
 
 #include <chrono>

@@ -38,7 +38,7 @@ attach = hierarchical.attach
 allreduce = hierarchical.allreduce
 
 
-class Piece(NamedTuple):
+class DealtPiece(NamedTuple):
     """Numbers that one node owns between the nodes."""
 
     start: int
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 class Dealt(NamedTuple):
     """How the numbers of a tensor are dealt out between the leaders."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[DealtPiece, ...]
     shares: tuple[Range, ...]
     """Of each leader, among the sums."""
     to_each: bool
@@ -88,7 +88,7 @@ def deal(numel: int, nodes: int, node_size: int, itemsize: int) -> Dealt:
     for ranges in owned:
         for each in ranges:
             if each.numel:
-                pieces.append(Piece(each.start, at, each.numel))
+                pieces.append(DealtPiece(each.start, at, each.numel))
             at += each.numel
     shares = adjoining(sum(each.numel for each in ranges) for ranges in owned)
     return Dealt(tuple(pieces), shares, to_each=nodes > 2)
