@@ -78,6 +78,20 @@ def test_the_bits_of_hierarchical(job: Job) -> None:
     assert job.all(one) == [[]] * job.size
 
 
+@pytest.mark.parametrize("wire", ["fp16", "bf16"])
+def test_a_16_bit_wire(job: Job, wire: str) -> None:
+    """What travels decides, not the tensor: twice as many numbers go by the leaders."""
+
+    def one(group: Group) -> bool:
+        numel = leaders_module.area_bytes(len(job.nodes[0])) // 2
+        both = [noise(group.rank, numel, torch.float32) for _ in range(2)]
+        commlab.allreduce(both[0], wire=wire, group=group)
+        commlab.allreduce_async(both[1], wire=wire, group=group).wait()
+        return same_bits(*both) and all(plan.at_once is not None for plan in group.plans.values())
+
+    assert job.all(one) == [True] * job.size
+
+
 def test_exact_and_counted(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody announces anything to everyone, and only leaders send."""
     monkeypatch.setattr(Group, "_queue", None)
