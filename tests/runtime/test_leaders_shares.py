@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 from closed_form import DTYPES, HALVES, ops_for, same_bits
-from linked import Job, Nodes, noise, reduced, right
+from linked import Job, Mesh, Nodes, noise, on_all, reduced, right
 
 import commlab
 from commlab.collectives.plan import plan_of
 from commlab.collectives.routes import hierarchical, leaders
+from commlab.errors import SharedMemoryError
 from commlab.native.library import built
 from commlab.runtime import group as group_module
 from commlab.runtime import leaders as leaders_module
 from commlab.runtime.group import Group
 from commlab.schedules import ALGORITHMS
 from commlab.transport.tcp import TcpTransport, missing_reason
+from commlab.window.area import Area
 
 pytestmark = pytest.mark.skipif(bool(missing_reason()), reason=missing_reason())
 
@@ -158,3 +161,24 @@ def test_another_algorithm_between_the_nodes(monkeypatch: pytest.MonkeyPatch) ->
     assert all(right(each, 6, 30_000) for each in job.all(lambda group: reduced(group, 30_000)))
     assert all(plan.at_once is None for group in job.groups for plan in group.plans.values())
     job.close()
+
+
+def test_no_memory_for_the_leaders_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then no rank has leaders, and all reduce as without."""
+    made, lock, new_segment = [0], threading.Lock(), Area.new_segment
+
+    def missing_once(area: Area, size_bytes: int) -> int:
+        with lock:
+            made[0] += 1
+            if made[0] == 3:
+                raise SharedMemoryError("no memory")
+        return new_segment(area, size_bytes)
+
+    monkeypatch.setattr(Area, "new_segment", missing_once)
+    mesh = Mesh(4)
+    groups = mesh.groups(nodes=LAYOUTS["2 x 2"])
+    assert made[0] == 4 and all(group.leaders is None for group in groups)
+    for numel in (5, 30_000):
+        assert all(right(each, 4, numel) for each in on_all(groups, lambda group, n=numel: reduced(group, n)))
+    on_all(groups, lambda group: group.close())
+    mesh.close()
