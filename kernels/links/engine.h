@@ -104,9 +104,6 @@ class Engine final : public Events {
   void begin(const std::shared_ptr<Run>& run);
   void announce(Run& run, Group& group);
   void announced(Run& run, Group& group);
-  void follow(Run& run, Group& group);
-  void add_few(Run& run, Group& group);
-  void share(Run& run, Group& group);
   void move(Run& run, Group& group);
   void next_phase(Run& run);
   void row_done(Run& run, std::uint32_t row);
@@ -118,6 +115,11 @@ class Engine final : public Events {
   void post_item(const Run& run, Group& group, std::size_t peer, Item& item);
   void look_at(Link& link);
   Group& group_of(const Run& run) { return *groups_.at(run.group); }
+
+  // shares.cpp: few numbers behind an announcement; all with mutex_ held
+  void follow(Run& run, Group& group);
+  void add_few(Run& run, Group& group);
+  void share(Run& run, Group& group);
 
   // losses.cpp: which runs fail of a rank that is lost; all with mutex_ held
   void told_of_loss(Link& link, std::uint32_t group, std::uint32_t rank, std::string text);
