@@ -7,6 +7,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -164,23 +165,61 @@ int allreduce_by_leaders(Leaders& leaders, std::uint64_t signature, std::uint64_
                          double patience_us) {
   const Operand known = make_operand(data, numel, dtype, op, divisor, false, 0, 0, 0, true);
   nb::gil_scoped_release released;
-  leaders.begin({signature, sequence, known.buffer, numel, known.dtype, known.op, divisor, {share_bytes, to_each}});
+  leaders.begin(
+      {signature, sequence, known.buffer, numel, known.dtype, known.op, divisor, {share_bytes, to_each}, nullptr});
+  return static_cast<int>(leaders.wait(patience_us));
+}
+
+// `pieces`: start, place among the sums and length of each; `bounds`: of the shares, all in numbers of `item_bytes`.
+std::shared_ptr<const Shares> make_shares(nb::bytes pieces, nb::bytes bounds, std::size_t item_bytes, bool to_each) {
+  auto made = std::make_shared<Shares>();
+  made->few.bounds = numbers_of<std::size_t>(bounds);
+  if (made->few.bounds.empty() || made->few.bounds.front() != 0 ||
+      !std::is_sorted(made->few.bounds.begin(), made->few.bounds.end()))
+    throw std::invalid_argument("shares follow each other");
+  const std::size_t numel = made->few.bounds.back();
+  const auto table = numbers_of<std::size_t>(pieces);
+  if (table.size() % 3 != 0) throw std::invalid_argument("a piece has three numbers");
+  for (std::size_t at = 0; at < table.size(); at += 3) {
+    const Shares::Piece piece{table[at], table[at + 1], table[at + 2]};
+    if (piece.numel > numel || piece.start > numel - piece.numel || piece.at > numel - piece.numel)
+      throw std::invalid_argument("a piece reaches outside the tensor");
+    made->pieces.push_back(piece);
+  }
+  for (std::size_t& bound : made->few.bounds) bound *= item_bytes;
+  made->few.to_each = to_each;
+  return made;
+}
+
+// The same of more numbers, as `shares` deal them out.
+int allreduce_shares_by_leaders(Leaders& leaders, std::uint64_t signature, std::uint64_t sequence, Address data,
+                                std::size_t numel, int dtype, int op, double divisor,
+                                std::shared_ptr<const Shares> shares, double patience_us) {
+  const Operand known = make_operand(data, numel, dtype, op, divisor, false, 0, 0, 0, true);
+  if (shares->few.bounds.back() != numel * known.item_bytes())
+    throw std::invalid_argument("the shares are those of another tensor");
+  nb::gil_scoped_release released;
+  leaders.begin({signature, sequence, known.buffer, numel, known.dtype, known.op, divisor, {}, std::move(shares)});
   return static_cast<int>(leaders.wait(patience_us));
 }
 
 std::unique_ptr<Leaders> make_leaders(std::shared_ptr<Engine> engine, std::uint32_t group, std::uint32_t between,
                                       std::vector<std::uint32_t> node, std::size_t me, const NodeSync* window,
-                                      double spin_us, double late_us) {
+                                      const std::vector<Address>& areas, std::size_t area_bytes, double spin_us,
+                                      double late_us) {
   std::vector<Page*> pages;
   for (std::size_t rank = 0; window && rank < window->size(); ++rank) pages.push_back(&window->page(rank));
-  return std::make_unique<Leaders>(std::move(engine), group, between, std::move(node), me, std::move(pages), spin_us,
-                                   late_us);
+  std::vector<char*> memory;
+  for (const Address area : areas) memory.push_back(reinterpret_cast<char*>(area));
+  return std::make_unique<Leaders>(std::move(engine), group, between, std::move(node), me, std::move(pages),
+                                   std::move(memory), area_bytes, spin_us, late_us);
 }
 
 }  // namespace
 
 void register_links(nb::module_& m) {
   m.attr("LINKS_FRAME_BYTES") = kFrameBytes;
+  m.attr("LINKS_FIRST_BYTES") = kFirstBytes;
   m.def("links_interfaces", [] {
     std::vector<std::tuple<std::string, std::string, bool>> found;
     for (const Interface& each : interfaces()) found.emplace_back(each.name, each.address, each.loopback);
@@ -201,6 +240,13 @@ void register_links(nb::module_& m) {
     std::shared_ptr<Engine> engine;
     std::shared_ptr<Keeper> keeper;
   };
+  struct HeldShares {
+    std::shared_ptr<const Shares> shares;
+  };
+  nb::class_<HeldShares>(m, "LinksShares")
+      .def("__init__", [](HeldShares* self, nb::bytes pieces, nb::bytes bounds, std::size_t item_bytes, bool to_each) {
+        new (self) HeldShares{make_shares(pieces, bounds, item_bytes, to_each)};
+      });
   nb::class_<HeldProgram>(m, "LinksProgram")
       .def("__init__",
            [](HeldProgram* self, nb::bytes rows, nb::bytes first, nb::bytes after, std::size_t numel,
@@ -220,6 +266,12 @@ void register_links(nb::module_& m) {
       .def("records", &HeldRun::records);
   nb::class_<Leaders>(m, "LinksLeaders")
       .def("allreduce", &allreduce_by_leaders)
+      .def("allreduce_shares",
+           [](Leaders& self, std::uint64_t signature, std::uint64_t sequence, Address data, std::size_t numel,
+              int dtype, int op, double divisor, const HeldShares& shares, double patience_us) {
+             return allreduce_shares_by_leaders(self, signature, sequence, data, numel, dtype, op, divisor,
+                                                shares.shares, patience_us);
+           })
       .def(
           "wait", [](Leaders& self, double timeout_us) { return static_cast<int>(self.wait(timeout_us)); },
           nb::call_guard<nb::gil_scoped_release>())
@@ -241,11 +293,13 @@ void register_links(nb::module_& m) {
       .def(
           "leaders",
           [](const HeldEngine& self, std::uint32_t group, std::uint32_t between, std::vector<std::uint32_t> node,
-             std::size_t me, const NodeSync* window, double spin_us, double late_us) {
-            return make_leaders(self.engine, group, between, std::move(node), me, window, spin_us, late_us);
+             std::size_t me, const NodeSync* window, const std::vector<Address>& areas, std::size_t area_bytes,
+             double spin_us, double late_us) {
+            return make_leaders(self.engine, group, between, std::move(node), me, window, areas, area_bytes, spin_us,
+                                late_us);
           },
           nb::arg("group"), nb::arg("between"), nb::arg("node"), nb::arg("me"), nb::arg("window").none(),
-          nb::arg("spin_us"), nb::arg("late_us"), nb::keep_alive<0, 6>())
+          nb::arg("areas"), nb::arg("area_bytes"), nb::arg("spin_us"), nb::arg("late_us"), nb::keep_alive<0, 6>())
       .def("remove_group", [](HeldEngine& self, std::uint32_t id) { self.engine->remove_group(id); })
       .def("leave",
            [](HeldEngine& self, double timeout_s) {

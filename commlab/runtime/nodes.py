@@ -4,22 +4,26 @@ across."""
 from __future__ import annotations
 
 import logging
+import mmap
+import struct
 from collections.abc import Sequence
 from functools import partial
 
-from ..errors import PeerLostError
+from ..errors import PeerLostError, SharedMemoryError
 from ..transport.base import PIGGYBACK_RANKS
+from ..window.area import ALIGN_BYTES, Place
 from ..window.exchange import WindowWait
 from ..window.memory import Window
 from ..window.opening import Gather, Opening
 from .control import gather_bytes
 from .group import Group
-from .leaders import Leaders
+from .leaders import Leaders, area_bytes
 from .waiting import SPIN_S, gone_words, silence_of, wait_until
 from .waiting import under_way as others_under_way
 
 log = logging.getLogger("commlab")
 
+_PLACE = struct.Struct("<QQ")
 _OPENING = "the opening of a window"
 _LOOK_S = 10e-3
 """So often a rank looks again who has opened the window: one that could not wakes nobody."""
@@ -155,6 +159,9 @@ def _open_leaders(group: Group) -> None:
     if node is not None:
         open_window(node)
     reason = "" if node is None or node.window is not None else node.window_reason
+    areas: Sequence[int] = ()
+    if group.across is not None and node is not None and node.window is not None:
+        areas, reason = _leaders_areas(node, node.window)
     # Here all ranks of a node have opened its pages, and nobody waits there any more.
     reasons = gather_bytes(group, reason.encode(errors="backslashreplace"), "reasons against leaders")
     if any(reasons):
@@ -163,5 +170,26 @@ def _open_leaders(group: Group) -> None:
         return
     between = group.split([ranks[0] for ranks in group.nodes])
     window = None if node is None else node.window
-    group.leaders = Leaders(group.transport, between, group.nodes, window, spin_us_of(group))
+    group.leaders = Leaders(group.transport, between, group.nodes, window, areas, spin_us_of(group))
     group.barrier()  # nobody writes into a page that its owner has still to clear
+
+
+def _leaders_areas(node: Group, window: Window) -> tuple[list[int], str]:
+    """Where the ranks of ``node`` have memory for more numbers than a page holds; or why there is none. Collective over
+    ``node``."""
+    size_bytes, reason, place = area_bytes(node.size), "", b""
+    # No two ranks' begin at the same place of a page, or the loops that read them side by side would have them all in
+    # one set of a cache.
+    offset = node.rank * (mmap.PAGESIZE // node.size // ALIGN_BYTES * ALIGN_BYTES) % mmap.PAGESIZE
+    try:
+        segment = window.area.new_segment(-(-(offset + size_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE)
+        place = _PLACE.pack(segment, offset)
+    except SharedMemoryError as error:
+        reason = str(error)
+    places = gather_bytes(node, place, "places in a window")
+    if not all(places):
+        return [], reason or "another rank of this node has no memory for the leaders"
+    try:
+        return [window.address(rank, Place(*_PLACE.unpack(each))) for rank, each in enumerate(places)], ""
+    except SharedMemoryError as error:
+        return [], str(error)

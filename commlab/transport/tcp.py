@@ -234,6 +234,8 @@ class TcpTransport:
         nodes: Sequence[Sequence[int]],
         node: Sequence[int],
         sync: Any,
+        areas: Sequence[int],
+        area_bytes: int,
         spin_us: float,
         late_us: float,
     ) -> Any:
@@ -243,7 +245,8 @@ class TcpTransport:
         self._engine.set_nodes(self._group, [list(ranks) for ranks in nodes])
         group = 0 if between is None else between._group
         members = [self._ranks[rank] for rank in node]
-        return self._engine.leaders(self._group, group, members, node.index(self.rank), sync, spin_us, late_us)
+        me = node.index(self.rank)
+        return self._engine.leaders(self._group, group, members, me, sync, areas, area_bytes, spin_us, late_us)
 
     def number_of(self, job_rank: int) -> int:
         """The rank of this group that is ``job_rank`` of the job."""

@@ -165,10 +165,11 @@ int Engine::events_within(double timeout_s, bool looks, epoll_event* events) {
 void Engine::drive(std::unique_lock<std::mutex>& lock, double timeout_s, const Run* until) {
   work(lock);
   if (until && until->ended()) return;
+  const bool looks = until && !in_bulk(*until);
   asleep_ = true;
   lock.unlock();
   epoll_event events[kEvents];
-  const int found = events_within(timeout_s, until && !in_bulk(*until), events);
+  const int found = events_within(timeout_s, looks, events);
   lock.lock();
   asleep_ = false;
   awake_ = true;

@@ -54,8 +54,8 @@ class Engine final : public Events {
   std::vector<std::uint32_t> awaited_ranks(const Run& run);
   // Gives up a run that has not ended: from now on its memory is not touched, and its group is of no more use.
   void cancel(const std::shared_ptr<Run>& run);
-  // The same of a launch that has not got beyond its announcement and skips earlier ones, on all ranks: the group
-  // stays.
+  // The same of a launch that skips earlier ones, on all ranks: the group stays where this rank has not got beyond the
+  // announcement. Beyond it, what others have sent could be taken for the next announcement.
   void withdraw(const std::shared_ptr<Run>& run);
   // Whether a rank has announced operation `sequence` of the group, or an earlier one, and nobody here has asked for
   // it; or the group can't go on. Reads what has arrived by now.
@@ -104,7 +104,6 @@ class Engine final : public Events {
   void begin(const std::shared_ptr<Run>& run);
   void announce(Run& run, Group& group);
   void announced(Run& run, Group& group);
-  void share(Run& run, Group& group);
   void move(Run& run, Group& group);
   void next_phase(Run& run);
   void row_done(Run& run, std::uint32_t row);
@@ -116,6 +115,11 @@ class Engine final : public Events {
   void post_item(const Run& run, Group& group, std::size_t peer, Item& item);
   void look_at(Link& link);
   Group& group_of(const Run& run) { return *groups_.at(run.group); }
+
+  // shares.cpp: few numbers behind an announcement; all with mutex_ held
+  void follow(Run& run, Group& group);
+  void add_few(Run& run, Group& group);
+  void share(Run& run, Group& group);
 
   // losses.cpp: which runs fail of a rank that is lost; all with mutex_ held
   void told_of_loss(Link& link, std::uint32_t group, std::uint32_t rank, std::string text);

@@ -162,8 +162,11 @@ bool Engine::awaits(const Run& run, const Group& group, std::uint32_t rank) cons
   std::size_t early = link->early_frames(program_channel(group.id));
   if (run.few) {
     const std::size_t all_bytes = run.operand.numel * run.operand.item_bytes();
-    return run.few->to_each && (run.few->share(all_bytes, group.me).second > 0 ||
-                                (early == 0 && run.few->share(all_bytes, peer).second > 0));
+    const std::size_t mine = run.few->share(all_bytes, group.me).second;
+    const std::size_t theirs = run.few->share(all_bytes, peer).second;
+    const auto frames_beyond = [](std::size_t bytes) { return frames_of(bytes - std::min(bytes, kFirstBytes)); };
+    if (frames_beyond(theirs) || (run.few->to_each && mine)) return true;  // something is still to be sent there
+    return frames_beyond(mine) + (run.few->to_each ? frames_of(theirs) : 0) > early;
   }
   if (!run.program) return false;
   for (const Row& row : run.program->rows) {

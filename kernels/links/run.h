@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "frame.h"
 #include "link.h"
 #include "program.h"
 
@@ -36,14 +37,23 @@ struct Failure {
 struct Few {
   std::size_t share_bytes = 0;
   bool to_each = false;
+  // Shares of any length instead: where in the buffer each rank's begins, in bytes, and where the last one ends. The
+  // numbers of share r are then added as commlab/schedules/direct.py does: rank r's, then those of r - 1, r - 2, ...
+  std::vector<std::size_t> bounds = {};
 
-  // Where the share of `rank` begins, and its bytes; `all`: of all numbers.
-  std::pair<std::size_t, std::size_t> share(std::size_t all, std::size_t rank) const {
-    if (!to_each) return {0, all};
+  std::pair<std::size_t, std::size_t> owned(std::size_t all, std::size_t rank) const {
+    if (!bounds.empty()) return {bounds[rank], bounds[rank + 1] - bounds[rank]};
     const std::size_t start = std::min(rank * share_bytes, all);
     return {start, std::min(share_bytes, all - start)};
   }
+  // Where what goes to `rank` begins, and its bytes; `all`: of all numbers.
+  std::pair<std::size_t, std::size_t> share(std::size_t all, std::size_t rank) const {
+    return to_each ? owned(all, rank) : std::pair<std::size_t, std::size_t>(0, all);
+  }
 };
+
+// So many bytes of a share travel in the frame of the announcement. The others follow once all are known to agree.
+constexpr std::size_t kFirstBytes = kFrameBytes - 4096;
 
 class Run {
  public:
@@ -52,7 +62,7 @@ class Run {
     kExchange,  // everyone's record to everyone
     kLaunch,    // an operation of the group, in order: announce, compare, then move the numbers
   };
-  enum class Phase : std::uint8_t { kWaiting, kAnnouncing, kSharing, kMoving };
+  enum class Phase : std::uint8_t { kWaiting, kAnnouncing, kFollowing, kSharing, kMoving };
 
   Run(Kind kind, std::uint32_t group) : kind(kind), group(group) {}
 

@@ -6,7 +6,6 @@
 #include <stdexcept>
 
 #include "engine.h"
-#include "few.h"
 #include "record.h"
 
 namespace commlab::links {
@@ -114,7 +113,7 @@ void Engine::announce(Run& run, Group& group) {
   char* table;
   std::size_t row_bytes = width;
   if (launch) {
-    row_bytes = (width + (run.few ? run.few->share_bytes : 0) + 63) / 64 * 64;
+    row_bytes = (width + (run.few ? run.few->share(all_bytes, group.me).second : 0) + 63) / 64 * 64;
     group.row_bytes = row_bytes;
     if (group.table.size() < ranks * row_bytes) group.table.resize(ranks * row_bytes);
     table = group.table.data();
@@ -138,7 +137,7 @@ void Engine::announce(Run& run, Group& group) {
       post_item(run, group, peer, add(run, Item::Kind::kSend, run.record.data(), width));
       continue;
     }
-    Item& item = add(run, Item::Kind::kSend, run.operand.buffer + start, width + bytes);
+    Item& item = add(run, Item::Kind::kSend, run.operand.buffer + start, width + std::min(bytes, kFirstBytes));
     item.head = run.record.data();
     item.head_bytes = width;
     post_item(run, group, peer, item);
@@ -153,40 +152,7 @@ void Engine::announced(Run& run, Group& group) {
     if (std::memcmp(group.table.data() + rank * group.row_bytes, run.record.data(), width) != 0)
       return end(run, {Status::kDisagree, group.ranks[rank], ""});
   if (!run.few) return move(run, group);
-  const Operand& operand = run.operand;
-  const std::size_t all_bytes = operand.numel * operand.item_bytes();
-  const auto [start, bytes] = run.few->share(all_bytes, group.me);
-  std::vector<const void*> from(ranks);
-  for (std::size_t rank = 0; rank < ranks; ++rank) from[rank] = group.table.data() + rank * group.row_bytes + width;
-  void* to = operand.buffer + start;
-  from[group.me] = to;
-  add_ranks(to, from, group.nodes, operand.dtype, bytes / operand.item_bytes(), operand.op, operand.divisor);
-  if (!run.few->to_each) return end(run, {Status::kDone, 0, ""});
-  share(run, group);
-}
-
-// Every rank has reduced its share: to everyone with it.
-void Engine::share(Run& run, Group& group) {
-  judge_later(group);
-  run.phase = Run::Phase::kSharing;
-  run.items.clear();
-  run.items.reserve(2 * group.ranks.size());
-  const std::size_t ranks = group.ranks.size(), all_bytes = run.operand.numel * run.operand.item_bytes();
-  const auto [mine, mine_bytes] = run.few->share(all_bytes, group.me);
-  struct Way {
-    std::size_t peer;
-    Item* item;
-  };
-  std::vector<Way> ways;
-  for (std::size_t shift = 1; shift < ranks; ++shift) {
-    const std::size_t to = (group.me + shift) % ranks, frm = (group.me + ranks - shift) % ranks;
-    const auto [start, bytes] = run.few->share(all_bytes, frm);
-    if (bytes) ways.push_back({frm, &add(run, Item::Kind::kWrite, run.operand.buffer + start, bytes)});
-    if (mine_bytes) ways.push_back({to, &add(run, Item::Kind::kSend, run.operand.buffer + mine, mine_bytes)});
-  }
-  run.left = ways.size();
-  if (ways.empty()) return next_phase(run);
-  for (const Way& way : ways) post_item(run, group, way.peer, *way.item);
+  follow(run, group);
 }
 
 void Engine::move(Run& run, Group& group) {
@@ -231,6 +197,10 @@ void Engine::completed(Item& item) {
 void Engine::next_phase(Run& run) {
   Group& group = group_of(run);
   if (run.phase == Run::Phase::kAnnouncing) return announced(run, group);
+  if (run.phase == Run::Phase::kFollowing) {
+    add_few(run, group);
+    if (run.few->to_each) return share(run, group);
+  }
   end(run, {Status::kDone, 0, ""});
 }
 
@@ -363,7 +333,12 @@ void Engine::withdraw(const std::shared_ptr<Run>& run) {
   std::unique_lock<std::mutex> lock(mutex_);
   work(lock);
   if (run->ended()) return;
-  end(*run, {Status::kGivenUp, rank_, "withdrawn"});
+  const Failure withdrawn{Status::kGivenUp, rank_, "withdrawn"};
+  const auto found = groups_.find(run->group);
+  if (run->phase <= Run::Phase::kAnnouncing || found == groups_.end())
+    end(*run, withdrawn);
+  else
+    break_group(*found->second, withdrawn);
   settle();
 }
 

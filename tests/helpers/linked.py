@@ -18,6 +18,7 @@ from commlab.runtime.nodes import open_nodes
 from commlab.transport.tcp import Links
 
 T = TypeVar("T")
+Nodes = tuple[tuple[int, ...], ...]
 
 
 class Mesh:
@@ -38,9 +39,7 @@ class Mesh:
         self.links = [Links(rank, self.sockets[rank], checks) for rank in range(size) if rank != absent]
         self.transports = [links.world() for links in self.links]
 
-    def groups(
-        self, check: bool = True, timeout_s: float = 20.0, nodes: tuple[tuple[int, ...], ...] | None = None
-    ) -> list[Group]:
+    def groups(self, check: bool = True, timeout_s: float = 20.0, nodes: Nodes | None = None) -> list[Group]:
         """A group of all ranks, each rank on a node of its own; or on ``nodes``, with all that nodes have."""
         found = Topology(nodes or tuple((rank,) for rank in range(self.size)))
         groups = [Group(transport, found, timeout_s, check) for transport in self.transports]
@@ -52,6 +51,28 @@ class Mesh:
     def close(self) -> None:
         for links in self.links:
             links.engine.leave(0.0)
+
+
+class Job:
+    """Ranks on nodes, with leaders. ``leaders``: the first rank of each node."""
+
+    def __init__(self, nodes: Nodes, narrow: bool = False):
+        self.nodes, self.size = nodes, sum(map(len, nodes))
+        self.leaders = [node[0] for node in nodes]
+        self.mesh = Mesh(self.size, narrow=narrow)
+        self.groups = self.mesh.groups(nodes=nodes)
+        assert all(group.leaders is not None for group in self.groups)
+
+    def all(self, call: Callable[[Group], Any]) -> list[Any]:
+        return on_all(self.groups, call)
+
+    def require_whole(self, numel: int = 11) -> None:
+        """All ranks still reduce."""
+        assert all(right(each, self.size, numel) for each in self.all(lambda group: reduced(group, numel)))
+
+    def close(self) -> None:
+        on_all(self.groups, lambda group: group.close())
+        self.mesh.close()
 
 
 def on_all(items: list[Any], call: Callable[[Any], T], timeout_s: float = 60.0) -> list[T | BaseException]:
@@ -80,13 +101,21 @@ def right(got: object, size: int, numel: int, dtype: torch.dtype = torch.float32
     return isinstance(got, torch.Tensor) and same_bits(got + 0, expected(op, size, numel, dtype) + 0)
 
 
-def late_and_queued(group: Group, late: int, late_s: float) -> list[torch.Tensor]:
-    """Sums of 3,000, 5 and 200,000 numbers: rank ``late`` comes late, the largest is queued, and the next rank finds
-    nothing under way before it asks for the 5."""
+def late_and_queued(group: Group, late: int, late_s: float, numel: int = 3000) -> list[torch.Tensor]:
+    """Sums of ``numel``, 5 and 200,000 numbers: rank ``late`` comes late, the largest is queued, and the next rank
+    finds nothing under way before it asks for the 5."""
     if group.rank == late:
         time.sleep(late_s)
-    first = reduced(group, 3000)
+    first = reduced(group, numel)
     queued = commlab.allreduce_async(numbers(group.rank, 200_000, torch.float32), "sum", group=group)
     if group.rank == (late + 1) % group.size:
         queued.wait()
     return [first, reduced(group, 5), queued.wait()]
+
+
+def noise(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers whose sums round, so that another order of adding gives other bits."""
+    generator = torch.Generator().manual_seed(100 * rank + numel)
+    if not dtype.is_floating_point:
+        return torch.randint(-(2**31), 2**31 - 1, (numel,), generator=generator).to(dtype)
+    return (torch.randn(numel, generator=generator, dtype=torch.float64) * 10 ** (rank % 3)).to(dtype)

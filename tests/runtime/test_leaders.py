@@ -3,58 +3,44 @@ without leaders."""
 
 from __future__ import annotations
 
-import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from closed_form import DTYPES, HALVES, numbers, ops_for, same_bits
-from linked import Mesh, late_and_queued, on_all, reduced, right
+from linked import Job, Mesh, Nodes, late_and_queued, noise, on_all, reduced, right
 
 import commlab
 from commlab.collectives.routes import piggyback
-from commlab.errors import CommlabError, DisagreementError, PeerLostError, PeerTimeoutError, RefusedError, UsageError
+from commlab.errors import DisagreementError, RefusedError, UsageError
 from commlab.runtime import group as group_module
 from commlab.runtime import leaders as leaders_module
 from commlab.runtime.group import Group
-from commlab.runtime.leaders import LATE, LEADERS_BYTES
+from commlab.runtime.leaders import LEADERS_BYTES
 from commlab.transport.tcp import TcpTransport, missing_reason
 
 pytestmark = pytest.mark.skipif(bool(missing_reason()), reason=missing_reason())
 
-Nodes = tuple[tuple[int, ...], ...]
 LAYOUTS: dict[str, Nodes] = {
     "2 x 2": ((0, 1), (2, 3)),
     "3 and 1": ((0, 1, 2), (3,)),
     "1, 2 and 3": ((0,), (1, 2), (3, 4, 5)),
     "dealt out": ((0, 2, 4), (1, 3, 5)),
+    "3 x 2": ((0, 1), (2, 3), (4, 5)),
 }
+MORE = 40_000
+"""Numbers that no page holds: on nodes of equally many ranks they go by the leaders too."""
+
+
+def layouts_and(few: int) -> pytest.MarkDecorator:
+    """``few`` numbers on all layouts, and MORE where leaders take them."""
+    cases = [*((name, few) for name in LAYOUTS), *((name, MORE) for name in ("2 x 2", "dealt out", "3 x 2"))]
+    return pytest.mark.parametrize(("job", "numel"), cases, indirect=["job"])
+
+
 layouts = pytest.mark.parametrize("job", LAYOUTS, indirect=True)
-
-
-class Job:
-    """Ranks on nodes. ``leaders``: the first rank of each node."""
-
-    def __init__(self, nodes: Nodes):
-        self.nodes, self.size = nodes, sum(map(len, nodes))
-        self.leaders = [node[0] for node in nodes]
-        self.mesh = Mesh(self.size)
-        self.groups = self.mesh.groups(nodes=nodes)
-        assert all(group.leaders is not None for group in self.groups)
-
-    def all(self, call: Callable[[Group], Any]) -> list[Any]:
-        return on_all(self.groups, call)
-
-    def require_whole(self, numel: int = 11) -> None:
-        """All ranks still reduce."""
-        assert all(right(each, self.size, numel) for each in self.all(lambda group: reduced(group, numel)))
-
-    def close(self) -> None:
-        on_all(self.groups, lambda group: group.close())
-        self.mesh.close()
 
 
 @pytest.fixture
@@ -64,14 +50,6 @@ def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     made = Job(LAYOUTS[getattr(request, "param", "2 x 2")])
     yield made
     made.close()
-
-
-def noise(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers whose sums round, so that another order of adding gives other bits."""
-    generator = torch.Generator().manual_seed(100 * rank + numel)
-    if not dtype.is_floating_point:
-        return torch.randint(-(2**31), 2**31 - 1, (numel,), generator=generator).to(dtype)
-    return (torch.randn(numel, generator=generator, dtype=torch.float64) * 10 ** (rank % 3)).to(dtype)
 
 
 @layouts
@@ -125,9 +103,8 @@ def test_more_than_a_page_holds_and_wires(job: Job) -> None:
     assert [each.tolist() for each in job.all(one)] == [[2.5] * 9] * 4
 
 
-@layouts
+@layouts_and(4000)
 @pytest.mark.parametrize("patience_us", [1e5, 0.0])
-@pytest.mark.parametrize("numel", [7, 4000])
 def test_disagreement(job: Job, monkeypatch: pytest.MonkeyPatch, patience_us: float, numel: int) -> None:
     """On all ranks, with both sides, and the group goes on: what leaders have announced in vain is skipped."""
     monkeypatch.setattr(group_module, "_PATIENCE_US", patience_us)
@@ -139,18 +116,19 @@ def test_disagreement(job: Job, monkeypatch: pytest.MonkeyPatch, patience_us: fl
         job.require_whole()
 
 
-@layouts
-def test_other_operations_and_refusals(job: Job) -> None:
+@layouts_and(3)
+def test_other_operations_and_refusals(job: Job, numel: int) -> None:
     for wrong in range(job.size):
 
         def other(group: Group, wrong: int = wrong) -> object:
-            return group.barrier() if group.rank == wrong else reduced(group, 3)
+            return group.barrier() if group.rank == wrong else reduced(group, numel)
 
         for result in job.all(other):
             assert isinstance(result, DisagreementError) and "barrier" in str(result), result
 
         def refused(group: Group, wrong: int = wrong) -> object:
-            return commlab.allreduce(torch.ones(4).to_sparse() if group.rank == wrong else torch.ones(4), group=group)
+            ones = torch.ones(numel)
+            return commlab.allreduce(ones.to_sparse() if group.rank == wrong else ones, group=group)
 
         for rank, result in enumerate(job.all(refused)):
             assert isinstance(result, UsageError if rank == wrong else RefusedError), result
@@ -158,33 +136,33 @@ def test_other_operations_and_refusals(job: Job) -> None:
         job.require_whole()
 
 
-@layouts
+@layouts_and(300)
 @pytest.mark.parametrize("late_s", [0.0, 0.005, 0.12])
-def test_one_rank_takes_the_long_way(job: Job, late_s: float) -> None:
+def test_one_rank_takes_the_long_way(job: Job, late_s: float, numel: int) -> None:
     """Because its program waits later, say. All turn to the long way, the next operation goes by the leaders again."""
     for other in range(job.size):
 
         def one(group: Group, other: int = other) -> list[torch.Tensor]:
             if group.rank != other:
-                return [reduced(group, 300), reduced(group, 5)]
+                return [reduced(group, numel), reduced(group, 5)]
             time.sleep(late_s)
-            handle = commlab.allreduce_async(numbers(group.rank, 300, torch.float32), "sum", group=group)
+            handle = commlab.allreduce_async(numbers(group.rank, numel, torch.float32), "sum", group=group)
             return [handle.wait(), reduced(group, 5)]
 
         for results in job.all(one):
             assert isinstance(results, list), results
-            assert right(results[0], job.size, 300) and right(results[1], job.size, 5)
+            assert right(results[0], job.size, numel) and right(results[1], job.size, 5)
 
 
-@layouts
-def test_a_late_rank_and_what_is_queued(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+@layouts_and(3000)
+def test_a_late_rank_and_what_is_queued(job: Job, monkeypatch: pytest.MonkeyPatch, numel: int) -> None:
     monkeypatch.setattr(group_module, "_PATIENCE_US", 1e3)
 
     for late in range(job.size):
         for late_s in (0.01, 0.1):
-            for results in job.all(lambda group, late=late, late_s=late_s: late_and_queued(group, late, late_s)):
+            for results in job.all(lambda group, at=late, for_s=late_s: late_and_queued(group, at, for_s, numel)):
                 assert isinstance(results, list), results
-                assert all(map(right, results, [job.size] * 3, [3000, 5, 200_000]))
+                assert all(map(right, results, [job.size] * 3, [numel, 5, 200_000]))
 
 
 @layouts
@@ -201,7 +179,7 @@ def test_any_mixture_of_ways(job: Job) -> None:
             if what == "barrier":
                 group.barrier()
                 continue
-            numel = {"few": 17 + at, "more": 40_000, "differ": 50 + at + (group.rank == at % group.size)}[what]
+            numel = {"few": 17 + at, "more": MORE + at, "differ": 50 + at + (group.rank == at % group.size)}[what]
             tensor = numbers(group.rank, numel, torch.float32)
             try:
                 if mine.random() < 0.2:
@@ -218,104 +196,6 @@ def test_any_mixture_of_ways(job: Job) -> None:
 
     results = job.all(one)
     assert results == [[]] * job.size, "\n".join(f"rank {rank}: {each!r}" for rank, each in enumerate(results))
-
-
-@pytest.mark.parametrize("gone", range(6))
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_leader_or_a_member_is_gone(gone: int, begun: bool) -> None:
-    """Before the others call, or while they wait: all name it."""
-    job = Job(LAYOUTS["1, 2 and 3"])
-    job.require_whole()
-
-    def one(group: Group) -> object:
-        if group.rank == gone:
-            time.sleep(0.02 * begun)
-            job.mesh.links[gone].engine.leave(0.0)
-            return None
-        time.sleep(0.02 * (not begun))
-        return reduced(group, 4)
-
-    start_s = time.perf_counter()
-    for rank, result in enumerate(job.all(one)):
-        assert rank == gone or (isinstance(result, PeerLostError) and result.rank == gone), (rank, result)
-    assert time.perf_counter() - start_s < 15
-    job.close()
-
-
-@pytest.mark.parametrize("silent", range(4))
-def test_a_silent_rank_is_named(silent: int) -> None:
-    """Also by those who wait for a rank that waits for it."""
-    job, named = Job(LAYOUTS["2 x 2"]), []
-
-    def one(group: Group) -> object:
-        if group.rank == silent:
-            while len(named) < job.size - 1:
-                time.sleep(0.01)
-            return None
-        group.progress.timeout_s = 2.0
-        try:
-            return reduced(group, 4)
-        finally:
-            named.append(group.rank)
-
-    for rank, result in enumerate(job.all(one)):
-        if rank != silent:
-            assert isinstance(result, PeerTimeoutError) and f"for rank {silent} in allreduce" in str(result), result
-    job.close()
-
-
-def test_an_operation_that_is_given_up(job: Job) -> None:
-    """Kind: Ctrl-C in a member that waits. Its tensor is not touched any more, and its group takes no more work; the
-    others have its numbers."""
-    tensors = [torch.full((3,), 1.0 + group.rank) for group in job.groups]
-    member = job.groups[1].leaders
-    assert member is not None
-    call = member.call
-
-    def interrupted(*arguments: Any) -> object:
-        assert call(*arguments[:-1], 1e3) == LATE
-        raise KeyboardInterrupt
-
-    member.call = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        commlab.allreduce(tensors[1], "sum", group=job.groups[1])
-    for result in on_all([job.groups[rank] for rank in (0, 2, 3)], lambda group: commlab.allreduce(
-        tensors[group.rank], "sum", group=group
-    )):  # fmt: skip
-        assert isinstance(result, torch.Tensor), result
-    assert [tensor.tolist() for tensor in tensors] == [[10.0] * 3, [2.0] * 3, [10.0] * 3, [10.0] * 3]
-    with pytest.raises(CommlabError, match="KeyboardInterrupt"):
-        reduced(job.groups[1], 3)
-
-
-def test_who_is_awaited_may_be_asked_at_any_time(job: Job) -> None:
-    """By a thread that waits for something else, say, while another one moves the operation on."""
-    asked, ended = 0, []
-
-    def one(group: Group | None) -> None:
-        nonlocal asked
-        if group is not None:
-            try:
-                assert all(right(reduced(group, 5), job.size, 5) for _ in range(2000))
-            finally:
-                ended.append(group.rank)
-            return
-        while len(ended) < job.size:
-            asked += sum(len(each.leaders.peers()) <= job.size for each in job.groups if each.leaders is not None)
-
-    assert on_all([*job.groups, None], one) == [None] * (job.size + 1)
-    assert asked
-
-
-def test_nothing_is_left_open() -> None:
-    def descriptors() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
-    Job(LAYOUTS["1, 2 and 3"]).close()
-    before = descriptors()
-    for _ in range(3):
-        Job(LAYOUTS["1, 2 and 3"]).close()
-    assert descriptors() <= before
 
 
 def test_where_there_are_no_leaders() -> None:

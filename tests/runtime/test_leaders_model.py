@@ -18,8 +18,9 @@ Channels = tuple[tuple[tuple[int, int], ...], ...]
 
 
 class Rank(NamedTuple):
-    """What a rank knows by itself. ``phase``: as in ``Leaders``, where ``sums`` are on their way to other leaders and
-    ``shares`` back; ``read`` is between a member's look at ``released`` and its copy of the result."""
+    """What a rank knows by itself. ``phase``: as in ``Leaders``, where ``sums`` are on their way to other leaders, then
+    ``rest``, what their frames had no room for, and ``shares`` back; ``read`` is between a member's look at
+    ``released`` and its copy of the result."""
 
     operation: int = 0
     phase: str = "idle"
@@ -32,7 +33,7 @@ class State(NamedTuple):
     ranks: tuple[Rank, ...]
     pages: tuple[tuple[int, int], ...]  # of members: number of the operation, record
     released: tuple[int, ...]  # of leaders: number of the operation whose result the page holds
-    between: Channels  # from leader to leader, unread: number of the operation, record (or -1: a share)
+    between: Channels  # from leader to leader, unread: number of the operation, record; -1, -2: of the later phases
     everyone: Channels  # from rank to rank: number of the operation, record
 
 
@@ -50,11 +51,15 @@ def put(row: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
 
 
 class Protocol:
-    """``nodes``: the ranks of each. ``operations``: how many follow each other. ``shares``: leaders exchange sums in
-    shares. ``fault``: what is done wrong, to see that it is found."""
+    """``nodes``: the ranks of each. ``operations``: how many follow each other. ``later``: the phases in which leaders
+    move numbers once they agree, ``rest`` or ``shares`` or both. ``fault``: what is done wrong, to see that it is
+    found."""
 
-    def __init__(self, nodes: tuple[tuple[int, ...], ...], operations: int, shares: bool = False, fault: str = ""):
-        self.nodes, self.operations, self.shares, self.fault = nodes, operations, shares, fault
+    def __init__(
+        self, nodes: tuple[tuple[int, ...], ...], operations: int, later: tuple[str, ...] = (), fault: str = ""
+    ):
+        self.nodes, self.operations, self.fault = nodes, operations, fault
+        self.phases = ("sums", *later)
         self.size = sum(map(len, nodes))
         self.node_of = [next(node for node in nodes if rank in node) for rank in range(self.size)]
         self.leaders = [node[0] for node in nodes]
@@ -117,15 +122,19 @@ class Protocol:
         others = [leader for leader in self.leaders if leader != me]
         if rank.phase == "adds":
             state = self.send(state, me, others, (rank.operation, rank.record))
+            if self.fault == "eager":
+                state = self.send(state, me, others, (rank.operation, -1))
             yield self.set(state, me, rank._replace(phase="sums", heard=()))
             return
+        phase = self.phases.index(rank.phase)
         if len(rank.heard) == len(others):
             if any(heard < 0 for heard in rank.heard):
                 yield self.announce(state, me, rank)
                 return
-            if self.shares and rank.phase == "sums":
-                state = self.send(state, me, others, (rank.operation, -1))
-                yield self.set(state, me, rank._replace(phase="shares", heard=()))
+            if phase + 1 < len(self.phases):
+                if self.fault != "eager":
+                    state = self.send(state, me, others, (rank.operation, -phase - 1))
+                yield self.set(state, me, rank._replace(phase=self.phases[phase + 1], heard=()))
             else:
                 require(
                     all(state.ranks[member].phase != "read" for member in self.node_of[me][1:]),
@@ -141,12 +150,12 @@ class Protocol:
             number, record = state.between[at][0]
             taken = state._replace(between=put(state.between, at, state.between[at][1:]))
             if number < rank.operation and self.fault != "skips nothing":
-                require(record >= 0, "a share is left over")
+                require(record >= 0, "numbers are left over")
                 yield taken
                 continue
             require(number == rank.operation, "sums of another operation are taken for this one's")
-            require((record < 0) == (rank.phase == "shares"), "a share is taken for sums")
-            heard = leader if record in (rank.record, -1) else ~leader
+            require(max(0, -record) == phase, "numbers of one phase are taken for those of another")
+            heard = leader if record < 0 or record == rank.record else ~leader
             yield self.set(taken, me, rank._replace(heard=tuple(sorted((*rank.heard, heard)))))
         if self.taken(state, me, rank) or self.fault == "impatient":
             require(rank.phase == "sums", "a leader gives up where another may have all that it needs")
@@ -216,25 +225,28 @@ def explored(protocol: Protocol) -> int:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "operations", "shares"),
+    ("nodes", "operations", "later"),
     [
-        (((0, 1), (2, 3)), 1, True),
-        (((0,), (1,), (2, 3)), 1, True),
-        (((0, 1), (2,)), 2, False),
-        (((0, 1), (2,)), 2, True),
+        (((0, 1), (2, 3)), 1, ("rest",)),
+        (((0,), (1,), (2, 3)), 1, ("rest", "shares")),
+        (((0, 1), (2,)), 2, ()),
+        (((0, 1), (2,)), 2, ("shares",)),
+        (((0, 1), (2,)), 2, ("rest", "shares")),
     ],
 )
-def test_every_interleaving(nodes: tuple[tuple[int, ...], ...], operations: int, shares: bool) -> None:
-    assert explored(Protocol(nodes, operations, shares)) > 1000
+def test_every_interleaving(nodes: tuple[tuple[int, ...], ...], operations: int, later: tuple[str, ...]) -> None:
+    assert explored(Protocol(nodes, operations, later)) > 1000
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"),
+    ("fault", "later", "what"),
     [
-        ("impatient", "one has a result where another takes the long way|one turns where another has a result"),
-        ("skips nothing", "sums of another operation"),
+        ("impatient", (), "one has a result where another takes the long way|one turns where another has a result"),
+        ("impatient", ("rest",), "a leader gives up where another may have all that it needs"),
+        ("skips nothing", (), "sums of another operation"),
+        ("eager", ("rest",), "numbers are left over"),
     ],
 )
-def test_what_is_wrong_is_found(fault: str, what: str) -> None:
+def test_what_is_wrong_is_found(fault: str, later: tuple[str, ...], what: str) -> None:
     with pytest.raises(Broken, match=what):
-        explored(Protocol(((0, 1), (2,)), 2, fault=fault))
+        explored(Protocol(((0, 1), (2,)), 2, later, fault))

@@ -5,6 +5,7 @@
     window        memory that the ranks of a node share: nobody sends
     inline        few numbers, in the window's control pages
     hierarchical  the window on each node, schedules between nodes
+    leaders       the same numbers up to some hundred KB, by one rank of each node, in one native call
 
 What a module offers is :class:`.route.Route`. Nothing here imports torch: the names are choices of a
 flag.
@@ -29,7 +30,7 @@ class Row(NamedTuple):
 ROUTES: Final[dict[str, Row]] = {
     "direct": Row("schedule", few="piggyback"),
     "window": Row("window", few="inline"),
-    "hierarchical": Row("hierarchical"),
+    "hierarchical": Row("hierarchical", few="leaders"),
 }
 """By the name that a caller may give. The algorithms of :data:`commlab.schedules.ALGORITHMS` that have no row here all
 go by ``schedule``."""

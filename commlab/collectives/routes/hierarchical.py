@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 
+from ...chunks import Range
 from ...errors import UsageError
 from ...runtime import programs
 from ...runtime.execute import Execution
@@ -50,7 +51,24 @@ def attach(call: Call) -> Attachment:
 
 def allreduce(call: Call) -> Pending:
     """Reduce within each node, between the nodes, and share the result within each node."""
-    group, flat, node, across = call.group, call.flat, call.group.node, call.group.across
+    return reduce(call.group, call.flat, call.op, call.divisor)
+
+
+def shards(numel: int, node_size: int, itemsize: int) -> tuple[Range, ...]:
+    """What each rank of a node carries between the nodes."""
+    return loops.aligned_split(numel, node_size, itemsize)
+
+
+def algorithm_between(group: Group, shard_bytes: int, halves: bool) -> str:
+    """By which algorithm a shard is reduced between the nodes of ``group``. ``halves``: its numbers have 16 bits."""
+    nodes = len(group.nodes)
+    case = Conditions("allreduce", nodes, shard_bytes, halves, group.transport.name, nodes=nodes)
+    return choose("auto", case, tuple(ALGORITHMS))[0]
+
+
+def reduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pending:
+    """The same of the flat buffer ``flat``."""
+    node, across = group.node, group.across
     if node is None or across is None or node.window is None:
         raise UsageError(f"rank {group.rank}: algorithm hierarchical, but: {reason_against(group, 'allreduce')}")
     window = node.window
@@ -59,7 +77,7 @@ def allreduce(call: Call) -> Pending:
         memory, place = window.allocate(size_class(flat.numel() * flat.element_size()))
         shared = memory.view(flat.dtype)[: flat.numel()]
         shared.copy_(flat)
-    chunks = loops.aligned_split(flat.numel(), node.size, flat.element_size())
+    chunks = shards(flat.numel(), node.size, flat.element_size())
     own = chunks[node.rank]
     # The node's own exchange: it publishes the places, and nobody reads before everybody's data are there.
     window.sync.publish(0, *Attachment(*place))
@@ -67,13 +85,9 @@ def allreduce(call: Call) -> Pending:
     shard = shared[own.start : own.stop]
     halves = shard.element_size() == 2
     # 16-bit sums are divided before they are rounded to travel, which keeps them in range; others once, at the end.
-    divisor = call.divisor if halves else 1
-    group.account((yield from loops.reduce_chunks(window, shared, chunks, call.op, divisor, None, None)))
-
-    shard_bytes = shard.numel() * shard.element_size()
-    case = Conditions("allreduce", across.size, shard_bytes, halves, group.transport.name, nodes=across.size)
-    algorithm = choose("auto", case, tuple(ALGORITHMS))[0]
-    yield from _across(call, shard, algorithm)
+    first, last = (divisor, 1.0) if halves else (1.0, divisor)
+    group.account((yield from loops.reduce_chunks(window, shared, chunks, op, first, None, None)))
+    yield from _across(group, across, shard, op, last)
 
     window.sync.publish(0, *Attachment(*place))
     yield from loops.wait(window)
@@ -83,19 +97,19 @@ def allreduce(call: Call) -> Pending:
         window.free(memory)
 
 
-def _across(call: Call, shard: torch.Tensor, name: str) -> Pending:
-    """Allreduce this rank's shard with its counterparts on the other nodes by the algorithm ``name``."""
-    group, across, algorithm, halves = call.group, call.group.across, ALGORITHMS[name], shard.element_size() == 2
-    assert across is not None
+def _across(group: Group, across: Group, shard: torch.Tensor, op: str, divisor: float) -> Pending:
+    """Allreduce this rank's shard with its counterparts on the other nodes."""
+    halves = shard.element_size() == 2
+    name = algorithm_between(group, shard.numel() * shard.element_size(), halves)
+    algorithm = ALGORITHMS[name]
     owned = algorithm.owners(shard.numel(), across.size)[across.rank]
-    divisor = 1 if halves else call.divisor
     schedule = partial(compose.allreduce, algorithm, across.rank, across.size, shard.numel())
     if across.transport.moves_itself:
-        described = programs.native_operand(shard, call.op, divisor, algorithm.MEETS_AT_OWNER, owned)
+        described = programs.native_operand(shard, op, divisor, algorithm.MEETS_AT_OWNER, owned)
         launch = programs.program_launch(across.transport, (name, "allreduce"), schedule, shard, described)
         yield from programs.finish(group, across.transport, launch)
         return
-    operand = Operand(shard, call.op, divisor, own=owned if halves and algorithm.MEETS_AT_OWNER else None)
+    operand = Operand(shard, op, divisor, own=owned if halves and algorithm.MEETS_AT_OWNER else None)
     yield from group.execute(Execution(schedule(), operand, across.transport))
 
 

@@ -23,7 +23,7 @@ from ...native.dtypes import DTYPES, HALVES, OP_CODES
 from ...runtime import programs
 from ...runtime.agreement import Signature
 from ...runtime.group import Group
-from ...runtime.leaders import LATE, LEADERS_BYTES, Leaders
+from ...runtime.leaders import LEADERS_BYTES, Leaders
 from ...transport.base import RECORD_BYTES, AtOnce, Offload, Pending, Piggyback
 from ..plan import Call, divided
 from . import schedule
@@ -99,13 +99,9 @@ def _resume_by_leaders(
     tensor: torch.Tensor,
     left: int,
 ) -> Pending:
-    if left == LATE:
-        request = leaders.request()
-        while not request.test():
-            yield request
-        if request.done:
-            group.count(*counts)
-            return
+    if (yield from leaders.rest(left)):
+        group.count(*counts)
+        return
     launch = programs.few_launch(tensor.detach(), few, op, divisor, few.messages(group))
     launch.awaited = True
     body = programs.finish(group, group.transport, launch)

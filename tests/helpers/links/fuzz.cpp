@@ -31,7 +31,7 @@ std::mt19937_64 random_bits;
 std::size_t below(std::size_t limit) { return random_bits() % limit; }
 bool one_in(std::size_t times) { return below(times) == 0; }
 
-constexpr std::size_t kNumel = 3000;
+constexpr std::size_t kNumel = 3000, kManyNumel = 66'000;
 
 // Memory with nothing allocated on either side: what is written outside is seen.
 struct Buffer {
@@ -86,8 +86,16 @@ class Session {
         run->operand.buffer = reinterpret_cast<char*>(memory->numbers.get());
         run->operand.numel = kNumel;
         run->operand.divisor = 2;
-        if (one_in(2) && !run->record.empty())
-          run->few = std::make_unique<Few>(one_in(2) ? Few{kNumel * 4, false} : Few{kNumel * 2, true});
+        if (one_in(20) && !run->record.empty()) {
+          // More than fits behind the announcement.
+          memory->numbers.reset(new float[kManyNumel]());
+          run->operand.buffer = reinterpret_cast<char*>(memory->numbers.get());
+          run->operand.numel = kManyNumel;
+          run->few = std::make_unique<Few>(Few{0, one_in(2), {0, (kManyNumel - 1) * 4, kManyNumel * 4}});
+        } else if (one_in(2) && !run->record.empty())
+          run->few = std::make_unique<Few>(one_in(3)   ? Few{kNumel * 4, false}
+                                           : one_in(2) ? Few{0, true, {0, 4000, kNumel * 4}}
+                                                       : Few{kNumel * 2, true});
         else if (group == 0)
           run->program = program;
     }

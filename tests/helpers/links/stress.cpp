@@ -56,12 +56,14 @@ void work(Engine& engine, std::uint32_t rank, std::uint32_t group, int rounds) {
   };
   for (int round = 0; round < rounds; ++round) {
     auto run = std::make_shared<Run>(Run::Kind::kLaunch, group);
-    const bool few = round % 3 == 1;
-    started.emplace_back(run, std::vector<float>(few ? 500 : kNumel, static_cast<float>(rank + 1)));
+    const bool few = round % 3 == 1, many = round % 9 == 4;  // many: more than fits behind the announcement
+    started.emplace_back(run, std::vector<float>(many ? 80'000 : few ? 500 : kNumel, static_cast<float>(rank + 1)));
     run->record = "12345678";
     run->operand.buffer = reinterpret_cast<char*>(started.back().second.data());
     run->operand.numel = started.back().second.size();
-    if (few)
+    if (many)
+      run->few = std::make_unique<Few>(Few{0, round % 2 == 0, {0, 280'000, 300'000, 320'000}});
+    else if (few)
       run->few = std::make_unique<Few>(round % 2 ? Few{2000, false} : Few{668, true});
     else
       run->program = program;

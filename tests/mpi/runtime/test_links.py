@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from closed_form import DTYPES, expected, numbers, ops_for
+from closed_form import DTYPES, expected, numbers, ops_for, same_bits
 
 import commlab
 from commlab.chunks import split
@@ -104,15 +104,17 @@ def test_other_operations_and_refusals() -> None:
 
 @pytest.mark.mpi(min_size=4)
 def test_hierarchical_over_links() -> None:
-    """The window on each node, programs between the nodes."""
+    """The window on each node, programs between the nodes; and the leaders for who waits, with the same bits."""
     group = linked(2)
     open_nodes(group)
     assert pick(group, "allreduce", "auto", 100_003, torch.float32)[0] == "hierarchical"
     for dtype, op in ((torch.float32, "mean"), (torch.bfloat16, "mean"), (torch.int64, "sum")):
         tensor = numbers(group.rank, 100_003, dtype, op)
-        commlab.allreduce(tensor, op, group=group)
+        commlab.allreduce_async(tensor, op, group=group).wait()
         want = expected(op, group.size, 100_003, dtype)
         assert torch.allclose(tensor.double(), want.double(), rtol=2**-7, atol=2**-7 if dtype.itemsize == 2 else 0)
+        again = commlab.allreduce(numbers(group.rank, 100_003, dtype, op), op, group=group)
+        assert same_bits(again, tensor)
     group.barrier()
     group.close()
 
