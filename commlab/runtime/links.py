@@ -54,26 +54,12 @@ def open_links(group: Group, links: str, iface: str | None, checks: bool) -> tup
     opened = Links(group.rank, descriptors, checks, launched=launched)
     world = opened.world()
     if links == "tcp":
+        if len(group.nodes) > 1:
+            _, megabyte_s = _measure(group, (world,))
+            opened.byte_s = megabyte_s / _PROBE_BYTES
         return world, "links, as asked for"
-    faster, reason = _compare(group, world, [node[0] for node in group.nodes])
-    if faster is not world:
-        opened.engine.leave(1.0)
-    return faster, reason
-
-
-def _compare(group: Group, world: TcpTransport, firsts: Sequence[int]) -> tuple[Transport, str]:
-    """The faster of the two transports between the first ranks of two nodes, and both figures."""
-    launched, pair = group.transport, list(firsts[:2])
-    figures: list[tuple[float, float]] = []
-    for transport in (world, launched):
-        # Of its own, so that no message can meet the group's.
-        between = transport.split(pair, transport.contexts.offered)
-        if between is not None:
-            figures.append(_times_s(between))
-            between.close()
-    text = " ".join(f"{value:.9f}" for times_s in figures for value in times_s)
-    record = gather_bytes(group, text.encode(), "times of the links")[pair[0]].decode()
-    ours_record, ours, theirs_record, theirs = map(float, record.split())
+    ours_record, ours, theirs_record, theirs = _measure(group, (world, launched))
+    opened.byte_s = ours / _PROBE_BYTES
     # What a byte costs counts for more than what a message does: gradients are long.
     faster = world if ours <= theirs else launched
     reason = (
@@ -83,7 +69,25 @@ def _compare(group: Group, world: TcpTransport, firsts: Sequence[int]) -> tuple[
     )
     if group.rank == 0:
         log.info("%s", reason)
+    if faster is not world:
+        opened.engine.leave(1.0)
     return faster, reason
+
+
+def _measure(group: Group, transports: Sequence[Transport]) -> list[float]:
+    """What an exchange of a record takes the first ranks of two nodes over each of ``transports``, and what of 1 MB
+    each way; the same figures on all ranks."""
+    pair = [node[0] for node in group.nodes[:2]]
+    figures: list[tuple[float, float]] = []
+    for transport in transports:
+        # Of its own, so that no message can meet the group's.
+        between = transport.split(pair, transport.contexts.offered)
+        if between is not None:
+            figures.append(_times_s(between))
+            between.close()
+    text = " ".join(f"{value:.9f}" for times_s in figures for value in times_s)
+    record = gather_bytes(group, text.encode(), "times of the links")[pair[0]].decode()
+    return [float(value) for value in record.split()]
 
 
 def _times_s(transport: Transport) -> tuple[float, float]:

@@ -170,8 +170,8 @@ class Transport(Protocol):
     moves_itself: bool
     """Whether a thread of the transport's own moves everything on, and takes a :class:`Offload`: then it has
     ``launch(record, launch)``, which starts the operation behind those that were launched before (None: there is
-    nothing behind the announcement), ``few`` and ``resumed`` for an :class:`AtOnce`, and ``programs``, a table for what
-    was compiled."""
+    nothing behind the announcement), ``few`` and ``resumed`` for an :class:`AtOnce`, ``byte_s``, what a byte takes
+    between two nodes, and ``programs``, a table for what was compiled."""
 
     def isend(self, data: Bytes, to: int) -> Request: ...
 

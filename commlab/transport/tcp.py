@@ -23,6 +23,9 @@ log = logging.getLogger("commlab")
 LINKS_BYTES: Final = 64 * 1024
 """The most that travels to each peer in one frame with a record."""
 
+BYTE_S: Final = 8e-9
+"""What a byte takes between two nodes where nobody has measured it: 1 Gbit/s."""
+
 LOOK_S: Final = 200e-6
 """A wait that is over sooner is not slept through: to be woken takes a sleeper as long as the answer to a small message
 takes. How long a wait really looks is learned from those before (kernels/cpu/look.h)."""
@@ -134,6 +137,8 @@ class Links:
         self.engine = built.LinksEngine(rank, list(descriptors), checks, look_s * 1e6, keeps_memory())
         self.rank, self.size, self._launched = rank, len(descriptors), launched
         self.contexts = Contexts(2**30)
+        self.byte_s = BYTE_S
+        """What a byte takes between two nodes, equal on all ranks: whoever has measured it says it here."""
         self.closed = False
         self._open: set[int] | None = set() if shared else None
 
@@ -199,6 +204,11 @@ class TcpTransport:
         links.opened(group)
         self._removed = weakref.finalize(self, self._engine.remove_group, group)
         self._removed.atexit = False
+
+    @property
+    def byte_s(self) -> float:
+        """What a byte takes between two nodes; equal on all ranks."""
+        return self._links.byte_s
 
     def isend(self, data: Bytes, to: int) -> TcpRequest:
         return self._message(data, to, sends=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from closed_form import DTYPES, ops_for
-from linked import Mesh, late_and_queued, on_all, reduced, right
+from closed_form import DTYPES, ops_for, same_bits
+from linked import Mesh, late_and_queued, noise, on_all, reduced, right
 
 import commlab
 from commlab.collectives.routes import piggyback
@@ -28,31 +28,59 @@ def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
     mesh.close()
 
 
-def edges(size: int, dtype: torch.dtype) -> list[int]:
+def edges(everything_bytes: int, size: int, dtype: torch.dtype) -> list[int]:
     """Numbers at which the way changes, and between; the most of all for one dtype alone, for the sake of time."""
-    everything, most = piggyback.EVERYTHING_BYTES // dtype.itemsize, LINKS_BYTES // dtype.itemsize * size
+    everything, most = everything_bytes // dtype.itemsize, max(LINKS_BYTES * size, everything_bytes) // dtype.itemsize
     largest = [most - 1, most] if dtype is torch.float16 else []
-    return [1, everything, everything + 1, everything + size + 1, *largest]
+    return [1, *(edge for edge in (everything, everything + 1, everything + size + 1) if edge <= most), *largest]
 
 
 @pytest.mark.parametrize("mesh", [2, 7], indirect=True)
 def test_exact_and_counted(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is queued, and what is sent is counted as in the queue."""
     groups, peers = mesh.groups(), mesh.size - 1
+    everything_bytes = piggyback.everything_bytes(groups[0].transport, mesh.size)
     monkeypatch.setattr(Group, "_queue", None)
     monkeypatch.setattr(group_module, "_PATIENCE_US", 20e6)
     for dtype in DTYPES:
-        for at, numel in enumerate(edges(mesh.size, dtype)):
+        for at, numel in enumerate(edges(everything_bytes, mesh.size, dtype)):
             op = ops_for(dtype)[at % len(ops_for(dtype))]
             before = [(group.bytes_sent, group.messages_sent) for group in groups]
             results = on_all(groups, lambda group, n=numel, d=dtype, o=op: reduced(group, n, d, o))
             assert all(right(each, mesh.size, numel, dtype, op) for each in results), (dtype, numel, op, results)
             all_bytes = numel * dtype.itemsize
-            everything = all_bytes <= piggyback.EVERYTHING_BYTES
+            everything = all_bytes <= everything_bytes
             share_bytes = all_bytes if everything else -(-numel // mesh.size) * dtype.itemsize
             messages = peers if everything else 2 * peers
             for group, (sent, told) in zip(groups, before, strict=True):
                 assert (group.bytes_sent - sent, group.messages_sent - told) == (messages * share_bytes, messages)
+
+
+@pytest.mark.parametrize("mesh", [2, 3, 4, 16], indirect=True)
+def test_everything_goes_to_everyone_while_the_network_is_fast_enough(mesh: Mesh) -> None:
+    """The further bytes of a rank take at most a message's time; never less than on a slow network, nor more than a
+    frame has room for. The bits are those of shares."""
+    size, transport = mesh.size, mesh.transports[0]
+
+    def most_bytes(byte_s: float) -> int:
+        for links in mesh.links:
+            links.byte_s = byte_s
+        return piggyback.everything_bytes(transport, size)
+
+    slow_bytes, fast_bytes, faster_bytes = most_bytes(40e-9), most_bytes(0.8e-9), most_bytes(1e-12)
+    if size == 2:
+        assert slow_bytes == fast_bytes == faster_bytes == piggyback.PAIR_BYTES
+    else:
+        assert slow_bytes == piggyback.EVERYTHING_BYTES and faster_bytes == LINKS_BYTES
+        further_bytes = fast_bytes * (size - 1) - 2 * (size - 1) * fast_bytes / size
+        assert fast_bytes == piggyback.EVERYTHING_BYTES or further_bytes * 0.8e-9 <= piggyback.MESSAGE_S
+    found, groups = [], mesh.groups()
+    for byte_s in (40e-9, 1e-12):
+        most_bytes(byte_s)
+        found += on_all(groups, lambda group: commlab.allreduce(noise(group.rank, 3001, torch.bfloat16), group=group))
+        for group in groups:
+            group.plans.clear()
+    assert all(isinstance(each, torch.Tensor) and same_bits(each, found[0]) for each in found), found
 
 
 def test_wires_and_parameters(mesh: Mesh) -> None:

@@ -61,15 +61,16 @@ def test_exact_and_counted(job: Job, monkeypatch: pytest.MonkeyPatch, patience_u
     monkeypatch.setattr(TcpTransport, "launch", None)
     monkeypatch.setattr(group_module, "_PATIENCE_US", patience_us)
     others = len(job.nodes) - 1
+    everything_bytes = piggyback.everything_bytes(job.groups[0].transport, others + 1)
     for dtype in DTYPES:
         sums_bytes = 4 if dtype in HALVES else dtype.itemsize
         most = LEADERS_BYTES // dtype.itemsize
-        for at, numel in enumerate((1, piggyback.EVERYTHING_BYTES // sums_bytes + 1, most - 1, most)):
+        for at, numel in enumerate((1, min(most, everything_bytes // sums_bytes + 1), most - 1, most)):
             op = ops_for(dtype)[at % len(ops_for(dtype))]
             before = [(group.bytes_sent, group.messages_sent) for group in job.groups]
             results = job.all(lambda group, n=numel, d=dtype, o=op: reduced(group, n, d, o))
             assert all(right(each, job.size, numel, dtype, op) for each in results), (dtype, numel, op, results)
-            shared = numel * sums_bytes > piggyback.EVERYTHING_BYTES and others > 1
+            shared = numel * sums_bytes > everything_bytes
             share_bytes = -(-numel // (others + 1)) * sums_bytes if shared else numel * sums_bytes
             messages = others * (2 if shared else 1)
             for group, (sent, told) in zip(job.groups, before, strict=True):

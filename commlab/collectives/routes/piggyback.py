@@ -1,6 +1,6 @@
 """Piggyback: the numbers of a small allreduce travel with the agreement check, in the messages of its records.
 
-    up to EVERYTHING_BYTES    1  record + all numbers  to everyone      every rank adds all of them
+    up to everything_bytes()  1  record + all numbers  to everyone      every rank adds all of them
     beyond                    1  record + share r      to rank r        rank r adds all shares r
                               2  the finished share r  to everyone
 
@@ -32,7 +32,26 @@ CASTS = False
 LAUNCHES = True
 
 EVERYTHING_BYTES = 4096
-"""Up to here one message time counts for more than the bytes of sending everything to everyone."""
+"""Up to here everything goes to everyone, however slow the network and however many the ranks."""
+
+PAIR_BYTES = 2**20
+"""Up to here two ranks give each other everything: no byte more than in shares, and one message time less. Beyond, a
+part that has arrived is better added while the next one is on its way."""
+
+MESSAGE_S = 30e-6
+"""What a further message time costs: two system calls, a wake-up, and the way. The figures are in
+docs/algorithms/direct.md."""
+
+
+def everything_bytes(transport: Any, ranks: int) -> int:
+    """Up to so many bytes each of ``ranks`` ranks sends all numbers to all others: while that takes the network less
+    than :data:`MESSAGE_S` longer than shares do, which are n (P-1)(P-2)/P bytes fewer a rank."""
+    if not transport.moves_itself:
+        return EVERYTHING_BYTES
+    if ranks == 2:
+        return PAIR_BYTES
+    most = MESSAGE_S / transport.byte_s * ranks / ((ranks - 1) * (ranks - 2))
+    return max(EVERYTHING_BYTES, min(int(most), transport.piggyback_bytes))
 
 
 class Load(NamedTuple):
@@ -54,7 +73,7 @@ def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> Load | None
     room_bytes = group.transport.piggyback_bytes if checked else 0
     if not room_bytes or not numel:
         return None
-    if numel * wire.itemsize <= EVERYTHING_BYTES:
+    if numel * wire.itemsize <= everything_bytes(group.transport, group.size):
         return Load(numel * wire.itemsize, to_each=False)
     share_bytes = -(-numel // group.size) * wire.itemsize
     return Load(share_bytes, to_each=True) if share_bytes <= room_bytes else None
@@ -77,7 +96,8 @@ def _by_leaders(
     group: Group, leaders: Leaders, few: Load, numel: int, wire: torch.dtype, op: str, divisor: float
 ) -> AtOnce:
     sums_bytes = 4 if wire in HALVES else wire.itemsize
-    share_bytes, to_each = leaders.frames(numel, sums_bytes, EVERYTHING_BYTES)
+    most_bytes = everything_bytes(group.transport, leaders.nodes)
+    share_bytes, to_each = leaders.frames(numel, sums_bytes, most_bytes)
     arguments = numel, DTYPES[wire][0], OP_CODES[op], divisor, share_bytes, to_each
     messages = (leaders.nodes - 1) * (2 if to_each else 1) if leaders.leads else 0
     size_bytes = numel * wire.itemsize
