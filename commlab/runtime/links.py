@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import PeerTimeoutError, UsageError
 from ..transport.base import RECORD_BYTES, Transport
 from ..transport.handshake import connect
-from ..transport.tcp import Links, TcpTransport, missing_reason
+from ..transport.tcp import Links, missing_reason
 from .control import gather_bytes
 from .group import Group
 

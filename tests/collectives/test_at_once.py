@@ -83,6 +83,23 @@ def test_everything_goes_to_everyone_while_the_network_is_fast_enough(mesh: Mesh
     assert all(isinstance(each, torch.Tensor) and same_bits(each, found[0]) for each in found), found
 
 
+@pytest.mark.parametrize("mesh", [2], indirect=True)
+def test_two_ranks_also_in_the_queue(mesh: Mesh) -> None:
+    """All that two ranks give each other at once, longer than a frame, and what is too much for that."""
+    most, groups = piggyback.PAIR_BYTES // 4, mesh.groups()
+    for numel in (LINKS_BYTES, most, most + 1):
+
+        def one(group: Group, n: int = numel) -> torch.Tensor:
+            started = [commlab.allreduce_async(noise(group.rank, n, torch.float32), group=group) for _ in range(3)]
+            at_once = commlab.allreduce(noise(group.rank, n, torch.float32), group=group)
+            assert all(same_bits(each.wait(), at_once) for each in started)
+            return at_once
+
+        both = on_all(groups, one)
+        wanted = (noise(0, numel, torch.float32).double() + noise(1, numel, torch.float32).double()) / 2
+        assert all(torch.equal(each.double(), wanted.float().double()) for each in both), both
+
+
 def test_wires_and_parameters(mesh: Mesh) -> None:
     """A 16-bit wire is a copy that is put back; a parameter is written, and autograd is told."""
     groups = mesh.groups()

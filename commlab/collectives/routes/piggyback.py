@@ -50,8 +50,9 @@ def everything_bytes(transport: Any, ranks: int) -> int:
         return EVERYTHING_BYTES
     if ranks == 2:
         return PAIR_BYTES
-    most = MESSAGE_S / transport.byte_s * ranks / ((ranks - 1) * (ranks - 2))
-    return max(EVERYTHING_BYTES, min(int(most), transport.piggyback_bytes))
+    most = int(MESSAGE_S / transport.byte_s * ranks / ((ranks - 1) * (ranks - 2)))
+    room_bytes: int = transport.piggyback_bytes
+    return max(EVERYTHING_BYTES, min(most, room_bytes))
 
 
 class Load(NamedTuple):
