@@ -1,9 +1,9 @@
 """Nested state as JSON text and tensors, and back: the one form in which state lies on disk and travels, without
 pickle.
 
-JSON knows neither tensors, nor tuples, nor keys that are no strings; each becomes an object with one tag, so that no
-name that a user gives a parameter can be mistaken for one. A tensor of a dtype that safetensors does not have is kept
-as its bytes, with what they mean in the text.
+JSON knows neither tensors, nor bytes, nor tuples, nor keys that are no strings; each becomes an object with one tag, so
+that no name that a user gives a parameter can be mistaken for one. A tensor of a dtype that safetensors does not have
+is kept as its bytes, with what they mean in the text.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class _Memory:
 
 
 def pack(state: Any, holder: str = "a checkpoint") -> tuple[str, dict[str, torch.Tensor]]:
-    """``state`` (None, numbers, text, tensors; dicts, lists and tuples of them) as JSON text and its tensors, on the
-    CPU, under names that the text refers to. Floats keep all their bits. UsageError for a value of any other type;
+    """``state`` (None, numbers, text, bytes, tensors; dicts, lists and tuples of them) as JSON text and its tensors, on
+    the CPU, under names that the text refers to. Floats keep all their bits. UsageError for a value of any other type;
     ``holder``: what can't hold it."""
     tensors: dict[str, torch.Tensor] = {}
     memory = _Memory()
@@ -63,6 +63,11 @@ def pack(state: Any, holder: str = "a checkpoint") -> tuple[str, dict[str, torch
             return {"bytes": [name, meaning_of(value)]}
         if isinstance(value, _PLAIN):
             return value
+        if isinstance(value, bytes | bytearray):
+            name = str(len(tensors))
+            tensors[name] = torch.empty(len(value), dtype=torch.uint8, device="cpu")
+            tensors[name].numpy()[:] = memoryview(value)
+            return {"octets": [name, isinstance(value, bytearray)]}
         if isinstance(value, list):
             return [walk(item, f"{where}[{at}]") for at, item in enumerate(value)]
         if isinstance(value, tuple):
@@ -70,16 +75,16 @@ def pack(state: Any, holder: str = "a checkpoint") -> tuple[str, dict[str, torch
         if isinstance(value, dict) and all(isinstance(key, _PLAIN) for key in value):
             return {"dict": [[key, walk(item, f"{where}[{key!r}]")] for key, item in value.items()]}
         raise UsageError(
-            f"{holder} cannot hold {where}, a {type(value).__name__}: it holds tensors, numbers, text, None, and "
-            "lists, tuples and dicts of them"
+            f"{holder} cannot hold {where}, a {type(value).__name__}: it holds tensors, numbers, text, bytes, None, "
+            "and lists, tuples and dicts of them"
         )
 
     return json.dumps(walk(state, "state")), tensors
 
 
 def unpack(text: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The reverse of :func:`pack`; the result holds ``tensors`` themselves, not copies, but for those that were kept
-    as bytes."""
+    """The reverse of :func:`pack`; the result holds ``tensors`` themselves, not copies, but for what was kept as
+    bytes."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, list):
@@ -92,6 +97,9 @@ def unpack(text: str, tensors: dict[str, torch.Tensor]) -> Any:
         if tag == "bytes":
             # In a file bytes begin anywhere, and numbers may not.
             return from_bytes(tensors[content[0]].clone(), content[1])
+        if tag == "octets":
+            octets = tensors[content[0]].numpy().tobytes()
+            return bytearray(octets) if content[1] else octets
         if tag == "tuple":
             return tuple(walk(item) for item in content)
         assert tag == "dict", tag

@@ -201,8 +201,8 @@ def _described(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[
             if not _is_plain(value):
                 raise UsageError(
                     f"optimizer {type(optimizer).__name__} remembers {key!r} of {name!r} as a {type(value).__name__}, "
-                    "which cannot be given to the other ranks: state may be tensors, numbers, text, None, and lists, "
-                    "tuples and dicts of them. Hand over an optimizer without state, or with such state alone"
+                    "which cannot be given to the other ranks: state may be tensors, numbers, text, bytes, None, and "
+                    "lists, tuples and dicts of them. Hand over an optimizer without state, or with such state alone"
                 )
         state.append((torch.is_tensor(owner), name, found))
     return {"groups": groups, "state": state}

@@ -363,8 +363,10 @@ def test_state_of_every_kind() -> None:
         "bf16": torch.randn(4, 3).bfloat16().t(),
         "empty": torch.empty(0, 3),
         "float": 0.1 + 0.2,
+        "bytes": [b"", bytes(range(256)), bytearray(b"bytes")],
     }
     again = unpack(*pack(state))
+    assert again["bytes"] == state["bytes"] and [type(each) for each in again["bytes"]] == [bytes, bytes, bytearray]
     assert again["dict"][1][2.5] is None
     assert torch.equal(again["dict"][1][True][0], torch.arange(3))
     assert isinstance(again["dict"][1][True][1][1], tuple)
