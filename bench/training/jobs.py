@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -175,7 +176,7 @@ def measured(lines: Sequence[Line]) -> Measured:
         compute_s=median(each.get("slowest_compute_s", each["forward_s"] + each["backward_s"]) for each in steps),
         exchange_s=median(each["exchange_s"] - each.get("waited_s", 0.0) for each in steps),
         update_s=median(each["update_s"] for each in steps),
-        loss=summary["last_loss"],
+        loss=math.nan if summary["last_loss"] is None else summary["last_loss"],  # null is what JSON has for NaN
         held_out_bits=summary["held_out_bits_per_byte"],
         bytes_sent=max(summary["bytes_sent_per_rank_and_step"]),
         interface_bytes=median(links) if links else None,

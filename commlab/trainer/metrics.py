@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import platform
 import sys
 from contextlib import suppress
@@ -51,12 +52,13 @@ class Metrics:
             self._board = SummaryWriter(tensorboard)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write one line of the file. Of a row with a step, TensorBoard gets the numbers that have a title there, at
-        the number of steps done. Where something can't be written any more, the run goes on without metrics, and
+        """Write one line of the file, in which null stands for what is inf or NaN: JSON has no such numbers, and many
+        readers would refuse the whole file. Of a row with a step, TensorBoard gets the numbers that have a title there,
+        at the number of steps done. Where something can't be written any more, the run goes on without metrics, and
         ``trouble`` has the reason."""
         try:
             if self._file is not None:
-                self._file.write(json.dumps(row) + "\n")
+                self._file.write(json.dumps(_strict(row), allow_nan=False) + "\n")
                 self._file.flush()
             if self._board is not None and "step" in row:
                 self._show(row)
@@ -122,3 +124,12 @@ def versions() -> dict[str, str]:
 
         found["mpi"] = library()
     return found
+
+
+def _strict(value: Any) -> Any:
+    """What JSON has in place of ``value``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
