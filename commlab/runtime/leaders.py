@@ -13,10 +13,10 @@ a page has no room for lies in areas of the window, where the leader adds up too
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from ..transport.base import Request
+from ..transport.base import Pending
 from ..window.area import ALIGN_BYTES
 from ..window.memory import Window
 
@@ -70,22 +70,28 @@ class Leaders:
         self.call_with_shares = self._native.allreduce_shares
         """That of more numbers than a page holds; the last argument says how they are dealt out between the leaders."""
 
-    def frames(self, numel: int, itemsize: int, most_bytes: int) -> tuple[int, bool]:
-        """How the sums of ``numel`` numbers, of ``itemsize`` bytes each, travel between leaders: the bytes to each, and
-        whether each gets another share, as beyond ``most_bytes``."""
-        if numel * itemsize <= most_bytes or self.nodes == 2:
-            return numel * itemsize, False
-        return -(-numel // self.nodes) * itemsize, True
-
-    def rest(self, left: int) -> Generator[Request, None, bool]:
-        """The rest of the short way, where the native call has returned ``left``: whether the numbers are reduced; else
-        this rank has turned to the long way."""
+    def resume(
+        self,
+        counts: tuple[int, int, int, int],
+        long_way: Callable[[Any, Any], tuple[Pending, Any]],
+        group: Any,
+        signature: Any,
+        sequence: int,
+        tensor: Any,
+        left: int,
+    ) -> Pending:
+        """``resume`` of an :class:`..transport.base.AtOnce`. ``counts``: what the group counts of an operation that the
+        short way ends. ``long_way(group, tensor)``: where this rank turns, the operation as everyone announces it to
+        everyone, and what travels with the announcement."""
         if left == LATE:
             request = LeadersRequest(self)
             while not request.test():
                 yield request
-            return request.done
-        return False
+            if request.done:
+                group.count(*counts)
+                return
+        body, attached = long_way(group, tensor)
+        yield from group.agreement.before(signature, sequence, body, lambda: attached)
 
     def wait(self, timeout_us: float) -> int:
         """How far it is after that time at the latest."""

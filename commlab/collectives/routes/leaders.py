@@ -24,12 +24,10 @@ import torch
 from ...chunks import Range, adjoining
 from ...native.dtypes import DTYPES, HALVES, OP_CODES
 from ...native.library import built
-from ...runtime.agreement import Signature
 from ...runtime.group import Group
-from ...runtime.leaders import Leaders
 from ...schedules import ALGORITHMS
 from ...transport.base import AtOnce, Pending
-from ...window.exchange import NOTHING
+from ...window.exchange import NOTHING, Attachment
 from ..plan import divided
 from . import hierarchical
 
@@ -117,23 +115,9 @@ def at_once(group: Group, few: Dealt, numel: int, wire: torch.dtype, op: str) ->
     mine = group.nodes.index(group.topology.node_of(group.rank))
     sent = few.sent(mine, wire.itemsize) if leaders.leads else (0, 0)
     counts = *sent, size_bytes * (leaders.node_size - 1 if leaders.leads else 1), size_bytes
-    resume = partial(_resume, leaders, reduction, divisor, counts)
+    resume = partial(leaders.resume, counts, partial(_long_way, reduction, divisor))
     return AtOnce(leaders.call_with_shares, arguments, resume, *counts)
 
 
-def _resume(
-    leaders: Leaders,
-    op: str,
-    divisor: float,
-    counts: tuple[int, int, int, int],
-    group: Group,
-    signature: Signature,
-    sequence: int,
-    tensor: torch.Tensor,
-    left: int,
-) -> Pending:
-    if (yield from leaders.rest(left)):
-        group.count(*counts)
-        return
-    body = hierarchical.reduce(group, tensor.detach().view(-1), op, divisor)
-    yield from group.agreement.before(signature, sequence, body, lambda: NOTHING)
+def _long_way(op: str, divisor: float, group: Group, tensor: torch.Tensor) -> tuple[Pending, Attachment]:
+    return hierarchical.reduce(group, tensor.detach().view(-1), op, divisor), NOTHING

@@ -63,9 +63,16 @@ class Load(NamedTuple):
     to_each: bool
     """Whether every peer gets another share; otherwise everyone gets all numbers."""
 
-    def messages(self, group: Group) -> int:
-        """How many a rank sends."""
-        return (group.size - 1) * (2 if self.to_each else 1)
+    def messages(self, ranks: int) -> int:
+        """How many one of ``ranks`` ranks sends."""
+        return (ranks - 1) * (2 if self.to_each else 1)
+
+
+def _load(transport: Any, numel: int, itemsize: int, ranks: int) -> Load:
+    """How ``ranks`` ranks let each other have ``numel`` numbers of ``itemsize`` bytes each."""
+    if numel * itemsize <= everything_bytes(transport, ranks):
+        return Load(numel * itemsize, to_each=False)
+    return Load(-(-numel // ranks) * itemsize, to_each=True)
 
 
 def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> Load | None:
@@ -74,10 +81,8 @@ def load_of(group: Group, numel: int, wire: torch.dtype, op: str) -> Load | None
     room_bytes = group.transport.piggyback_bytes if checked else 0
     if not room_bytes or not numel:
         return None
-    if numel * wire.itemsize <= everything_bytes(group.transport, group.size):
-        return Load(numel * wire.itemsize, to_each=False)
-    share_bytes = -(-numel // group.size) * wire.itemsize
-    return Load(share_bytes, to_each=True) if share_bytes <= room_bytes else None
+    load = _load(group.transport, numel, wire.itemsize, group.size)
+    return load if not load.to_each or load.share_bytes <= room_bytes else None
 
 
 def at_once(group: Group, few: Load, numel: int, wire: torch.dtype, op: str) -> AtOnce | None:
@@ -89,7 +94,7 @@ def at_once(group: Group, few: Load, numel: int, wire: torch.dtype, op: str) -> 
         return _by_leaders(group, group.leaders, few, numel, wire, reduction, divisor)
     arguments = numel, DTYPES[wire][0], OP_CODES[reduction], divisor, *few
     call, arguments = group.transport.few(*arguments)  # type: ignore[attr-defined]
-    messages = few.messages(group)
+    messages = few.messages(group.size)
     return AtOnce(call, arguments, partial(_resume, few), messages * few.share_bytes, messages)
 
 
@@ -97,40 +102,25 @@ def _by_leaders(
     group: Group, leaders: Leaders, few: Load, numel: int, wire: torch.dtype, op: str, divisor: float
 ) -> AtOnce:
     sums_bytes = 4 if wire in HALVES else wire.itemsize
-    most_bytes = everything_bytes(group.transport, leaders.nodes)
-    share_bytes, to_each = leaders.frames(numel, sums_bytes, most_bytes)
-    arguments = numel, DTYPES[wire][0], OP_CODES[op], divisor, share_bytes, to_each
-    messages = (leaders.nodes - 1) * (2 if to_each else 1) if leaders.leads else 0
+    sums = _load(group.transport, numel, sums_bytes, leaders.nodes)
+    arguments = numel, DTYPES[wire][0], OP_CODES[op], divisor, *sums
+    messages = sums.messages(leaders.nodes) if leaders.leads else 0
     size_bytes = numel * wire.itemsize
     read_bytes = size_bytes * (leaders.node_size - 1 if leaders.leads else 1)
     written_bytes = size_bytes if leaders.node_size > 1 else 0
-    counts = messages * share_bytes, messages, read_bytes, written_bytes
-    return AtOnce(leaders.call, arguments, partial(_resume_by_leaders, leaders, few, op, divisor, counts), *counts)
+    counts = messages * sums.share_bytes, messages, read_bytes, written_bytes
+    resume = partial(leaders.resume, counts, partial(_long_way, few, op, divisor))
+    return AtOnce(leaders.call, arguments, resume, *counts)
 
 
-def _resume_by_leaders(
-    leaders: Leaders,
-    few: Load,
-    op: str,
-    divisor: float,
-    counts: tuple[int, int, int, int],
-    group: Group,
-    signature: Signature,
-    sequence: int,
-    tensor: torch.Tensor,
-    left: int,
-) -> Pending:
-    if (yield from leaders.rest(left)):
-        group.count(*counts)
-        return
-    launch = programs.few_launch(tensor.detach(), few, op, divisor, few.messages(group))
+def _long_way(few: Load, op: str, divisor: float, group: Group, tensor: torch.Tensor) -> tuple[Pending, Offload]:
+    launch = programs.few_launch(tensor.detach(), few, op, divisor, few.messages(group.size))
     launch.awaited = True
-    body = programs.finish(group, group.transport, launch)
-    yield from group.agreement.before(signature, sequence, body, lambda: launch)
+    return programs.finish(group, group.transport, launch), launch
 
 
 def _resume(few: Load, group: Group, signature: Signature, sequence: int, tensor: torch.Tensor, left: Any) -> Pending:
-    messages = few.messages(group)
+    messages = few.messages(group.size)
     launch = Offload(None, tensor, None, few, messages * few.share_bytes, messages)
     launch.request = group.transport.resumed(left, tensor)  # type: ignore[attr-defined]
     body = programs.finish(group, group.transport, launch)
@@ -142,7 +132,7 @@ def attach(call: Call) -> Piggyback | Offload:
     flat = call.flat
     if call.group.transport.moves_itself:
         few: Load = call.plan.few
-        call.launch = programs.few_launch(flat, few, call.op, call.divisor, few.messages(call.group))
+        call.launch = programs.few_launch(flat, few, call.op, call.divisor, few.messages(call.group.size))
         call.launch.awaited = call.awaited
         return call.launch
     call.piggyback = Piggyback(flat.data_ptr(), flat.numel() * flat.element_size(), *call.plan.few)
@@ -171,6 +161,6 @@ def allreduce(call: Call) -> Pending:
             start_bytes, peer_bytes = piggyback.share(peer)
             row = finished.rows.address + peer * finished.rows.row_bytes
             memmove(piggyback.address + start_bytes, row, peer_bytes)
-    messages = call.plan.few.messages(group)
+    messages = call.plan.few.messages(group.size)
     group.messages_sent += messages
     group.bytes_sent += messages * piggyback.share_bytes
