@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from commlab.errors import PeerTimeoutError
 from commlab.job.topology import Topology
 from commlab.runtime.group import Group
 from commlab.transport.base import Bytes
 from commlab.transport.sim import SimNetwork, SimRequest
 
 by_turns = threading.Lock()
-"""For what uses torch's random numbers: threads share them."""
+"""For what ranks that are threads may not do at the same time: torch's random numbers are shared by them, and two
+threads that compile the same class to TorchScript each define its methods ("Can't redefine method", one run of 12)."""
 
 
 class SharedNetwork(SimNetwork):
@@ -51,13 +53,14 @@ class Crew:
                 self._results.put((rank, None, error))
 
     def all(self, task: Callable[[int], Any]) -> list[Any]:
-        """``task(rank)`` on every rank; the results in rank order."""
+        """``task(rank)`` on every rank; the results in rank order. Where some raise, the first error that isn't the
+        wait for a rank that had raised before."""
         for tasks in self._tasks:
             tasks.put(task)
         found = sorted((self._results.get(timeout=60) for _ in range(self.size)), key=lambda each: each[0])
-        for _, _, error in found:
-            if error is not None:
-                raise error
+        errors = [error for _, _, error in found if error is not None]
+        if errors:
+            raise min(errors, key=lambda error: isinstance(error, PeerTimeoutError))
         return [result for _, result, _ in found]
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from coupled import SIZE, couple, every_strategy, make_step, model_of, two_groups
-from crew import Crew, groups
+from crew import Crew, by_turns, groups
 
 import commlab
 from commlab.errors import UsageError
@@ -37,7 +37,8 @@ def test_it_trains_as_in_python(
         ranks = groups(SIZE)
 
         def start(rank: int, make: Callable[..., torch.nn.Module] = make, ranks: list[commlab.Group] = ranks) -> Engine:
-            model = make(model_of())
+            with by_turns:
+                model = make(model_of())
             return couple(strategy, model, two_groups(model), ranks[rank], max_grad_norm=1.0)
 
         engines = crew.all(start)
@@ -67,7 +68,8 @@ def test_dedicated_servers_want_hooks(crew: Crew) -> None:
     ranks = groups(SIZE)
 
     def refused(rank: int) -> str:
-        model = torch.jit.script(model_of())
+        with by_turns:
+            model = torch.jit.script(model_of())
         with pytest.raises(UsageError) as caught:
             commlab.strategy("ps", model, torch.optim.SGD(model.parameters(), lr=0.1), ranks[rank], servers=1)
         return str(caught.value)
