@@ -6,6 +6,7 @@ buffer > bucket > chunk > segment: a bucket is cut into one chunk per rank, a ch
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ class Range(NamedTuple):
 EMPTY = Range(0, 0)
 
 
+@lru_cache(1024)
 def split(numel: int, parts: int, align: int = 1) -> tuple[Range, ...]:
     """Cut ``[0, numel)`` into ``parts`` adjoining chunks whose sizes differ by at most one unit of ``align`` elements.
 
@@ -47,6 +49,7 @@ def split(numel: int, parts: int, align: int = 1) -> tuple[Range, ...]:
     return tuple(bounds)
 
 
+@lru_cache(1024)
 def whole_at(owner: int, numel: int, parts: int) -> tuple[Range, ...]:
     """Chunks of which ``owner`` has everything and the others nothing: with these a reduce-scatter is a reduce to
     ``owner``, and an allgather is a broadcast from it."""

@@ -14,7 +14,7 @@ from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..runtime.world import resolve
 from ..transport.base import Pending
-from .plan import Call, Plan, plan_of, where_of
+from .plan import Call, Plan, given_as, plan_of, where_of
 from .staging import as_flat, put_back
 from .tensors import PAGE_BITS, PLAIN, may_write_at, writable, writable_pages
 
@@ -102,10 +102,15 @@ def allreduce(
             and tensor.is_contiguous()
             and not tensor.is_neg()
             and ((address := tensor.data_ptr()) >> PAGE_BITS in writable_pages or may_write_at(address))
+            and (
+                plan.few is not None
+                or (last := address + tensor.nbytes - 1) >> PAGE_BITS in writable_pages
+                or may_write_at(last)
+            )
         ):
             sent = tensor
             if wire is not None:
-                sent = as_flat(tensor, plan.wire)
+                sent = as_flat(tensor, given_as(plan.route, tensor.dtype, plan.wire))
                 address = sent.data_ptr()
         else:
             memory = writable(tensor, where_of(group, "allreduce", tensor))
@@ -113,7 +118,8 @@ def allreduce(
         group.refuse("allreduce", name, _named(error, tensor, where_of(group, "allreduce", tensor))).wait()
         raise
     if sent is not None and at_once is not None:
-        if group.allreduce_at_once(plan.signature, at_once, sent, address):
+        kept, more = (sent, ()) if plan.shared is None else ((sent, None), (0,))
+        if group.at_once(plan.signature, at_once, kept, address, *more):
             if sent is not tensor:
                 put_back(sent, tensor)
             count_write((tensor,))

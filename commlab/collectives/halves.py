@@ -1,10 +1,11 @@
 """The two halves of an allreduce, on chunks of any size, one per rank: the parameter server's push and pull, and what
-the other operations are made of."""
+the other operations are made of. For callers that wait each half is one native call, where its route has such."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -15,7 +16,52 @@ from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..schedules import ALGORITHMS
 from ..transport.base import Pending
-from .plan import Call, plan_of
+from .plan import Call, Plan, plan_of
+
+
+def reduce_at_once(
+    tensor: torch.Tensor,
+    out: torch.Tensor | None,
+    chunks: Sequence[Range],
+    op: str,
+    name: str | None,
+    algorithm: str,
+    group: Group,
+) -> Short | None:
+    """The reduction of rank r's chunk of ``tensor`` on rank r, into ``out``, of the same dtype, or in place where that
+    is None. ``tensor`` is left as it was but for that. None where it takes more than one native call."""
+    plan = plan_of(group, "reduce_scatter", tensor, op, name, algorithm, chunks=tuple(chunks))
+    own = chunks[group.rank]
+    return _short(plan, group, tensor, out, tensor.data_ptr() + own.start * tensor.element_size())
+
+
+def gather_at_once(
+    flat: torch.Tensor, chunks: Sequence[Range], name: str | None, algorithm: str, group: Group, meaning: str
+) -> Short | None:
+    """:func:`gather_chunks_async` in one native call; None where it takes more."""
+    plan = plan_of(group, "allgather", flat, "sum", name, algorithm, chunks=tuple(chunks), meaning=meaning)
+    return _short(plan, group, flat, None, 0)
+
+
+Short: TypeAlias = Callable[[], bool]
+"""An operation as one native call; says whether it was possible just now. If not, nothing was done."""
+
+
+def _short(plan: Plan, group: Group, tensor: torch.Tensor, out: torch.Tensor | None, own: int) -> Short | None:
+    """``own``: the address of this rank's chunk of ``tensor``."""
+    at_once = plan.at_once
+    if at_once is None or not (tensor.is_cpu and tensor.is_contiguous()):
+        return None
+    start = tensor.data_ptr()
+    if out is not None:
+        if not (out.is_cpu and out.is_contiguous()):
+            return None
+        # Numbers that were not read yet must not be written; but for those that are read where they are written.
+        first = out.data_ptr()
+        if first < start + tensor.nbytes and start < first + out.nbytes and first != own:
+            return None
+    more = 0 if out is None else out.data_ptr()
+    return partial(group.at_once, plan.signature, at_once, (tensor, out), start, more)
 
 
 def reduce_chunks_async(

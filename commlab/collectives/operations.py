@@ -12,7 +12,7 @@ part in the agreement check all the same, and tells the others why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,9 +21,9 @@ from ..errors import UsageError
 from ..native.versions import count_write
 from ..runtime.group import Group
 from ..runtime.world import resolve
-from .halves import gather_chunks_async, reduce_chunks_async
+from .halves import gather_at_once, gather_chunks_async, reduce_at_once, reduce_chunks_async
 from .plan import require, where_of
-from .staging import moved, put_back, root_of
+from .staging import Moved, moved, put_back, root_of
 from .tensors import described, readable, writable
 
 
@@ -53,18 +53,41 @@ def reduce_scatter(
     """
     group = resolve(group)
     kind = "reduce_scatter"
-    try:
+    with _Refusing(group, kind, name):
         require(group, kind, tensor, op)
         target = writable(out, f"{where_of(group, kind, tensor)} into {described(out)}")
         chunks = _chunks_of(group, kind, target, tensor)
-        flat = readable(tensor, where_of(group, kind, tensor)).to("cpu").reshape(-1).clone()
-        handle = reduce_chunks_async(flat, chunks, op, name, algorithm, group=group, awaited=True)
-    except Exception as error:
-        handle = group.refuse(kind, name, error)
+        given = readable(tensor, where_of(group, kind, tensor))
+        short = reduce_at_once(given, target, chunks, op, name, algorithm, group)
+    if short is not None and short():
+        count_write((out,))
+        return out
+    with _Refusing(group, kind, name):
+        handle = reduce_chunks_async(_copied(given), chunks, op, name, algorithm, group=group, awaited=True)
     part = handle.wait()
     with torch.inference_mode(target.is_inference()):
         target.copy_(part.view(target.shape))
     return out
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """As a flat CPU buffer of its own."""
+    return tensor.to("cpu").reshape(-1).clone()
+
+
+class _Refusing:
+    """``with`` it, all ranks hear of what is raised inside."""
+
+    __slots__ = ("_group", "_kind", "_name")
+
+    def __init__(self, group: Group, kind: str, name: str | None):
+        self._group, self._kind, self._name = group, kind, name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            self._group.refuse(self._kind, self._name, error).wait()
 
 
 def allgather(
@@ -77,7 +100,7 @@ def allgather(
     """Write every rank's ``tensor``, one after the other, into ``out`` on all ranks and return it. The parts are cut as
     in :func:`reduce_scatter`. Any dtype. Cost: half an allreduce."""
     group = resolve(group)
-    try:
+    with _Refusing(group, "allgather", name):
         where = where_of(group, "allgather", tensor)
         given = readable(tensor, where)
         target = moved(out, f"{where} into {described(out)}", written=True)
@@ -85,15 +108,25 @@ def allgather(
         own = chunks[group.rank]
         mine = moved(given, where, written=False).flat
         target.flat[own.start : own.stop].copy_(mine.view(target.flat.dtype))
-        handle = gather_chunks_async(
-            target.units, target.chunks(chunks), name, algorithm, group=group, meaning=target.meaning, awaited=True
-        )
-    except Exception as error:
-        handle = group.refuse("allgather", name, error)
-    handle.wait()
+        gather = _gathering(target, target.chunks(chunks), name, algorithm, group)
+    gather()
     put_back(target.flat, target.memory)
     count_write((out,))
     return out
+
+
+def _gathering(
+    target: Moved, chunks: Sequence[Range], name: str | None, algorithm: str, group: Group
+) -> Callable[[], object]:
+    """What brings rank r's chunk of ``target`` to all ranks, for all r."""
+    units, meaning = target.units, target.meaning
+    short = gather_at_once(units, chunks, name, algorithm, group, meaning)
+
+    def gather() -> None:
+        if short is None or not short():
+            gather_chunks_async(units, chunks, name, algorithm, group=group, meaning=meaning, awaited=True).wait()
+
+    return gather
 
 
 def broadcast(
@@ -102,17 +135,13 @@ def broadcast(
     """Overwrite ``tensor`` on all ranks with ``root``'s and return it. Any dtype. Cost with ``tree``: ceil(log2 P)
     steps; the root sends n ceil(log2 P); with ``ring`` (a pipelined chain): every rank but the last sends n once."""
     group = resolve(group)
-    try:
+    with _Refusing(group, "broadcast", name):
         root = root_of(group, "broadcast", root)
         written = group.rank != root
         target = moved(tensor, where_of(group, "broadcast", tensor), written=written)
         chunks = target.chunks(whole_at(root, target.flat.numel(), group.size))
-        handle = gather_chunks_async(
-            target.units, chunks, name, algorithm, group=group, meaning=target.meaning, awaited=True
-        )
-    except Exception as error:
-        handle = group.refuse("broadcast", name, error)
-    handle.wait()
+        gather = _gathering(target, chunks, name, algorithm, group)
+    gather()
     if written:
         put_back(target.flat, target.memory)
         count_write((tensor,))
@@ -130,16 +159,22 @@ def reduce(
     """Reduce ``tensor`` in place on ``root`` and return it; on the other ranks it is left as it was. Cost with
     ``tree``: ceil(log2 P) steps, every rank but the root sends n."""
     group = resolve(group)
-    try:
+    with _Refusing(group, "reduce", name):
         root = root_of(group, "reduce", root)
         require(group, "reduce", tensor, op)
         where = where_of(group, "reduce", tensor)
         memory = writable(tensor, where) if group.rank == root else readable(tensor, where)
-        flat = readable(memory, where).to("cpu").reshape(-1).clone()
-        chunks = whole_at(root, flat.numel(), group.size)
-        handle = reduce_chunks_async(flat, chunks, op, name, algorithm, group=group, awaited=True)
-    except Exception as error:
-        handle = group.refuse("reduce", name, error)
+        given = readable(memory, where)
+        chunks = whole_at(root, given.numel(), group.size)
+        short = reduce_at_once(given, None, chunks, op, name, algorithm, group)
+    if short is not None and short():
+        if group.rank == root:
+            if given is not memory:
+                put_back(given, memory)
+            count_write((tensor,))
+        return tensor
+    with _Refusing(group, "reduce", name):
+        handle = reduce_chunks_async(_copied(given), chunks, op, name, algorithm, group=group, awaited=True)
     part = handle.wait()
     if group.rank == root:
         with torch.inference_mode(memory.is_inference()):

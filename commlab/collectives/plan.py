@@ -5,7 +5,7 @@ one operation on one rank, as its route sees it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -20,6 +20,9 @@ from . import routes
 from .select import Conditions, choose
 from .staging import as_flat, put_back
 from .tensors import described, readable
+
+Chunks: TypeAlias = Sequence[Range]
+"""One range of the numbers per rank."""
 
 OPS = ("sum", "mean", "min", "max", "prod")
 
@@ -71,6 +74,11 @@ def pick(group: Group, kind: str, algorithm: str, numel: int, dtype: torch.dtype
     return choose(algorithm, case, routes.names())
 
 
+def given_as(route: Any, dtype: torch.dtype, wire: torch.dtype) -> torch.dtype:
+    """In which dtype ``route`` is given the numbers of a tensor of ``dtype`` that travel as ``wire``."""
+    return dtype if route.CASTS and dtype is torch.float32 else wire
+
+
 class Plan(NamedTuple):
     """What follows from the arguments of a call alone, and need not be worked out when the call is made again."""
 
@@ -84,6 +92,9 @@ class Plan(NamedTuple):
     """What ranks must agree on."""
     few: Any = None
     """What a route for few numbers has worked out for a call of this shape."""
+    shared: Any = None
+    """The operation as native code does it in memory that the ranks share
+    (:class:`commlab.window.loops.Collective`)."""
     at_once: AtOnce | None = None
     """The call as one native call, where its route has such."""
 
@@ -129,8 +140,7 @@ class Call:
         """The numbers as a flat CPU buffer in the dtype that the route wants: the tensor itself where it is one
         already, else a copy, made when it is first asked for."""
         if self._flat is None:
-            casts = self.plan.route.CASTS and self.tensor.dtype is torch.float32
-            self._flat = as_flat(self.tensor, self.tensor.dtype if casts else self.plan.wire)
+            self._flat = as_flat(self.tensor, given_as(self.plan.route, self.tensor.dtype, self.plan.wire))
         return self._flat
 
     def put_back(self) -> None:
@@ -183,6 +193,11 @@ def plan_of(
             few = few_route.load_of(group, tensor.numel(), wire_dtype, op)
             if few is not None:
                 route, at_once = few_route, few_route.at_once(group, few, tensor.numel(), wire_dtype, op)
+        shared = None
+        if few is None and tensor.numel() and hasattr(route, "prepared"):
+            given = given_as(route, tensor.dtype, wire_dtype)
+            shared = route.prepared(group, kind, given, wire_dtype, tensor.numel(), op, chunks)
+            at_once = route.at_once(shared)
         signature = Signature(kind, tuple(tensor.shape), tensor.dtype, name, detail)
-        found = group.plans[key] = Plan(chosen, route, wire_dtype, signature, few, at_once)
+        found = group.plans[key] = Plan(chosen, route, wire_dtype, signature, few, shared, at_once)
     return found

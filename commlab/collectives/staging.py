@@ -62,6 +62,8 @@ class Moved(NamedTuple):
     def chunks(self, chunks: Sequence[Range]) -> tuple[Range, ...]:
         """Chunks of the tensor as chunks of ``units``."""
         scale = self.units.numel() // max(1, self.flat.numel())
+        if scale == 1:
+            return tuple(chunks)
         return tuple(Range(chunk.start * scale, chunk.stop * scale) for chunk in chunks)
 
 

@@ -46,6 +46,8 @@ def readable(tensor: torch.Tensor, where: str) -> torch.Tensor:
 def writable(tensor: torch.Tensor, where: str) -> torch.Tensor:
     """The tensor as dense numbers in its own memory, to be written in place: numbers that share memory with each other,
     and memory that this process may only read, are refused."""
+    if surely_writable(tensor):
+        return tensor.detach() if tensor.requires_grad else tensor
     plain = _plain(tensor, where)
     if _overlaps(plain):
         raise UsageError(

@@ -18,7 +18,7 @@ from ..errors import RefusedError, UsageError
 from ..job.topology import Topology, usable_cores
 from ..job.watch import Watch
 from ..schedules.step import NodeStep
-from ..transport.base import AtOnce, Offload, Pending, Piggyback, Request, Transport
+from ..transport.base import AtOnce, Counts, Offload, Pending, Piggyback, Request, Transport
 from ..window.exchange import NOTHING, Attachment
 from ..window.memory import Window
 from .agreement import Agreement, Signature, refusal_of
@@ -113,8 +113,8 @@ class Group:
         """The ranks of this group, as the job counts them."""
         self._sequence = 0
         self._closed = False
-        self._inline = False
-        """Whether a thread is in the native call of :meth:`allreduce_at_once`."""
+        self._inline: Signature | None = None
+        """What a thread does in the native call of :meth:`at_once`."""
         self._calls = threading.RLock()
         """Held while an operation gets its place in the order."""
         self._awaited: tuple[Handle, int] | None = None
@@ -142,8 +142,10 @@ class Group:
         if (by := self.recorder()) and not signature.refusal:
             return self.refuse(signature.kind, signature.name, refusal(self.rank, signature.kind, by))
         with self._calls:
-            if self._inline and not signature.refusal:
-                return self.refuse(signature.kind, signature.name, _two_threads(self.rank, "an allreduce"))
+            inline = self._inline
+            if inline is not None and not signature.refusal:
+                text = inline.text(self._sequence)
+                return self.refuse(signature.kind, signature.name, _two_threads(self.rank, text))
             awaited_now = self._awaited
             if awaited_now is not None:
                 handle, thread = awaited_now
@@ -205,10 +207,10 @@ class Group:
             operation.advance()
         return self.progress.submit(operation, awaited)
 
-    def allreduce_at_once(self, signature: Signature, few: AtOnce, tensor: torch.Tensor, address: int) -> bool:
-        """The shortest way for an allreduce of the few numbers of ``tensor``, which lie at ``address``: agreement, wait
-        and reduction in one native call, where nothing else is under way. Collective with :meth:`submit`: ranks may
-        differ in which of the two they take. Whether it was possible; if not, nothing was done."""
+    def at_once(self, signature: Signature, call: AtOnce, kept: Any, address: int, *more: Any) -> bool:
+        """The shortest way for an operation on the numbers at ``address``: agreement, wait and result in one native
+        call, where nothing else is under way. Collective with :meth:`submit`: ranks may differ in which of the two they
+        take. ``kept``: what has the memory. Whether it was possible; if not, nothing was done."""
         progress = self.progress
         unchecked = self.window is None and not self.agreement.required
         if unchecked or trace.enabled() or active_modes() or tracing_state() or not progress.take():
@@ -216,29 +218,31 @@ class Group:
         self._sequence = sequence = self._sequence + 1
         handle = None
         try:
-            self._inline = True
+            self._inline = signature
             patience_us = _PATIENCE_FOR_OTHERS_US if others_under_way else _PATIENCE_US
-            left = few.call(signature.hash, sequence, address, *few.arguments, patience_us)
-            if left != 0:
-                handle = self._go_on(signature, sequence, few.resume(self, signature, sequence, tensor, left))
+            left = call.call(signature.hash, sequence, address, *call.arguments, *more, patience_us)
+            counts = call.done.get(left)
+            if counts is None:
+                handle = self._go_on(signature, sequence, call.resume(self, signature, sequence, kept, left))
         except BaseException as error:
             progress.end(ended_by(error, signature.text(sequence)))
             raise
         finally:
-            self._inline = False
+            self._inline = None
             progress.leave()
-        if handle is not None:
+        if counts is None:
+            assert handle is not None
             handle.wait()
-            return True
-        self.count(few.bytes_sent, few.messages_sent, few.node_bytes_read, few.node_bytes_written)
+        else:
+            self.count(counts)
         return True
 
-    def count(self, bytes_sent: int, messages_sent: int, node_bytes_read: int, node_bytes_written: int) -> None:
+    def count(self, counts: Counts) -> None:
         """Count what an operation in one native call did for this rank."""
-        self.bytes_sent += bytes_sent
-        self.messages_sent += messages_sent
-        self.node_bytes_read += node_bytes_read
-        self.node_bytes_written += node_bytes_written
+        self.bytes_sent += counts[0]
+        self.messages_sent += counts[1]
+        self.node_bytes_read += counts[2]
+        self.node_bytes_written += counts[3]
 
     def _go_on(self, signature: Signature, sequence: int, rest: Pending) -> Handle:
         """Queue the ``rest`` of an operation that was begun in the native call, before all that was called since. The

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from ..transport.base import Pending
+from ..transport.base import Counts, Pending
 from ..window.area import ALIGN_BYTES
 from ..window.memory import Window
 
@@ -72,7 +72,7 @@ class Leaders:
 
     def resume(
         self,
-        counts: tuple[int, int, int, int],
+        counts: Counts,
         long_way: Callable[[Any, Any], tuple[Pending, Any]],
         group: Any,
         signature: Any,
@@ -88,7 +88,7 @@ class Leaders:
             while not request.test():
                 yield request
             if request.done:
-                group.count(*counts)
+                group.count(counts)
                 return
         body, attached = long_way(group, tensor)
         yield from group.agreement.before(signature, sequence, body, lambda: attached)

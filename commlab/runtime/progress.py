@@ -95,7 +95,7 @@ class Progress:
         finally:
             if self._queue:  # most operations on one node have ended by now
                 self._register()
-        if not awaited:
+        if not awaited and self._thread is not None:
             self._work.set()
         return operation.handle
 
@@ -152,7 +152,8 @@ class Progress:
                 return head
             if self._queue:
                 self._queue.popleft()
-        self._work.clear()
+        if self._thread is not None:
+            self._work.clear()
         if id(self) in under_way:
             stop_moving(self)
         # What was submitted between the last look at the queue and now has set the flag in vain.

@@ -3,7 +3,7 @@ schedules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -111,22 +111,29 @@ Pending: TypeAlias = Generator[Request, None, None]
 """A computation that yields the request it waits for, and goes on when that request has been completed."""
 
 
+class Counts(NamedTuple):
+    """What an operation has done on a rank."""
+
+    bytes_sent: int = 0
+    messages_sent: int = 0
+    node_bytes_read: int = 0
+    """In the window."""
+    node_bytes_written: int = 0
+
+
 class AtOnce(NamedTuple):
-    """An allreduce of few numbers as one native call, from the agreement check to the result: all that the call is
+    """An allreduce as one native call, from the agreement check to the result: all that the call is
     given, but for where the numbers lie."""
 
     call: Callable[..., Any]
-    """``call(hash of the signature, sequence, address, *arguments, patience_us)``: 0 where it is done; else what tells
-    how far it came."""
+    """``call(hash of the signature, sequence, address, *arguments, patience_us)``: a key of :attr:`done` where it is
+    done; else what tells how far it came."""
     arguments: tuple[Any, ...]
     resume: Callable[[Any, Any, int, torch.Tensor, Any], Pending]
     """``resume(group, signature, sequence, tensor, what call has returned)``: the rest of the operation, from the
     agreement check on."""
-    bytes_sent: int = 0
-    messages_sent: int = 0
-    node_bytes_read: int = 0
-    node_bytes_written: int = 0
-    """In the window."""
+    done: Mapping[Any, Counts]
+    """What the operation has sent, read and written, by the way that it has gone."""
 
 
 class Contexts:

@@ -42,8 +42,10 @@ class Area:
         self._owner, self._most, self._stagger = owner, most_segments, stagger
         self.sync: Any = None
         """The table in which peers find the segments (``NodeSync``); set before the first of them is made."""
-        self.given_back: Callable[[], object] = lambda: None
-        """Called when this rank has given memory back."""
+        self.made: Callable[[int, int, int], object] = lambda segment, address, size_bytes: None
+        """Called with each new segment."""
+        self.given_back: Callable[[int], object] = lambda segment: None
+        """Called with each segment that this rank has given back."""
         self._pid = os.getpid()
         self._fds: list[int] = []
         self.close = weakref.finalize(self, close_all, self._fds)
@@ -104,12 +106,14 @@ class Area:
     def _make(self, number: int, size_bytes: int) -> None:
         fd, mapping = self.memory(f"segment {number}", size_bytes)
         self.segments[number], self._segment_fds[number] = mapping, fd
+        self.made(number, mapping.address, size_bytes)
         self.sync.add_segment(number, fd, size_bytes)
         bisect.insort(self.starts, (mapping.address, number))
 
     def _give_back(self, number: int) -> None:
         """Nobody has anything of this segment any more: its memory goes once the peers have let go too."""
         self.sync.drop_segment(number)  # before the descriptor may mean something else
+        self.given_back(number)  # before its addresses may
         mapping, fd = self.segments.pop(number), self._segment_fds.pop(number)
         self.starts.remove((mapping.address, number))
         self._forget_places(number)
@@ -119,7 +123,6 @@ class Area:
         if fd in self._fds:  # not once the window is closed
             self._fds.remove(fd)
             os.close(fd)
-        self.given_back()
 
     def _forget_places(self, number: int) -> None:
         for places in self._free.values():

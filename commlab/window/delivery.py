@@ -22,14 +22,14 @@ from ..schedules.step import NodeStep
 from ..transport.base import Request
 from .exchange import Attachment
 from .loops import INLINE_BYTES, wait
-from .memory import STAGING_BYTES, Window
+from .memory import BLOCK_BYTES, Window
 
 Table = npt.NDArray[np.int64]
 """What one rank says, three rows with a column per peer: where its range for the peer starts, where that stops, and how
 many bytes it expects from the peer."""
 
 ROWS = 3
-_HALF_BYTES = STAGING_BYTES // 2
+_HALF_BYTES = 2 * BLOCK_BYTES
 
 
 def inline_page(table: Table, stream: Sequence[torch.Tensor]) -> npt.NDArray[np.uint8] | None:

@@ -29,6 +29,10 @@ class WindowWait:
 
     __slots__ = ("_window",)
 
+    SOON = False
+    """Whether others, too, have next to nothing to do before they arrive: where ranks share cores they are let go
+    first."""
+
     def __init__(self, window: Window):
         self._window = window
 
@@ -38,7 +42,7 @@ class WindowWait:
     def block(self, timeout_s: float) -> None:
         """Wait natively, asleep if the wait takes long. Raises PeerLostError when the awaited rank's process has
         ended."""
-        late = self._window.sync.wait(timeout_s * 1e6)
+        late = self._window.sync.wait(timeout_s * 1e6, self.SOON)
         # The rank may have arrived and left in good order meanwhile; only then is its absence no loss.
         if late >= 0 and not self._window.alive(late) and self._window.sync.lagging() == late:
             raise PeerLostError(f"rank {late} is gone: its process ended while its peers waited for it")
@@ -52,6 +56,7 @@ class WindowExchange(WindowWait):
     """The agreement check in the window: records lie in the control pages, and the wait orders what follows."""
 
     __slots__ = ()
+    SOON = True
 
     def __init__(self, window: Window, number: int, attached: Attachment | None):
         """``attached``: what this rank publishes now; None where the rank has published everything already."""

@@ -4,6 +4,7 @@ memory.
     data in the window      publish where mine lie | wait | reduce shard r of all ranks' data, write it to all | wait
     ordinary data           the same in blocks, through a staging area that stays in the caches (kernels/cpu/piped.h)
     up to 64 KB             the data travel in the control page: one wait, then every rank reduces everything
+    up to a room            the same out of the staging areas (kernels/cpu/node_collective.h)
 
 Every loop runs after the exchange of the agreement check, which has published where each rank's data lie. A loop is a
 computation that returns the :class:`NodeStep` to be counted. Cost and rounding: docs/window.md.
@@ -12,7 +13,7 @@ computation that returns the :class:`NodeStep` to be counted. Cost and rounding:
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -23,15 +24,19 @@ from ..native.library import built
 from ..native.norm import Squares
 from ..schedules.step import NodeStep
 from ..transport.base import Pending, Request
-from .area import NOWHERE, Place
-from .exchange import WindowWait
-from .memory import STAGING_BYTES, Window
+from .area import STAGING, Place
+from .exchange import Attachment, WindowWait
+from .memory import ROOM_BYTES, Window
 
 INLINE_BYTES: int = 0 if built is None else getattr(built, "INLINE_BYTES", 0)
 """What fits in a control page."""
 
-SHARED_BLOCK_BYTES = STAGING_BYTES // 4
-"""A rank's block of an ordinary tensor: two blocks going in and two coming out make its staging area."""
+ROOMS_BYTES = 3 * 2**19
+"""The most that a rank reads in other ranks' rooms: up to here that takes less time than the two waits that it saves.
+The figures are in docs/algorithms/window.md."""
+
+Moves: TypeAlias = Literal["allreduce", "reduce", "gather"]
+"""What a :class:`Collective` does with the numbers."""
 
 Loop: TypeAlias = Generator[Request, None, NodeStep]
 """A loop under way: yields the request that it waits for, and returns what it has read and written."""
@@ -44,93 +49,125 @@ def wait(window: Window) -> Pending:
         yield arrival
 
 
-def _arrive(window: Window) -> Pending:
-    """Tell the others that this rank has read and written what it had to, and wait until they say so too."""
-    window.sync.arrive()
-    yield from wait(window)
+class _NativeWait:
+    """A request: the native collective has come to an end; it works on while it is waited for."""
 
-
-class _PipedWait:
-    """A request: the native pipeline has come to an end; the pipeline works on while it is waited for."""
-
-    def __init__(self, window: Window, piped: Any):
-        self._piped, self._arrival = piped, WindowWait(window)
+    def __init__(self, window: Window, native: Any):
+        self._native, self._arrival = native, WindowWait(window)
 
     def test(self) -> bool:
         return False
 
     def block(self, timeout_s: float) -> None:
-        if self._piped.run(timeout_s * 1e6) >= 0:
+        if self._native.run(timeout_s * 1e6) >= 0:
             self._arrival.block(0.0)
 
     def peers(self) -> Sequence[int]:
         return self._arrival.peers()
 
 
-def _piped(
-    window: Window,
-    data: torch.Tensor,
-    wire: torch.dtype,
-    op: str,
-    divisor: float,
-    moves: str,
-    chunks: Sequence[Range],
-    wide: torch.Tensor | None = None,
-) -> Pending:
-    """Run ordinary memory through the staging areas. ``moves``: ``"reduce"``, ``"gather"`` or both. ``wide``: where a
-    reduction alone leaves its fp32 sums of 16-bit numbers, which are exact there; else the sums go to ``data``."""
-    if not any(chunk.numel for chunk in chunks):
-        return  # nobody waits for anybody, and a peer may be gone with its staging area
-    assert built is not None
-    piped = built.Piped(
-        window.sync,
-        window.staging,
-        SHARED_BLOCK_BYTES,
-        data.data_ptr(),
-        MOVED[data.dtype][0],
-        MOVED[wire][0],
-        OP_CODES[op],
-        divisor,
-        "reduce" in moves,
-        "gather" in moves,
-        [tuple(chunk) for chunk in chunks],
-        0 if wide is None else wide.data_ptr(),
-    )
-    tick = -1
-    while piped.run(0.0) >= 0:
-        if piped.tick != tick:
-            # Another request, so that whoever waits knows that peers are not silent, however long all blocks take.
-            rest, tick = _PipedWait(window, piped), piped.tick
-        yield rest
+class Collective:
+    """An allreduce or one of its halves, as native code does it (kernels/cpu/node_collective.h).
 
+    ``dtype``: of the numbers; ``wire``: the same, or 16-bit where they are fp32. ``chunks``: one per rank. It serves all
+    calls of one shape, one after the other."""
 
-def _gather_reduce(
-    window: Window,
-    places: Sequence[Place],
-    own: Range,
-    dtype: torch.dtype,
-    op: str,
-    divisor: float,
-    into: Sequence[int],
-    into_dtype: torch.dtype,
-    squares: Squares | None,
-) -> None:
-    """Reduce the range ``own`` of all ranks' data into the addresses ``into``; none: into the range itself, on every
-    rank."""
-    assert built is not None
-    code, itemsize = DTYPES[dtype]
-    sources = [window.address(peer, place) + own.start * itemsize for peer, place in enumerate(places)]
-    counted = squares is not None and into_dtype is torch.float32
-    targets, target_code = into or sources, DTYPES[into_dtype][0]
-    found = built.gather_reduce(targets, target_code, sources, code, own.numel, OP_CODES[op], divisor, counted)
-    if squares is not None and counted:
-        squares.known = found
+    def __init__(
+        self,
+        window: Window,
+        moves: Moves,
+        dtype: torch.dtype,
+        wire: torch.dtype,
+        op: str,
+        divisor: float,
+        chunks: Sequence[Range],
+    ):
+        assert built is not None
+        self.window, self.moves, self._itemsize = window, moves, dtype.itemsize
+        self._numel = max((chunk.stop for chunk in chunks), default=0)
+        self._own = chunks[window.rank]
+        self._empty = not any(chunk.numel for chunk in chunks)
+        size_bytes = self._numel * dtype.itemsize
+        others = window.size - 1 if self.moves == "allreduce" else 1
+        self.to_rooms = wire is dtype and size_bytes <= min(ROOM_BYTES, ROOMS_BYTES // max(1, others))
+        """Whether numbers that nobody has in the window go through the rooms, all at once."""
+        self.native: Any = built.NodeCollective(
+            window.sync,
+            window.mapped,
+            MOVED[dtype][0],
+            MOVED[wire][0],
+            OP_CODES[op],
+            divisor,
+            moves != "gather",
+            moves != "reduce",
+            [tuple(chunk) for chunk in chunks],
+            self.to_rooms,
+        )
 
+        self.steps = self._steps()
+        """What it reads and writes, by the way that it goes."""
 
-def _places(window: Window) -> list[Place] | None:
-    """Where all ranks' data lie; None if any rank's data are ordinary memory."""
-    places = [Place(segment, offset) for segment, offset in window.sync.places()]
-    return None if any(place.segment == NOWHERE for place in places) else places
+    def _steps(self) -> dict[int, NodeStep]:
+        size, whole = self.window.size, self._numel * self._itemsize
+        own = self._own.numel * self._itemsize
+        theirs, native = whole - own, self.native
+        if self.moves == "allreduce":
+            return {
+                native.IN_PLACE: NodeStep("allreduce in place", own * size, own * size),
+                native.AT_ONCE: NodeStep("allreduce at once", whole * (size + 1), 2 * whole),
+                native.PIPED: NodeStep("allreduce through blocks", 2 * theirs + own * size, 2 * whole),
+            }
+        if self.moves == "reduce":
+            return {
+                native.IN_PLACE: NodeStep("reduce", own * size, own),
+                native.AT_ONCE: NodeStep("reduce at once", theirs + own * size, whole),
+                native.PIPED: NodeStep("reduce through blocks", theirs + own * size, whole),
+            }
+        return {
+            native.IN_PLACE: NodeStep("gather", theirs, theirs),
+            native.AT_ONCE: NodeStep("gather at once", whole, whole),
+            native.PIPED: NodeStep("gather through blocks", whole, whole),
+        }
+
+    def announced(self, flat: torch.Tensor) -> Attachment:
+        """What this rank publishes: where its numbers lie in the window, or that they don't; then they may be in its
+        room."""
+        place = self.window.locate(flat)
+        if place is not None:
+            return Attachment(*place)
+        if self.to_rooms:
+            self.native.fill(self.window.next_room, flat.data_ptr())
+        return Attachment(*self.native.nowhere())
+
+    def run(self, flat: torch.Tensor, out: torch.Tensor | None = None, squares: Squares | None = None) -> Loop:
+        """Do it on ``flat`` (1-D, contiguous, CPU), in place, but for a reduction that has an ``out``. All ranks have
+        published where theirs lie. ``out``: of the same dtype, or fp32, the sums of 16-bit numbers, unrounded. ``squares``:
+        is given the sum of squares of what this rank has reduced where the numbers lie in the window."""
+        native, window = self.native, self.window
+        if self._empty:  # nobody waits for anybody, and a peer may be gone with its memory
+            return NodeStep(self.moves, 0, 0)
+        way = native.way
+        for peer, place in enumerate(window.sync.places()):
+            # Before this rank arrives again: a peer whose last operation it is may end then.
+            window.address(peer, Place(*place) if way == native.IN_PLACE else Place(STAGING, 0))
+        with trace.span(f"window {self.moves}", "window"):
+            result = flat if out is None else out
+            squared = squares is not None and result.dtype is torch.float32 and way == native.IN_PLACE
+            native.move(flat.data_ptr(), 0 if out is None else out.data_ptr(), MOVED[result.dtype][0], squared)
+            if squares is not None and squared:
+                squares.known = native.squares
+            return (yield from self.go_on())
+
+    def go_on(self) -> Loop:
+        """Bring what is under way to its end."""
+        native, tick = self.native, -1
+        way = native.way
+        while native.run(0.0) >= 0:
+            if native.tick != tick:
+                # Another request, so that whoever waits knows that peers are not silent, however long all blocks take.
+                rest, tick = _NativeWait(self.window, native), native.tick
+            yield rest
+        return self.steps[way]
 
 
 def aligned_split(numel: int, count: int, itemsize: int) -> tuple[Range, ...]:
@@ -141,58 +178,8 @@ def aligned_split(numel: int, count: int, itemsize: int) -> tuple[Range, ...]:
 def reduce_inline(window: Window, flat: torch.Tensor, op: str, divisor: float) -> NodeStep:
     """Reduce all of ``flat``, of at most INLINE_BYTES, in place out of the control pages, in which the exchange has
     published every rank's numbers."""
-    size_bytes = flat.numel() * flat.element_size()
     window.sync.reduce_inline(flat.data_ptr(), flat.numel(), DTYPES[flat.dtype][0], OP_CODES[op], divisor)
-    return NodeStep("allreduce inline", size_bytes * window.size, size_bytes)
-
-
-def allreduce(
-    window: Window, flat: torch.Tensor, wire: torch.dtype, op: str, divisor: float, squares: Squares | None
-) -> Loop:
-    """Reduce ``flat`` (1-D, contiguous, CPU) in place; ``wire``: the dtype of ``flat``, or 16-bit where ``flat`` is
-    fp32. ``squares``: is given the sum of squares of the shard of the result that this rank has made, where ``flat``
-    lies in the window."""
-    size_bytes = flat.numel() * flat.element_size()
-    chunks = aligned_split(flat.numel(), window.size, flat.element_size())
-    own_bytes = chunks[window.rank].numel * flat.element_size()
-    places = _places(window) if wire is flat.dtype else None
-    with trace.span("window allreduce", "window"):
-        if places is not None:
-            _gather_reduce(window, places, chunks[window.rank], flat.dtype, op, divisor, (), flat.dtype, squares)
-            yield from _arrive(window)
-            return NodeStep("allreduce in place", own_bytes * window.size, own_bytes * window.size)
-        yield from _piped(window, flat, wire, op, divisor, "reduce gather", chunks)
-        read_bytes = 2 * (size_bytes - own_bytes) + own_bytes * window.size
-        return NodeStep("allreduce through blocks", read_bytes, 2 * size_bytes)
-
-
-def reduce_chunks(
-    window: Window,
-    flat: torch.Tensor,
-    chunks: Sequence[Range],
-    op: str,
-    divisor: float,
-    wide: torch.Tensor | None,
-    squares: Squares | None,
-) -> Loop:
-    """Reduce this rank's chunk of ``flat`` out of all ranks' ``flat``, into ``wide`` (fp32 sums of 16-bit numbers)
-    where it is given, else in place; ``squares`` of the chunk where ``flat`` lies in the window. There, other chunks
-    are left as they were."""
-    own = chunks[window.rank]
-    read_bytes = own.numel * flat.element_size() * window.size
-    places = _places(window)
-    with trace.span("window reduce", "window"):
-        if places is not None:
-            target = wide if wide is not None else flat[own.start : own.stop]
-            if own.numel:
-                into = (target.data_ptr(),)
-                _gather_reduce(window, places, own, flat.dtype, op, divisor, into, target.dtype, squares)
-            yield from _arrive(window)
-            return NodeStep("reduce", read_bytes, own.numel * target.element_size())
-        yield from _piped(window, flat, flat.dtype, op, divisor, "reduce", chunks, wide)
-        size_bytes = flat.numel() * flat.element_size()
-        own_bytes = read_bytes // window.size
-        return NodeStep("reduce through blocks", size_bytes - own_bytes + read_bytes, size_bytes)
+    return NodeStep("allreduce inline", flat.nbytes * window.size, flat.nbytes)
 
 
 def reduce_at(
@@ -200,29 +187,11 @@ def reduce_at(
 ) -> NodeStep:
     """Add up the range ``own`` of all ranks' data, numbers of ``dtype`` at ``places``, divide, and write the result to
     ``into``, all at once: every rank's data are there, and stay until the ranks meet again."""
+    assert built is not None
     if own.numel:
         with trace.span("window reduce", "window"):
-            _gather_reduce(window, places, own, dtype, "sum", divisor, (into.data_ptr(),), into.dtype, None)
+            sources = [window.address(peer, place) + own.start * dtype.itemsize for peer, place in enumerate(places)]
+            into_code, code = DTYPES[into.dtype][0], DTYPES[dtype][0]
+            sum_code = OP_CODES["sum"]
+            built.gather_reduce([into.data_ptr()], into_code, sources, code, own.numel, sum_code, divisor, False)
     return NodeStep("reduce", own.numel * dtype.itemsize * window.size, own.numel * into.element_size())
-
-
-def gather_chunks(window: Window, flat: torch.Tensor, chunks: Sequence[Range]) -> Loop:
-    """Copy every rank's chunk into this rank's ``flat``."""
-    assert built is not None
-    itemsize = flat.element_size()
-    theirs_bytes = (flat.numel() - chunks[window.rank].numel) * itemsize
-    places = _places(window)
-    with trace.span("window gather", "window"):
-        if places is not None:
-            for shift in range(1, window.size):
-                # Everyone starts with its neighbour: no two ranks read the same memory at a time.
-                peer = (window.rank + shift) % window.size
-                chunk = chunks[peer]
-                if chunk.numel:
-                    source = window.address(peer, places[peer]) + chunk.start * itemsize
-                    built.copy_through(flat.data_ptr() + chunk.start * itemsize, source, chunk.numel * itemsize)
-            yield from _arrive(window)
-            return NodeStep("gather", theirs_bytes, theirs_bytes)
-        yield from _piped(window, flat, flat.dtype, "sum", 1, "gather", chunks)
-        own_bytes = chunks[window.rank].numel * itemsize
-        return NodeStep("gather through blocks", theirs_bytes + own_bytes, theirs_bytes + own_bytes)

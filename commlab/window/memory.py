@@ -26,8 +26,15 @@ from ..native import library
 from .area import ALIGN_BYTES, NOWHERE, STAGING, Area, Place
 from .memfd import Mapping, mapped, opened, require_memory
 
-STAGING_BYTES = 4 * 2**20
-"""Of a rank that needs it: two blocks on their way in and two on their way out (kernels/cpu/piped.h)."""
+BLOCK_BYTES: int = getattr(library.built, "BLOCK_BYTES", 0)
+"""A rank's block of an ordinary tensor that passes the staging areas (kernels/cpu/piped.h)."""
+
+STAGING_BYTES: int = getattr(library.built, "STAGING_BYTES", 0)
+"""Of a rank that needs it: two blocks on their way in and two on their way out (kernels/cpu/piped.h), and two rooms
+(kernels/cpu/node_allreduce.h)."""
+
+ROOM_BYTES: int = getattr(library.built, "ROOM_BYTES", 0)
+"""What a room holds: numbers that are reduced all at once, and not block by block."""
 
 _CARD = struct.Struct("<qqq16s")
 
@@ -61,9 +68,12 @@ class Window:
         # Where in a page this rank's data begin. Caches choose a line's set by its address within a page or so: if all
         # ranks' began at the same, the loops that read them side by side would have them all in one set.
         stagger = local_rank * max(ALIGN_BYTES, mmap.PAGESIZE // local_size // ALIGN_BYTES * ALIGN_BYTES)
+        self.mapped: Any = self._native.Mappings(local_size, local_rank)
+        """The segments that this process has mapped, where native code finds them."""
         self.area = Area(_tag(self._token), self._native.MAX_SEGMENTS, stagger % mmap.PAGESIZE)
+        self.area.made = partial(self.mapped.add, local_rank)
         """This rank's own."""
-        self.area.given_back = partial(_let_go, weakref.ref(self))
+        self.area.given_back = partial(_given_back, weakref.ref(self))
         self._control_fd, self._control = self.area.memory("control page", self._native.CONTROL_BYTES)
         self._native.format_page(self._control.address, local_rank, self._token)
         self._pids: list[int] = []
@@ -141,10 +151,17 @@ class Window:
         """The address of ``peer``'s staging area; only once ``peer`` has made it, and told so."""
         return self.address(peer, Place(STAGING, 0))
 
+    @property
+    def next_room(self) -> int:
+        """The address of the room that this rank fills for the operation that it publishes next; only once it has made
+        its staging area."""
+        return self.staging_of(self.rank) + int(self._native.room_offset(self.sync.turn + 1))
+
     def let_go(self) -> None:
         """Unmap what the peers have given back. Cost: next to nothing; not collective."""
         for peer, number in list(self._theirs):
             if number != NOWHERE and not self.sync.segment(peer, number)[1]:
+                self.mapped.drop(peer, number)
                 self._theirs.pop((peer, number), None)
 
     def allocate(self, size_bytes: int, kept: bool = True) -> tuple[torch.Tensor, Place]:
@@ -202,6 +219,7 @@ class Window:
                 raise SharedMemoryError(f"{what} was given back while this rank still needs it")
             mine = opened(self._pids[peer], fd, size_bytes, what, _tag(self._tokens[peer]))
             mapping = self._theirs[peer, number] = mapped(mine, size_bytes, f"{what} of process {self._pids[peer]}")
+            self.mapped.add(peer, number, mapping.address, size_bytes)
         return mapping
 
     def view(self, peer: int, place: Place, size_bytes: int) -> torch.Tensor:
@@ -222,7 +240,8 @@ def _tag(token: bytes) -> str:
     return token[:8].hex()
 
 
-def _let_go(window: weakref.ref[Window]) -> None:
+def _given_back(window: weakref.ref[Window], segment: int) -> None:
     found = window()
     if found is not None:
+        found.mapped.drop(found.rank, segment)
         found.let_go()

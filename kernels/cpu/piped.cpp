@@ -92,9 +92,9 @@ void Piped::reduce(std::size_t block) {
   if (!work_.gather) {
     to[0] = own;
     destinations = 1;
-    if (work_.wide) {
-      to[0] = work_.wide + (part.start - work_.chunks[mine].start);
-      to_dtype = DType::kFloat32;
+    if (work_.out) {
+      to_dtype = work_.out_dtype;
+      to[0] = element(work_.out, part.start - work_.chunks[mine].start, to_dtype);
     }
   }
   gather_reduce(to, destinations, to_dtype, from_.data(), from_.size(), work_.wire, part.stop - part.start, work_.op,

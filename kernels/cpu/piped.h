@@ -26,7 +26,8 @@ struct Chunk {
   std::size_t start, stop;  // numbers of the flat buffer
 };
 
-// What is asked for. reduce and gather: allreduce; reduce alone: reduce-scatter (my chunk of `data` gets the result);
+// What is asked for. reduce and gather: allreduce; reduce alone: reduce-scatter (`out`, or my chunk of `data`, gets the
+// result);
 // gather alone: allgather, or with one chunk that is not empty a broadcast.
 struct PipedWork {
   void* data;
@@ -36,7 +37,8 @@ struct PipedWork {
   double divisor;
   bool reduce, gather;
   std::vector<Chunk> chunks;  // chunks[r] belongs to rank r
-  float* wide;                // where reduce alone leaves the sums of 16-bit numbers, unrounded; null: in `data`
+  void* out;                  // where reduce alone leaves my chunk; null: in `data`
+  DType out_dtype;            // dtype, or fp32: the sums of 16-bit numbers, unrounded
 };
 
 class Piped {

@@ -73,6 +73,8 @@ class NodeSync {
   int wait(double timeout_us, bool soon = false);
   double look_us() const { return look_.us(); }
 
+  // Which of the two slots the last publish() filled.
+  std::size_t turn() const { return published_ % 2; }
   // Slot and inline data of the last publish(), by rank.
   const Slot& slot(std::size_t rank) const { return pages_[rank]->slots[published_ % 2]; }
   const std::uint8_t* inline_data(std::size_t rank) const { return pages_[rank]->inline_data[published_ % 2]; }

@@ -45,13 +45,14 @@ class Node:
         op: str = "sum",
         divisor: float = 1,
         wire: torch.dtype | None = None,
-        wide: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> object:
         return library.built.Piped(
             self.syncs[rank],
             [(area.data_ptr() + 63) // 64 * 64 for area in self._staging],
             self.block_bytes,
             data.data_ptr(),
+            0 if out is None else out.data_ptr(),
             CODES[data.dtype][0],
             CODES[wire or data.dtype][0],
             OP_CODES[op],
@@ -59,7 +60,7 @@ class Node:
             "reduce" in moves,
             "gather" in moves,
             [tuple(chunk) for chunk in chunks],
-            0 if wide is None else wide.data_ptr(),
+            CODES[data.dtype if out is None else out.dtype][0],
         )
 
     def run(self, work: Callable[[int], None]) -> None:

@@ -86,12 +86,14 @@ def reduce(group: Group, flat: torch.Tensor, op: str, divisor: float) -> Pending
     halves = shard.element_size() == 2
     # 16-bit sums are divided before they are rounded to travel, which keeps them in range; others once, at the end.
     first, last = (divisor, 1.0) if halves else (1.0, divisor)
-    group.account((yield from loops.reduce_chunks(window, shared, chunks, op, first, None, None)))
+    reduction = loops.Collective(window, "reduce", flat.dtype, flat.dtype, op, first, chunks)
+    group.account((yield from reduction.run(shared)))
     yield from _across(group, across, shard, op, last)
 
     window.sync.publish(0, *Attachment(*place))
     yield from loops.wait(window)
-    group.account((yield from loops.gather_chunks(window, shared, chunks)))
+    gathering = loops.Collective(window, "gather", flat.dtype, flat.dtype, "sum", 1, chunks)
+    group.account((yield from gathering.run(shared)))
     if memory is not None:
         flat.copy_(shared)
         window.free(memory)

@@ -3,7 +3,7 @@ every rank reduces all numbers by itself.
 
 Cost of an allreduce of n elements: one wait; each rank reads P n elements and writes n. Nothing is sent. Rounding: all
 contributions are added in rank order, in fp32 where they have 16 bits, divided, and rounded once. The shortest way of
-all, :meth:`commlab.runtime.group.Group.allreduce_at_once`, does in one native call what this file does in steps; where
+all, :meth:`commlab.runtime.group.Group.at_once`, does in one native call what this file does in steps; where
 a peer lets that call wait, the rest of the operation goes on here.
 """
 
@@ -16,7 +16,7 @@ import torch
 from ...native.dtypes import DTYPES, OP_CODES
 from ...runtime.agreement import Signature
 from ...runtime.group import Group
-from ...transport.base import AtOnce, Pending
+from ...transport.base import AtOnce, Counts, Pending
 from ...window import loops
 from ...window.exchange import Attachment
 from ..plan import Call, divided
@@ -36,7 +36,8 @@ def at_once(group: Group, few: int, numel: int, wire: torch.dtype, op: str) -> A
     divisor, reduction = divided(op, group.size)
     arguments = numel, DTYPES[wire][0], OP_CODES[reduction], divisor
     call, read_bytes = group.window.sync.allreduce_inline, few * group.size
-    return AtOnce(call, arguments, partial(_resume, reduction, divisor), 0, 0, read_bytes, few)
+    done = {0: Counts(0, 0, read_bytes, few)}
+    return AtOnce(call, arguments, partial(_resume, reduction, divisor), done)
 
 
 def _resume(

@@ -26,7 +26,7 @@ from ...native.dtypes import DTYPES, HALVES, OP_CODES
 from ...native.library import built
 from ...runtime.group import Group
 from ...schedules import ALGORITHMS
-from ...transport.base import AtOnce, Pending
+from ...transport.base import AtOnce, Counts, Pending
 from ...window.exchange import NOTHING, Attachment
 from ..plan import divided
 from . import hierarchical
@@ -114,9 +114,9 @@ def at_once(group: Group, few: Dealt, numel: int, wire: torch.dtype, op: str) ->
     size_bytes = numel * wire.itemsize
     mine = group.nodes.index(group.topology.node_of(group.rank))
     sent = few.sent(mine, wire.itemsize) if leaders.leads else (0, 0)
-    counts = *sent, size_bytes * (leaders.node_size - 1 if leaders.leads else 1), size_bytes
+    counts = Counts(*sent, size_bytes * (leaders.node_size - 1 if leaders.leads else 1), size_bytes)
     resume = partial(leaders.resume, counts, partial(_long_way, reduction, divisor))
-    return AtOnce(leaders.call_with_shares, arguments, resume, *counts)
+    return AtOnce(leaders.call_with_shares, arguments, resume, {0: counts})
 
 
 def _long_way(op: str, divisor: float, group: Group, tensor: torch.Tensor) -> tuple[Pending, Attachment]:

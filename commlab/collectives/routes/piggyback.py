@@ -24,7 +24,7 @@ from ...runtime import programs
 from ...runtime.agreement import Signature
 from ...runtime.group import Group
 from ...runtime.leaders import LEADERS_BYTES, Leaders
-from ...transport.base import RECORD_BYTES, AtOnce, Offload, Pending, Piggyback
+from ...transport.base import RECORD_BYTES, AtOnce, Counts, Offload, Pending, Piggyback
 from ..plan import Call, divided
 from . import schedule
 
@@ -95,7 +95,8 @@ def at_once(group: Group, few: Load, numel: int, wire: torch.dtype, op: str) -> 
     arguments = numel, DTYPES[wire][0], OP_CODES[reduction], divisor, *few
     call, arguments = group.transport.few(*arguments)  # type: ignore[attr-defined]
     messages = few.messages(group.size)
-    return AtOnce(call, arguments, partial(_resume, few), messages * few.share_bytes, messages)
+    done = {0: Counts(messages * few.share_bytes, messages)}
+    return AtOnce(call, arguments, partial(_resume, few), done)
 
 
 def _by_leaders(
@@ -108,9 +109,9 @@ def _by_leaders(
     size_bytes = numel * wire.itemsize
     read_bytes = size_bytes * (leaders.node_size - 1 if leaders.leads else 1)
     written_bytes = size_bytes if leaders.node_size > 1 else 0
-    counts = messages * sums.share_bytes, messages, read_bytes, written_bytes
+    counts = Counts(messages * sums.share_bytes, messages, read_bytes, written_bytes)
     resume = partial(leaders.resume, counts, partial(_long_way, few, op, divisor))
-    return AtOnce(leaders.call, arguments, resume, *counts)
+    return AtOnce(leaders.call, arguments, resume, {0: counts})
 
 
 def _long_way(few: Load, op: str, divisor: float, group: Group, tensor: torch.Tensor) -> tuple[Pending, Offload]:
