@@ -220,7 +220,14 @@ void register_window(nb::module_& m) {
       .def(nb::init<std::size_t, std::size_t>())
       .def("add", [](Mappings& self, std::size_t rank, std::uint64_t segment, Address address,
                      std::size_t bytes) { self.add(rank, segment, reinterpret_cast<char*>(address), bytes); })
-      .def("drop", &Mappings::drop);
+      .def("drop", &Mappings::drop)
+      .def("locate",
+           [](const Mappings& self, Address address, std::size_t bytes) {
+             const Place place = self.locate(reinterpret_cast<const char*>(address), bytes);
+             return std::make_pair(place.segment, place.offset);
+           })
+      .def("at", [](const Mappings& self, std::size_t rank, std::uint64_t segment, std::uint64_t offset,
+                    std::size_t bytes) { return reinterpret_cast<Address>(self.at(rank, {segment, offset}, bytes)); });
 
   // The pipeline alone, with areas and blocks of any size, for its tests.
   nb::class_<Piped>(m, "Piped")

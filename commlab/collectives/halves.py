@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from ..chunks import Range
+from ..chunks import EMPTY, Range
 from ..native.dtypes import HALVES
 from ..native.norm import Squares
 from ..runtime.group import Group
@@ -20,7 +20,7 @@ from .plan import Call, Plan, plan_of
 
 
 def reduce_at_once(
-    tensor: torch.Tensor,
+    flat: torch.Tensor,
     out: torch.Tensor | None,
     chunks: Sequence[Range],
     op: str,
@@ -28,11 +28,11 @@ def reduce_at_once(
     algorithm: str,
     group: Group,
 ) -> Short | None:
-    """The reduction of rank r's chunk of ``tensor`` on rank r, into ``out``, of the same dtype, or in place where that
-    is None. ``tensor`` is left as it was but for that. None where it takes more than one native call."""
-    plan = plan_of(group, "reduce_scatter", tensor, op, name, algorithm, chunks=tuple(chunks))
+    """The reduction of rank r's chunk of ``flat`` (1-D) on rank r, into ``out``, of the same dtype, or in place where
+    that is None. ``flat`` is left as it was but for that. None where it takes more than one native call."""
+    plan = plan_of(group, "reduce_scatter", flat, op, name, algorithm, chunks=tuple(chunks))
     own = chunks[group.rank]
-    return _short(plan, group, tensor, out, tensor.data_ptr() + own.start * tensor.element_size())
+    return _short(plan, group, flat, out, own)
 
 
 def gather_at_once(
@@ -40,28 +40,28 @@ def gather_at_once(
 ) -> Short | None:
     """:func:`gather_chunks_async` in one native call; None where it takes more."""
     plan = plan_of(group, "allgather", flat, "sum", name, algorithm, chunks=tuple(chunks), meaning=meaning)
-    return _short(plan, group, flat, None, 0)
+    return _short(plan, group, flat, None, EMPTY)
 
 
 Short: TypeAlias = Callable[[], bool]
 """An operation as one native call; says whether it was possible just now. If not, nothing was done."""
 
 
-def _short(plan: Plan, group: Group, tensor: torch.Tensor, out: torch.Tensor | None, own: int) -> Short | None:
-    """``own``: the address of this rank's chunk of ``tensor``."""
-    at_once = plan.at_once
-    if at_once is None or not (tensor.is_cpu and tensor.is_contiguous()):
+def _short(plan: Plan, group: Group, flat: torch.Tensor, out: torch.Tensor | None, own: Range) -> Short | None:
+    """``own``: this rank's chunk."""
+    if plan.at_once is None or not (flat.is_cpu and flat.is_contiguous()):
         return None
-    start = tensor.data_ptr()
-    if out is not None:
-        if not (out.is_cpu and out.is_contiguous()):
-            return None
-        # Numbers that were not read yet must not be written; but for those that are read where they are written.
-        first = out.data_ptr()
-        if first < start + tensor.nbytes and start < first + out.nbytes and first != own:
-            return None
-    more = 0 if out is None else out.data_ptr()
-    return partial(group.at_once, plan.signature, at_once, (tensor, out), start, more)
+    start = flat.data_ptr()
+    if out is None:
+        return partial(group.at_once, plan.signature, plan.at_once, (flat, None), start, 0)
+    if not (out.is_cpu and out.is_contiguous()):
+        return None
+    # Numbers that were not read yet must not be written; but for those that are read where they are written.
+    first = out.data_ptr()
+    overlaps = first < start + flat.nbytes and start < first + out.nbytes
+    if overlaps and first != start + own.start * flat.element_size():
+        return None
+    return partial(group.at_once, plan.signature, plan.at_once, (flat, out), start, first)
 
 
 def reduce_chunks_async(

@@ -12,7 +12,7 @@ part in the agreement check all the same, and tells the others why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..native.versions import count_write
 from ..runtime.group import Group
 from ..runtime.world import resolve
-from .halves import gather_at_once, gather_chunks_async, reduce_at_once, reduce_chunks_async
+from .halves import Short, gather_at_once, gather_chunks_async, reduce_at_once, reduce_chunks_async
 from .plan import require, where_of
 from .staging import Moved, moved, put_back, root_of
 from .tensors import described, readable, writable
@@ -58,7 +58,7 @@ def reduce_scatter(
         target = writable(out, f"{where_of(group, kind, tensor)} into {described(out)}")
         chunks = _chunks_of(group, kind, target, tensor)
         given = readable(tensor, where_of(group, kind, tensor))
-        short = reduce_at_once(given, target, chunks, op, name, algorithm, group)
+        short = _reducing(given, target, chunks, op, name, algorithm, group)
     if short is not None and short():
         count_write((out,))
         return out
@@ -68,6 +68,21 @@ def reduce_scatter(
     with torch.inference_mode(target.is_inference()):
         target.copy_(part.view(target.shape))
     return out
+
+
+def _reducing(
+    given: torch.Tensor,
+    out: torch.Tensor | None,
+    chunks: Sequence[Range],
+    op: str,
+    name: str | None,
+    algorithm: str,
+    group: Group,
+) -> Short | None:
+    """The reduction of ``given`` in one native call, where that is possible."""
+    if not (given.is_cpu and given.is_contiguous()):
+        return None
+    return reduce_at_once(given.view(-1), out, chunks, op, name, algorithm, group)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -108,25 +123,21 @@ def allgather(
         own = chunks[group.rank]
         mine = moved(given, where, written=False).flat
         target.flat[own.start : own.stop].copy_(mine.view(target.flat.dtype))
-        gather = _gathering(target, target.chunks(chunks), name, algorithm, group)
-    gather()
+        cut = target.chunks(chunks)
+        short = gather_at_once(target.units, cut, name, algorithm, group, target.meaning)
+    if short is None or not short():
+        _gather("allgather", target, cut, name, algorithm, group)
     put_back(target.flat, target.memory)
     count_write((out,))
     return out
 
 
-def _gathering(
-    target: Moved, chunks: Sequence[Range], name: str | None, algorithm: str, group: Group
-) -> Callable[[], object]:
-    """What brings rank r's chunk of ``target`` to all ranks, for all r."""
-    units, meaning = target.units, target.meaning
-    short = gather_at_once(units, chunks, name, algorithm, group, meaning)
-
-    def gather() -> None:
-        if short is None or not short():
-            gather_chunks_async(units, chunks, name, algorithm, group=group, meaning=meaning, awaited=True).wait()
-
-    return gather
+def _gather(kind: str, target: Moved, chunks: Sequence[Range], name: str | None, algorithm: str, group: Group) -> None:
+    """Bring rank r's chunk of ``target`` to all ranks, for all r."""
+    with _Refusing(group, kind, name):
+        units, meaning = target.units, target.meaning
+        handle = gather_chunks_async(units, chunks, name, algorithm, group=group, meaning=meaning, awaited=True)
+    handle.wait()
 
 
 def broadcast(
@@ -140,8 +151,9 @@ def broadcast(
         written = group.rank != root
         target = moved(tensor, where_of(group, "broadcast", tensor), written=written)
         chunks = target.chunks(whole_at(root, target.flat.numel(), group.size))
-        gather = _gathering(target, chunks, name, algorithm, group)
-    gather()
+        short = gather_at_once(target.units, chunks, name, algorithm, group, target.meaning)
+    if short is None or not short():
+        _gather("broadcast", target, chunks, name, algorithm, group)
     if written:
         put_back(target.flat, target.memory)
         count_write((tensor,))
@@ -166,7 +178,7 @@ def reduce(
         memory = writable(tensor, where) if group.rank == root else readable(tensor, where)
         given = readable(memory, where)
         chunks = whole_at(root, given.numel(), group.size)
-        short = reduce_at_once(given, None, chunks, op, name, algorithm, group)
+        short = _reducing(given, None, chunks, op, name, algorithm, group)
     if short is not None and short():
         if group.rank == root:
             if given is not memory:

@@ -15,6 +15,7 @@ from ..native.dtypes import DTYPES, HALVES, MOVED, WIRES, require_wire
 from ..native.norm import Squares
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
+from ..runtime.recording import refusal
 from ..transport.base import AtOnce, Offload, Piggyback
 from . import routes
 from .select import Conditions, choose
@@ -170,6 +171,8 @@ def plan_of(
         readable(tensor, where)
         raise UsageError(f"{where}: op, name, algorithm and wire must be text ({error})") from error
     if found is None:
+        if by := group.recorder():  # sizes are no numbers then
+            raise refusal(group.rank, kind, by)
         require(group, kind, tensor, op, wire)
         if not isinstance(name, str | None) or not isinstance(algorithm, str):
             raise UsageError(

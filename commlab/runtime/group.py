@@ -11,8 +11,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
-
 from .. import trace
 from ..errors import RefusedError, UsageError
 from ..job.topology import Topology, usable_cores
@@ -351,6 +349,7 @@ class Group:
             self.progress.close()
             if self._direct is not None:
                 self._direct.close(orderly)
+            self.plans.clear()  # some hold the window
             if self.window is not None:
                 self.window.close()
                 self.window = self.agreement.window = None

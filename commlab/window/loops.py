@@ -69,8 +69,8 @@ class _NativeWait:
 class Collective:
     """An allreduce or one of its halves, as native code does it (kernels/cpu/node_collective.h).
 
-    ``dtype``: of the numbers; ``wire``: the same, or 16-bit where they are fp32. ``chunks``: one per rank. It serves all
-    calls of one shape, one after the other."""
+    ``dtype``: of the numbers; ``wire``: the same, or 16-bit where they are fp32. ``chunks``: one per rank. It serves
+    all calls of one shape, one after the other."""
 
     def __init__(
         self,
@@ -141,8 +141,8 @@ class Collective:
 
     def run(self, flat: torch.Tensor, out: torch.Tensor | None = None, squares: Squares | None = None) -> Loop:
         """Do it on ``flat`` (1-D, contiguous, CPU), in place, but for a reduction that has an ``out``. All ranks have
-        published where theirs lie. ``out``: of the same dtype, or fp32, the sums of 16-bit numbers, unrounded. ``squares``:
-        is given the sum of squares of what this rank has reduced where the numbers lie in the window."""
+        published where theirs lie. ``out``: of the same dtype, or fp32, the sums of 16-bit numbers, unrounded.
+        ``squares``: is given the sum of squares of what this rank has reduced where the numbers lie in the window."""
         native, window = self.native, self.window
         if self._empty:  # nobody waits for anybody, and a peer may be gone with its memory
             return NodeStep(self.moves, 0, 0)

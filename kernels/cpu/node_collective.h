@@ -6,8 +6,8 @@
 //   piped       all else                           wait | block by block (piped.h)
 //
 // Rooms. Each rank has two, used in turn like its slots (sync.h), and for the same reason two suffice: whoever fills
-// the room of operation k + 2 has seen everyone arrive at k + 1, and so be done with the rooms of k. A rank may end, and
-// give its memory back, as soon as it has read the others' rooms. So rooms are only used once all ranks have mapped
+// the room of operation k + 2 has seen everyone arrive at k + 1, and so be done with the rooms of k. A rank may end,
+// and give its memory back, as soon as it has read the others' rooms. So rooms are only used once all ranks have mapped
 // them all, which each tells with its place; the operation before that goes block by block, where ranks map each
 // other's memory before they meet once more.
 #pragma once
@@ -40,8 +40,8 @@ class NodeCollective {
   // equal on all ranks, and so many fit. This rank has made its staging segment.
   NodeCollective(NodeSync& sync, const Mappings& mappings, PipedWork work, bool to_rooms);
 
-  // The collective on `data` from the agreement check on; `out`: where a reduction alone leaves this rank's chunk. Waits
-  // for timeout_us at most, each time that all ranks meet.
+  // The collective on `data` from the agreement check on; `out`: where a reduction alone leaves this rank's chunk.
+  // Waits for timeout_us at most, each time that all ranks meet.
   enum class End { kDone, kAnnounced, kUnderWay };
   End call(std::uint64_t signature, std::uint64_t sequence, void* data, void* out, double timeout_us);
 

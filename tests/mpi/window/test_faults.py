@@ -149,7 +149,7 @@ UNAVAILABLE = {
     "wrong token": (wrong_token, r"process \d+, said to be local rank 1, shows another job's window"),
     "no such process": (no_process, r"cannot open the control page of local rank 1 of process 4194305"),
     "another rank": (anothers, r"process \d+, said to be local rank 1, shows the window of local rank 0"),
-    "no memory": (None, r"no 4 MiB of shared memory for the window of this rank: 3 MiB are left \(a limit\)"),
+    "no memory": (None, r"no 5 MiB of shared memory for the window of this rank: 3 MiB are left \(a limit\)"),
 }
 
 
@@ -196,7 +196,7 @@ def test_memory_that_is_gone_when_it_is_needed(ranks: Ranks, monkeypatch: pytest
             lambda: commlab.allreduce(large, "sum", group=group),
             lambda: commlab.alltoall(got, rows, group=group),
         ):
-            with pytest.raises(commlab.RefusedError, match=r"rank 1.*no 4 MiB of shared memory for segment 0"):
+            with pytest.raises(commlab.RefusedError, match=r"rank 1.*no 5 MiB of shared memory for segment 0"):
                 call()
         assert (large == group.rank).all()
         assert commlab.allreduce(torch.ones(5), "sum", group=group)[0] == group.size

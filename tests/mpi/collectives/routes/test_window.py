@@ -268,14 +268,24 @@ def test_500_operations_in_a_row(ranks: Ranks) -> None:
 
 def test_what_the_loops_read_and_write_is_counted(ranks: Ranks) -> None:
     """In place each rank reads its shard P times and writes it P times. Through blocks it also copies the others'
-    shards in and out, and writes what it reduces twice."""
-    numel = 20_000
-    size_bytes = 4 * numel
+    shards in and out, and writes what it reduces twice; so goes what is large, and the first that is not. All at once
+    it copies all of it and reads what everyone has."""
     for group in window_groups(ranks):
-        for place, read in ((in_window, group.size), (ordinary, 3 * group.size - 2)):
-            before = group.node_bytes_read, group.node_bytes_written
-            commlab.allreduce(place(group, torch.ones(numel)), group=group)
-            mine = [group.node_bytes_read - before[0], group.node_bytes_written - before[1]]
-            everyone = [json.loads(row) for row in gather_bytes(group, json.dumps(mine).encode(), "counts")]
-            written = group.size if place is in_window else 2 * group.size
-            assert torch.tensor(everyone).sum(0).tolist() == [read * size_bytes, written * size_bytes]
+        size = group.size
+        commlab.allreduce(torch.ones(20_000), group=group)
+        for numel, place, read, written in (
+            (20_000, in_window, size, size),
+            (200_000, in_window, size, size),
+            (20_000, ordinary, size * (size + 1), 2 * size),
+            (200_000, ordinary, 3 * size - 2, 2 * size),
+        ):
+            for wait in (True, False):
+                before = group.node_bytes_read, group.node_bytes_written
+                mine = place(group, torch.ones(numel))
+                if wait:
+                    commlab.allreduce(mine, group=group)
+                else:
+                    commlab.allreduce_async(mine, group=group).wait()
+                row = [group.node_bytes_read - before[0], group.node_bytes_written - before[1]]
+                everyone = [json.loads(each) for each in gather_bytes(group, json.dumps(row).encode(), "counts")]
+                assert torch.tensor(everyone).sum(0).tolist() == [read * 4 * numel, written * 4 * numel]
