@@ -71,7 +71,7 @@ def reduce_scatter(
 
 
 def _reducing(
-    given: torch.Tensor,
+    tensor: torch.Tensor,
     out: torch.Tensor | None,
     chunks: Sequence[Range],
     op: str,
@@ -79,10 +79,10 @@ def _reducing(
     algorithm: str,
     group: Group,
 ) -> Short | None:
-    """The reduction of ``given`` in one native call, where that is possible."""
-    if not (given.is_cpu and given.is_contiguous()):
+    """The reduction of ``tensor`` in one native call, where that is possible."""
+    if not (tensor.is_cpu and tensor.is_contiguous()):
         return None
-    return reduce_at_once(given.view(-1), out, chunks, op, name, algorithm, group)
+    return reduce_at_once(tensor.view(-1), out, chunks, op, name, algorithm, group)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import threading
 import weakref
@@ -265,6 +266,12 @@ class Group:
     def share(self, window: Window) -> None:
         """From now on the group's operations go through ``window``, which all its ranks have opened."""
         self.window = self.agreement.window = window
+
+    @property
+    def byte_s(self) -> float:
+        """What a byte takes between two nodes; infinity where nobody has measured it. Equal on all ranks."""
+        measured: float = self.transport.byte_s if self.transport.moves_itself else math.inf  # type: ignore[attr-defined]
+        return measured
 
     def observe(self, watch: Watch | None, members: Sequence[int]) -> None:
         """From now on whoever waits in this group hears of its ranks that have left. ``members``: the group's ranks, as

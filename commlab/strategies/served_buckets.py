@@ -26,7 +26,7 @@ def plan_served(training: Training) -> list[Bucket]:
     # One order for pushes and pulls: forward's, in which servers keep their slices; the optimizer's groups are theirs
     # to know.
     parameters = [replace(item, group=0) for item in training.parameters]
-    usual = options.bucket_bytes or usual_bytes(parameters, len(training.group.nodes))
+    usual = options.bucket_bytes or usual_bytes(parameters, len(training.group.nodes), training.group.byte_s)
     buckets = []
     for bucket in plan(parameters, min(usual, BUCKET_BYTES), WIRES[options.wire]):
         members = bucket.parameters[::-1]

@@ -235,7 +235,7 @@ def start_buckets(training: Training, launch: Callable[[Bucket], Waitable], *, k
             return torch.empty(numel, dtype=dtype, device="cpu")
         return empty(numel, dtype, training.sharers)
 
-    bucket_bytes = options.bucket_bytes or usual_bytes(training.parameters, len(group.nodes))
+    bucket_bytes = options.bucket_bytes or usual_bytes(training.parameters, len(group.nodes), group.byte_s)
     buckets = plan(training.parameters, bucket_bytes, WIRES[options.wire], allocate)
     if any(bucket.mirror is not None for bucket in buckets):
         pin_flats(training, [bucket.flat for bucket in buckets])
