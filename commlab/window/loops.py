@@ -31,9 +31,15 @@ from .memory import ROOM_BYTES, Window
 INLINE_BYTES: int = 0 if built is None else getattr(built, "INLINE_BYTES", 0)
 """What fits in a control page."""
 
-ROOMS_BYTES = 3 * 2**19
-"""The most that a rank reads in other ranks' rooms: up to here that takes less time than the two waits that it saves.
-The figures are in docs/algorithms/window.md."""
+CROWDED_BYTES = 8 * 2**20
+"""Where ranks share cores, the most that all ranks together read in all rooms, as if each read its share of the cores'
+time: up to here that takes less time than the two waits that it saves. The figures are in docs/algorithms/window.md."""
+
+
+def fits_rooms(size_bytes: int, size: int, crowded: bool) -> bool:
+    """Whether an allreduce of ``size`` ranks goes through the rooms, where each reads the numbers of all ranks, and not
+    3 - 2 / P times as many as it has. ``crowded``: they share cores, so that a wait costs some 30 us and not one."""
+    return size_bytes <= ROOM_BYTES and (size <= 3 or (crowded and size_bytes * size**2 <= CROWDED_BYTES))
 
 Moves: TypeAlias = Literal["allreduce", "reduce", "gather"]
 """What a :class:`Collective` does with the numbers."""
@@ -69,8 +75,8 @@ class _NativeWait:
 class Collective:
     """An allreduce or one of its halves, as native code does it (kernels/cpu/node_collective.h).
 
-    ``dtype``: of the numbers; ``wire``: the same, or 16-bit where they are fp32. ``chunks``: one per rank. It serves
-    all calls of one shape, one after the other."""
+    ``dtype``: of the numbers; ``wire``: the same, or 16-bit where they are fp32. ``chunks``: one per rank.
+    ``crowded``: whether ranks share cores. It serves all calls of one shape, one after the other."""
 
     def __init__(
         self,
@@ -81,6 +87,7 @@ class Collective:
         op: str,
         divisor: float,
         chunks: Sequence[Range],
+        crowded: bool = False,
     ):
         assert built is not None
         self.window, self.moves, self._itemsize = window, moves, dtype.itemsize
@@ -88,8 +95,8 @@ class Collective:
         self._own = chunks[window.rank]
         self._empty = not any(chunk.numel for chunk in chunks)
         size_bytes = self._numel * dtype.itemsize
-        others = window.size - 1 if self.moves == "allreduce" else 1
-        self.to_rooms = wire is dtype and size_bytes <= min(ROOM_BYTES, ROOMS_BYTES // max(1, others))
+        readers = window.size if moves == "allreduce" else 1
+        self.to_rooms = wire is dtype and fits_rooms(size_bytes, readers, crowded)
         """Whether numbers that nobody has in the window go through the rooms, all at once."""
         self.native: Any = built.NodeCollective(
             window.sync,
@@ -103,7 +110,6 @@ class Collective:
             [tuple(chunk) for chunk in chunks],
             self.to_rooms,
         )
-
         self.steps = self._steps()
         """What it reads and writes, by the way that it goes."""
 

@@ -37,6 +37,7 @@ NodeCollective::End NodeCollective::call(std::uint64_t signature, std::uint64_t 
 }
 
 Place NodeCollective::nowhere() {
+  if (!to_rooms_) return {kNowhere, 0};
   for (std::size_t rank = 0; rank < sync_.size() && !mapped_; ++rank)
     if (!mappings_.at(rank, {kStaging, 0}, kStagingBytes)) return {kNowhere, 0};
   mapped_ = true;
@@ -44,12 +45,12 @@ Place NodeCollective::nowhere() {
 }
 
 NodeWay NodeCollective::way() const {
-  std::size_t placed = 0, mapped = 0;
+  std::size_t placed = 0, to_rooms = 0;
   for (std::size_t rank = 0; rank < sync_.size(); ++rank) {
     placed += sync_.slot(rank).segment != kNowhere;
-    mapped += sync_.slot(rank).segment == kNowhere && sync_.slot(rank).offset == 1;
+    to_rooms += sync_.slot(rank).segment == kNowhere && sync_.slot(rank).offset == 1;
   }
-  if (to_rooms_ && mapped == sync_.size()) return NodeWay::kAtOnce;
+  if (to_rooms == sync_.size()) return NodeWay::kAtOnce;
   return placed == sync_.size() && work_.wire == work_.dtype ? NodeWay::kInPlace : NodeWay::kPiped;
 }
 

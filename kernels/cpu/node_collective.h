@@ -36,8 +36,8 @@ enum class NodeWay : int { kPiped, kInPlace, kAtOnce };
 
 class NodeCollective {
  public:
-  // `work` but for where the numbers lie. to_rooms: whether numbers that nobody has in the window go through the rooms;
-  // equal on all ranks, and so many fit. This rank has made its staging segment.
+  // `work` but for where the numbers lie. to_rooms: whether this rank is for the rooms where its numbers are not in the
+  // window; so many fit. This rank has made its staging segment.
   NodeCollective(NodeSync& sync, const Mappings& mappings, PipedWork work, bool to_rooms);
 
   // The collective on `data` from the agreement check on; `out`: where a reduction alone leaves this rank's chunk.
@@ -50,7 +50,7 @@ class NodeCollective {
   // rank). Also for what call() has left. Announced: the record is published, and all the rest is left: not all ranks
   // have arrived in time, or they do not agree, or this process has not mapped some rank's memory yet.
   void fill(char* room, const void* data) const;  // with what peers will read of this rank's numbers
-  // What to publish for numbers that are not in the window: whether this rank has mapped all rooms.
+  // What to publish for numbers that are not in the window: whether this rank is for the rooms, and has mapped them.
   Place nowhere();
   NodeWay way() const;
   // out_dtype: dtype, or fp32. squared: whether squares() is asked for. False: memory is not mapped yet.

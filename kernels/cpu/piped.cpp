@@ -144,7 +144,7 @@ int Piped::run(double timeout_us) {
       sync_.arrive();
       waiting_ = true;
     }
-    if (const int late = sync_.wait(timeout_us); late >= 0) return late;
+    if (const int late = sync_.wait(timeout_us, /*soon=*/blocks_ == 1); late >= 0) return late;
     waiting_ = false;
     ++tick_;
   }

@@ -97,7 +97,7 @@ def wanted(moves: str, rank: int, size: int, chunks: Sequence[Range], dtype: tor
 
 
 @pytest.mark.parametrize("moves", ["allreduce", "reduce", "gather"])
-@pytest.mark.parametrize("place", ["ordinary", "window", "mixed", "unmapped", "large"])
+@pytest.mark.parametrize("place", ["ordinary", "window", "mixed", "unmapped", "large", "one is against rooms"])
 def test_each_way(place: str, moves: str) -> None:
     """By all dtypes, into an ``out`` and in place; which way is seen by what all ranks publish."""
     for size in (2, 3, 5):
@@ -116,7 +116,8 @@ def test_each_way(place: str, moves: str) -> None:
                         node.mapped[1].drop(0, 0)  # noqa: B023
                     own = chunks[rank]  # noqa: B023
                     out = mine.new_full((own.numel,), 9) if moves == "reduce" and at % 2 else None  # noqa: B023
-                    native = node.collective(rank, moves, chunks, dtype, op, to_rooms=place != "large")  # noqa: B023
+                    to_rooms = place != "large" and (place != "one is against rooms" or rank == 1)
+                    native = node.collective(rank, moves, chunks, dtype, op, to_rooms=to_rooms)  # noqa: B023
                     end = native.call(7, 0, mine.data_ptr(), 0 if out is None else out.data_ptr(), PATIENCE_US)
                     if end in (native.ANNOUNCED, native.UNDER_WAY):
                         end = node.go_on(rank, native, mine, out, end)  # noqa: B023

@@ -38,7 +38,7 @@ def prepared(
     assert group.window is not None
     divisor, reduction = divided(op, group.size)
     cut = chunks or loops.aligned_split(numel, group.size, dtype.itemsize)
-    return loops.Collective(group.window, _MOVES[kind], dtype, wire, reduction, divisor, cut)
+    return loops.Collective(group.window, _MOVES[kind], dtype, wire, reduction, divisor, cut, group.crowded)
 
 
 def at_once(collective: loops.Collective) -> AtOnce | None:
