@@ -41,6 +41,7 @@ def fits_rooms(size_bytes: int, size: int, crowded: bool) -> bool:
     3 - 2 / P times as many as it has. ``crowded``: they share cores, so that a wait costs some 30 us and not one."""
     return size_bytes <= ROOM_BYTES and (size <= 3 or (crowded and size_bytes * size**2 <= CROWDED_BYTES))
 
+
 Moves: TypeAlias = Literal["allreduce", "reduce", "gather"]
 """What a :class:`Collective` does with the numbers."""
 

@@ -16,8 +16,8 @@ class Route(Protocol):
     """What a module of :mod:`.routes` offers: a way by which numbers travel between the ranks of a group.
 
     The three operations are computations that run once all ranks are known to agree on the call; they work in place on
-    ``call.flat``. A route without the halves says so in :meth:`reason_against`. One that does a whole operation natively
-    also has ``prepared(group, kind, dtype, wire, numel, op, chunks)``, kept in the plan as ``shared``, and
+    ``call.flat``. A route without the halves says so in :meth:`reason_against`. One that does a whole operation in
+    native code also has ``prepared(group, kind, dtype, wire, numel, op, chunks)``, kept in the plan as ``shared``, and
     ``at_once(shared)``, the operation as one native call, or None.
     """
 
