@@ -192,6 +192,13 @@ void register_window(nb::module_& m) {
                return std::make_tuple(std::uint64_t{0}, std::uint64_t{0});
              return std::make_tuple(entry.fd, entry.bytes);
            })
+      .def("meet",
+           [](NodeSync& self, std::uint64_t signature, std::uint64_t sequence, double timeout_us) {
+             self.publish(record_of(signature, sequence), kNowhere, 0, nullptr, 0);
+             self.arrive();
+             nb::gil_scoped_release released;
+             return self.wait(timeout_us, /*soon=*/true) < 0 && agreed(self);
+           })
       .def("reduce_inline",
            [](const NodeSync& self, Address data, std::size_t numel, int dtype, int op, double divisor) {
              reduce_inline(self, data, numel, dtype, op, divisor, /*as_published=*/true);

@@ -295,9 +295,11 @@ class Group:
 
     def barrier(self) -> None:
         """Return once every rank has called it. Cost: one round trip."""
-        self.submit(Signature("barrier"), awaited=True).wait()
-        if self.window is not None:
-            self.window.let_go()
+        window = self.window
+        if window is None or not self.at_once(_BARRIER, AtOnce(window.meet, (), _resume_barrier, _MET), None, 0):
+            self.submit(_BARRIER, awaited=True).wait()
+        if window is not None:
+            window.let_go()
 
     def subgroup(self, ranks: Sequence[int]) -> Group | None:
         """A group of ``ranks`` of this one, in that order. Collective over this group; None on ranks that are not in
@@ -362,6 +364,15 @@ class Group:
                 self.window = self.agreement.window = None
                 self.window_reason = "the group was shut down"
             self.transport.close(orderly)
+
+
+_BARRIER = Signature("barrier")
+_MET = {True: Counts()}
+
+
+def _resume_barrier(group: Group, signature: Signature, sequence: int, kept: None, left: object) -> Pending:
+    # The record is published.
+    return group.agreement.before(signature, sequence, (), lambda: None)
 
 
 def _raise(error: Exception) -> Attachment:

@@ -122,16 +122,16 @@ class Counts(NamedTuple):
 
 
 class AtOnce(NamedTuple):
-    """An allreduce as one native call, from the agreement check to the result: all that the call is
+    """An operation as one native call, from the agreement check to the result: all that the call is
     given, but for where the numbers lie."""
 
     call: Callable[..., Any]
     """``call(hash of the signature, sequence, address, *arguments, patience_us)``: a key of :attr:`done` where it is
     done; else what tells how far it came."""
     arguments: tuple[Any, ...]
-    resume: Callable[[Any, Any, int, torch.Tensor, Any], Pending]
-    """``resume(group, signature, sequence, tensor, what call has returned)``: the rest of the operation, from the
-    agreement check on."""
+    resume: Callable[[Any, Any, int, Any, Any], Pending]
+    """``resume(group, signature, sequence, what has the memory, what call has returned)``: the rest of the operation,
+    from the agreement check on."""
     done: Mapping[Any, Counts]
     """What the operation has sent, read and written, by the way that it has gone."""
 

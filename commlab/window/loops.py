@@ -32,8 +32,8 @@ INLINE_BYTES: int = 0 if built is None else getattr(built, "INLINE_BYTES", 0)
 """What fits in a control page."""
 
 CROWDED_BYTES = 8 * 2**20
-"""Where ranks share cores, the most that all ranks together read in all rooms, as if each read its share of the cores'
-time: up to here that takes less time than the two waits that it saves. The figures are in docs/algorithms/window.md."""
+"""The most that all ranks of a node together read in rooms where they share cores, one after the other: up to here that
+takes less time than the two waits that it saves. The figures are in docs/algorithms/window.md."""
 
 
 def fits_rooms(size_bytes: int, size: int, crowded: bool) -> bool:

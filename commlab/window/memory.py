@@ -157,6 +157,11 @@ class Window:
         its staging area."""
         return self.staging_of(self.rank) + int(self._native.room_offset(self.sync.turn + 1))
 
+    def meet(self, signature: int, sequence: int, address: int, timeout_us: float) -> bool:
+        """Publish the record of an operation without numbers; whether all ranks have arrived within ``timeout_us``, and
+        agree. The call of an :class:`..transport.base.AtOnce`."""
+        return bool(self.sync.meet(signature, sequence, timeout_us))
+
     def let_go(self) -> None:
         """Unmap what the peers have given back. Cost: next to nothing; not collective."""
         for peer, number in list(self._theirs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 import commlab
 from commlab.chunks import Range, split, whole_at
 from commlab.collectives.halves import gather_chunks_async, reduce_chunks_async
+from commlab.runtime import group as group_module
 from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 from commlab.window.loops import INLINE_BYTES, fits_rooms
@@ -229,6 +231,53 @@ def test_done_helps_operations_on(ranks: Ranks) -> None:
             os.sched_yield()
         for handle, numel in zip(handles, (5, 5000, 300_000, 64), strict=True):
             assert torch.equal(handle.wait(), expected("sum", group.size, numel, torch.float32))
+
+
+def test_all_that_is_awaited_is_one_native_call(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is queued, but the first operation by which a rank maps another one's memory; and a late rank, for which
+    the others go on waiting in the queue, changes nothing."""
+    for group in window_groups(ranks):
+        size = group.size
+        commlab.allreduce(torch.ones(200_000), group=group)
+        commlab.allreduce(in_window(group, torch.ones(200_000)), group=group)
+        with monkeypatch.context() as patched:
+            patched.setattr(Group, "_queue", None)
+            patched.setattr(group_module, "_PATIENCE_US", 20e6)
+            for numel in (5, 30_000, 300_000):
+                own = split(numel, size)[group.rank]
+                mine = numbers(group.rank, numel, torch.int32)
+                want = expected("sum", size, numel, torch.int32)
+                assert torch.equal(commlab.allreduce(mine.clone(), "sum", group=group), want)
+                part = commlab.reduce_scatter(mine.new_empty(own.numel), mine, "sum", group=group)
+                assert torch.equal(part, want[slice(*own)])
+                assert torch.equal(commlab.allgather(mine.new_empty(numel), part, group=group), want)
+                commlab.barrier(group)
+                at_root = commlab.reduce(mine.clone(), size - 1, "sum", group=group)
+                assert torch.equal(at_root, want if group.rank == size - 1 else mine)
+                commlab.broadcast(at_root, size - 1, group=group)
+                assert torch.equal(at_root, want)
+        with monkeypatch.context() as patched:
+            patched.setattr(group_module, "_PATIENCE_US", 1e3)
+            for late in range(min(size, 3)):
+                for call in (lambda: commlab.barrier(group), lambda: commlab.broadcast(torch.ones(9), group=group)):  # noqa: B023
+                    if group.rank == late:
+                        time.sleep(0.02)
+                    call()
+                ones = commlab.reduce(torch.ones(30_000), 0, "sum", group=group)
+                assert (ones == (size if group.rank == 0 else 1)).all()
+
+
+def test_a_barrier_among_other_operations(ranks: Ranks) -> None:
+    group = window_group(ranks, *range(ranks.size))
+    assert group is not None
+    with pytest.raises(
+        commlab.DisagreementError, match=r"barrier #\d+;? .*allreduce #\d+ of float32\[3\]|allreduce.*barrier"
+    ):
+        if group.rank == 1:
+            commlab.barrier(group)
+        else:
+            commlab.allreduce(torch.ones(3), group=group)
+    commlab.barrier(group)
 
 
 def test_500_operations_in_a_row(ranks: Ranks) -> None:
