@@ -20,7 +20,7 @@ from .plan import Call, Plan, plan_of
 
 
 def reduce_at_once(
-    flat: torch.Tensor,
+    tensor: torch.Tensor,
     out: torch.Tensor | None,
     chunks: Sequence[Range],
     op: str,
@@ -28,11 +28,13 @@ def reduce_at_once(
     algorithm: str,
     group: Group,
 ) -> Short | None:
-    """The reduction of rank r's chunk of ``flat`` (1-D) on rank r, into ``out``, of the same dtype, or in place where
-    that is None. ``flat`` is left as it was but for that. None where it takes more than one native call."""
+    """The reduction of rank r's chunk of ``tensor`` on rank r, into ``out``, of the same dtype, or in place where that
+    is None. ``tensor`` is left as it was but for that. None where it takes more than one native call."""
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        return None
+    flat = tensor.view(-1)
     plan = plan_of(group, "reduce_scatter", flat, op, name, algorithm, chunks=tuple(chunks))
-    own = chunks[group.rank]
-    return _short(plan, group, flat, out, own)
+    return _short(plan, group, flat, out, chunks[group.rank])
 
 
 def gather_at_once(
@@ -49,7 +51,7 @@ Short: TypeAlias = Callable[[], bool]
 
 def _short(plan: Plan, group: Group, flat: torch.Tensor, out: torch.Tensor | None, own: Range) -> Short | None:
     """``own``: this rank's chunk."""
-    if plan.at_once is None or not (flat.is_cpu and flat.is_contiguous()):
+    if plan.at_once is None:
         return None
     start = flat.data_ptr()
     if out is None:

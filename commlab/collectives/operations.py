@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..native.versions import count_write
 from ..runtime.group import Group
 from ..runtime.world import resolve
-from .halves import Short, gather_at_once, gather_chunks_async, reduce_at_once, reduce_chunks_async
+from .halves import gather_at_once, gather_chunks_async, reduce_at_once, reduce_chunks_async
 from .plan import require, where_of
 from .staging import Moved, moved, put_back, root_of
 from .tensors import described, readable, writable
@@ -58,7 +58,7 @@ def reduce_scatter(
         target = writable(out, f"{where_of(group, kind, tensor)} into {described(out)}")
         chunks = _chunks_of(group, kind, target, tensor)
         given = readable(tensor, where_of(group, kind, tensor))
-        short = _reducing(given, target, chunks, op, name, algorithm, group)
+        short = reduce_at_once(given, target, chunks, op, name, algorithm, group)
     if short is not None and short():
         count_write((out,))
         return out
@@ -68,21 +68,6 @@ def reduce_scatter(
     with torch.inference_mode(target.is_inference()):
         target.copy_(part.view(target.shape))
     return out
-
-
-def _reducing(
-    tensor: torch.Tensor,
-    out: torch.Tensor | None,
-    chunks: Sequence[Range],
-    op: str,
-    name: str | None,
-    algorithm: str,
-    group: Group,
-) -> Short | None:
-    """The reduction of ``tensor`` in one native call, where that is possible."""
-    if not (tensor.is_cpu and tensor.is_contiguous()):
-        return None
-    return reduce_at_once(tensor.view(-1), out, chunks, op, name, algorithm, group)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -178,7 +163,7 @@ def reduce(
         memory = writable(tensor, where) if group.rank == root else readable(tensor, where)
         given = readable(memory, where)
         chunks = whole_at(root, given.numel(), group.size)
-        short = _reducing(given, None, chunks, op, name, algorithm, group)
+        short = reduce_at_once(given, None, chunks, op, name, algorithm, group)
     if short is not None and short():
         if group.rank == root:
             if given is not memory:

@@ -24,7 +24,7 @@ from ..native.library import built
 from ..native.norm import Squares
 from ..schedules.step import NodeStep
 from ..transport.base import Pending, Request
-from .area import STAGING, Place
+from .area import Place
 from .exchange import Attachment, WindowWait
 from .memory import ROOM_BYTES, Window
 
@@ -155,8 +155,11 @@ class Collective:
             return NodeStep(self.moves, 0, 0)
         way = native.way
         for peer, place in enumerate(window.sync.places()):
-            # Before this rank arrives again: a peer whose last operation it is may end then.
-            window.address(peer, Place(*place) if way == native.IN_PLACE else Place(STAGING, 0))
+            # Mapped before this rank arrives again: a peer whose last operation it is may end then.
+            if way == native.IN_PLACE:
+                window.address(peer, Place(*place))
+            else:
+                window.staging_of(peer)
         with trace.span(f"window {self.moves}", "window"):
             result = flat if out is None else out
             squared = squares is not None and result.dtype is torch.float32 and way == native.IN_PLACE

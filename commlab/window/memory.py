@@ -82,7 +82,6 @@ class Window:
         self.sync: Any = None
         self.has_staging = False
         """Whether this rank has a staging area that peers can find."""
-        self._staging: list[int] = []
         self._making = threading.Lock()
 
     def close(self) -> None:
@@ -132,23 +131,18 @@ class Window:
 
     def make_staging(self) -> None:
         """Give this rank its staging area, if it has none yet; before it publishes an operation whose numbers may pass
-        there. Not with the window: most groups exchange little, and 4 MiB take a millisecond. Raises
+        there. Not with the window: most groups exchange little, and 5 MiB take a millisecond. Raises
         SharedMemoryError."""
+        if self.has_staging:
+            return
         with self._making:
             if not self.has_staging:
                 self.area.new_staging(STAGING_BYTES)
                 self.has_staging = True
 
-    @property
-    def staging(self) -> list[int]:
-        """Addresses of every rank's staging area. Only once all ranks have made theirs, and told so; and before this
-        rank arrives again, because a peer whose last operation it is may end then."""
-        if not self._staging:
-            self._staging = [self.staging_of(peer) for peer in range(self.size)]
-        return self._staging
-
     def staging_of(self, peer: int) -> int:
-        """The address of ``peer``'s staging area; only once ``peer`` has made it, and told so."""
+        """The address of ``peer``'s staging area. Only once ``peer`` has made it, and told so; and for the first time
+        before this rank arrives again, because a peer whose last operation it is may end then."""
         return self.address(peer, Place(STAGING, 0))
 
     @property

@@ -96,7 +96,7 @@ def test_a_staging_area_is_made_when_it_is_needed() -> None:
     for window in (first, second, first):
         window.make_staging()
     assert left_behind()[0] == before[0] + 2
-    addresses = [window.staging for window in (first, second)]
+    addresses = [[window.staging_of(peer) for peer in range(2)] for window in (first, second)]
     assert len({address for each in addresses for address in each}) == 4, "two areas, as both ranks see them"
     assert first.area.segments[STAGING].size_bytes == STAGING_BYTES
     mine.fill_(3)
