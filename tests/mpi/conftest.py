@@ -14,9 +14,11 @@ import sys
 import traceback
 from collections.abc import Generator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
+from hung import STACKS
 from mpi_ranks import Ranks
 
 import commlab
@@ -24,8 +26,12 @@ from commlab.job.topology import usable_cores
 from commlab.runtime import waiting
 
 WATCHDOG_S = 150
+GRACE_S = 3
+"""How much later rank 0 ends the launch: by then the others have shown their stacks too."""
 _ranks: Ranks | None = None
 _watched_stderr = 2
+_shown: IO[str] | None = None
+"""Where a hanging test shows this rank's stacks: a file for launch.py to tell of, or the launch's output."""
 
 
 @pytest.hookimpl(trylast=True)  # after the terminal's own
@@ -60,9 +66,21 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    global _shown
+    if _ranks is None:
+        return
+    if _shown is None:
+        folder = os.environ.get(STACKS)
+        _shown = open(Path(folder) / str(_ranks.rank), "w") if folder else os.fdopen(_watched_stderr, "w")
+    if _shown.seekable():
+        _shown.seek(0)
+        _shown.truncate()
+        _shown.write(f"{item.nodeid}\n")
+        _shown.flush()
     # Here, because pytest has one of its own for the whole test, which does not end the process.
-    faulthandler.dump_traceback_later(WATCHDOG_S, exit=True, file=_watched_stderr)
+    last = _ranks.rank == 0
+    faulthandler.dump_traceback_later(WATCHDOG_S + last * GRACE_S, exit=last, file=_shown)
 
 
 def _told(failure: BaseException | None, test: Path) -> str:

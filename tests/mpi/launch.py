@@ -15,12 +15,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
+
+from hung import STACKS, digest  # noqa: E402
 
 from bench.core.mpirun import find_mpi, mpirun_environment  # noqa: E402
 
@@ -82,9 +85,11 @@ def main() -> int:
     environment.setdefault("MPIEXEC_TIMEOUT", LAUNCH_S)
     pytest = [sys.executable, "-m", "pytest", "--with-mpi", "--color=no", "-p", "no:cacheprovider"]
     names = [str(file.relative_to(ROOT)) for file in files]
-    code = run([mpi.mpirun, "-n", str(ranks), *pytest, *names, *arguments], environment)
-    if code:
-        print(f"==== exit code {code}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        environment[STACKS] = folder
+        code = run([mpi.mpirun, "-n", str(ranks), *pytest, *names, *arguments], environment)
+        if code:
+            print(f"==== exit code {code}\n{digest(Path(folder))}", file=sys.stderr)
     return code
 
 

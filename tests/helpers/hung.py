@@ -1,0 +1,41 @@
+"""What a launch that hung tells last: for each rank the test, and where each of its threads stood."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+STACKS = "COMMLAB_TEST_STACKS"
+"""The variable with the folder in which each rank has a file: the test that it is in, and after a while its stacks."""
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
+_OURS = re.compile(r".*/(?=(?:commlab|tests|bench)/)")
+_FRAMES = 4
+
+
+def places(stacks: str) -> list[str]:
+    """A line for each thread of what ``faulthandler`` has written: its innermost frames in the project, the innermost
+    first, and the outermost, which is the test's."""
+    threads: list[list[str]] = []
+    for line in stacks.splitlines():
+        if "most recent call first" in line:
+            threads.append([])
+        elif threads and (frame := _FRAME.fullmatch(line)) and "/site-packages/" not in frame["file"]:
+            if ours := _OURS.match(frame["file"]):
+                threads[-1].append(f"{frame['file'][ours.end() :]}:{frame['line']} {frame['function']}")
+    asleep = "commlab/job/watch.py"
+    return [
+        " < ".join(thread[:_FRAMES] + thread[max(_FRAMES, len(thread) - 1) :])
+        for thread in threads
+        if thread and not thread[0].startswith(asleep)
+    ]
+
+
+def digest(folder: Path) -> str:
+    """For each test the ranks that are in it, and where they stand, once for all that stand at the same place; few
+    lines, because of a long output the end is what is read."""
+    ranks: dict[str, list[str]] = {}
+    for file in sorted(folder.iterdir(), key=lambda file: int(file.name)):
+        test, _, stacks = file.read_text(errors="replace").partition("\n")
+        where = "\n".join([test, *(f"    {place}" for place in places(stacks))])
+        ranks.setdefault(where, []).append(file.name)
+    return "\n".join(f"rank {', '.join(names)} in {where}" for where, names in ranks.items())
