@@ -26,6 +26,11 @@ class Piece(NamedTuple):
     stop: int
     tensor: torch.Tensor
 
+    @property
+    def text(self) -> str:
+        """The piece, for messages."""
+        return f"{self.parameter.name!r} [{self.start}:{self.stop}]"
+
 
 MASTER = "master"
 """The name under which the fp32 master is saved, beside the optimizer's state, where a piece is updated through one."""

@@ -33,6 +33,11 @@ class Topology:
     def local_rank(self, rank: int) -> int:
         return self.node_of(rank).index(rank)
 
+    @property
+    def local_ranks(self) -> list[int]:
+        """Every rank's number on its node."""
+        return [self.local_rank(rank) for rank in range(self.size)]
+
     def subgroup(self, ranks: Sequence[int]) -> Topology:
         """The same nodes seen by a group made of ``ranks``; rank ``i`` there is ``ranks[i]`` here."""
         index = {rank: position for position, rank in enumerate(ranks)}

@@ -27,9 +27,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.pieces import Piece
 from ..checkpoint.whole import regroup
-from ..chunks import Range, split
+from ..chunks import Range
 from ..collectives.halves import gather_chunks_async, reduce_chunks_async
 from ..gradients.absent import AbsentGradients
 from ..gradients.bucket import Bucket
@@ -40,6 +39,7 @@ from ..runtime.control import exchange_records
 from ..runtime.group import Group
 from .changes import Roster
 from .copies import copy_from_rank_0, require_alike, tensors_of
+from .edited import EditedGradients, counted
 from .edits import Edits
 from .flat import own_memory
 from .holders import choose
@@ -110,8 +110,8 @@ class Sharded(Strategy):
             self.name,
             INSTEAD,
         )
-        self._edited: list[torch.Tensor | None] | None = None
-        """The reduced gradient of each of the masters' pieces, where the user may have edited it."""
+        self._edited: EditedGradients | None = None
+        """The reduced gradient, where the user may have edited it."""
         if training.in_window:
             training.sharers.barrier()  # its rank 0 has written the shared parameters
         self.edits = Edits(
@@ -163,19 +163,8 @@ class Sharded(Strategy):
         training = self.training
         self.buckets.wait()
         unused = unused_on_all(training.group, self.buckets.used, len(training.parameters))
-        # In fp32 at least: edits must not be rounded to the wire's 16 bits.
-        self._edited = [
-            gradient if gradient is None or gradient.element_size() > 2 else gradient.float()
-            for gradient in self._gradients(unused)
-        ]
-        found = [
-            ReducedGradient.of(
-                piece.parameter, piece.start, piece.stop, gradient, scale, training.across is not None, training.steps
-            )
-            for piece, gradient in zip(training.masters.pieces, self._edited, strict=True)
-            if gradient is not None
-        ]
-        return found, unused
+        self._edited = EditedGradients(training, self._gradients(unused))
+        return self._edited.pieces(scale), unused
 
     def _gradients(self, unused: set[int]) -> list[torch.Tensor | None]:
         """The reduced gradient of each of the masters' pieces, flat; None for ``unused`` parameters."""
@@ -194,52 +183,19 @@ class Sharded(Strategy):
         edits.remove_absent()
         refusal = edits.refusal()
         if self._edited is not None:
-            edited = [gradient for gradient in self._edited if gradient is not None]
-            squares = norm_squared(map(self._counted, edited))
+            squares = self._edited.squares()
             finite = math.isfinite(squares)
-            if training.across is not None:
-                self._require_edited_alike()
+            self._edited.require_alike()
         elif self._pushes is not None and training.wants_norm:
-            squares = norm_squared(self._counted(push.result) for _, push in buckets.launched)
+            squares = norm_squared(counted(training.across, push.result) for _, push in buckets.launched)
         elif training.wants_norm:
             squares = sum(bucket.squares.of(push.result) for bucket, push in buckets.launched)
         verdict = training.record.agree(squares, finite, buckets.used, len(training.parameters), edits.digest(refusal))
         edits.require_alike(verdict.edits, refusal)
         return verdict
 
-    def _counted(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The part of this rank's ``numbers`` whose squares it answers for: all, or of what every node has its share,
-        so that each is counted once."""
-        across = self.training.across
-        if across is None:
-            return numbers
-        flat = numbers.reshape(-1)
-        own = split(flat.numel(), across.size)[across.rank]
-        return flat[own.start : own.stop]
-
-    def _require_edited_alike(self) -> None:
-        """DisagreementError, on all ranks, where nodes have edited the reduced gradient in different ways. Collective.
-        Cost: a pass over what this rank owns, and one small exchange."""
-        training, edited = self.training, self._edited
-        assert edited is not None
-        copies = (
-            (f"the reduced gradient of {_text(piece)}", gradient)
-            for piece, gradient in zip(training.masters.pieces, edited, strict=True)
-            if gradient is not None
-        )
-        remedy = (
-            "Nothing was updated. Every node updates all parameters: edit the reduced gradient alike on all ranks "
-            "(draw random numbers by piece.draw()), or clip by max_grad_norm="
-        )
-        require_alike(training.group, training.steps, copies, local_ranks=self._local_ranks(), remedy=remedy)
-
-    def _local_ranks(self) -> list[int]:
-        """Of each rank: those with one number own the same."""
-        topology = self.training.group.topology
-        return [topology.local_rank(rank) for rank in range(topology.size)]
-
     def update(self, factor: float, unused: set[int]) -> None:
-        gradients = self._gradients(unused) if self._edited is None else self._edited
+        gradients = self._gradients(unused) if self._edited is None else self._edited.tensors
         self.training.masters.step_pieces(gradients, factor)
 
     def pull(self) -> None:
@@ -294,15 +250,15 @@ class Sharded(Strategy):
     def compare_shards(self) -> None:
         training = self.training
         if training.levels is not None:
-            require_alike(training.group, training.steps, self._copies(), local_ranks=self._local_ranks())
+            local_ranks = training.group.topology.local_ranks
+            require_alike(training.group, training.steps, self._copies(), local_ranks=local_ranks)
 
     def _copies(self) -> Iterator[tuple[str, Any]]:
         """What other nodes have, too, of what this rank answers for: here what it owns."""
         for piece in self.training.masters.pieces:
-            text = _text(piece)
-            yield f"{text}, or its master", piece.tensor
+            yield f"{piece.text}, or its master", piece.tensor
             for key, value in self.training.optimizer.state.get(piece.tensor, {}).items():
-                yield f"the optimizer's {key!r} of {text}", value
+                yield f"the optimizer's {key!r} of {piece.text}", value
 
     @property
     def saves_state(self) -> bool:
@@ -383,8 +339,3 @@ class ShardedServer(Sharded):
     name = "dps"
     owners = staticmethod(all_owners)
     node_pushes = Pushes
-
-
-def _text(piece: Piece) -> str:
-    """A piece, for messages."""
-    return f"{piece.parameter.name!r} [{piece.start}:{piece.stop}]"
