@@ -86,7 +86,10 @@ class Job:
         return re.findall(rf"^{word} (.*)$", self.output, re.MULTILINE)
 
 
-def start(command: list[str], program: str, tmp_path: Path, **environ: str) -> subprocess.Popen[str]:
+def start(
+    command: list[str], program: str, tmp_path: Path, own_group: bool = False, **environ: str
+) -> subprocess.Popen[str]:
+    """``own_group``: its processes are a group of their own, as those that a terminal starts, which Ctrl-C reaches."""
     script = tmp_path / "program.py"
     script.write_text(HEAD + program)
     return subprocess.Popen(
@@ -96,6 +99,7 @@ def start(command: list[str], program: str, tmp_path: Path, **environ: str) -> s
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        process_group=0 if own_group else None,
     )
 
 
