@@ -12,6 +12,11 @@ def listed(tensors: Any) -> list[torch.Tensor]:
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
+def awaited(opts: Any) -> bool:
+    """Whether the caller waits for the operation at once, as far as it says so."""
+    return getattr(opts, "asyncOp", True) is False
+
+
 def present(opts: Any) -> tuple[Any, ...]:
     return () if opts is None else (opts,)
 

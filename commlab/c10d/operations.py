@@ -13,12 +13,13 @@ from ..chunks import Range, adjoining, whole_at
 from ..collectives.allreduce import allreduce as allreduce_now
 from ..collectives.allreduce import allreduce_async
 from ..collectives.delivery import bytes_of, deliver_async
-from ..collectives.halves import gather_chunks_async, reduce_chunks_async
+from ..collectives.halves import gather_at_once, gather_chunks_async, reduce_at_once, reduce_chunks_async
 from ..native.dtypes import DTYPES
 from ..native.versions import count_write
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
+from ..window.memory import ROOM_BYTES
 from .tensors import Tensors, aligned, as_moved, flat_of, movable, require, room_for, write, write_all
 from .work import CommlabWork
 
@@ -93,6 +94,13 @@ class _Reduced:
             reduced = reduced % self.modulus
         write(target, torch.view_as_complex(reduced.view(-1, 2)) if self.width > 1 else reduced)
 
+    def room_in(self, out: torch.Tensor) -> torch.Tensor:
+        """Where to leave what is reduced for ``out``: its own memory where nothing remains to be done."""
+        plain = self.divisor == self.width == 1 and self.flat.dtype is out.dtype
+        if plain and out.is_contiguous():
+            return out.detach().view(-1)
+        return torch.empty(out.numel() * self.width, dtype=self.flat.dtype, device="cpu")
+
     def lies_in(self, target: torch.Tensor) -> bool:
         """Whether the numbers are reduced in place and nothing remains to be done."""
         in_place = self.flat.data_ptr() == target.data_ptr() and (self.flat.dtype is target.dtype or self.width > 1)
@@ -160,21 +168,29 @@ def allreduce_coalesced(pg: Members, tensors: Tensors, reduce_op: Any) -> Work:
     return pg.work(handles, list(tensors), after, span)
 
 
-def reduce(pg: Members, tensors: Tensors, root: int, reduce_op: Any) -> Work:
+def reduce(pg: Members, tensors: Tensors, root: int, reduce_op: Any, awaited: bool) -> Work:
     numbers = reduced(tensors[0], reduce_op, pg.size()) if len(tensors) == 1 else None
     if numbers is None:
         return None
     tensor, flat, span = tensors[0], numbers.flat, pg.begin("reduce", tensors)
+    chunks = whole_at(root, flat.numel(), pg.size())
+    if awaited and span is None:
+        short = reduce_at_once(flat, None, chunks, numbers.op, None, "auto", pg.group)
+        if short is not None and short():
+            if pg.rank() == root:
+                count_write(tensors)
+                with torch.no_grad():
+                    numbers.finish(flat, tensor)
+            return pg.work((), list(tensors))
     if flat.data_ptr() == tensor.data_ptr():
         flat = flat.clone()
-    chunks = whole_at(root, flat.numel(), pg.size())
     handle = reduce_chunks_async(flat, chunks, numbers.op, group=pg.group)
     is_root = pg.rank() == root
     after = (lambda: numbers.finish(handle.result, tensor)) if is_root else None
     return pg.work((handle,), list(tensors), after, span)
 
 
-def reduce_scatter(pg: Members, out: torch.Tensor, parts: Tensors, reduce_op: Any) -> Work:
+def reduce_scatter(pg: Members, out: torch.Tensor, parts: Tensors, reduce_op: Any, awaited: bool) -> Work:
     """``parts``: what every rank gets the sum of, in rank order; or one tensor that is cut into equal parts."""
     size = pg.size()
     if not all(movable(part) for part in parts) or not movable(out) or out.dtype is not parts[0].dtype:
@@ -195,14 +211,22 @@ def reduce_scatter(pg: Members, out: torch.Tensor, parts: Tensors, reduce_op: An
         sizes,
     )
     flat, span = numbers.flat, pg.begin("reduce_scatter" if len(parts) > 1 else "_reduce_scatter_base", parts)
+    chunks = adjoining([part * numbers.width for part in sizes])
+    if awaited and span is None:
+        found = numbers.room_in(out)
+        short = reduce_at_once(flat, found, chunks, numbers.op, None, "auto", pg.group)
+        if short is not None and short():
+            count_write((out,))
+            with torch.no_grad():
+                numbers.finish(found, out)
+            return pg.work((), [out])
     if len(parts) == 1 and flat.data_ptr() == parts[0].data_ptr():
         flat = flat.clone()
-    chunks = adjoining([part * numbers.width for part in sizes])
     handle = reduce_chunks_async(flat, chunks, numbers.op, group=pg.group)
     return pg.work((handle,), [out], lambda: numbers.finish(handle.result, out), span)
 
 
-def broadcast(pg: Members, tensors: Tensors, root: int) -> Work:
+def broadcast(pg: Members, tensors: Tensors, root: int, awaited: bool) -> Work:
     if len(tensors) != 1 or not movable(tensors[0]):
         return None
     tensor, span = tensors[0], pg.begin("broadcast", tensors)
@@ -210,7 +234,7 @@ def broadcast(pg: Members, tensors: Tensors, root: int) -> Work:
         count_write(tensors)
     flat = aligned(flat_of(tensor))
     after = None if flat.data_ptr() == tensor.data_ptr() else (lambda: write(tensor, flat))
-    moved = as_moved(flat, flat.numel())
+    moved = as_moved(flat, flat.numel(), pg.group)
     if moved is None:
         size_bytes = flat.numel() * flat.element_size()
         mine = Range(0, size_bytes if pg.rank() == root else 0)
@@ -219,8 +243,28 @@ def broadcast(pg: Members, tensors: Tensors, root: int) -> Work:
         return _delivered(
             pg, "broadcast", detail, [bytes_of(flat)], [mine] * pg.size(), outs, list(tensors), after, span
         )
-    handle = gather_chunks_async(moved, whole_at(root, moved.numel(), pg.size()), group=pg.group)
-    return pg.work((handle,), list(tensors), after, span)
+    return _chunks_gathered(pg, moved, whole_at(root, moved.numel(), pg.size()), list(tensors), after, span, awaited)
+
+
+def _chunks_gathered(
+    pg: Members,
+    whole: torch.Tensor,
+    chunks: Sequence[Range],
+    value: Any,
+    after: Callable[[], None] | None,
+    span: Any,
+    awaited: bool,
+) -> CommlabWork:
+    """Rank r's chunk of ``whole`` from rank r to all ranks; at once where the caller waits and the group can."""
+    if awaited and span is None:
+        short = gather_at_once(whole, chunks, None, "auto", pg.group, "")
+        if short is not None and short():
+            if after is not None:
+                with torch.no_grad():
+                    after()
+            return pg.work((), value)
+    handle = gather_chunks_async(whole, chunks, group=pg.group)
+    return pg.work((handle,), value, after, span)
 
 
 _NO_BYTES: Final = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -241,7 +285,7 @@ def _delivered(
     return pg.work((handle,), value, after, span)
 
 
-def allgather_single(pg: Members, out: torch.Tensor, tensor: torch.Tensor) -> Work:
+def allgather_single(pg: Members, out: torch.Tensor, tensor: torch.Tensor, awaited: bool) -> Work:
     if not movable(out) or not movable(tensor) or out.dtype is not tensor.dtype:
         return None
     size, flat = pg.size(), flat_of(tensor)
@@ -250,26 +294,44 @@ def allgather_single(pg: Members, out: torch.Tensor, tensor: torch.Tensor) -> Wo
     require(pg.rank(), size, "all_gather", whole.numel() == size * flat.numel(), tensor, [out], [flat.numel()] * size)
     after = None if whole.data_ptr() == out.data_ptr() else (lambda: write(out, whole))
     span = pg.begin("_allgather_base", [tensor])
-    moved = as_moved(whole, flat.numel())
+    moved = as_moved(whole, flat.numel(), pg.group)
     if moved is None:
         return _gathered(pg, list(whole.view(size, -1)), flat, [out], after, span)
     own = slice(pg.rank() * flat.numel(), (pg.rank() + 1) * flat.numel())
     if whole[own].data_ptr() != flat.data_ptr():
         write(whole[own], flat)
-    handle = gather_chunks_async(moved, adjoining([moved.numel() // size] * size), group=pg.group)
-    return pg.work((handle,), [out], after, span)
+    return _chunks_gathered(pg, moved, adjoining([moved.numel() // size] * size), [out], after, span, awaited)
 
 
-def allgather(pg: Members, outs: Tensors, tensor: torch.Tensor) -> Work:
+def allgather(pg: Members, outs: Tensors, tensor: torch.Tensor, awaited: bool) -> Work:
     """Parts may be of different sizes."""
     if not movable(tensor) or not all(movable(out) for out in outs) or len(outs) != pg.size():
         return None
     if any(out.dtype is not tensor.dtype for out in outs):
         return None
-    flats = [room_for(out) for out in outs]
     count_write(outs)
-    span = pg.begin("all_gather", [tensor])
-    return _gathered(pg, flats, flat_of(tensor), [list(outs)], lambda: write_all(outs, flats), span)
+    flat, span = flat_of(tensor), pg.begin("all_gather", [tensor])
+    whole = _few_alike(pg, outs, flat)
+    if whole is not None:
+        moved = as_moved(whole.view(-1), flat.numel(), pg.group)
+        if moved is not None:
+            whole[pg.rank()].copy_(flat)
+            chunks = adjoining([moved.numel() // pg.size()] * pg.size())
+            return _chunks_gathered(
+                pg, moved, chunks, [list(outs)], lambda: write_all(outs, whole.unbind()), span, awaited
+            )
+    flats = [room_for(out) for out in outs]
+    return _gathered(pg, flats, flat, [list(outs)], lambda: write_all(outs, flats), span)
+
+
+def _few_alike(pg: Members, outs: Tensors, flat: torch.Tensor) -> torch.Tensor | None:
+    """Room for parts of one size that are gathered as a whole and copied from there: where that is less work than to
+    deliver each of them, on one node and up to what goes at once."""
+    numel = flat.numel()
+    few = pg.group.window is not None and numel * flat.element_size() * pg.size() <= ROOM_BYTES
+    if not few or any(out.numel() != numel for out in outs):
+        return None
+    return torch.empty(pg.size(), numel, dtype=flat.dtype, device="cpu")
 
 
 def allgather_coalesced(pg: Members, outs: Sequence[Tensors], tensors: Tensors) -> Work:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ..native.versions import count_write
 from ..runtime.agreement import Signature
 from . import operations
-from .arguments import listed, op_text, present, rows_of, with_op, with_root
+from .arguments import awaited, listed, op_text, present, rows_of, with_op, with_root
 from .membership import Membership
 from .monitor import monitored_barrier
 from .tensors import flat_of, movable, write, write_all
@@ -28,8 +28,7 @@ class CommlabProcessGroup(Membership):
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
         tensors, opts = listed(tensors), with_op(opts, dist.AllreduceOptions)
-        awaited = getattr(opts, "asyncOp", True) is False
-        work = operations.allreduce(self, tensors, opts.reduceOp, awaited)
+        work = operations.allreduce(self, tensors, opts.reduceOp, awaited(opts))
         return work or self._left_reduction("allreduce", tensors, opts, lambda gloo, flats: gloo.allreduce(flats, opts))
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
@@ -41,7 +40,7 @@ class CommlabProcessGroup(Membership):
 
     def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None) -> Any:
         tensors, opts = listed(tensors), with_root(opts, dist.ReduceOptions, op)
-        work = operations.reduce(self, tensors, opts.rootRank, opts.reduceOp)
+        work = operations.reduce(self, tensors, opts.rootRank, opts.reduceOp, awaited(opts))
         return work or self._left_reduction(
             "reduce", tensors, opts, lambda gloo, flats: gloo.reduce(flats, opts), opts.rootRank
         )
@@ -49,12 +48,14 @@ class CommlabProcessGroup(Membership):
     def reduce_scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, opts = listed(outs), with_op(opts, dist.ReduceScatterOptions)
         ins = ins if isinstance(ins[0], (list, tuple)) else [ins]
-        work = operations.reduce_scatter(self, outs[0], ins[0], opts.reduceOp) if len(outs) == 1 else None
+        work = (
+            operations.reduce_scatter(self, outs[0], ins[0], opts.reduceOp, awaited(opts)) if len(outs) == 1 else None
+        )
         return work or self._left_reduce_scatter(outs, ins, opts)
 
     def reduce_scatter_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
         opts = with_op(opts, dist.ReduceScatterOptions)
-        work = operations.reduce_scatter(self, out, [tensor], opts.reduceOp)
+        work = operations.reduce_scatter(self, out, [tensor], opts.reduceOp, awaited(opts))
         return work or self._left_reduce_scatter([out], [[tensor]], opts)
 
     _reduce_scatter_base = reduce_scatter_single
@@ -71,18 +72,18 @@ class CommlabProcessGroup(Membership):
     def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
         tensors, opts = listed(tensors), with_root(opts, dist.BroadcastOptions)
         root, written = opts.rootRank, tensors if self.rank() != opts.rootRank else []
-        work = operations.broadcast(self, tensors, root)
+        work = operations.broadcast(self, tensors, root, awaited(opts))
         return work or self._left(
             "broadcast", tensors, written, lambda gloo: gloo.broadcast(tensors, opts), f"root {root}"
         )
 
     def allgather(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         outs, ins = outs if isinstance(outs[0], (list, tuple)) else [outs], listed(ins)
-        work = operations.allgather(self, outs[0], ins[0]) if len(ins) == 1 else None
+        work = operations.allgather(self, outs[0], ins[0], awaited(opts)) if len(ins) == 1 else None
         return work or self._left("allgather", ins, outs, lambda gloo: gloo.allgather(outs, ins, *present(opts)))
 
     def all_gather_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
-        work = operations.allgather_single(self, out, tensor)
+        work = operations.allgather_single(self, out, tensor, awaited(opts))
         return work or self._left(
             "allgather", [tensor], [out], lambda gloo: gloo._allgather_base(out, tensor, *present(opts))
         )
@@ -143,6 +144,9 @@ class CommlabProcessGroup(Membership):
 
     def barrier(self, opts: Any = None, timeout: Any = None) -> Any:
         span = self.begin("barrier", [])
+        if span is None and awaited(opts):
+            self.group.barrier()
+            return self.work((), [])
         return self.work((self.group.submit(Signature("barrier")),), [], span=span)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:

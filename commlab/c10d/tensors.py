@@ -9,11 +9,12 @@ import torch
 
 from ..collectives.delivery import bytes_of
 from ..native.dtypes import DTYPES
+from ..runtime.group import Group
 
 Tensors = Sequence[torch.Tensor]
 
 _DELIVERED_BYTES = 16 * 1024
-"""Up to here parts of one size go as one delivery, whose numbers travel with the agreement check."""
+"""Between nodes parts of one size go as one delivery up to here: the numbers travel with the agreement check."""
 
 
 def movable(tensor: torch.Tensor) -> bool:
@@ -59,11 +60,12 @@ def aligned(flat: torch.Tensor) -> torch.Tensor:
     return flat.clone()
 
 
-def as_moved(flat: torch.Tensor, part_numel: int) -> torch.Tensor | None:
+def as_moved(flat: torch.Tensor, part_numel: int, group: Group) -> torch.Tensor | None:
     """``flat``, which is aligned, in a dtype that commlab's halves move, for parts of ``part_numel`` numbers; None
-    where few or odd bytes are better delivered. The choice depends on sizes alone, so that all ranks choose alike."""
+    where few or odd bytes are better delivered. The choice depends on sizes and the group's window alone, so that all
+    ranks choose alike."""
     part_bytes = part_numel * flat.element_size()
-    if part_bytes <= _DELIVERED_BYTES:
+    if part_bytes <= (_DELIVERED_BYTES if group.window is None else 0):
         return None
     if flat.dtype in DTYPES:
         return flat
