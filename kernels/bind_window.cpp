@@ -18,6 +18,7 @@
 #include "cpu/gather.h"
 #include "cpu/mappings.h"
 #include "cpu/node_collective.h"
+#include "cpu/node_delivery.h"
 #include "cpu/piped.h"
 #include "cpu/sync.h"
 #include "record.h"
@@ -95,11 +96,19 @@ void reduce_inline(const NodeSync& sync, Address data, std::size_t numel, int dt
 // How allreduce_inline ended. Done: nothing is left to do. Late: it is announced, but not all ranks have arrived.
 constexpr int kDone = 0, kLate = 1, kDisagree = 2;
 
-// What is left of a NodeCollective, beside the ways by which one ends.
+// What is left of a NodeCollective, beside the ways by which one ends, or of a NodeDelivery.
 constexpr int kAnnounced = 3, kUnderWay = 4;
 
 // A few microseconds are over before another thread could take the GIL; getting it back may take 5 ms.
 constexpr std::size_t kWithoutGilBytes = 64 * 1024;
+
+using Pieces = std::vector<std::pair<Address, std::size_t>>;
+
+std::vector<NodeDelivery::Piece> pieces_at(const Pieces& pieces) {
+  std::vector<NodeDelivery::Piece> found;
+  for (const auto& [address, bytes] : pieces) found.push_back({reinterpret_cast<char*>(address), bytes});
+  return found;
+}
 
 PipedWork work_of(int dtype, int wire, int op, double divisor, bool reduce, bool gather,
                   const std::vector<std::pair<std::size_t, std::size_t>>& chunks, int out_dtype) {
@@ -299,6 +308,49 @@ void register_window(nb::module_& m) {
       .def("run", &NodeCollective::run, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("tick", &NodeCollective::tick)
       .def_prop_ro("squares", &NodeCollective::squares);
+
+  nb::class_<NodeDelivery> delivery(m, "NodeDelivery");
+  delivery.attr("DONE") = kDone;
+  delivery.attr("ANNOUNCED") = kAnnounced;
+  delivery.attr("UNDER_WAY") = kUnderWay;
+  delivery.attr("ANY") = NodeDelivery::kAny;
+  delivery
+      .def(
+          "__init__",
+          [](NodeDelivery* self, NodeSync& sync, const Mappings& mappings, const Pieces& stream,
+             const std::vector<std::pair<std::size_t, std::size_t>>& ranges,
+             const std::vector<std::int64_t>& expected) {
+            std::vector<Chunk> chunks;
+            for (const auto& [start, stop] : ranges) chunks.push_back({start, stop});
+            new (self) NodeDelivery(sync, mappings, pieces_at(stream), chunks, expected);
+          },
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def("call",
+           [](NodeDelivery& self, std::uint64_t signature, std::uint64_t sequence, Address, const Pieces& outs,
+              double timeout_us) {
+             nb::gil_scoped_release released;
+             const auto end = self.call(signature, sequence, pieces_at(outs), timeout_us);
+             if (end == NodeDelivery::End::kDone) return kDone;
+             return end == NodeDelivery::End::kUnderWay ? kUnderWay : kAnnounced;
+           })
+      .def_prop_ro("needs_staging", &NodeDelivery::needs_staging)
+      // Segment, offset, address and bytes of what this rank publishes.
+      .def("announced",
+           [](NodeDelivery& self) {
+             const Place place = self.place();
+             const auto& page = self.page();
+             return std::make_tuple(place.segment, place.offset, reinterpret_cast<Address>(page.data()), page.size());
+           })
+      .def("sizes_agree", &NodeDelivery::sizes_agree)
+      .def("size_from", &NodeDelivery::size_from)
+      .def("reads_staging_of", &NodeDelivery::reads_staging_of)
+      .def("move",
+           [](NodeDelivery& self, const Pieces& outs) {
+             nb::gil_scoped_release released;
+             if (!self.move(pieces_at(outs))) throw std::logic_error("memory of a rank is not mapped");
+           })
+      .def("run", &NodeDelivery::run, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("tick", &NodeDelivery::tick);
 
   m.def("room_offset", [](std::size_t turn) { return room_of(turn).offset; });
   m.def("gather_reduce", [](const std::vector<Address>& dst, int dst_dtype, const std::vector<Address>& src, int dtype,

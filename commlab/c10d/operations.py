@@ -4,7 +4,7 @@ left to gloo (:mod:`.fallback`)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,14 +12,13 @@ import torch.distributed as dist
 from ..chunks import Range, adjoining, whole_at
 from ..collectives.allreduce import allreduce as allreduce_now
 from ..collectives.allreduce import allreduce_async
-from ..collectives.delivery import bytes_of, deliver_async
+from ..collectives.delivery import bytes_of, deliver_async, deliver_at_once
 from ..collectives.halves import gather_at_once, gather_chunks_async, reduce_at_once, reduce_chunks_async
 from ..native.dtypes import DTYPES
 from ..native.versions import count_write
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
-from ..window.memory import ROOM_BYTES
 from .tensors import Tensors, aligned, as_moved, flat_of, movable, require, room_for, write, write_all
 from .work import CommlabWork
 
@@ -226,6 +225,32 @@ def reduce_scatter(pg: Members, out: torch.Tensor, parts: Tensors, reduce_op: An
     return pg.work((handle,), [out], lambda: numbers.finish(handle.result, out), span)
 
 
+class _Ending(NamedTuple):
+    """What an operation comes to: what its work gives, what remains to be done, its span in torch's profile, and
+    whether the caller waits for it."""
+
+    value: Any
+    after: Callable[[], None] | None
+    span: Any
+    awaited: bool
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the operation may have ended before its caller has the work."""
+        return self.awaited and self.span is None
+
+    def over(self, pg: Members) -> CommlabWork:
+        """The work of what has ended."""
+        if self.after is not None:
+            with torch.no_grad():
+                self.after()
+        return pg.work((), self.value)
+
+    def of(self, pg: Members, handle: Handle) -> CommlabWork:
+        """The work of what is under way."""
+        return pg.work((handle,), self.value, self.after, self.span)
+
+
 def broadcast(pg: Members, tensors: Tensors, root: int, awaited: bool) -> Work:
     if len(tensors) != 1 or not movable(tensors[0]):
         return None
@@ -234,55 +259,36 @@ def broadcast(pg: Members, tensors: Tensors, root: int, awaited: bool) -> Work:
         count_write(tensors)
     flat = aligned(flat_of(tensor))
     after = None if flat.data_ptr() == tensor.data_ptr() else (lambda: write(tensor, flat))
+    ending = _Ending(list(tensors), after, span, awaited)
     moved = as_moved(flat, flat.numel(), pg.group)
     if moved is None:
         size_bytes = flat.numel() * flat.element_size()
         mine = Range(0, size_bytes if pg.rank() == root else 0)
         outs = [bytes_of(flat) if rank == root else _NO_BYTES for rank in range(pg.size())]
         detail = f"{size_bytes} bytes, root {root}"
-        return _delivered(
-            pg, "broadcast", detail, [bytes_of(flat)], [mine] * pg.size(), outs, list(tensors), after, span
-        )
-    return _chunks_gathered(pg, moved, whole_at(root, moved.numel(), pg.size()), list(tensors), after, span, awaited)
+        return _delivered(pg, "broadcast", detail, [bytes_of(flat)], [mine] * pg.size(), outs, ending)
+    return _gathered(pg, moved, whole_at(root, moved.numel(), pg.size()), ending)
 
 
-def _chunks_gathered(
-    pg: Members,
-    whole: torch.Tensor,
-    chunks: Sequence[Range],
-    value: Any,
-    after: Callable[[], None] | None,
-    span: Any,
-    awaited: bool,
-) -> CommlabWork:
-    """Rank r's chunk of ``whole`` from rank r to all ranks; at once where the caller waits and the group can."""
-    if awaited and span is None:
+def _gathered(pg: Members, whole: torch.Tensor, chunks: Sequence[Range], ending: _Ending) -> CommlabWork:
+    """Rank r's chunk of ``whole`` from rank r to all ranks."""
+    if ending.at_once:
         short = gather_at_once(whole, chunks, None, "auto", pg.group, "")
         if short is not None and short():
-            if after is not None:
-                with torch.no_grad():
-                    after()
-            return pg.work((), value)
-    handle = gather_chunks_async(whole, chunks, group=pg.group)
-    return pg.work((handle,), value, after, span)
+            return ending.over(pg)
+    return ending.of(pg, gather_chunks_async(whole, chunks, group=pg.group))
 
 
 _NO_BYTES: Final = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _delivered(
-    pg: Members,
-    kind: str,
-    detail: str,
-    stream: Tensors,
-    ranges: Sequence[Range],
-    outs: Tensors,
-    value: Any,
-    after: Callable[[], None] | None = None,
-    span: Any = None,
+    pg: Members, kind: str, detail: str, stream: Tensors, ranges: Sequence[Range], outs: Tensors, ending: _Ending
 ) -> CommlabWork:
-    handle = deliver_async(pg.group, Signature(kind, detail=detail), stream, ranges, outs)
-    return pg.work((handle,), value, after, span)
+    signature = Signature(kind, detail=detail)
+    if ending.at_once and deliver_at_once(pg.group, signature, stream, ranges, outs):
+        return ending.over(pg)
+    return ending.of(pg, deliver_async(pg.group, signature, stream, ranges, outs))
 
 
 def allgather_single(pg: Members, out: torch.Tensor, tensor: torch.Tensor, awaited: bool) -> Work:
@@ -293,14 +299,14 @@ def allgather_single(pg: Members, out: torch.Tensor, tensor: torch.Tensor, await
     whole = aligned(flat_of(out))
     require(pg.rank(), size, "all_gather", whole.numel() == size * flat.numel(), tensor, [out], [flat.numel()] * size)
     after = None if whole.data_ptr() == out.data_ptr() else (lambda: write(out, whole))
-    span = pg.begin("_allgather_base", [tensor])
+    ending = _Ending([out], after, pg.begin("_allgather_base", [tensor]), awaited)
     moved = as_moved(whole, flat.numel(), pg.group)
     if moved is None:
-        return _gathered(pg, list(whole.view(size, -1)), flat, [out], after, span)
+        return _parts_gathered(pg, list(whole.view(size, -1)), flat, ending)
     own = slice(pg.rank() * flat.numel(), (pg.rank() + 1) * flat.numel())
     if whole[own].data_ptr() != flat.data_ptr():
         write(whole[own], flat)
-    return _chunks_gathered(pg, moved, adjoining([moved.numel() // size] * size), [out], after, span, awaited)
+    return _gathered(pg, moved, adjoining([moved.numel() // size] * size), ending)
 
 
 def allgather(pg: Members, outs: Tensors, tensor: torch.Tensor, awaited: bool) -> Work:
@@ -309,32 +315,20 @@ def allgather(pg: Members, outs: Tensors, tensor: torch.Tensor, awaited: bool) -
         return None
     if any(out.dtype is not tensor.dtype for out in outs):
         return None
-    count_write(outs)
-    flat, span = flat_of(tensor), pg.begin("all_gather", [tensor])
-    whole = _few_alike(pg, outs, flat)
-    if whole is not None:
-        moved = as_moved(whole.view(-1), flat.numel(), pg.group)
-        if moved is not None:
-            whole[pg.rank()].copy_(flat)
-            chunks = adjoining([moved.numel() // pg.size()] * pg.size())
-            return _chunks_gathered(
-                pg, moved, chunks, [list(outs)], lambda: write_all(outs, whole.unbind()), span, awaited
-            )
     flats = [room_for(out) for out in outs]
-    return _gathered(pg, flats, flat, [list(outs)], lambda: write_all(outs, flats), span)
+    count_write(outs)
+    span = pg.begin("all_gather", [tensor])
+    ending = _Ending([list(outs)], lambda: write_all(outs, flats), span, awaited)
+    return _parts_gathered(pg, flats, flat_of(tensor), ending)
 
 
-def _few_alike(pg: Members, outs: Tensors, flat: torch.Tensor) -> torch.Tensor | None:
-    """Room for parts of one size that are gathered as a whole and copied from there: where that is less work than to
-    deliver each of them, on one node and up to what goes at once."""
-    numel = flat.numel()
-    few = pg.group.window is not None and numel * flat.element_size() * pg.size() <= ROOM_BYTES
-    if not few or any(out.numel() != numel for out in outs):
-        return None
-    return torch.empty(pg.size(), numel, dtype=flat.dtype, device="cpu")
+def _parts_gathered(pg: Members, flats: Tensors, flat: torch.Tensor, ending: _Ending) -> CommlabWork:
+    own = bytes_of(flat)
+    ranges = [Range(0, own.numel())] * pg.size()
+    return _delivered(pg, "allgather", str(flat.dtype), [own], ranges, [bytes_of(part) for part in flats], ending)
 
 
-def allgather_coalesced(pg: Members, outs: Sequence[Tensors], tensors: Tensors) -> Work:
+def allgather_coalesced(pg: Members, outs: Sequence[Tensors], tensors: Tensors, awaited: bool) -> Work:
     """``outs[r][k]`` gets tensor k of rank r: all of a rank's tensors are one stream of bytes."""
     everything = [*tensors, *(out for each in outs for out in each)]
     if not all(movable(tensor) for tensor in everything) or len(outs) != pg.size():
@@ -354,28 +348,15 @@ def allgather_coalesced(pg: Members, outs: Sequence[Tensors], tensors: Tensors) 
                 write(out, piece.clone().view(out.dtype))
 
     detail = ", ".join(str(tensor.dtype) for tensor in tensors)
-    return _delivered(pg, "allgather", detail, stream, [own] * pg.size(), room, list(outs), after, span)
-
-
-def _gathered(
-    pg: Members,
-    flats: Tensors,
-    flat: torch.Tensor,
-    value: Any,
-    after: Callable[[], None] | None,
-    span: Any,
-) -> CommlabWork:
-    everything = Range(0, flat.numel() * flat.element_size())
-    outs = [bytes_of(part) for part in flats]
-    stream, ranges = [bytes_of(flat)], [everything] * pg.size()
-    return _delivered(pg, "allgather", str(flat.dtype), stream, ranges, outs, value, after, span)
+    ending = _Ending(list(outs), after, span, awaited)
+    return _delivered(pg, "allgather", detail, stream, [own] * pg.size(), room, ending)
 
 
 _TITLES: Final = {"alltoall": "all_to_all"}
 """What gloo's spans are called in torch's profile."""
 
 
-def exchange(pg: Members, kind: str, detail: str, outs: Tensors, parts: Tensors, value: Any) -> Work:
+def exchange(pg: Members, kind: str, detail: str, outs: Tensors, parts: Tensors, value: Any, awaited: bool) -> Work:
     """``parts[r]`` to rank r, and into ``outs[r]`` what r has for this rank: gather and scatter are alltoalls of which
     most parts are empty."""
     if not all(movable(tensor) for tensor in (*outs, *parts)):
@@ -386,4 +367,5 @@ def exchange(pg: Members, kind: str, detail: str, outs: Tensors, parts: Tensors,
     stream = [bytes_of(flat_of(part)) for part in parts]
     ranges = adjoining([piece.numel() for piece in stream])
     room = [bytes_of(flat) for flat in flats]
-    return _delivered(pg, kind, detail, stream, ranges, room, value, lambda: write_all(outs, flats), span)
+    ending = _Ending(value, lambda: write_all(outs, flats), span, awaited)
+    return _delivered(pg, kind, detail, stream, ranges, room, ending)

@@ -97,7 +97,7 @@ class CommlabProcessGroup(Membership):
 
     def allgather_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         """``outs[r][k]`` gets tensor k of rank r."""
-        work = operations.allgather_coalesced(self, outs, listed(ins))
+        work = operations.allgather_coalesced(self, outs, listed(ins), awaited(opts))
         return work or self._left(
             "allgather", ins, outs, lambda gloo: gloo.allgather_coalesced(outs, ins, *present(opts))
         )
@@ -109,7 +109,7 @@ class CommlabProcessGroup(Membership):
         nothing, detail = list(room), f"{ins[0].dtype}, to root {root}"
         nothing[root] = ins[0]
         lists = self._of_each("gather", outs[0]) if self.rank() == root else room
-        work = operations.exchange(self, "gather", detail, lists, nothing, outs)
+        work = operations.exchange(self, "gather", detail, lists, nothing, outs, awaited(opts))
         return work or self._left("gather", ins, outs, lambda gloo: gloo.gather(outs, ins, opts), f"root {root}")
 
     def scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
@@ -119,12 +119,12 @@ class CommlabProcessGroup(Membership):
         room, detail = list(nothing), f"{outs[0].dtype}, from root {root}"
         room[root] = outs[0]
         parts = self._of_each("scatter", ins[0]) if self.rank() == root else nothing
-        work = operations.exchange(self, "scatter", detail, room, parts, outs)
+        work = operations.exchange(self, "scatter", detail, room, parts, outs, awaited(opts))
         return work or self._left("scatter", outs, outs, lambda gloo: gloo.scatter(outs, ins, opts), f"root {root}")
 
     def alltoall(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, ins = self._of_each("alltoall", outs), self._of_each("alltoall", ins)
-        work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, outs)
+        work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, outs, awaited(opts))
         return work or self._left("alltoall", ins, outs, lambda gloo: gloo.alltoall(outs, ins, *present(opts)))
 
     def all_to_all_single(
@@ -132,7 +132,7 @@ class CommlabProcessGroup(Membership):
     ) -> Any:
         if movable(out) and movable(tensor) and out.is_contiguous():
             outs, parts = self._rows(out, out_splits), self._rows(tensor, in_splits)
-            return operations.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out])
+            return operations.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out], awaited(opts))
         return self._left(
             "alltoall",
             [tensor],

@@ -9,22 +9,22 @@ everywhere, before a byte is moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from ..chunks import Range
-from ..errors import DisagreementError
+from ..errors import DisagreementError, SharedMemoryError
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.handle import Handle
-from ..transport.base import Pending, Request
+from ..transport.base import AtOnce, Counts, Pending, Request
 from ..window import delivery
-from ..window.exchange import NOTHING, Attachment
+from ..window.loops import driven
 
-_ANY = -1
-"""What a rank expects that takes what comes."""
+Outs: TypeAlias = Sequence[torch.Tensor] | Callable[[Sequence[int]], Sequence[torch.Tensor]]
+"""Where to write what comes from each rank; or what makes that room once the sizes in bytes are known."""
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -38,14 +38,29 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
+def _expected(outs: Outs) -> list[int] | None:
+    """How many bytes each rank is expected to have; None for who takes what comes."""
+    return None if callable(outs) else [out.numel() for out in outs]
+
+
+def _in_window(
+    group: Group, stream: Sequence[torch.Tensor], ranges: Sequence[Range], outs: Outs
+) -> delivery.Delivery | None:
+    """None where a delivery of ``group`` goes as messages."""
+    if group.window is None or not delivery.fits(group.size):
+        return None
+    return delivery.Delivery(group.window, stream, ranges, _expected(outs) or [delivery.ANY] * group.size)
+
+
 def deliver_async(
     group: Group,
     signature: Signature,
     stream: Sequence[torch.Tensor],
     ranges: Sequence[Range],
-    outs: Sequence[torch.Tensor] | Callable[[Sequence[int]], Sequence[torch.Tensor]],
+    outs: Outs,
     result: Any = None,
     finish: Callable[[], None] | None = None,
+    awaited: bool = False,
 ) -> Handle:
     """Start to bring the range ``ranges[r]``, in bytes, of this rank's ``stream`` to every rank r, and into ``outs[r]``
     what r has for this rank. Collective.
@@ -53,49 +68,108 @@ def deliver_async(
     ``stream``: pieces that lie one behind the other; ``outs``: one per rank, of the size that is expected from it. Both
     uint8, 1-D, contiguous, on the CPU; neither may be touched before the handle is done. Who can't know the sizes gives
     a function that is called with them, and makes the room. ``finish()`` runs at the end; ``result`` is what ``wait()``
-    returns. DisagreementError on all ranks where the two sizes of a pair differ.
+    returns. ``awaited``: the caller waits for it at once. DisagreementError on all ranks where the two sizes of a pair
+    differ.
     """
+    through = _in_window(group, stream, ranges, outs)
+    if through is None:
+        return group.submit(
+            signature, _by_messages(group, signature, stream, ranges, outs, finish), result, None, awaited
+        )
+    body = _through_window(group, signature, through, outs, finish)
+    return group.submit(signature, body, result, through.announced, awaited)
+
+
+def deliver(
+    group: Group,
+    signature: Signature,
+    stream: Sequence[torch.Tensor],
+    ranges: Sequence[Range],
+    outs: Sequence[torch.Tensor],
+    finish: Callable[[], None] | None = None,
+) -> None:
+    """:func:`deliver_async` for a caller that waits: in the window one native call."""
+    if not deliver_at_once(group, signature, stream, ranges, outs):
+        deliver_async(group, signature, stream, ranges, outs, None, finish, awaited=True).wait()
+    elif finish is not None:
+        finish()
+
+
+def deliver_at_once(
+    group: Group,
+    signature: Signature,
+    stream: Sequence[torch.Tensor],
+    ranges: Sequence[Range],
+    outs: Sequence[torch.Tensor],
+) -> bool:
+    """The delivery in one native call; whether it was possible just now. If not, nothing was done."""
+    through = _in_window(group, stream, ranges, outs)
+    if through is None:
+        return False
+    try:
+        through.prepare()
+    except SharedMemoryError:
+        return False  # the long way tells all ranks of it
+    step = through.step(sum(out.numel() for out in outs))
+    done = {through.native.DONE: Counts(node_bytes_read=step.bytes_read, node_bytes_written=step.bytes_written)}
+
+    def resume(group: Group, signature: Signature, sequence: int, kept: Any, left: int) -> Pending:
+        if left == through.native.UNDER_WAY:
+            yield from driven(through.window, through.native)
+            group.account(step)
+            return
+        # The page is published.
+        rest = _through_window(group, signature, through, outs, None)
+        yield from group.agreement.before(signature, sequence, rest, lambda: None)
+
+    call = AtOnce(through.native.call, (delivery.addresses(outs),), resume, done)
+    return group.at_once(signature, call, (stream, outs), 0)
+
+
+def _through_window(
+    group: Group,
+    signature: Signature,
+    through: delivery.Delivery,
+    outs: Outs,
+    finish: Callable[[], None] | None,
+) -> Pending:
+    if not through.native.sizes_agree():
+        _compare(group, signature, through.tables())
+    room = outs(through.sizes()) if callable(outs) else outs
+    group.account((yield from through.run(room)))
+    if finish is not None:
+        finish()
+
+
+def _by_messages(
+    group: Group,
+    signature: Signature,
+    stream: Sequence[torch.Tensor],
+    ranges: Sequence[Range],
+    outs: Outs,
+    finish: Callable[[], None] | None,
+) -> Pending:
     table = np.empty((delivery.ROWS, group.size), np.int64)
     table[0] = [span.start for span in ranges]
     table[1] = [span.stop for span in ranges]
-    table[2] = _ANY if callable(outs) else [out.numel() for out in outs]
-    page = delivery.inline_page(table, stream) if group.window is not None else None
-
-    def attached() -> Attachment:
-        if page is None:
-            return NOTHING
-        assert group.window is not None
-        return delivery.attachment(group.window, page, table)
-
-    def body() -> Pending:
-        if group.size == 1:
-            tables = [table]
-        elif page is not None:
-            assert group.window is not None
-            tables = delivery.tables_of(group.window)
-        else:
-            exchange = group.transport.exchange(table.tobytes())
-            while not exchange.test():
-                yield exchange
-            tables = [np.frombuffer(record, np.int64).reshape(table.shape) for record in exchange.records()]
-        _compare(group, signature, tables)
-        sizes = [int(each[1, group.rank] - each[0, group.rank]) for each in tables]
-        room = outs(sizes) if callable(outs) else outs
-        if page is not None:
-            assert group.window is not None
-            group.account((yield from delivery.deliver(group.window, tables, stream, room)))
-        else:
-            yield from _send(group, stream, ranges, room)
-        if finish is not None:
-            finish()
-
-    return group.submit(signature, body(), result, attached)
+    table[2] = _expected(outs) or delivery.ANY
+    tables = [table]
+    if group.size > 1:
+        exchange = group.transport.exchange(table.tobytes())
+        while not exchange.test():
+            yield exchange
+        tables = [np.frombuffer(record, np.int64).reshape(table.shape) for record in exchange.records()]
+    _compare(group, signature, tables)
+    sizes = [int(each[1, group.rank] - each[0, group.rank]) for each in tables]
+    yield from _send(group, stream, ranges, outs(sizes) if callable(outs) else outs)
+    if finish is not None:
+        finish()
 
 
 def _compare(group: Group, signature: Signature, tables: Sequence[delivery.Table]) -> None:
     sent = np.stack([table[1] - table[0] for table in tables])
     expected = np.stack([table[2] for table in tables]).T
-    wrong = np.argwhere((sent != expected) & (expected != _ANY))
+    wrong = np.argwhere((sent != expected) & (expected != delivery.ANY))
     if len(wrong):
         frm, to = (int(rank) for rank in wrong[0])
         more = f" (and {len(wrong) - 1} more pairs of ranks)" if len(wrong) > 1 else ""

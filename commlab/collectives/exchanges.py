@@ -8,7 +8,8 @@ reaches the others: see :mod:`.operations`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -20,10 +21,10 @@ from ..native.versions import count_write
 from ..runtime import raw
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
-from ..runtime.handle import Handle
 from ..runtime.world import resolve
-from .delivery import bytes_of, deliver_async
+from .delivery import bytes_of, deliver, deliver_async
 from .plan import where_of
+from .refusing import Refusing
 from .staging import as_flat, carried, put_back, require_name, root_of
 from .tensors import described, readable
 
@@ -56,10 +57,10 @@ def _meeting(pieces: Sequence[torch.Tensor]) -> bool:
     return any(start + nbytes > after for (start, nbytes), (after, _) in pairwise(spans))
 
 
-def _start(
+def _ready(
     where: str, group: Group, signature: Signature, outs: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]
-) -> Handle:
-    """``parts[r]`` to rank r; into ``outs[r]`` what r has for this rank."""
+) -> Callable[[], None]:
+    """What brings ``parts[r]`` to rank r, and into ``outs[r]`` what r has for this rank."""
     stream = [bytes_of(as_flat(part, part.dtype)) for part in parts]
     rooms = [as_flat(out, out.dtype) for out in outs]
     if _meeting(rooms):
@@ -71,15 +72,8 @@ def _start(
         for room, out in zip(rooms, outs, strict=True):
             put_back(room, out)
 
-    return deliver_async(
-        group,
-        signature,
-        stream,
-        adjoining(piece.numel() for piece in stream),
-        [bytes_of(room) for room in rooms],
-        None,
-        finish,
-    )
+    ranges = adjoining(piece.numel() for piece in stream)
+    return partial(deliver, group, signature, stream, ranges, [bytes_of(room) for room in rooms], finish)
 
 
 def _apart(stream: Sequence[torch.Tensor]) -> Iterable[torch.Tensor]:
@@ -106,7 +100,7 @@ def alltoall(
     expects.
     """
     group = resolve(group)
-    try:
+    with Refusing(group, "alltoall", name):
         where = where_of(group, "alltoall", tensor)
         require_name(where, name)
         into = f"{where} into {described(out)}"
@@ -114,10 +108,8 @@ def alltoall(
         _alike(where, given, out, target)
         parts, outs = _rows(where, group, given[0], splits), _rows(into, group, target[0], out_splits)
         signature = Signature("alltoall", (), tensor.dtype, name, given[1])
-        handle = _start(into, group, signature, outs, parts)
-    except Exception as error:
-        handle = group.refuse("alltoall", name, error)
-    handle.wait()
+        go = _ready(into, group, signature, outs, parts)
+    go()
     count_write((out,))
     return out
 
@@ -148,7 +140,7 @@ def gather(
     """On ``root`` write rank r's ``tensor`` into ``outs[r]`` for all r, and return ``outs``; elsewhere ``outs`` means
     nothing. Tensors of different ranks may differ in shape. Any dtype. Cost: every rank but the root sends n."""
     group = resolve(group)
-    try:
+    with Refusing(group, "gather", name):
         root = root_of(group, "gather", root)
         where = where_of(group, "gather", tensor)
         require_name(where, name)
@@ -157,10 +149,8 @@ def gather(
         parts[root] = mine[0]
         if group.rank == root:
             rooms = _of_root(where, group, mine, outs, "into", written=True)
-        handle = _start(where, group, _rooted("gather", tensor, name, root, mine), rooms, parts)
-    except Exception as error:
-        handle = group.refuse("gather", name, error)
-    handle.wait()
+        go = _ready(where, group, _rooted("gather", tensor, name, root, mine), rooms, parts)
+    go()
     if group.rank != root:
         return None
     count_write(outs or ())
@@ -177,7 +167,7 @@ def scatter(
     """Write ``root``'s ``tensors[r]`` into ``out`` on rank r, and return ``out``; elsewhere ``tensors`` means nothing.
     They may differ in shape. Any dtype. Cost: the root sends each of them once."""
     group = resolve(group)
-    try:
+    with Refusing(group, "scatter", name):
         root = root_of(group, "scatter", root)
         where = where_of(group, "scatter", out)
         require_name(where, name)
@@ -186,10 +176,8 @@ def scatter(
         rooms[root] = mine[0]
         if group.rank == root:
             parts = _of_root(where, group, mine, tensors, "of", written=False)
-        handle = _start(where, group, _rooted("scatter", out, name, root, mine), rooms, parts)
-    except Exception as error:
-        handle = group.refuse("scatter", name, error)
-    handle.wait()
+        go = _ready(where, group, _rooted("scatter", out, name, root, mine), rooms, parts)
+    go()
     count_write((out,))
     return out
 
@@ -205,7 +193,7 @@ def allgather_parts(tensor: torch.Tensor, name: str | None = None, group: Group 
         received.extend(torch.empty(size_bytes, dtype=torch.uint8, device="cpu") for size_bytes in sizes)
         return received
 
-    try:
+    with Refusing(group, "allgather_parts", name):
         where = where_of(group, "allgather_parts", tensor)
         require_name(where, name)
         given = readable(tensor, where)
@@ -215,10 +203,7 @@ def allgather_parts(tensor: torch.Tensor, name: str | None = None, group: Group 
         if not row_bytes:  # rows without numbers: how many there are is all there is to tell
             own = torch.tensor([rows.shape[0]], dtype=torch.int64, device="cpu").view(torch.uint8)
         signature = Signature("allgather parts", tuple(rows.shape[1:]), rows.dtype, name, detail)
-        handle = deliver_async(group, signature, [own], [Range(0, own.numel())] * group.size, room)
-    except Exception as error:
-        handle = group.refuse("allgather_parts", name, error)
-    handle.wait()
+    deliver_async(group, signature, [own], [Range(0, own.numel())] * group.size, room, awaited=True).wait()
     found = []
     for data in received:
         count = data.numel() // row_bytes if row_bytes else int(data.view(torch.int64))

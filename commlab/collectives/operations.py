@@ -23,6 +23,7 @@ from ..runtime.group import Group
 from ..runtime.world import resolve
 from .halves import gather_at_once, gather_chunks_async, reduce_at_once, reduce_chunks_async
 from .plan import require, where_of
+from .refusing import Refusing
 from .staging import Moved, moved, put_back, root_of
 from .tensors import described, readable, writable
 
@@ -53,7 +54,7 @@ def reduce_scatter(
     """
     group = resolve(group)
     kind = "reduce_scatter"
-    with _Refusing(group, kind, name):
+    with Refusing(group, kind, name):
         require(group, kind, tensor, op)
         target = writable(out, f"{where_of(group, kind, tensor)} into {described(out)}")
         chunks = _chunks_of(group, kind, target, tensor)
@@ -62,7 +63,7 @@ def reduce_scatter(
     if short is not None and short():
         count_write((out,))
         return out
-    with _Refusing(group, kind, name):
+    with Refusing(group, kind, name):
         handle = reduce_chunks_async(_copied(given), chunks, op, name, algorithm, group=group, awaited=True)
     part = handle.wait()
     with torch.inference_mode(target.is_inference()):
@@ -75,21 +76,6 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu").reshape(-1).clone()
 
 
-class _Refusing:
-    """``with`` it, all ranks hear of what is raised inside."""
-
-    __slots__ = ("_group", "_kind", "_name")
-
-    def __init__(self, group: Group, kind: str, name: str | None):
-        self._group, self._kind, self._name = group, kind, name
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            self._group.refuse(self._kind, self._name, error).wait()
-
-
 def allgather(
     out: torch.Tensor,
     tensor: torch.Tensor,
@@ -100,7 +86,7 @@ def allgather(
     """Write every rank's ``tensor``, one after the other, into ``out`` on all ranks and return it. The parts are cut as
     in :func:`reduce_scatter`. Any dtype. Cost: half an allreduce."""
     group = resolve(group)
-    with _Refusing(group, "allgather", name):
+    with Refusing(group, "allgather", name):
         where = where_of(group, "allgather", tensor)
         given = readable(tensor, where)
         target = moved(out, f"{where} into {described(out)}", written=True)
@@ -119,7 +105,7 @@ def allgather(
 
 def _gather(kind: str, target: Moved, chunks: Sequence[Range], name: str | None, algorithm: str, group: Group) -> None:
     """Bring rank r's chunk of ``target`` to all ranks, for all r."""
-    with _Refusing(group, kind, name):
+    with Refusing(group, kind, name):
         units, meaning = target.units, target.meaning
         handle = gather_chunks_async(units, chunks, name, algorithm, group=group, meaning=meaning, awaited=True)
     handle.wait()
@@ -131,7 +117,7 @@ def broadcast(
     """Overwrite ``tensor`` on all ranks with ``root``'s and return it. Any dtype. Cost with ``tree``: ceil(log2 P)
     steps; the root sends n ceil(log2 P); with ``ring`` (a pipelined chain): every rank but the last sends n once."""
     group = resolve(group)
-    with _Refusing(group, "broadcast", name):
+    with Refusing(group, "broadcast", name):
         root = root_of(group, "broadcast", root)
         written = group.rank != root
         target = moved(tensor, where_of(group, "broadcast", tensor), written=written)
@@ -156,7 +142,7 @@ def reduce(
     """Reduce ``tensor`` in place on ``root`` and return it; on the other ranks it is left as it was. Cost with
     ``tree``: ceil(log2 P) steps, every rank but the root sends n."""
     group = resolve(group)
-    with _Refusing(group, "reduce", name):
+    with Refusing(group, "reduce", name):
         root = root_of(group, "reduce", root)
         require(group, "reduce", tensor, op)
         where = where_of(group, "reduce", tensor)
@@ -170,7 +156,7 @@ def reduce(
                 put_back(given, memory)
             count_write((tensor,))
         return tensor
-    with _Refusing(group, "reduce", name):
+    with Refusing(group, "reduce", name):
         handle = reduce_chunks_async(_copied(given), chunks, op, name, algorithm, group=group, awaited=True)
     part = handle.wait()
     if group.rank == root:

@@ -57,7 +57,7 @@ def wait(window: Window) -> Pending:
 
 
 class _NativeWait:
-    """A request: the native collective has come to an end; it works on while it is waited for."""
+    """A request: what native code does has come to an end; it works on while it is waited for."""
 
     def __init__(self, window: Window, native: Any):
         self._native, self._arrival = native, WindowWait(window)
@@ -71,6 +71,16 @@ class _NativeWait:
 
     def peers(self) -> Sequence[int]:
         return self._arrival.peers()
+
+
+def driven(window: Window, native: Any) -> Pending:
+    """Bring what native code has under way (``run(timeout_us)``, ``tick``) to its end."""
+    tick = -1
+    while native.run(0.0) >= 0:
+        if native.tick != tick:
+            # Another request, so that whoever waits knows that peers are not silent, however long all of it takes.
+            rest, tick = _NativeWait(window, native), native.tick
+        yield rest
 
 
 class Collective:
@@ -170,13 +180,8 @@ class Collective:
 
     def go_on(self) -> Loop:
         """Bring what is under way to its end."""
-        native, tick = self.native, -1
-        way = native.way
-        while native.run(0.0) >= 0:
-            if native.tick != tick:
-                # Another request, so that whoever waits knows that peers are not silent, however long all blocks take.
-                rest, tick = _NativeWait(self.window, native), native.tick
-            yield rest
+        way = self.native.way
+        yield from driven(self.window, self.native)
         return self.steps[way]
 
 

@@ -31,7 +31,7 @@ BLOCK_BYTES: int = getattr(library.built, "BLOCK_BYTES", 0)
 
 STAGING_BYTES: int = getattr(library.built, "STAGING_BYTES", 0)
 """Of a rank that needs it: two blocks on their way in and two on their way out (kernels/cpu/piped.h), and two rooms
-(kernels/cpu/node_allreduce.h)."""
+(kernels/cpu/node_collective.h)."""
 
 ROOM_BYTES: int = getattr(library.built, "ROOM_BYTES", 0)
 """What a room holds: numbers that are reduced all at once, and not block by block."""

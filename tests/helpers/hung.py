@@ -19,9 +19,10 @@ def places(stacks: str) -> list[str]:
     for line in stacks.splitlines():
         if "most recent call first" in line:
             threads.append([])
-        elif threads and (frame := _FRAME.fullmatch(line)) and "/site-packages/" not in frame["file"]:
-            if ours := _OURS.match(frame["file"]):
-                threads[-1].append(f"{frame['file'][ours.end() :]}:{frame['line']} {frame['function']}")
+        elif threads and (frame := _FRAME.fullmatch(line)):
+            file = frame["file"]
+            if (ours := _OURS.match(file)) and "/site-packages/" not in file:
+                threads[-1].append(f"{file[ours.end() :]}:{frame['line']} {frame['function']}")
     asleep = "commlab/job/watch.py"
     return [
         " < ".join(thread[:_FRAMES] + thread[max(_FRAMES, len(thread) - 1) :])

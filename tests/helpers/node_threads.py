@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from commlab.native import library
 from commlab.native.dtypes import MOVED, OP_CODES
 
 PATIENCE_US = 60e6
+MEMORY = 1
+"""The segment of each rank that tensors lie in, beside its staging area."""
+MEMORY_NUMEL = 2 * 2**20 // 8
 
 
 class Node:
@@ -77,3 +81,22 @@ class Node:
     def meet(self, rank: int) -> None:
         self.syncs[rank].arrive()
         assert self.syncs[rank].wait(PATIENCE_US) == -1
+
+
+class SharedNode(Node):
+    """Ranks that have mapped each other's memory."""
+
+    def __init__(self, size: int):
+        native: Any = library.built
+        super().__init__(size, native.STAGING_BYTES // 4)
+        self.native = native
+        self.memory = [torch.zeros(MEMORY_NUMEL, dtype=torch.int64) for _ in range(size)]
+        self.mapped = [native.Mappings(size, rank) for rank in range(size)]
+        for of in range(size):
+            for rank in range(size):
+                self.map_staging(rank, of)
+                self.mapped[rank].add(of, MEMORY, self.memory[of].data_ptr(), self.memory[of].nbytes)
+
+    def map_staging(self, rank: int, of: int) -> None:
+        """Let ``rank`` know where the staging area of ``of`` is."""
+        self.mapped[rank].add(of, 0, self.staging[of], self.native.STAGING_BYTES)

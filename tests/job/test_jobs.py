@@ -6,8 +6,8 @@ otherwise wait, it waits for minutes: a job that ends within seconds was ended.
 
 from __future__ import annotations
 
-import re
 import os
+import re
 import signal
 import time
 from pathlib import Path

@@ -72,7 +72,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         return
     if _shown is None:
         folder = os.environ.get(STACKS)
-        _shown = open(Path(folder) / str(_ranks.rank), "w") if folder else os.fdopen(_watched_stderr, "w")
+        file = os.open(Path(folder) / str(_ranks.rank), os.O_RDWR | os.O_CREAT) if folder else _watched_stderr
+        _shown = os.fdopen(file, "w")
     if _shown.seekable():
         _shown.seek(0)
         _shown.truncate()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from bits import needs_native
 from closed_form import DTYPES, HALVES, expected, numbers, ops_for
-from node_threads import PATIENCE_US, Node
+from node_threads import MEMORY, PATIENCE_US, SharedNode
 from torch import Tensor
 
 from commlab.chunks import Range, split, whole_at
@@ -21,30 +21,10 @@ from commlab.native.dtypes import MOVED, OP_CODES
 
 pytestmark = needs_native
 
-MEMORY = 1
-"""The segment of each rank that tensors lie in, beside its staging area."""
-MEMORY_NUMEL = 2 * 2**20 // 8
 NOWHERE = 2**64 - 1
 
 
-class SharedNode(Node):
-    """Ranks that have mapped each other's memory."""
-
-    def __init__(self, size: int):
-        native: Any = library.built
-        super().__init__(size, native.STAGING_BYTES // 4)
-        self.native = native
-        self.memory = [torch.zeros(MEMORY_NUMEL, dtype=torch.int64) for _ in range(size)]
-        self.mapped = [native.Mappings(size, rank) for rank in range(size)]
-        for of in range(size):
-            for rank in range(size):
-                self.map_staging(rank, of)
-                self.mapped[rank].add(of, MEMORY, self.memory[of].data_ptr(), self.memory[of].nbytes)
-
-    def map_staging(self, rank: int, of: int) -> None:
-        """Let ``rank`` know where the staging area of ``of`` is."""
-        self.mapped[rank].add(of, 0, self.staging[of], self.native.STAGING_BYTES)
-
+class CollectiveNode(SharedNode):
     def collective(
         self,
         rank: int,
@@ -101,7 +81,7 @@ def wanted(moves: str, rank: int, size: int, chunks: Sequence[Range], dtype: tor
 def test_each_way(place: str, moves: str) -> None:
     """By all dtypes, into an ``out`` and in place; which way is seen by what all ranks publish."""
     for size in (2, 3, 5):
-        node = SharedNode(size)
+        node = CollectiveNode(size)
         for at, dtype in enumerate(DTYPES):
             op = "sum" if moves == "gather" else ops_for(dtype)[(at + size) % len(ops_for(dtype))]
             numel = (1, 777, 16_411)[at % 3]
@@ -139,7 +119,7 @@ def test_each_way(place: str, moves: str) -> None:
 
 @pytest.mark.parametrize("wire", HALVES, ids=str)
 def test_a_wire_goes_by_blocks(wire: torch.dtype) -> None:
-    node = SharedNode(3)
+    node = CollectiveNode(3)
     data = [numbers(rank, 5000, torch.float16).float() for rank in range(3)]
     chunks = split(5000, 3, align=32)
 
@@ -159,7 +139,7 @@ def test_one_after_the_other_with_late_ranks(seed: int) -> None:
     """Operations of all kinds and ways without a wait between them, by ranks that nap, and that give up waiting after a
     moment and go on in steps."""
     size = 2 + seed % 3
-    node, draw = SharedNode(size), random.Random(seed)
+    node, draw = CollectiveNode(size), random.Random(seed)
     rounds = []
     for index in range(60):
         numel = draw.choice((1, 500, 16_000, 70_001))
@@ -194,7 +174,7 @@ def test_one_after_the_other_with_late_ranks(seed: int) -> None:
 
 
 def test_who_disagrees_finds_nothing_moved() -> None:
-    node = SharedNode(2)
+    node = CollectiveNode(2)
     data = [numbers(rank, 1000, torch.float32) for rank in range(2)]
 
     def work(rank: int) -> None:
@@ -208,7 +188,7 @@ def test_who_disagrees_finds_nothing_moved() -> None:
 
 
 def test_squares_of_what_lies_in_the_window() -> None:
-    node = SharedNode(2)
+    node = CollectiveNode(2)
     chunks = split(1000, 2, align=16)
     found = [0.0, 0.0]
 
@@ -248,7 +228,7 @@ def test_places() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    node = SharedNode(2)
+    node = CollectiveNode(2)
     data = torch.ones(8)
     with pytest.raises(ValueError, match="one chunk per rank"):
         node.collective(0, "allreduce", split(8, 3), torch.float32)
