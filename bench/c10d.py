@@ -1,9 +1,10 @@
 """``mpirun -n P python -m bench.c10d``: torch.distributed on commlab's backend against torch.distributed on gloo.
 
-Both backends live in one process, in groups of their own; their operations are interleaved by round. Three tables:
-all_reduce by size, a step of DistributedDataParallel, and how long a new group takes to its first operation.
+Both backends live in one process, in groups of their own; their operations are interleaved by round. Tables: each of
+``--operations`` by the size of its largest tensor, a step of DistributedDataParallel, and how long a new group takes to
+its first operation.
 
-all_reduce: ``p50`` is the time of each of those that a sample calls in a row, for 20 ms; ``first`` is the time of the
+Operations: ``p50`` is the time of each of those that a sample calls in a row, for 20 ms; ``first`` is the time of the
 sample's first one, before which the ranks have done something else, as they have in most programs.
 
 A step is forward, backward with the exchange, and SGD; ``exposed`` is what the exchange adds to a step without one
@@ -18,7 +19,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -30,8 +30,9 @@ import commlab.c10d
 from commlab.trainer.model import build_model, loss_sum
 
 from .contestants import gloo
+from .contestants.torch_operations import OPERATIONS, operation
 from .core import table
-from .core.arguments import count, sizes
+from .core.arguments import count, names, sizes
 from .core.harness import progress_line
 from .core.program import AsWritten, RankProgram, Section, Session
 from .core.ranks import Ranks, share_cores
@@ -47,7 +48,16 @@ _VOCABULARY = 257
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", type=sizes, default="4B,64KB,1MB,100MB", metavar="LIST", help="of all_reduce")
+    parser.add_argument(
+        "--sizes", type=sizes, default="4B,64KB,1MB,100MB", metavar="LIST", help="of the largest tensor"
+    )
+    parser.add_argument(
+        "--operations",
+        type=names(*OPERATIONS),
+        default=["all_reduce"],
+        metavar="LIST",
+        help=f"of {', '.join(OPERATIONS)} (default: all_reduce)",
+    )
     parser.add_argument("--rounds", type=count, default=15, help="samples of each, interleaved (default: %(default)s)")
     parser.add_argument("--model", default="gpt2-tiny", help="of the DDP step, or none (default: %(default)s)")
     parser.add_argument("--batch", type=count, default=4, help="sequences of a rank's step (default: %(default)s)")
@@ -74,7 +84,9 @@ class Samples(NamedTuple):
     """Of one call, all threads."""
 
 
-def interleaved(ranks: Ranks, ways: dict[str, Callable[[], None]], rounds: int, show: Callable[[str], None]) -> Samples:
+def interleaved(
+    ranks: Ranks, ways: dict[str, Callable[[], object]], rounds: int, show: Callable[[str], None]
+) -> Samples:
     """Measure each way, so often in a row that a sample lasts 20 ms."""
     samples = Samples(defaultdict(list), defaultdict(list), defaultdict(list))
     repeats = dict.fromkeys(ways, 1)
@@ -101,23 +113,22 @@ def interleaved(ranks: Ranks, ways: dict[str, Callable[[], None]], rounds: int, 
     return samples
 
 
-def one_size(size_bytes: int, groups: dict[str, Any], session: Session) -> Section:
-    ranks, numel = session.ranks, max(1, size_bytes // 4)
-    whole = torch.empty(numel)
-    show = progress_line(ranks, f"all_reduce {format_bytes(4 * numel)}")
-    expected, wrong = float(ranks.size), {}
+def one_size(kind: str, size_bytes: int, groups: dict[str, Any], session: Session) -> Section:
+    ranks = session.ranks
+    ways: dict[str, Callable[[], object]] = {}
+    wrong: dict[str, int] = {}
     for name, group in groups.items():
-        dist.all_reduce(whole.fill_(1.0), group=group)
-        wrong[name] = int(ranks.total([float((whole != expected).any())])[0])
-    whole.zero_()
-    ways: dict[str, Callable[[], None]] = {
-        name: partial(dist.all_reduce, whole, group=group) for name, group in groups.items()
-    }
+        made = operation(kind, size_bytes, group, ranks.rank, ranks.size)
+        made.call()
+        wrong[name] = int(ranks.total([made.wrong()])[0])
+        ways[name] = operation(kind, size_bytes, group, ranks.rank, ranks.size, zeros=True).call
+        size_bytes = made.size_bytes
+    show = progress_line(ranks, f"{kind} {format_bytes(size_bytes)}")
     samples = interleaved(ranks, ways, session.options.rounds, show)
     show("")
     found, cells = [], []
     for name in groups:
-        row = row_beside("gloo", "all_reduce", name, samples.each, wrong[name], ranks, bytes=4 * numel)
+        row = row_beside("gloo", kind, name, samples.each, wrong[name], ranks, bytes=size_bytes)
         row["first_us"] = round(median(samples.first[name]) * 1e6, 2)
         first = None
         if name != "gloo":
@@ -135,7 +146,7 @@ def one_size(size_bytes: int, groups: dict[str, Any], session: Session) -> Secti
                 format_ratio(first),
             ]
         )
-    title = f"all_reduce, {format_bytes(4 * numel)} of float32, {ranks.size} ranks"
+    title = f"{kind}{f', {format_bytes(size_bytes)} of float32' if size_bytes else ''}, {ranks.size} ranks"
     return Section(f"{title}\n{table.render(REDUCE_HEAD, cells)}\n", found)
 
 
@@ -187,7 +198,7 @@ def steps(groups: dict[str, Any], session: Session) -> Section:
         "commlab, DDPHook(bf16)": DDPStepper(options, groups["commlab"], ddp_hook("bf16"), ranks),
         "the floor": DDPStepper(options, groups["commlab"], SendsNothing(), ranks),
     }
-    ways: dict[str, Callable[[], None]] = {name: stepper.step for name, stepper in steppers.items()}
+    ways: dict[str, Callable[[], object]] = {name: stepper.step for name, stepper in steppers.items()}
     ways["alone"] = steppers["gloo"].step_alone
     show = progress_line(ranks, "DDP step")
     samples = interleaved(ranks, ways, options.rounds, show)
@@ -258,8 +269,9 @@ def measure(session: Session) -> Iterator[Section]:
     gloo.connect()
     commlab.c10d.register()
     groups: dict[str, Any] = {"gloo": dist.group.WORLD, "commlab": dist.new_group(backend="commlab")}
-    for size_bytes in session.options.sizes:
-        yield one_size(size_bytes, groups, session)
+    for kind in session.options.operations:
+        for size_bytes in session.options.sizes if kind != "barrier" else session.options.sizes[:1]:
+            yield one_size(kind, size_bytes, groups, session)
     yield new_groups(session)
     if session.options.model != "none":
         yield steps(groups, session)
