@@ -110,6 +110,11 @@ std::vector<NodeDelivery::Piece> pieces_at(const Pieces& pieces) {
   return found;
 }
 
+int code_of(NodeDelivery::End end) {
+  if (end == NodeDelivery::End::kDone) return kDone;
+  return end == NodeDelivery::End::kUnderWay ? kUnderWay : kAnnounced;
+}
+
 PipedWork work_of(int dtype, int wire, int op, double divisor, bool reduce, bool gather,
                   const std::vector<std::pair<std::size_t, std::size_t>>& chunks, int out_dtype) {
   const auto known = reduce ? dtype_of : moved_dtype_of;
@@ -329,17 +334,23 @@ void register_window(nb::module_& m) {
            [](NodeDelivery& self, std::uint64_t signature, std::uint64_t sequence, Address, const Pieces& outs,
               double timeout_us) {
              nb::gil_scoped_release released;
-             const auto end = self.call(signature, sequence, pieces_at(outs), timeout_us);
-             if (end == NodeDelivery::End::kDone) return kDone;
-             return end == NodeDelivery::End::kUnderWay ? kUnderWay : kAnnounced;
+             return code_of(self.call(signature, sequence, pieces_at(outs), timeout_us));
+           })
+      .def("call_whole",
+           [](NodeDelivery& self, std::uint64_t signature, std::uint64_t sequence, Address stream, Address outs,
+              double timeout_us) {
+             nb::gil_scoped_release released;
+             return code_of(self.call(signature, sequence, reinterpret_cast<char*>(stream),
+                                      reinterpret_cast<char*>(outs), timeout_us));
            })
       .def_prop_ro("needs_staging", &NodeDelivery::needs_staging)
-      // Segment, offset, address and bytes of what this rank publishes.
-      .def("announced",
-           [](NodeDelivery& self) {
-             const Place place = self.place();
-             const auto& page = self.page();
-             return std::make_tuple(place.segment, place.offset, reinterpret_cast<Address>(page.data()), page.size());
+      // Fills a page at `page`, of 64 KB; segment, offset and bytes of what this rank publishes with it.
+      .def("announce",
+           [](const NodeDelivery& self, Address page) {
+             std::vector<std::uint8_t> filled;
+             const Place place = self.announce(filled);
+             std::memcpy(reinterpret_cast<void*>(page), filled.data(), filled.size());
+             return std::make_tuple(place.segment, place.offset, filled.size());
            })
       .def("sizes_agree", &NodeDelivery::sizes_agree)
       .def("size_from", &NodeDelivery::size_from)

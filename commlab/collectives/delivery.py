@@ -9,6 +9,7 @@ everywhere, before a byte is moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,13 +44,21 @@ def _expected(outs: Outs) -> list[int] | None:
     return None if callable(outs) else [out.numel() for out in outs]
 
 
-def _in_window(
+def in_window(group: Group) -> bool:
+    """Whether deliveries of ``group`` go through its window."""
+    return group.window is not None and delivery.fits(group.size)
+
+
+def _delivery_of(
     group: Group, stream: Sequence[torch.Tensor], ranges: Sequence[Range], outs: Outs
 ) -> delivery.Delivery | None:
     """None where a delivery of ``group`` goes as messages."""
-    if group.window is None or not delivery.fits(group.size):
+    if not in_window(group):
         return None
-    return delivery.Delivery(group.window, stream, ranges, _expected(outs) or [delivery.ANY] * group.size)
+    assert group.window is not None
+    return delivery.Delivery(
+        group.window, delivery.addresses(stream), ranges, _expected(outs) or [delivery.ANY] * group.size
+    )
 
 
 def deliver_async(
@@ -71,12 +80,12 @@ def deliver_async(
     returns. ``awaited``: the caller waits for it at once. DisagreementError on all ranks where the two sizes of a pair
     differ.
     """
-    through = _in_window(group, stream, ranges, outs)
+    through = _delivery_of(group, stream, ranges, outs)
     if through is None:
         return group.submit(
             signature, _by_messages(group, signature, stream, ranges, outs, finish), result, None, awaited
         )
-    body = _through_window(group, signature, through, outs, finish)
+    body = _through_window(group, signature, through, stream, outs, finish)
     return group.submit(signature, body, result, through.announced, awaited)
 
 
@@ -103,36 +112,86 @@ def deliver_at_once(
     outs: Sequence[torch.Tensor],
 ) -> bool:
     """The delivery in one native call; whether it was possible just now. If not, nothing was done."""
-    through = _in_window(group, stream, ranges, outs)
+    through = _delivery_of(group, stream, ranges, outs)
     if through is None:
         return False
     try:
         through.prepare()
     except SharedMemoryError:
         return False  # the long way tells all ranks of it
-    step = through.step(sum(out.numel() for out in outs))
-    done = {through.native.DONE: Counts(node_bytes_read=step.bytes_read, node_bytes_written=step.bytes_written)}
-
-    def resume(group: Group, signature: Signature, sequence: int, kept: Any, left: int) -> Pending:
-        if left == through.native.UNDER_WAY:
-            yield from driven(through.window, through.native)
-            group.account(step)
-            return
-        # The page is published.
-        rest = _through_window(group, signature, through, outs, None)
-        yield from group.agreement.before(signature, sequence, rest, lambda: None)
-
-    call = AtOnce(through.native.call, (delivery.addresses(outs),), resume, done)
+    call = AtOnce(
+        through.native.call,
+        (delivery.addresses(outs),),
+        partial(_resume, through),
+        _done(through, sum(out.numel() for out in outs)),
+    )
     return group.at_once(signature, call, (stream, outs), 0)
+
+
+def _done(through: delivery.Delivery, received_bytes: int) -> dict[int, Counts]:
+    step = through.step(received_bytes)
+    return {through.native.DONE: Counts(node_bytes_read=step.bytes_read, node_bytes_written=step.bytes_written)}
+
+
+def _resume(
+    through: delivery.Delivery,
+    group: Group,
+    signature: Signature,
+    sequence: int,
+    kept: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
+    left: int,
+) -> Pending:
+    stream, outs = kept
+    if left == through.native.UNDER_WAY:
+        yield from driven(through.window, through.native)
+        group.account(through.step(sum(out.numel() for out in outs)))
+        return
+    # The page is published.
+    rest = _through_window(group, signature, through, stream, outs, None)
+    yield from group.agreement.before(signature, sequence, rest, lambda: None)
+
+
+class WholeDelivery:
+    """Deliveries out of one tensor into another, both contiguous, of which nothing but the memory differs from call to
+    call: what is worked out once. ``ranges``: the bytes for each rank, one behind the other; ``expected``: how many
+    come from each rank. Where :func:`in_window`; raises SharedMemoryError."""
+
+    def __init__(self, group: Group, signature: Signature, ranges: Sequence[Range], expected: Sequence[int]):
+        assert group.window is not None
+        self._signature, self._expected = signature, list(expected)
+        through = delivery.Delivery(group.window, [(0, ranges[-1].stop)], ranges, expected)
+        through.prepare()
+        self._call = AtOnce(
+            through.native.call_whole, (), partial(self._resume, through), _done(through, sum(expected))
+        )
+
+    def at_once(self, group: Group, out: torch.Tensor, tensor: torch.Tensor) -> bool:
+        """One of them, as one native call; whether it was possible just now. If not, nothing was done."""
+        return group.at_once(self._signature, self._call, (tensor, out), tensor.data_ptr(), out.data_ptr())
+
+    def _resume(
+        self,
+        through: delivery.Delivery,
+        group: Group,
+        signature: Signature,
+        sequence: int,
+        kept: tuple[torch.Tensor, torch.Tensor],
+        left: int,
+    ) -> Pending:
+        tensor, out = kept
+        pieces = [bytes_of(tensor)], bytes_of(out).split(self._expected)
+        return _resume(through, group, signature, sequence, pieces, left)
 
 
 def _through_window(
     group: Group,
     signature: Signature,
     through: delivery.Delivery,
+    stream: Sequence[torch.Tensor],
     outs: Outs,
     finish: Callable[[], None] | None,
 ) -> Pending:
+    """What follows the exchange. ``stream``: what has the memory."""
     if not through.native.sizes_agree():
         _compare(group, signature, through.tables())
     room = outs(through.sizes()) if callable(outs) else outs

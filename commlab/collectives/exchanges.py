@@ -16,17 +16,18 @@ from typing import TypeAlias
 import torch
 
 from ..chunks import Range, adjoining
-from ..errors import UsageError
+from ..errors import SharedMemoryError, UsageError
+from ..native.dtypes import DTYPES
 from ..native.versions import count_write
 from ..runtime import raw
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
 from ..runtime.world import resolve
-from .delivery import bytes_of, deliver, deliver_async
-from .plan import where_of
+from .delivery import WholeDelivery, bytes_of, deliver, deliver_async, in_window
+from .plan import remember, where_of
 from .refusing import Refusing
 from .staging import as_flat, carried, put_back, require_name, root_of
-from .tensors import described, readable
+from .tensors import PLAIN, described, readable, surely_writable
 
 _Carried: TypeAlias = tuple[torch.Tensor, str]
 """What :func:`commlab.collectives.staging.carried` gives."""
@@ -100,6 +101,11 @@ def alltoall(
     expects.
     """
     group = resolve(group)
+    key = _key(group, out, tensor, name) if splits is None and out_splits is None else None
+    whole = None if key is None else group.plans.get(key)
+    if whole is not None and whole.at_once(group, out, tensor):
+        count_write((out,))
+        return out
     with Refusing(group, "alltoall", name):
         where = where_of(group, "alltoall", tensor)
         require_name(where, name)
@@ -109,9 +115,40 @@ def alltoall(
         parts, outs = _rows(where, group, given[0], splits), _rows(into, group, target[0], out_splits)
         signature = Signature("alltoall", (), tensor.dtype, name, given[1])
         go = _ready(into, group, signature, outs, parts)
+        if key is not None and whole is None:
+            remember(group, key, _whole(group, signature, tensor.element_size(), outs, parts))
     go()
     count_write((out,))
     return out
+
+
+def _key(group: Group, out: torch.Tensor, tensor: torch.Tensor, name: str | None) -> tuple[object, ...] | None:
+    """Of alltoalls in equal parts that differ in their memory alone, which is plain memory; None for others."""
+    try:
+        plain = surely_writable(out) and type(tensor) in PLAIN and tensor.layout is torch.strided
+        if not (plain and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_nested and in_window(group)):
+            return None
+        if out.dtype is not tensor.dtype or tensor.dtype not in DTYPES:
+            return None
+        first, start = out.data_ptr(), tensor.data_ptr()
+        if out.is_neg() or tensor.is_neg() or (first < start + tensor.nbytes and start < first + out.nbytes):
+            return None
+        key = "alltoall", out.shape, tensor.shape, tensor.dtype, name
+        hash(key)
+    except (AttributeError, RuntimeError, TypeError):
+        return None  # refused with words
+    return key
+
+
+def _whole(
+    group: Group, signature: Signature, itemsize: int, outs: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]
+) -> WholeDelivery | None:
+    """What further calls take; None where there is no memory for it, of which all ranks hear then."""
+    ranges = adjoining(part.numel() * itemsize for part in parts)
+    try:
+        return WholeDelivery(group, signature, ranges, [out.numel() * itemsize for out in outs])
+    except SharedMemoryError:
+        return None
 
 
 def _rows(where: str, group: Group, whole: torch.Tensor, splits: Sequence[int] | None) -> list[torch.Tensor]:

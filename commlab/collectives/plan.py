@@ -187,8 +187,6 @@ def plan_of(
             detail += f", chunks to {[chunk.stop for chunk in chunks]}"
         if meaning:
             detail += f", {meaning}"
-        if len(group.plans) > 4096:
-            group.plans.clear()
         row = routes.row_of(chosen)
         route, few, at_once = routes.load(row.file), None, None
         if row.few and kind == "allreduce":
@@ -202,5 +200,13 @@ def plan_of(
             shared = route.prepared(group, kind, given, wire_dtype, tensor.numel(), op, chunks)
             at_once = route.at_once(shared)
         signature = Signature(kind, tuple(tensor.shape), tensor.dtype, name, detail)
-        found = group.plans[key] = Plan(chosen, route, wire_dtype, signature, few, shared, at_once)
+        found = Plan(chosen, route, wire_dtype, signature, few, shared, at_once)
+        remember(group, key, found)
     return found
+
+
+def remember(group: Group, key: tuple[object, ...], plan: object) -> None:
+    """Keep what a shape of call has worked out, for the next call; of thousands of shapes the last ones."""
+    if len(group.plans) > 4096:
+        group.plans.clear()
+    group.plans[key] = plan

@@ -47,19 +47,18 @@ def addresses(pieces: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
 
 
 class Delivery:
-    """One delivery of this rank. ``stream``: pieces that lie one behind the other (uint8, 1-D, contiguous), which stay
-    as they are until the end; ``ranges``: which bytes of them each peer gets; ``expected``: how many bytes each peer
-    has for this rank, :data:`ANY` where it takes what comes."""
+    """One delivery of this rank, or one after the other of the same sizes. ``stream``: address and bytes of the pieces
+    that lie one behind the other, which stay as they are until the end; ``ranges``: which of these bytes each peer
+    gets; ``expected``: how many bytes each peer has for this rank, :data:`ANY` where it takes what comes."""
 
     def __init__(
-        self, window: Window, stream: Sequence[torch.Tensor], ranges: Sequence[Range], expected: Sequence[int]
+        self, window: Window, stream: Sequence[tuple[int, int]], ranges: Sequence[Range], expected: Sequence[int]
     ):
         assert built is not None
         self.window = window
         self.native: Any = built.NodeDelivery(
-            window.sync, window.mapped, addresses(stream), [tuple(span) for span in ranges], list(expected)
+            window.sync, window.mapped, stream, [tuple(span) for span in ranges], list(expected)
         )
-        self._stream = stream  # has the memory
         self._stream_bytes = max((span.stop for span in ranges), default=0)
 
     def prepare(self) -> None:
@@ -70,7 +69,10 @@ class Delivery:
     def announced(self) -> Attachment:
         """What the exchange publishes."""
         self.prepare()
-        return Attachment(*self.native.announced())
+        self._page = np.empty(INLINE_BYTES, np.uint8)  # until it is published
+        address = self._page.ctypes.data
+        segment, offset, size_bytes = self.native.announce(address)
+        return Attachment(segment, offset, address, size_bytes)
 
     def tables(self) -> list[Table]:
         """Every rank's table, once the exchange has brought them; copies."""

@@ -26,7 +26,7 @@ void copy(char* to, const char* from, std::size_t bytes) {
 
 NodeDelivery::NodeDelivery(NodeSync& sync, const Mappings& mappings, std::vector<Piece> stream,
                            const std::vector<Chunk>& ranges, const std::vector<std::int64_t>& expected)
-    : sync_(sync), mappings_(mappings), stream_(std::move(stream)) {
+    : sync_(sync), mappings_(mappings), stream_(std::move(stream)), expected_(expected) {
   const std::size_t ranks = sync_.size();
   if (ranges.size() != ranks || expected.size() != ranks) throw std::invalid_argument("one range per rank is needed");
   if (table_bytes() > kInlineBytes) throw std::invalid_argument("the table is too large for a control page");
@@ -36,20 +36,19 @@ NodeDelivery::NodeDelivery(NodeSync& sync, const Mappings& mappings, std::vector
     if (each.start > each.stop || each.stop > has) throw std::invalid_argument("a range outside of the stream");
     bytes_ = std::max(bytes_, each.stop);  // all that anybody reads
   }
-  page_.resize(table_bytes() + (inline_of(bytes_) ? bytes_ : 0));
-  std::vector<std::int64_t> rows;
-  for (const Chunk& each : ranges) rows.push_back(static_cast<std::int64_t>(each.start));
-  for (const Chunk& each : ranges) rows.push_back(static_cast<std::int64_t>(each.stop));
-  rows.insert(rows.end(), expected.begin(), expected.end());
-  std::memcpy(page_.data(), rows.data(), table_bytes());
+  for (const Chunk& each : ranges) table_.push_back(static_cast<std::int64_t>(each.start));
+  for (const Chunk& each : ranges) table_.push_back(static_cast<std::int64_t>(each.stop));
+  table_.insert(table_.end(), expected.begin(), expected.end());
 }
 
-Place NodeDelivery::place() {
+Place NodeDelivery::announce(std::vector<std::uint8_t>& page) const {
+  page.resize(table_bytes() + (inline_of(bytes_) ? bytes_ : 0));
+  std::memcpy(page.data(), table_.data(), table_bytes());
   std::uint64_t mapped = 0;
   for (std::size_t rank = 0; rank < std::min(sync_.size(), kBits); ++rank)
     mapped |= std::uint64_t{mappings_.at(rank, {kStaging, 0}, kStagingBytes) != nullptr} << rank;
   if (inline_of(bytes_)) {
-    show(0, bytes_, reinterpret_cast<char*>(page_.data()) + table_bytes());
+    show(0, bytes_, reinterpret_cast<char*>(page.data()) + table_bytes());
   } else if (bytes_ <= kRoomBytes) {
     char* const room = mappings_.at(sync_.rank(), room_of(sync_.turn() + 1), bytes_);
     if (!room) throw std::logic_error("this rank has no staging area");
@@ -162,14 +161,27 @@ int NodeDelivery::run(double timeout_us) {
 
 NodeDelivery::End NodeDelivery::call(std::uint64_t signature, std::uint64_t sequence, const std::vector<Piece>& outs,
                                      double timeout_us) {
-  const Place here = place();
-  sync_.publish(record_of(signature, sequence), here.segment, here.offset, page_.data(), page_.size());
+  static thread_local std::vector<std::uint8_t> page;
+  const Place here = announce(page);
+  sync_.publish(record_of(signature, sequence), here.segment, here.offset, page.data(), page.size());
   sync_.arrive();
   if (sync_.wait(timeout_us, /*soon=*/true) >= 0) return End::kAnnounced;
   for (std::size_t rank = 1; rank < sync_.size(); ++rank)
     if (sync_.slot(rank).record != sync_.slot(0).record) return End::kAnnounced;
   if (!sizes_agree() || !move(outs)) return End::kAnnounced;
   return run(timeout_us) >= 0 ? End::kUnderWay : End::kDone;
+}
+
+NodeDelivery::End NodeDelivery::call(std::uint64_t signature, std::uint64_t sequence, char* stream, char* outs,
+                                     double timeout_us) {
+  stream_ = {{stream, bytes_}};
+  std::vector<Piece> rooms;
+  for (const std::int64_t bytes : expected_) {
+    if (bytes < 0) throw std::invalid_argument("rooms are as large as what is expected");
+    rooms.push_back({outs, static_cast<std::size_t>(bytes)});
+    outs += bytes;
+  }
+  return call(signature, sequence, rooms, timeout_us);
 }
 
 void NodeDelivery::show(std::size_t start, std::size_t stop, char* to) const {

@@ -36,9 +36,8 @@ class NodeDelivery {
 
   // Whether this rank's stream needs the rank's staging area, which then has to be there before it is published.
   bool needs_staging() const { return !inline_of(bytes_); }
-  // What this rank publishes: its page, and with it which staging areas it has mapped. Fills the room.
-  Place place();
-  const std::vector<std::uint8_t>& page() const { return page_; }
+  // What this rank publishes: `page`, and with it which staging areas it has mapped. Fills the page, and the room.
+  Place announce(std::vector<std::uint8_t>& page) const;
 
   // Once all ranks have arrived and agree: every rank's table, three rows: starts and ends of its ranges, what it
   // expects.
@@ -58,6 +57,8 @@ class NodeDelivery {
   // they do not agree, or memory is not mapped yet. Under way: run() has to go on.
   enum class End { kDone, kAnnounced, kUnderWay };
   End call(std::uint64_t signature, std::uint64_t sequence, const std::vector<Piece>& outs, double timeout_us);
+  // The same for another stream of as many bytes, in one piece, and into rooms that lie one behind the other.
+  End call(std::uint64_t signature, std::uint64_t sequence, char* stream, char* outs, double timeout_us);
 
  private:
   enum class Way { kPage, kRoom, kRounds };
@@ -73,8 +74,8 @@ class NodeDelivery {
   NodeSync& sync_;
   const Mappings& mappings_;
   std::vector<Piece> stream_, outs_;
+  std::vector<std::int64_t> table_, expected_;
   std::size_t bytes_ = 0;  // of the stream
-  std::vector<std::uint8_t> page_;
   std::vector<Way> ways_;  // of every rank's stream, from move() on
   std::size_t round_ = 0, rounds_ = 0;
   bool waiting_ = false;

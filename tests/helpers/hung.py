@@ -32,11 +32,12 @@ def places(stacks: str) -> list[str]:
 
 
 def digest(folder: Path) -> str:
-    """For each test the ranks that are in it, and where they stand, once for all that stand at the same place; few
-    lines, because of a long output the end is what is read."""
+    """Where the ranks stand that have shown their stacks, once for all that stand at the same place, and the test that
+    each is in; few lines, because of a long output the end is what is read. Empty where nothing hung."""
     ranks: dict[str, list[str]] = {}
     for file in sorted(folder.iterdir(), key=lambda file: int(file.name)):
         test, _, stacks = file.read_text(errors="replace").partition("\n")
-        where = "\n".join([test, *(f"    {place}" for place in places(stacks))])
-        ranks.setdefault(where, []).append(file.name)
+        if stacks:
+            where = "\n".join([test, *(f"    {place}" for place in places(stacks))])
+            ranks.setdefault(where, []).append(file.name)
     return "\n".join(f"rank {', '.join(names)} in {where}" for where, names in ranks.items())

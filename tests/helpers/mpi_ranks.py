@@ -18,6 +18,9 @@ from commlab.runtime.group import Group
 TIMEOUT_S = 60.0
 """How long a group waits for a rank that has failed; then the other ranks too learn how the test went."""
 
+_MEETING, _VERDICT = b"m", b"v"
+"""How what a rank says begins: whether it is in the middle of a test or at its end."""
+
 
 class Ranks:
     """The groups of this launch: made when first asked for, and anew after a failure, which leaves ranks apart."""
@@ -71,14 +74,26 @@ class Ranks:
         self._groups.clear()
         world._world = None
 
-    def tell(self, text: bytes) -> list[bytes]:
-        """Every rank's ``text`` on every rank. Collective. Ranks that wait don't spin: they leave the cores to those
-        that still work."""
+    def meet(self) -> None:
+        """All ranks are here, in the middle of a test. Collective. Fails the test here where it has failed on others,
+        which will not come."""
+        if any(said.startswith(_VERDICT) for said in self._tell(_MEETING)):
+            pytest.fail("other ranks have failed before they came here", pytrace=False)
+
+    def verdicts(self, text: bytes) -> list[bytes]:
+        """How a test went, on every rank: empty where well. Collective, at the test's end. Ranks that wait don't spin:
+        they leave the cores to those that still work."""
+        while True:
+            everyones = self._tell(_VERDICT + text)
+            # Who still wanted to meet learns of this verdict there, and comes to its own.
+            if all(said.startswith(_VERDICT) for said in everyones):
+                return [said.removeprefix(_VERDICT) for said in everyones]
+
+    def _tell(self, text: bytes) -> list[bytes]:
+        """Every rank's ``text`` on every rank. Collective."""
         sizes, mine = bytearray(8 * self.size), len(text).to_bytes(8, "little")
         self._patiently(self._verdicts.Iallgather([mine, self._mpi.BYTE], [sizes, self._mpi.BYTE]))
         widest = max(int.from_bytes(sizes[at : at + 8], "little") for at in range(0, 8 * self.size, 8))
-        if not widest:
-            return [b""] * self.size
         texts = bytearray(widest * self.size)
         padded = text.ljust(widest, b"\0")
         self._patiently(self._verdicts.Iallgather([padded, self._mpi.BYTE], [texts, self._mpi.BYTE]))

@@ -65,11 +65,10 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
         os.write(_watched_stderr, f"rank {_ranks.rank}: {report.longrepr}\n".encode())
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def _watch(item: pytest.Item) -> None:
+    """From now on a watchdog waits for the test's end."""
     global _shown
-    if _ranks is None:
-        return
+    assert _ranks is not None
     if _shown is None:
         folder = os.environ.get(STACKS)
         file = os.open(Path(folder) / str(_ranks.rank), os.O_RDWR | os.O_CREAT) if folder else _watched_stderr
@@ -79,7 +78,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _shown.truncate()
         _shown.write(f"{item.nodeid}\n")
         _shown.flush()
-    # Here, because pytest has one of its own for the whole test, which does not end the process.
+    # Not pytest's own, which does not end the process.
     last = _ranks.rank == 0
     faulthandler.dump_traceback_later(WATCHDOG_S + last * GRACE_S, exit=last, file=_shown)
 
@@ -95,8 +94,22 @@ def _told(failure: BaseException | None, test: Path) -> str:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    if _ranks is not None:
+        _watch(item)
+    # A fixture that fails on one rank would leave it one test ahead of all others.
+    return (yield from _together(item, "setup"))
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    assert _ranks is not None
+    return (yield from _together(pyfuncitem, "call"))
+
+
+def _together(item: pytest.Item, when: str) -> Generator[None, object, object]:
+    """Do a part of a test, and fail on all ranks where it has failed on one."""
+    if _ranks is None:
+        return (yield)
     failure: BaseException | None = None
     skipped: BaseException | None = None
     result: object = None
@@ -106,12 +119,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         skipped = error
     except (Exception, pytest.fail.Exception) as error:
         failure = error
-    verdicts = _ranks.tell(_told(failure, pyfuncitem.path).encode()[-4000:])
+    verdicts = _ranks.verdicts(_told(failure, item.path).encode()[-4000:])
     others = {
         rank: words.decode(errors="replace") for rank, words in enumerate(verdicts) if words and rank != _ranks.rank
     }
     for rank, words in others.items():
-        pyfuncitem.add_report_section("call", f"of rank {rank}", words)
+        item.add_report_section(when, f"of rank {rank}", words)
     if others or failure is not None:
         _ranks.forget()
         if failure is not None:
