@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 
-class Operation(NamedTuple):
+class TorchOperation(NamedTuple):
     """``call()``: the operation, again and again; ``wrong()``: how many of this rank's results are not what they must
     be after one call on the numbers that are there at first; ``size_bytes``: of the largest tensor."""
 
@@ -45,52 +45,58 @@ class _Numbers:
         return int((found != want).sum())
 
 
-def _all_reduce(n: _Numbers, group: Any) -> Operation:
+def _all_reduce(n: _Numbers, group: Any) -> TorchOperation:
     want = n.longer(n.of(n.total, n.size))
-    return Operation(lambda: dist.all_reduce(n.whole, group=group), lambda: n.differ(n.whole, want), n.whole.nbytes)
+    return TorchOperation(
+        lambda: dist.all_reduce(n.whole, group=group), lambda: n.differ(n.whole, want), n.whole.nbytes
+    )
 
 
-def _broadcast(n: _Numbers, group: Any) -> Operation:
+def _broadcast(n: _Numbers, group: Any) -> TorchOperation:
     want = n.longer(n.of(0))
-    return Operation(lambda: dist.broadcast(n.whole, 0, group=group), lambda: n.differ(n.whole, want), n.whole.nbytes)
+    return TorchOperation(
+        lambda: dist.broadcast(n.whole, 0, group=group), lambda: n.differ(n.whole, want), n.whole.nbytes
+    )
 
 
-def _reduce(n: _Numbers, group: Any) -> Operation:
+def _reduce(n: _Numbers, group: Any) -> TorchOperation:
     want = n.longer(n.of(n.total, n.size) if n.rank == 0 else n.of(n.rank))
     call = lambda: dist.reduce(n.whole, 0, group=group)  # noqa: E731
     # gloo leaves what it has added up so far on the other ranks, as torch allows.
-    return Operation(call, lambda: n.differ(n.whole, want) if n.rank == 0 else 0, n.whole.nbytes)
+    return TorchOperation(call, lambda: n.differ(n.whole, want) if n.rank == 0 else 0, n.whole.nbytes)
 
 
-def _all_gather(n: _Numbers, group: Any) -> Operation:
+def _all_gather(n: _Numbers, group: Any) -> TorchOperation:
     outs, own = list(n.room.split(n.part_numel)), n.part(n.parts, 1)
     want = torch.cat([n.part(n.of(rank), 1) for rank in range(n.size)])
-    return Operation(lambda: dist.all_gather(outs, own, group=group), lambda: n.differ(n.room, want), n.room.nbytes)
+    return TorchOperation(
+        lambda: dist.all_gather(outs, own, group=group), lambda: n.differ(n.room, want), n.room.nbytes
+    )
 
 
-def _all_gather_into_tensor(n: _Numbers, group: Any) -> Operation:
+def _all_gather_into_tensor(n: _Numbers, group: Any) -> TorchOperation:
     own, want = n.part(n.parts, 1), torch.cat([n.part(n.of(rank), 1) for rank in range(n.size)])
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
-    return Operation(lambda: gather(n.room, own, group=group), lambda: n.differ(n.room, want), n.room.nbytes)
+    return TorchOperation(lambda: gather(n.room, own, group=group), lambda: n.differ(n.room, want), n.room.nbytes)
 
 
-def _reduce_scatter_tensor(n: _Numbers, group: Any) -> Operation:
+def _reduce_scatter_tensor(n: _Numbers, group: Any) -> TorchOperation:
     out, want = n.part(n.room, 0), n.part(n.of(n.total, n.size), n.rank)
     scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
-    return Operation(lambda: scatter(out, n.parts, group=group), lambda: n.differ(out, want), n.parts.nbytes)
+    return TorchOperation(lambda: scatter(out, n.parts, group=group), lambda: n.differ(out, want), n.parts.nbytes)
 
 
-def _all_to_all_single(n: _Numbers, group: Any) -> Operation:
+def _all_to_all_single(n: _Numbers, group: Any) -> TorchOperation:
     want = torch.cat([n.part(n.of(rank), n.rank) for rank in range(n.size)])
     call = lambda: dist.all_to_all_single(n.room, n.parts, group=group)  # noqa: E731
-    return Operation(call, lambda: n.differ(n.room, want), n.room.nbytes)
+    return TorchOperation(call, lambda: n.differ(n.room, want), n.room.nbytes)
 
 
-def _barrier(n: _Numbers, group: Any) -> Operation:
-    return Operation(lambda: dist.barrier(group=group), lambda: 0, 0)
+def _barrier(n: _Numbers, group: Any) -> TorchOperation:
+    return TorchOperation(lambda: dist.barrier(group=group), lambda: 0, 0)
 
 
-_MADE: Final[dict[str, Callable[[_Numbers, Any], Operation]]] = {
+_MADE: Final[dict[str, Callable[[_Numbers, Any], TorchOperation]]] = {
     "all_reduce": _all_reduce,
     "broadcast": _broadcast,
     "reduce": _reduce,
@@ -103,7 +109,7 @@ _MADE: Final[dict[str, Callable[[_Numbers, Any], Operation]]] = {
 OPERATIONS: Final = tuple(_MADE)
 
 
-def operation(name: str, size_bytes: int, group: Any, rank: int, size: int, zeros: bool = False) -> Operation:
+def operation(name: str, size_bytes: int, group: Any, rank: int, size: int, zeros: bool = False) -> TorchOperation:
     """``name``, whose largest tensor on a rank has ``size_bytes``, as far as they can be cut into equal parts.
     ``zeros``: all numbers are 0, which stay so however often they are added up."""
     return _MADE[name](_Numbers(size_bytes, rank, size, zeros), group)
