@@ -1,5 +1,5 @@
 """The process group: every method of torch.distributed's that takes tensors, by commlab's collectives where
-:mod:`.operations` has one, else by gloo."""
+:mod:`.reductions` and :mod:`.moves` have one, else by gloo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ..native.versions import count_write
 from ..runtime.agreement import Signature
-from . import operations
+from . import moves, reductions
 from .arguments import awaited, listed, op_text, present, rows_of, with_op, with_root
 from .membership import Membership
 from .monitor import monitored_barrier
@@ -28,19 +28,19 @@ class CommlabProcessGroup(Membership):
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
         tensors, opts = listed(tensors), with_op(opts, dist.AllreduceOptions)
-        work = operations.allreduce(self, tensors, opts.reduceOp, awaited(opts))
+        work = reductions.allreduce(self, tensors, opts.reduceOp, awaited(opts))
         return work or self._left_reduction("allreduce", tensors, opts, lambda gloo, flats: gloo.allreduce(flats, opts))
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts or dist.AllreduceCoalescedOptions()
-        work = operations.allreduce_coalesced(self, tensors, opts.reduceOp)
+        work = reductions.allreduce_coalesced(self, tensors, opts.reduceOp)
         return work or self._left_reduction(
             "allreduce", tensors, opts, lambda gloo, flats: gloo.allreduce_coalesced(flats, opts)
         )
 
     def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None) -> Any:
         tensors, opts = listed(tensors), with_root(opts, dist.ReduceOptions, op)
-        work = operations.reduce(self, tensors, opts.rootRank, opts.reduceOp, awaited(opts))
+        work = reductions.reduce(self, tensors, opts.rootRank, opts.reduceOp, awaited(opts))
         return work or self._left_reduction(
             "reduce", tensors, opts, lambda gloo, flats: gloo.reduce(flats, opts), opts.rootRank
         )
@@ -49,13 +49,13 @@ class CommlabProcessGroup(Membership):
         outs, opts = listed(outs), with_op(opts, dist.ReduceScatterOptions)
         ins = ins if isinstance(ins[0], (list, tuple)) else [ins]
         work = (
-            operations.reduce_scatter(self, outs[0], ins[0], opts.reduceOp, awaited(opts)) if len(outs) == 1 else None
+            reductions.reduce_scatter(self, outs[0], ins[0], opts.reduceOp, awaited(opts)) if len(outs) == 1 else None
         )
         return work or self._left_reduce_scatter(outs, ins, opts)
 
     def reduce_scatter_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
         opts = with_op(opts, dist.ReduceScatterOptions)
-        work = operations.reduce_scatter(self, out, [tensor], opts.reduceOp, awaited(opts))
+        work = reductions.reduce_scatter(self, out, [tensor], opts.reduceOp, awaited(opts))
         return work or self._left_reduce_scatter([out], [[tensor]], opts)
 
     _reduce_scatter_base = reduce_scatter_single
@@ -72,18 +72,18 @@ class CommlabProcessGroup(Membership):
     def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
         tensors, opts = listed(tensors), with_root(opts, dist.BroadcastOptions)
         root, written = opts.rootRank, tensors if self.rank() != opts.rootRank else []
-        work = operations.broadcast(self, tensors, root, awaited(opts))
+        work = moves.broadcast(self, tensors, root, awaited(opts))
         return work or self._left(
             "broadcast", tensors, written, lambda gloo: gloo.broadcast(tensors, opts), f"root {root}"
         )
 
     def allgather(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         outs, ins = outs if isinstance(outs[0], (list, tuple)) else [outs], listed(ins)
-        work = operations.allgather(self, outs[0], ins[0], awaited(opts)) if len(ins) == 1 else None
+        work = moves.allgather(self, outs[0], ins[0], awaited(opts)) if len(ins) == 1 else None
         return work or self._left("allgather", ins, outs, lambda gloo: gloo.allgather(outs, ins, *present(opts)))
 
     def all_gather_single(self, out: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
-        work = operations.allgather_single(self, out, tensor, awaited(opts))
+        work = moves.allgather_single(self, out, tensor, awaited(opts))
         return work or self._left(
             "allgather", [tensor], [out], lambda gloo: gloo._allgather_base(out, tensor, *present(opts))
         )
@@ -97,7 +97,7 @@ class CommlabProcessGroup(Membership):
 
     def allgather_coalesced(self, outs: Any, ins: Any, opts: Any = None) -> Any:
         """``outs[r][k]`` gets tensor k of rank r."""
-        work = operations.allgather_coalesced(self, outs, listed(ins), awaited(opts))
+        work = moves.allgather_coalesced(self, outs, listed(ins), awaited(opts))
         return work or self._left(
             "allgather", ins, outs, lambda gloo: gloo.allgather_coalesced(outs, ins, *present(opts))
         )
@@ -109,7 +109,7 @@ class CommlabProcessGroup(Membership):
         nothing, detail = list(room), f"{ins[0].dtype}, to root {root}"
         nothing[root] = ins[0]
         lists = self._of_each("gather", outs[0]) if self.rank() == root else room
-        work = operations.exchange(self, "gather", detail, lists, nothing, outs, awaited(opts))
+        work = moves.exchange(self, "gather", detail, lists, nothing, outs, awaited(opts))
         return work or self._left("gather", ins, outs, lambda gloo: gloo.gather(outs, ins, opts), f"root {root}")
 
     def scatter(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
@@ -119,20 +119,23 @@ class CommlabProcessGroup(Membership):
         room, detail = list(nothing), f"{outs[0].dtype}, from root {root}"
         room[root] = outs[0]
         parts = self._of_each("scatter", ins[0]) if self.rank() == root else nothing
-        work = operations.exchange(self, "scatter", detail, room, parts, outs, awaited(opts))
+        work = moves.exchange(self, "scatter", detail, room, parts, outs, awaited(opts))
         return work or self._left("scatter", outs, outs, lambda gloo: gloo.scatter(outs, ins, opts), f"root {root}")
 
     def alltoall(self, outs: Any, ins: Any, opts: Any = None, timeout: Any = None) -> Any:
         outs, ins = self._of_each("alltoall", outs), self._of_each("alltoall", ins)
-        work = operations.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, outs, awaited(opts))
+        work = moves.exchange(self, "alltoall", str(ins[0].dtype), outs, ins, outs, awaited(opts))
         return work or self._left("alltoall", ins, outs, lambda gloo: gloo.alltoall(outs, ins, *present(opts)))
 
     def all_to_all_single(
         self, out: torch.Tensor, tensor: torch.Tensor, out_splits: Any, in_splits: Any, opts: Any = None
     ) -> Any:
         if movable(out) and movable(tensor) and out.is_contiguous():
+            even = not out_splits and not in_splits
+            if even and awaited(opts) and (work := moves.alltoall_whole(self, out, tensor)):
+                return work
             outs, parts = self._rows(out, out_splits), self._rows(tensor, in_splits)
-            return operations.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out], awaited(opts))
+            return moves.exchange(self, "alltoall", str(tensor.dtype), outs, parts, [out], awaited(opts))
         return self._left(
             "alltoall",
             [tensor],
