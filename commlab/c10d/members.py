@@ -35,7 +35,7 @@ class Members(Protocol):
         """What the caller is given."""
 
 
-class Outcome(NamedTuple):
+class WorkToBe(NamedTuple):
     """What an operation comes to: what its work gives, what remains to be done, its span in torch's profile, and
     whether the caller waits for it."""
 

@@ -15,7 +15,7 @@ from ..collectives.plan import remember
 from ..errors import SharedMemoryError
 from ..native.versions import count_write
 from ..runtime.agreement import Signature
-from .members import Members, Outcome, Work
+from .members import Members, WorkToBe, Work
 from .tensors import Tensors, aligned, as_moved, flat_of, movable, require, room_for, write, write_all
 from .work import CommlabWork
 
@@ -28,36 +28,36 @@ def broadcast(pg: Members, tensors: Tensors, root: int, awaited: bool) -> Work:
         count_write(tensors)
     flat = aligned(flat_of(tensor))
     after = None if flat.data_ptr() == tensor.data_ptr() else (lambda: write(tensor, flat))
-    outcome = Outcome(list(tensors), after, span, awaited)
+    to_be = WorkToBe(list(tensors), after, span, awaited)
     moved = as_moved(flat, flat.numel(), pg.group)
     if moved is None:
         size_bytes = flat.numel() * flat.element_size()
         mine = Range(0, size_bytes if pg.rank() == root else 0)
         outs = [bytes_of(flat) if rank == root else _NO_BYTES for rank in range(pg.size())]
         detail = f"{size_bytes} bytes, root {root}"
-        return _delivered(pg, "broadcast", detail, [bytes_of(flat)], [mine] * pg.size(), outs, outcome)
-    return _gathered(pg, moved, whole_at(root, moved.numel(), pg.size()), outcome)
+        return _delivered(pg, "broadcast", detail, [bytes_of(flat)], [mine] * pg.size(), outs, to_be)
+    return _gathered(pg, moved, whole_at(root, moved.numel(), pg.size()), to_be)
 
 
-def _gathered(pg: Members, whole: torch.Tensor, chunks: Sequence[Range], outcome: Outcome) -> CommlabWork:
+def _gathered(pg: Members, whole: torch.Tensor, chunks: Sequence[Range], to_be: WorkToBe) -> CommlabWork:
     """Rank r's chunk of ``whole`` from rank r to all ranks."""
-    if outcome.at_once:
+    if to_be.at_once:
         short = gather_at_once(whole, chunks, None, "auto", pg.group, "")
         if short is not None and short():
-            return outcome.over(pg)
-    return outcome.of(pg, gather_chunks_async(whole, chunks, group=pg.group))
+            return to_be.over(pg)
+    return to_be.of(pg, gather_chunks_async(whole, chunks, group=pg.group))
 
 
 _NO_BYTES: Final = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _delivered(
-    pg: Members, kind: str, detail: str, stream: Tensors, ranges: Sequence[Range], outs: Tensors, outcome: Outcome
+    pg: Members, kind: str, detail: str, stream: Tensors, ranges: Sequence[Range], outs: Tensors, to_be: WorkToBe
 ) -> CommlabWork:
     signature = Signature(kind, detail=detail)
-    if outcome.at_once and deliver_at_once(pg.group, signature, stream, ranges, outs):
-        return outcome.over(pg)
-    return outcome.of(pg, deliver_async(pg.group, signature, stream, ranges, outs))
+    if to_be.at_once and deliver_at_once(pg.group, signature, stream, ranges, outs):
+        return to_be.over(pg)
+    return to_be.of(pg, deliver_async(pg.group, signature, stream, ranges, outs))
 
 
 def allgather_single(pg: Members, out: torch.Tensor, tensor: torch.Tensor, awaited: bool) -> Work:
@@ -68,14 +68,14 @@ def allgather_single(pg: Members, out: torch.Tensor, tensor: torch.Tensor, await
     whole = aligned(flat_of(out))
     require(pg.rank(), size, "all_gather", whole.numel() == size * flat.numel(), tensor, [out], [flat.numel()] * size)
     after = None if whole.data_ptr() == out.data_ptr() else (lambda: write(out, whole))
-    outcome = Outcome([out], after, pg.begin("_allgather_base", [tensor]), awaited)
+    to_be = WorkToBe([out], after, pg.begin("_allgather_base", [tensor]), awaited)
     moved = as_moved(whole, flat.numel(), pg.group)
     if moved is None:
-        return _parts_gathered(pg, list(whole.view(size, -1)), flat, outcome)
+        return _parts_gathered(pg, list(whole.view(size, -1)), flat, to_be)
     own = slice(pg.rank() * flat.numel(), (pg.rank() + 1) * flat.numel())
     if whole[own].data_ptr() != flat.data_ptr():
         write(whole[own], flat)
-    return _gathered(pg, moved, adjoining([moved.numel() // size] * size), outcome)
+    return _gathered(pg, moved, adjoining([moved.numel() // size] * size), to_be)
 
 
 def allgather(pg: Members, outs: Tensors, tensor: torch.Tensor, awaited: bool) -> Work:
@@ -87,14 +87,14 @@ def allgather(pg: Members, outs: Tensors, tensor: torch.Tensor, awaited: bool) -
     flats = [room_for(out) for out in outs]
     count_write(outs)
     span = pg.begin("all_gather", [tensor])
-    outcome = Outcome([list(outs)], lambda: write_all(outs, flats), span, awaited)
-    return _parts_gathered(pg, flats, flat_of(tensor), outcome)
+    to_be = WorkToBe([list(outs)], lambda: write_all(outs, flats), span, awaited)
+    return _parts_gathered(pg, flats, flat_of(tensor), to_be)
 
 
-def _parts_gathered(pg: Members, flats: Tensors, flat: torch.Tensor, outcome: Outcome) -> CommlabWork:
+def _parts_gathered(pg: Members, flats: Tensors, flat: torch.Tensor, to_be: WorkToBe) -> CommlabWork:
     own = bytes_of(flat)
     ranges = [Range(0, own.numel())] * pg.size()
-    return _delivered(pg, "allgather", str(flat.dtype), [own], ranges, [bytes_of(part) for part in flats], outcome)
+    return _delivered(pg, "allgather", str(flat.dtype), [own], ranges, [bytes_of(part) for part in flats], to_be)
 
 
 def allgather_coalesced(pg: Members, outs: Sequence[Tensors], tensors: Tensors, awaited: bool) -> Work:
@@ -117,8 +117,8 @@ def allgather_coalesced(pg: Members, outs: Sequence[Tensors], tensors: Tensors, 
                 write(out, piece.clone().view(out.dtype))
 
     detail = ", ".join(str(tensor.dtype) for tensor in tensors)
-    outcome = Outcome(list(outs), after, span, awaited)
-    return _delivered(pg, "allgather", detail, stream, [own] * pg.size(), room, outcome)
+    to_be = WorkToBe(list(outs), after, span, awaited)
+    return _delivered(pg, "allgather", detail, stream, [own] * pg.size(), room, to_be)
 
 
 _TITLES: Final = {"alltoall": "all_to_all"}
@@ -136,8 +136,8 @@ def exchange(pg: Members, kind: str, detail: str, outs: Tensors, parts: Tensors,
     stream = [bytes_of(flat_of(part)) for part in parts]
     ranges = adjoining([piece.numel() for piece in stream])
     room = [bytes_of(flat) for flat in flats]
-    outcome = Outcome(value, lambda: write_all(outs, flats), span, awaited)
-    return _delivered(pg, kind, detail, stream, ranges, room, outcome)
+    to_be = WorkToBe(value, lambda: write_all(outs, flats), span, awaited)
+    return _delivered(pg, kind, detail, stream, ranges, room, to_be)
 
 
 def alltoall_whole(pg: Members, out: torch.Tensor, tensor: torch.Tensor) -> Work:

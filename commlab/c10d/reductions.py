@@ -14,7 +14,7 @@ from ..collectives.allreduce import allreduce_async
 from ..collectives.halves import reduce_at_once, reduce_chunks_async
 from ..native.dtypes import DTYPES
 from ..native.versions import count_write
-from .members import Members, Outcome, Work
+from .members import Members, WorkToBe, Work
 from .tensors import Tensors, flat_of, movable, require, write
 
 _KINDS: Final[Any] = dist.ReduceOp.RedOpType
@@ -103,11 +103,11 @@ def allreduce(pg: Members, tensors: Tensors, reduce_op: Any, awaited: bool) -> W
         return None
     tensor, group, span = tensors[0], pg.group, pg.begin("all_reduce", tensors)
     after = None if numbers.lies_in(tensor) else (lambda: numbers.finish(numbers.flat, tensor))
-    outcome = Outcome(list(tensors), after, span, awaited)
-    if outcome.at_once:
+    to_be = WorkToBe(list(tensors), after, span, awaited)
+    if to_be.at_once:
         allreduce_now(numbers.flat, numbers.op, group=group)
-        return outcome.over(pg)
-    return outcome.of(pg, allreduce_async(numbers.flat, numbers.op, group=group))
+        return to_be.over(pg)
+    return to_be.of(pg, allreduce_async(numbers.flat, numbers.op, group=group))
 
 
 def allreduce_coalesced(pg: Members, tensors: Tensors, reduce_op: Any) -> Work:
