@@ -15,7 +15,7 @@ from ..collectives.plan import remember
 from ..errors import SharedMemoryError
 from ..native.versions import count_write
 from ..runtime.agreement import Signature
-from .members import Members, WorkToBe, Work
+from .members import Members, Work, WorkToBe
 from .tensors import Tensors, aligned, as_moved, flat_of, movable, require, room_for, write, write_all
 from .work import CommlabWork
 

@@ -14,7 +14,7 @@ from ..collectives.allreduce import allreduce_async
 from ..collectives.halves import reduce_at_once, reduce_chunks_async
 from ..native.dtypes import DTYPES
 from ..native.versions import count_write
-from .members import Members, WorkToBe, Work
+from .members import Members, Work, WorkToBe
 from .tensors import Tensors, flat_of, movable, require, write
 
 _KINDS: Final[Any] = dist.ReduceOp.RedOpType
