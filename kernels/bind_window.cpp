@@ -59,14 +59,20 @@ void format_page(Address page, std::uint32_t local_rank, nb::bytes token) {
   control->magic = kMagic;
 }
 
-// Why this page is not the one that it should be; empty if it is.
-std::string wrong_page(Address page, std::uint32_t local_rank, nb::bytes token) {
-  const auto* control = reinterpret_cast<const Control*>(page);
-  if (control->magic != kMagic) return "not a commlab window";
-  if (control->abi != kAbi)
-    return "window layout " + std::to_string(control->abi) + ", mine is " + std::to_string(kAbi);
-  if (token.size() != 16 || std::memcmp(control->token, token.c_str(), 16) != 0) return "another job's window";
-  if (control->local_rank != local_rank) return "the window of local rank " + std::to_string(control->local_rank);
+// Why the page that begins with these bytes, wherever they lie, is not the one that it should be; empty if it is.
+std::string wrong_page(Address head, std::uint32_t local_rank, nb::bytes token) {
+  const auto* bytes = reinterpret_cast<const char*>(head);
+  decltype(Control::magic) magic;
+  decltype(Control::abi) abi;
+  decltype(Control::local_rank) owner;
+  std::memcpy(&magic, bytes + offsetof(Control, magic), sizeof magic);
+  std::memcpy(&abi, bytes + offsetof(Control, abi), sizeof abi);
+  std::memcpy(&owner, bytes + offsetof(Control, local_rank), sizeof owner);
+  if (magic != kMagic) return "not a commlab window";
+  if (abi != kAbi) return "window layout " + std::to_string(abi) + ", mine is " + std::to_string(kAbi);
+  if (token.size() != 16 || std::memcmp(bytes + offsetof(Control, token), token.c_str(), 16) != 0)
+    return "another job's window";
+  if (owner != local_rank) return "the window of local rank " + std::to_string(owner);
   return "";
 }
 

@@ -81,8 +81,11 @@ def test_allreduce(ranks: Ranks, place: str, dtype: torch.dtype) -> None:
 @places
 def test_many_blocks(ranks: Ranks, place: str) -> None:
     """More than the staging area holds at a time."""
-    for group in (window_group(ranks, *range(ranks.size)), *window_groups(ranks)[-1:]):
-        assert group is not None
+    half = ranks.size // 2
+    for parts in ([range(ranks.size)], [range(half), range(half, ranks.size)]):
+        group = next(filter(None, [window_group(ranks, *part) for part in parts if part]))
+        if group.size == 1:
+            continue
         got = commlab.allreduce(PLACES[place](group, numbers(group.rank, MANY_BLOCKS, torch.int32)), "sum", group=group)
         assert torch.equal(got, expected("sum", group.size, MANY_BLOCKS, torch.int32))
 
