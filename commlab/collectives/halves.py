@@ -34,7 +34,10 @@ def reduce_at_once(
         return None
     flat = tensor.view(-1)
     plan = plan_of(group, "reduce_scatter", flat, op, name, algorithm, chunks=tuple(chunks))
-    return _short(plan, group, flat, out, chunks[group.rank])
+    own = chunks[group.rank]
+    if plan.few is not None and plan.at_once is not None:
+        return partial(plan.route.reduce_at_once, group, plan.signature, plan.at_once, flat, out, own)
+    return _short(plan, group, flat, out, own)
 
 
 def gather_at_once(
@@ -42,6 +45,9 @@ def gather_at_once(
 ) -> Short | None:
     """:func:`gather_chunks_async` in one native call; None where it takes more."""
     plan = plan_of(group, "allgather", flat, "sum", name, algorithm, chunks=tuple(chunks), meaning=meaning)
+    if plan.few is not None and plan.at_once is not None:
+        own = chunks[group.rank]
+        return partial(plan.route.gather_at_once, group, plan.signature, plan.at_once, plan.few, flat, own)
     return _short(plan, group, flat, None, EMPTY)
 
 
@@ -92,6 +98,7 @@ def reduce_chunks_async(
     if flat.dtype in HALVES and meets_at_owner and group.size > 1:
         wide = torch.empty(own.numel, dtype=torch.float32, device="cpu")
     call = Call(group, plan, flat, op, chunks, squares, wide)
+    call.awaited = awaited
 
     def body() -> Pending:
         if group.size > 1 and flat.numel():
@@ -119,6 +126,7 @@ def gather_chunks_async(
     chunks = tuple(chunks)
     plan = plan_of(group, "allgather", flat, "sum", name, algorithm, chunks=chunks, meaning=meaning)
     call = Call(group, plan, flat, "sum", chunks)
+    call.awaited = awaited
 
     def body() -> Pending:
         if group.size > 1 and flat.numel():

@@ -110,8 +110,8 @@ class Call:
     squares of the numbers that this rank reduces, where they are at hand, on all ranks or none."""
 
     __slots__ = (
-        "_flat", "awaited", "chunks", "divisor", "group", "launch", "op", "piggyback", "plan", "squares", "tensor",
-        "wide",
+        "_flat", "awaited", "chunks", "divisor", "group", "inner", "launch", "op", "operation", "piggyback",
+        "plan", "squares", "tensor", "wide",
     )  # fmt: skip
 
     def __init__(
@@ -125,6 +125,8 @@ class Call:
         wide: torch.Tensor | None = None,
     ):
         self.group, self.plan, self.tensor = group, plan, tensor
+        self.operation = op
+        """As the caller has named it; :attr:`op` is what is done to the numbers before :attr:`divisor`."""
         self.divisor, self.op = divided(op, group.size)
         self.chunks, self.squares, self.wide = chunks, squares, wide
         self.piggyback: Piggyback | None = None
@@ -133,6 +135,8 @@ class Call:
         """The caller goes on to wait for it."""
         self.launch: Offload | None = None
         """The operation as the transport moves it by itself, once the route has made it."""
+        self.inner: Call | None = None
+        """What a route makes of the operation, where that is another one."""
         # The halves are given flat buffers.
         self._flat: torch.Tensor | None = tensor if chunks else None
 
@@ -194,6 +198,11 @@ def plan_of(
             few = few_route.load_of(group, tensor.numel(), wire_dtype, op)
             if few is not None:
                 route, at_once = few_route, few_route.at_once(group, few, tensor.numel(), wire_dtype, op)
+        if row.halves and kind != "allreduce" and algorithm == "auto":
+            whole = routes.load(row.halves)
+            few = whole.load_of(group, kind, tensor.numel(), tensor.dtype)
+            if few is not None:
+                route, at_once = whole, whole.at_once(group, few, op)
         shared = None
         if few is None and tensor.numel() and hasattr(route, "prepared"):
             given = given_as(route, tensor.dtype, wire_dtype)

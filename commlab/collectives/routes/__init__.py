@@ -5,6 +5,7 @@
     window        memory that the ranks of a node share: nobody sends
     inline        few numbers, in the window's control pages
     hierarchical  the window on each node, schedules between nodes
+    whole         halves of few numbers, as a whole allreduce by piggyback
     leaders       the same numbers up to some hundred KB, by one rank of each node, in one native call
 
 What a module offers is :class:`.route.Route`. Nothing here imports torch: the names are choices of a
@@ -25,11 +26,13 @@ class Row(NamedTuple):
     file: str
     few: str = ""
     """The file of the route that takes few numbers instead; empty: there is none."""
+    halves: str = "whole"
+    """The file of the route that takes the halves of few numbers instead, where nobody has named an algorithm."""
 
 
 ROUTES: Final[dict[str, Row]] = {
     "direct": Row("schedule", few="piggyback"),
-    "window": Row("window", few="inline"),
+    "window": Row("window", few="inline", halves=""),
     "hierarchical": Row("hierarchical", few="leaders"),
 }
 """By the name that a caller may give. The algorithms of :data:`commlab.schedules.ALGORITHMS` that have no row here all

@@ -37,7 +37,7 @@ def test_every_row_leads_to_a_route(name: str) -> None:
 def test_every_file_of_the_folder_is_in_a_row() -> None:
     files = {path.stem for path in Path(routes.__file__).parent.glob("*.py")} - {"__init__", "route"}
     rows = [routes.row_of(name) for name in routes.names()]
-    assert files == {file for row in rows for file in (row.file, row.few) if file}
+    assert files == {file for row in rows for file in (row.file, row.few, row.halves) if file}
 
 
 @pytest.fixture
