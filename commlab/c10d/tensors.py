@@ -14,7 +14,7 @@ from ..runtime.group import Group
 Tensors = Sequence[torch.Tensor]
 
 _DELIVERED_BYTES = 16 * 1024
-"""Between nodes parts of one size go as one delivery up to here: the numbers travel with the agreement check."""
+"""Where ranks have neither a window nor links, parts of one size go as one delivery up to here."""
 
 
 def movable(tensor: torch.Tensor) -> bool:
@@ -62,15 +62,16 @@ def aligned(flat: torch.Tensor) -> torch.Tensor:
 
 def as_moved(flat: torch.Tensor, part_numel: int, group: Group) -> torch.Tensor | None:
     """``flat``, which is aligned, in a dtype that commlab's halves move, for parts of ``part_numel`` numbers; None
-    where few or odd bytes are better delivered. The choice depends on sizes and the group's window alone, so that all
-    ranks choose alike."""
+    where few bytes are better delivered. The choice depends on sizes and the group's ways alone, so that all ranks
+    choose alike."""
     part_bytes = part_numel * flat.element_size()
-    if part_bytes <= (_DELIVERED_BYTES if group.window is None else 0):
+    quick = group.window is not None or group.transport.moves_itself
+    if part_bytes <= (0 if quick else _DELIVERED_BYTES):
         return None
     if flat.dtype in DTYPES:
         return flat
-    unit = next((dtype for unit_bytes, dtype in _UNITS if part_bytes % unit_bytes == 0), None)
-    return None if unit is None else bytes_of(flat).view(unit)
+    unit = next((dtype for unit_bytes, dtype in _UNITS if part_bytes % unit_bytes == 0), torch.uint8)
+    return bytes_of(flat).view(unit)
 
 
 def room_for(out: torch.Tensor) -> torch.Tensor:
