@@ -55,7 +55,7 @@ def store_for(launch: Launch, timeout_s: float) -> dist.Store:
 def _environment_store(launch: Launch, timeout_s: float) -> dist.Store:
     """The store at MASTER_ADDR:MASTER_PORT: torchrun's own, or else rank 0 opens it."""
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise UsageError(
             f"rank {launch.rank}: RANK={launch.rank} and WORLD_SIZE={launch.size} are set, but MASTER_ADDR={host!r} "
             f"and MASTER_PORT={port!r} are not where ranks could meet; launch with torchrun, which sets all four, or "
@@ -64,17 +64,20 @@ def _environment_store(launch: Launch, timeout_s: float) -> dist.Store:
     where = host, int(port)
     if where not in _stores:
         opens = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        since_s = time.monotonic()
         try:
+            if not opens:
+                until_open(*where, timeout_s)
             # Several in one process: torch's own init_process_group may open one there too.
             _stores[where] = dist.TCPStore(
                 *where,
                 launch.size,
                 opens,
-                timedelta(seconds=timeout_s),
+                timedelta(seconds=max(1.0, timeout_s - (time.monotonic() - since_s))),
                 wait_for_workers=False,
                 multi_tenant=True,
             )
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             if opens:
                 raise UsageError(
                     f"rank 0 can't open its store at MASTER_ADDR:MASTER_PORT {host}:{port}: {error}; choose another "
@@ -85,6 +88,32 @@ def _environment_store(launch: Launch, timeout_s: float) -> dist.Store:
                 f"{host}:{port}; every rank must call it ({error})"
             ) from error
     return _stores[where]
+
+
+def until_open(host: str, port: int, timeout_s: float) -> None:
+    """Return once somebody listens at ``host:port``; TimeoutError after ``timeout_s``. torch's client asks there again
+    and again, each time from another port of the system's choice. Where ``port`` is one of those, it asks from ``port``
+    itself in the end, has connected to itself then, and waits for ever."""
+    stop_s, pause_s = time.monotonic() + timeout_s, 1e-3
+    while True:
+        error: Exception | None = None
+        try:
+            for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+                try:
+                    with socket.socket(family, kind) as probe:
+                        probe.bind(("", 0))
+                        if probe.getsockname()[1] != port:
+                            probe.settimeout(min(5.0, max(0.1, stop_s - time.monotonic())))
+                            probe.connect(address)
+                            return
+                except OSError as refused:
+                    error = refused
+        except OSError as unknown:
+            error = unknown
+        if time.monotonic() > stop_s:
+            raise TimeoutError(str(error)) from error
+        time.sleep(pause_s)
+        pause_s = min(0.1, 1.5 * pause_s)
 
 
 def everyone_at(store: dist.Store, prefix: str, rank: int, size: int, timeout_s: float) -> None:
