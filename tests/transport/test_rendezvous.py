@@ -21,14 +21,14 @@ opened = []
 
 def serve():
     time.sleep(1.5)
-    with socket.create_server(("127.0.0.1", 40003)) as server:
+    with socket.create_server(("127.0.0.1", 40002)) as server:
         opened.append(True)
         server.settimeout(20)
         server.accept()
 
 thread = threading.Thread(target=serve)
 thread.start()
-until_open("127.0.0.1", 40003, 20.0)
+until_open("127.0.0.1", 40002, 20.0)
 assert opened, "somebody answered before there was anybody"
 thread.join()
 print("met")
