@@ -74,7 +74,7 @@ def reduce_at_once(
     sums = flat.clone()
     if not group.at_once(signature, call, sums, sums.data_ptr()):
         return False
-    _write(flat[own.start : own.stop] if out is None else out.view(-1), sums[own.start : own.stop])
+    _write(flat[own.start : own.stop] if out is None else out, sums[own.start : own.stop])
     return True
 
 
@@ -93,7 +93,7 @@ def _write(target: torch.Tensor, numbers: torch.Tensor) -> None:
     if not target.numel():
         return  # autograd would take it for a write
     with torch.inference_mode(target.is_inference()):
-        target.detach().copy_(numbers)
+        target.detach().copy_(numbers.view(target.shape))
 
 
 def _own_alone(few: Whole, flat: torch.Tensor, own: Range) -> torch.Tensor:

@@ -43,6 +43,9 @@ def halves(group: Group, numel: int, dtype: torch.dtype, op: str) -> None:
     given = mine.clone()
     assert torch.equal(commlab.reduce_scatter(out, given, op, group=group), total[slice(*chunks[rank])])
     assert torch.equal(given, mine), "what is given was written"
+    apart = torch.full((chunks[rank].numel, 2), 7, dtype=dtype)[:, 0]
+    commlab.reduce_scatter(apart, given, op, group=group)
+    assert torch.equal(apart, out), "numbers that do not lie in a row"
     gathered = torch.full((numel,), 7, dtype=dtype)
     commlab.allgather(gathered, mine[slice(*chunks[rank])], group=group)
     assert torch.equal(gathered, torch.cat([numbers(r, numel, dtype, op)[slice(*chunks[r])] for r in range(size)]))
