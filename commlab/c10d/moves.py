@@ -12,7 +12,6 @@ from ..chunks import Range, adjoining, whole_at
 from ..collectives.delivery import WholeDelivery, bytes_of, deliver_async, deliver_at_once, in_window
 from ..collectives.halves import gather_at_once, gather_chunks_async
 from ..collectives.plan import remember
-from ..errors import SharedMemoryError
 from ..native.versions import count_write
 from ..runtime.agreement import Signature
 from .members import Members, Work, WorkToBe
@@ -152,18 +151,10 @@ def alltoall_whole(pg: Members, out: torch.Tensor, tensor: torch.Tensor) -> Work
     if whole is None:
         if any(not each.dim() or each.shape[0] % size for each in (out, tensor)):
             return None  # refused with words
-        parts, rooms = ([each.nbytes // size] * size for each in (tensor, out))
-        try:
-            whole = WholeDelivery(group, alltoall_of(tensor), adjoining(parts), rooms)
-        except SharedMemoryError:
-            return None  # all ranks hear of it
+        # The signature of exchange(), by which other ranks may go.
+        whole = WholeDelivery.even(group, Signature("alltoall", detail=str(tensor.dtype)), out, tensor)
         remember(group, key, whole)
-    if not whole.at_once(group, out, tensor):
+    if whole is None or not whole.at_once(group, out, tensor):
         return None
     count_write((out,))
     return pg.work((), [out])
-
-
-def alltoall_of(tensor: torch.Tensor) -> Signature:
-    """What ranks agree on before they exchange parts of such tensors."""
-    return Signature("alltoall", detail=str(tensor.dtype))

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from ..chunks import Range
+from ..chunks import Range, adjoining
 from ..errors import DisagreementError, SharedMemoryError
 from ..runtime.agreement import Signature
 from ..runtime.group import Group
@@ -164,6 +164,16 @@ class WholeDelivery:
         self._call = AtOnce(
             through.native.call_whole, (), partial(self._resume, through), _done(through, sum(expected))
         )
+
+    @classmethod
+    def even(cls, group: Group, signature: Signature, out: torch.Tensor, tensor: torch.Tensor) -> WholeDelivery | None:
+        """In equal parts, as large as these tensors have them. None where there is no memory for it, of which the long
+        way tells all ranks."""
+        size = group.size
+        try:
+            return cls(group, signature, adjoining([tensor.nbytes // size] * size), [out.nbytes // size] * size)
+        except SharedMemoryError:
+            return None
 
     def at_once(self, group: Group, out: torch.Tensor, tensor: torch.Tensor) -> bool:
         """One of them, as one native call; whether it was possible just now. If not, nothing was done."""

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 
 from ..chunks import Range, adjoining
-from ..errors import SharedMemoryError, UsageError
+from ..errors import UsageError
 from ..native.dtypes import DTYPES
 from ..native.versions import count_write
 from ..runtime import raw
@@ -116,7 +116,7 @@ def alltoall(
         signature = Signature("alltoall", (), tensor.dtype, name, given[1])
         go = _ready(into, group, signature, outs, parts)
         if key is not None and whole is None:
-            remember(group, key, _whole(group, signature, tensor.element_size(), outs, parts))
+            remember(group, key, WholeDelivery.even(group, signature, out, tensor))
     go()
     count_write((out,))
     return out
@@ -138,17 +138,6 @@ def _key(group: Group, out: torch.Tensor, tensor: torch.Tensor, name: str | None
     except (AttributeError, RuntimeError, TypeError):
         return None  # refused with words
     return key
-
-
-def _whole(
-    group: Group, signature: Signature, itemsize: int, outs: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]
-) -> WholeDelivery | None:
-    """What further calls take; None where there is no memory for it, of which all ranks hear then."""
-    ranges = adjoining(part.numel() * itemsize for part in parts)
-    try:
-        return WholeDelivery(group, signature, ranges, [out.numel() * itemsize for out in outs])
-    except SharedMemoryError:
-        return None
 
 
 def _rows(where: str, group: Group, whole: torch.Tensor, splits: Sequence[int] | None) -> list[torch.Tensor]:

@@ -30,9 +30,7 @@ NodeCollective::End NodeCollective::call(std::uint64_t signature, std::uint64_t 
   sync_.publish(record_of(signature, sequence), place.segment, place.offset, nullptr, 0);
   sync_.arrive();
   if (sync_.wait(timeout_us, /*soon=*/to_rooms_) >= 0) return End::kAnnounced;
-  for (std::size_t rank = 1; rank < sync_.size(); ++rank)
-    if (sync_.slot(rank).record != sync_.slot(0).record) return End::kAnnounced;
-  if (!move(data, out, work_.dtype, /*squared=*/false)) return End::kAnnounced;
+  if (!sync_.agreed() || !move(data, out, work_.dtype, /*squared=*/false)) return End::kAnnounced;
   return run(timeout_us) >= 0 ? End::kUnderWay : End::kDone;
 }
 

@@ -26,7 +26,7 @@ void copy(char* to, const char* from, std::size_t bytes) {
 
 NodeDelivery::NodeDelivery(NodeSync& sync, const Mappings& mappings, std::vector<Piece> stream,
                            const std::vector<Chunk>& ranges, const std::vector<std::int64_t>& expected)
-    : sync_(sync), mappings_(mappings), stream_(std::move(stream)), expected_(expected) {
+    : sync_(sync), mappings_(mappings), stream_(std::move(stream)) {
   const std::size_t ranks = sync_.size();
   if (ranges.size() != ranks || expected.size() != ranks) throw std::invalid_argument("one range per rank is needed");
   if (table_bytes() > kInlineBytes) throw std::invalid_argument("the table is too large for a control page");
@@ -166,9 +166,7 @@ NodeDelivery::End NodeDelivery::call(std::uint64_t signature, std::uint64_t sequ
   sync_.publish(record_of(signature, sequence), here.segment, here.offset, page.data(), page.size());
   sync_.arrive();
   if (sync_.wait(timeout_us, /*soon=*/true) >= 0) return End::kAnnounced;
-  for (std::size_t rank = 1; rank < sync_.size(); ++rank)
-    if (sync_.slot(rank).record != sync_.slot(0).record) return End::kAnnounced;
-  if (!sizes_agree() || !move(outs)) return End::kAnnounced;
+  if (!sync_.agreed() || !sizes_agree() || !move(outs)) return End::kAnnounced;
   return run(timeout_us) >= 0 ? End::kUnderWay : End::kDone;
 }
 
@@ -176,7 +174,8 @@ NodeDelivery::End NodeDelivery::call(std::uint64_t signature, std::uint64_t sequ
                                      double timeout_us) {
   stream_ = {{stream, bytes_}};
   std::vector<Piece> rooms;
-  for (const std::int64_t bytes : expected_) {
+  for (std::size_t rank = 0; rank < sync_.size(); ++rank) {
+    const std::int64_t bytes = table_[2 * sync_.size() + rank];
     if (bytes < 0) throw std::invalid_argument("rooms are as large as what is expected");
     rooms.push_back({outs, static_cast<std::size_t>(bytes)});
     outs += bytes;

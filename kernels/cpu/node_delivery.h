@@ -74,9 +74,9 @@ class NodeDelivery {
   NodeSync& sync_;
   const Mappings& mappings_;
   std::vector<Piece> stream_, outs_;
-  std::vector<std::int64_t> table_, expected_;
-  std::size_t bytes_ = 0;  // of the stream
-  std::vector<Way> ways_;  // of every rank's stream, from move() on
+  std::vector<std::int64_t> table_;  // what this rank publishes
+  std::size_t bytes_ = 0;            // of the stream
+  std::vector<Way> ways_;            // of every rank's stream, from move() on
   std::size_t round_ = 0, rounds_ = 0;
   bool waiting_ = false;
 };

@@ -64,6 +64,12 @@ int NodeSync::lagging() {
   return -1;
 }
 
+bool NodeSync::agreed() const {
+  for (std::size_t rank = 1; rank < size(); ++rank)
+    if (slot(rank).record != slot(0).record) return false;
+  return true;
+}
+
 int NodeSync::wait(double timeout_us, bool soon) {
   // The rank that arrives last stores `released` before it looks for sleepers.
   Control& first = *pages_[0];

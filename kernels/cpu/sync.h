@@ -72,6 +72,8 @@ class NodeSync {
   // where ranks share cores this one hands its core on for a moment before it goes to sleep.
   int wait(double timeout_us, bool soon = false);
   double look_us() const { return look_.us(); }
+  // Whether all ranks have published the same record; once all have arrived.
+  bool agreed() const;
 
   // Which of the two slots the last publish() filled.
   std::size_t turn() const { return published_ % 2; }
