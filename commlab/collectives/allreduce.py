@@ -14,6 +14,7 @@ from ..runtime.group import Group
 from ..runtime.handle import Handle
 from ..runtime.world import resolve
 from ..transport.base import Pending
+from .known import at_once_where_known, know
 from .plan import Call, Plan, given_as, plan_of, where_of
 from .staging import as_flat, put_back
 from .tensors import PAGE_BITS, PLAIN, may_write_at, writable, writable_pages
@@ -89,6 +90,8 @@ def allreduce(
     group: Group | None = None,
 ) -> torch.Tensor:
     """Reduce ``tensor`` in place over all ranks and return it; see :func:`allreduce_async`."""
+    if at_once_where_known(tensor, op, name, algorithm, wire, group):
+        return tensor
     if type(group) is not Group:
         group = resolve(group)
     sent, address = None, 0
@@ -122,6 +125,8 @@ def allreduce(
         if group.at_once(plan.signature, at_once, kept, address, *more):
             if sent is not tensor:
                 put_back(sent, tensor)
+            else:
+                know(group, plan, tensor, op, name, algorithm)
             count_write((tensor,))
             return tensor
         memory = tensor.detach()

@@ -12,7 +12,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from .. import trace
 from ..errors import RefusedError, UsageError
 from ..job.topology import Topology, usable_cores
 from ..job.watch import Watch
@@ -21,22 +20,25 @@ from ..transport.base import AtOnce, Counts, Offload, Pending, Piggyback, Reques
 from ..window.exchange import NOTHING, Attachment
 from ..window.memory import Window
 from .agreement import Agreement, Signature, refusal_of
+from .at_once import Tally, at_once, watch_calls
 from .direct import Direct
 from .ending import ended_by
 from .execute import Execution
 from .handle import Handle, Operation
 from .leaders import Leaders
 from .progress import Progress
-from .recording import active_modes, recorder, refusal, tracing_state, unrecorded
-from .waiting import under_way as others_under_way
+from .recording import recorder, refusal, unrecorded
 
 log = logging.getLogger("commlab")
 
 
-_PATIENCE_US = 1e5
-"""Back after this long: for signals, and to see who is silent."""
-_PATIENCE_FOR_OTHERS_US = 1e3
-"""The same where other groups or stores have operations under way, which must be moved on."""
+def _counted(name: str, doc: str) -> Any:
+    """A count of the group's tally."""
+
+    def put(group: Group, count: int) -> None:
+        setattr(group.tally, name, count)
+
+    return property(lambda group: getattr(group.tally, name), put, doc=doc)
 
 
 class Group:
@@ -47,6 +49,11 @@ class Group:
     ``timeout_s``: how long a peer may be silent before an operation fails. ``threaded``: whether a thread of the
     group's own may move it on, where a core is free.
     """
+
+    bytes_sent: int = _counted("bytes_sent", "Bytes that this rank has sent.")
+    messages_sent: int = _counted("messages_sent", "Messages that this rank has sent.")
+    node_bytes_read: int = _counted("node_bytes_read", "Bytes that this rank has read in the window.")
+    node_bytes_written: int = _counted("node_bytes_written", "Bytes that this rank has written in the window.")
 
     def __init__(
         self,
@@ -83,9 +90,7 @@ class Group:
             if free_core
             else "inline (no core is free)"
         )
-        self.bytes_sent = self.messages_sent = 0
-        self.node_bytes_read = self.node_bytes_written = 0
-        """What this rank's loops over the window read and wrote."""
+        self.tally = Tally()
         self.agreement = Agreement(transport, check)
         self.window: Window | None = None
         """Memory shared with all other ranks of this group; None until :meth:`share`, or where it can't be had."""
@@ -101,6 +106,8 @@ class Group:
         """The short way for few numbers where several ranks share a node; None where there is none."""
         self.plans: dict[tuple[Any, ...], Any] = {}
         """What operations have worked out once for each shape of call."""
+        self.known_calls: dict[bytes, tuple[Any, ...]] = {}
+        """Allreduces that native code does from the caller on, by what tells one from another."""
         self.endings: list[tuple[Callable[[], None], Callable[[], None]]] = []
         """Of those who use this group: what ends their work with other ranks, and, once all have done that, what
         releases it."""
@@ -206,42 +213,34 @@ class Group:
             operation.advance()
         return self.progress.submit(operation, awaited)
 
-    def at_once(self, signature: Signature, call: AtOnce, kept: Any, address: int, *more: Any) -> bool:
+    def at_once(
+        self, signature: Signature, call: AtOnce, kept: Any, address: int, second: int | None = None
+    ) -> bool:
         """The shortest way for an operation on the numbers at ``address``: agreement, wait and result in one native
         call, where nothing else is under way. Collective with :meth:`submit`: ranks may differ in which of the two they
         take. ``kept``: what has the memory. Whether it was possible; if not, nothing was done."""
-        progress = self.progress
-        unchecked = self.window is None and not self.agreement.required
-        if unchecked or trace.enabled() or active_modes() or tracing_state() or not progress.take():
-            return False
-        self._sequence = sequence = self._sequence + 1
-        handle = None
-        try:
-            self._inline = signature
-            patience_us = _PATIENCE_FOR_OTHERS_US if others_under_way else _PATIENCE_US
-            left = call.call(signature.hash, sequence, address, *call.arguments, *more, patience_us)
-            counts = call.done.get(left)
-            if counts is None:
-                handle = self._go_on(signature, sequence, call.resume(self, signature, sequence, kept, left))
-        except BaseException as error:
-            progress.end(ended_by(error, signature.text(sequence)))
-            raise
-        finally:
-            self._inline = None
-            progress.leave()
-        if counts is None:
-            assert handle is not None
-            handle.wait()
-        else:
-            self.count(counts)
-        return True
+        assert at_once is not None
+        return at_once(self, signature, call, kept, address, second)
+
+    def _rest(self, call: AtOnce, signature: Signature, sequence: int, kept: Any, left: Any) -> Handle:
+        """What :meth:`at_once` has not done, as an operation."""
+        return self._go_on(signature, sequence, call.resume(self, signature, sequence, kept, left))
+
+    def _broke_off(self, signature: Signature, sequence: int, error: BaseException) -> None:
+        """The native call of :meth:`at_once` has raised ``error``."""
+        self.progress.end(ended_by(error, signature.text(sequence)))
+
+    def forget_plans(self) -> None:
+        """Work out anew what calls have in common, where what it follows from is no longer so."""
+        self.plans.clear()
+        self.known_calls.clear()
 
     def count(self, counts: Counts) -> None:
         """Count what an operation in one native call did for this rank."""
-        self.bytes_sent += counts[0]
-        self.messages_sent += counts[1]
-        self.node_bytes_read += counts[2]
-        self.node_bytes_written += counts[3]
+        self.bytes_sent += counts.bytes_sent
+        self.messages_sent += counts.messages_sent
+        self.node_bytes_read += counts.node_bytes_read
+        self.node_bytes_written += counts.node_bytes_written
 
     def _go_on(self, signature: Signature, sequence: int, rest: Pending) -> Handle:
         """Queue the ``rest`` of an operation that was begun in the native call, before all that was called since. The
@@ -358,7 +357,7 @@ class Group:
             self.progress.close()
             if self._direct is not None:
                 self._direct.close(orderly)
-            self.plans.clear()  # some hold the window
+            self.forget_plans()  # some hold the window
             if self.window is not None:
                 self.window.close()
                 self.window = self.agreement.window = None
@@ -384,3 +383,6 @@ def _two_threads(rank: int, what: str) -> UsageError:
         f"rank {rank}: another thread of this rank waits in {what} of the same group. Ranks could take "
         "the calls of two threads in different orders; give each thread a group of its own, or call one after the other"
     )
+
+
+watch_calls(Group)

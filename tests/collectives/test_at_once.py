@@ -14,7 +14,7 @@ from linked import Mesh, late_and_queued, noise, on_all, reduced, right
 import commlab
 from commlab.collectives.routes import piggyback
 from commlab.errors import DisagreementError, PeerLostError, RefusedError, UsageError
-from commlab.runtime import group as group_module
+from commlab.runtime import at_once as at_once_module
 from commlab.runtime.group import Group
 from commlab.transport.tcp import LINKS_BYTES, missing_reason
 
@@ -41,7 +41,7 @@ def test_exact_and_counted(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     groups, peers = mesh.groups(), mesh.size - 1
     everything_bytes = piggyback.everything_bytes(groups[0].transport, mesh.size)
     monkeypatch.setattr(Group, "_queue", None)
-    monkeypatch.setattr(group_module, "_PATIENCE_US", 20e6)
+    monkeypatch.setattr(at_once_module, "PATIENCE_US", 20e6)
     for dtype in DTYPES:
         for at, numel in enumerate(edges(everything_bytes, mesh.size, dtype)):
             op = ops_for(dtype)[at % len(ops_for(dtype))]
@@ -79,7 +79,7 @@ def test_everything_goes_to_everyone_while_the_network_is_fast_enough(mesh: Mesh
         most_bytes(byte_s)
         found += on_all(groups, lambda group: commlab.allreduce(noise(group.rank, 3001, torch.bfloat16), group=group))
         for group in groups:
-            group.plans.clear()
+            group.forget_plans()
     assert all(isinstance(each, torch.Tensor) and same_bits(each, found[0]) for each in found), found
 
 
@@ -116,7 +116,7 @@ def test_wires_and_parameters(mesh: Mesh) -> None:
 
 def test_a_late_rank_and_what_is_queued(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits for long goes on in the queue; ranks may differ in the way that they take, and order is kept."""
-    monkeypatch.setattr(group_module, "_PATIENCE_US", 1e3)
+    monkeypatch.setattr(at_once_module, "PATIENCE_US", 1e3)
     groups = mesh.groups()
 
     for late in range(mesh.size):
@@ -128,7 +128,7 @@ def test_a_late_rank_and_what_is_queued(mesh: Mesh, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("patience_us", [1e5, 0.0])
 def test_disagreement(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, patience_us: float) -> None:
     """On all ranks, with both sides, and the group goes on."""
-    monkeypatch.setattr(group_module, "_PATIENCE_US", patience_us)
+    monkeypatch.setattr(at_once_module, "PATIENCE_US", patience_us)
     groups = mesh.groups()
     for wrong in range(mesh.size):
         for result in on_all(groups, lambda group, wrong=wrong: reduced(group, 7 + (group.rank == wrong))):

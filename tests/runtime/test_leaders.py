@@ -15,7 +15,7 @@ from linked import Job, Mesh, Nodes, late_and_queued, noise, on_all, reduced, ri
 import commlab
 from commlab.collectives.routes import piggyback
 from commlab.errors import DisagreementError, RefusedError, UsageError
-from commlab.runtime import group as group_module
+from commlab.runtime import at_once as at_once_module
 from commlab.runtime import leaders as leaders_module
 from commlab.runtime.group import Group
 from commlab.runtime.leaders import LEADERS_BYTES
@@ -59,7 +59,7 @@ def test_exact_and_counted(job: Job, monkeypatch: pytest.MonkeyPatch, patience_u
     end."""
     monkeypatch.setattr(Group, "_queue", None)
     monkeypatch.setattr(TcpTransport, "launch", None)
-    monkeypatch.setattr(group_module, "_PATIENCE_US", patience_us)
+    monkeypatch.setattr(at_once_module, "PATIENCE_US", patience_us)
     others = len(job.nodes) - 1
     everything_bytes = piggyback.everything_bytes(job.groups[0].transport, others + 1)
     for dtype in DTYPES:
@@ -108,7 +108,7 @@ def test_more_than_a_page_holds_and_wires(job: Job) -> None:
 @pytest.mark.parametrize("patience_us", [1e5, 0.0])
 def test_disagreement(job: Job, monkeypatch: pytest.MonkeyPatch, patience_us: float, numel: int) -> None:
     """On all ranks, with both sides, and the group goes on: what leaders have announced in vain is skipped."""
-    monkeypatch.setattr(group_module, "_PATIENCE_US", patience_us)
+    monkeypatch.setattr(at_once_module, "PATIENCE_US", patience_us)
     for wrong in range(job.size):
         for result in job.all(lambda group, wrong=wrong: reduced(group, numel + (group.rank == wrong))):
             assert isinstance(result, DisagreementError), result
@@ -157,7 +157,7 @@ def test_one_rank_takes_the_long_way(job: Job, late_s: float, numel: int) -> Non
 
 @layouts_and(3000)
 def test_a_late_rank_and_what_is_queued(job: Job, monkeypatch: pytest.MonkeyPatch, numel: int) -> None:
-    monkeypatch.setattr(group_module, "_PATIENCE_US", 1e3)
+    monkeypatch.setattr(at_once_module, "PATIENCE_US", 1e3)
 
     for late in range(job.size):
         for late_s in (0.01, 0.1):

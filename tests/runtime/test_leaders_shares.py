@@ -15,7 +15,7 @@ from commlab.collectives.plan import plan_of
 from commlab.collectives.routes import hierarchical, leaders
 from commlab.errors import SharedMemoryError
 from commlab.native.library import built
-from commlab.runtime import group as group_module
+from commlab.runtime import at_once as at_once_module
 from commlab.runtime import leaders as leaders_module
 from commlab.runtime.group import Group
 from commlab.schedules import ALGORITHMS
@@ -39,7 +39,7 @@ LAYOUTS: dict[str, Nodes] = {
 def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     # No slowness of the machine is to make anyone turn to the long way.
     monkeypatch.setattr(leaders_module, "LATE_S", 60.0)
-    monkeypatch.setattr(group_module, "_PATIENCE_US", 20e6)
+    monkeypatch.setattr(at_once_module, "PATIENCE_US", 20e6)
     made = Job(LAYOUTS[request.param])
     yield made
     made.close()

@@ -15,7 +15,7 @@ from commlab.chunks import split
 from commlab.collectives.plan import plan_of
 from commlab.collectives.routes import schedule, whole
 from commlab.errors import DisagreementError
-from commlab.runtime import group as group_module
+from commlab.runtime import at_once as at_once_module
 from commlab.runtime.group import Group
 from commlab.transport.tcp import missing_reason
 
@@ -64,7 +64,7 @@ def all_right(groups: list[Group], numel: int, dtype: torch.dtype, op: str) -> N
 def test_exact_in_one_native_call(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is queued; but 16-bit sums, which go as halves."""
     groups = mesh.groups()
-    monkeypatch.setattr(group_module, "_PATIENCE_US", 20e6)
+    monkeypatch.setattr(at_once_module, "PATIENCE_US", 20e6)
     for dtype in DTYPES:
         for at, numel in enumerate((1, 5, 777)):
             with monkeypatch.context() as patched:
@@ -182,6 +182,6 @@ def test_while_the_network_is_fast_enough(mesh: Mesh) -> None:
     assert way(8, "reduce_scatter", dtype=torch.float16) is schedule
     for links, group in zip(mesh.links, groups, strict=True):
         links.byte_s = SLOW_BYTE_S
-        group.plans.clear()
+        group.forget_plans()
     slow = int(whole.SAVED_S / SLOW_BYTE_S / (mesh.size - 1)) // 4
     assert way(slow) is whole and way(slow + 2) is schedule

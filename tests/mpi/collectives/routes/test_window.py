@@ -18,7 +18,7 @@ from torch import Tensor
 import commlab
 from commlab.chunks import Range, split, whole_at
 from commlab.collectives.halves import gather_chunks_async, reduce_chunks_async
-from commlab.runtime import group as group_module
+from commlab.runtime import at_once as at_once_module
 from commlab.runtime.control import gather_bytes
 from commlab.runtime.group import Group
 from commlab.window.loops import INLINE_BYTES, fits_rooms
@@ -245,7 +245,7 @@ def test_all_that_is_awaited_is_one_native_call(ranks: Ranks, monkeypatch: pytes
         commlab.allreduce(in_window(group, torch.ones(200_000)), group=group)
         with monkeypatch.context() as patched:
             patched.setattr(Group, "_queue", None)
-            patched.setattr(group_module, "_PATIENCE_US", 20e6)
+            patched.setattr(at_once_module, "PATIENCE_US", 20e6)
             for numel in (5, 30_000, 300_000):
                 own = split(numel, size)[group.rank]
                 mine = numbers(group.rank, numel, torch.int32)
@@ -260,7 +260,7 @@ def test_all_that_is_awaited_is_one_native_call(ranks: Ranks, monkeypatch: pytes
                 commlab.broadcast(at_root, size - 1, group=group)
                 assert torch.equal(at_root, want)
         with monkeypatch.context() as patched:
-            patched.setattr(group_module, "_PATIENCE_US", 1e3)
+            patched.setattr(at_once_module, "PATIENCE_US", 1e3)
             for late in range(min(size, 3)):
                 for call in (lambda: commlab.barrier(group), lambda: commlab.broadcast(torch.ones(9), group=group)):  # noqa: B023
                     if group.rank == late:
