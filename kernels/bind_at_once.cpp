@@ -1,5 +1,5 @@
-// The short way of an operation: all that stands between its caller and the one native call that it is. The same steps in
-// Python cost three times what the call itself takes with few numbers in the window.
+// The short way of an operation: all that stands between its caller and the one native call that it is. The same steps
+// in Python cost three times what the call itself takes with few numbers in the window.
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
@@ -29,8 +29,8 @@ struct Names {
            *sequence = interned("_sequence"), *in_call = interned("_inline"), *hash = interned("hash"),
            *tally = interned("tally"), *spans = interned("_spans"), *world = interned("_world"),
            *calls = interned("known_calls"), *is_neg = interned("is_neg"), *broke_off = interned("_broke_off"),
-           *rest = interned("_rest"), *wait = interned("wait"),
-           *patience = interned("PATIENCE_US"), *patience_for_others = interned("PATIENCE_FOR_OTHERS_US");
+           *rest = interned("_rest"), *wait = interned("wait"), *patience = interned("PATIENCE_US"),
+           *patience_for_others = interned("PATIENCE_FOR_OTHERS_US");
 };
 
 const Names& names() {
@@ -301,23 +301,35 @@ void register_at_once(nb::module_& m) {
     watched = {settings.inc_ref().ptr(), trace.inc_ref().ptr(),     modes.inc_ref().ptr(),
                tracing.inc_ref().ptr(),  under_way.inc_ref().ptr(), group.inc_ref().ptr()};
   });
-  m.def("know_torch", [](nb::handle tensor, nb::handle parameter, nb::handle writable_pages, std::size_t page_bits,
-                         nb::handle may_write, nb::handle count_write, nb::handle world, nb::handle exchange) {
-    torch = {tensor.inc_ref().ptr(),    parameter.inc_ref().ptr(),   writable_pages.inc_ref().ptr(),
-             may_write.inc_ref().ptr(), count_write.inc_ref().ptr(), world.inc_ref().ptr(),
-             page_bits,                 nullptr};
-    if (exchange.is_none()) return;
-    const auto* api =
-        static_cast<const DLExchange*>(PyCapsule_GetPointer(exchange.inc_ref().ptr(), "dlpack_exchange_api"));
-    if (!api) throw nb::python_error();
-    if (api->major == 1) torch.exchange = api->tensor_from;
-  }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
-  m.def("allreduce_key", &allreduce_key, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none());
+  m.def(
+      "know_torch",
+      [](nb::handle tensor, nb::handle parameter, nb::handle writable_pages, std::size_t page_bits,
+         nb::handle may_write, nb::handle count_write, nb::handle world, nb::handle exchange) {
+        torch = {tensor.inc_ref().ptr(),
+                 parameter.inc_ref().ptr(),
+                 writable_pages.inc_ref().ptr(),
+                 may_write.inc_ref().ptr(),
+                 count_write.inc_ref().ptr(),
+                 world.inc_ref().ptr(),
+                 page_bits,
+                 nullptr};
+        if (exchange.is_none()) return;
+        const auto* api =
+            static_cast<const DLExchange*>(PyCapsule_GetPointer(exchange.inc_ref().ptr(), "dlpack_exchange_api"));
+        if (!api) throw nb::python_error();
+        if (api->major == 1) torch.exchange = api->tensor_from;
+      },
+      nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+  m.def("allreduce_key", &allreduce_key, nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
+        nb::arg().none());
   m.def("allreduce_at_once", &allreduce_at_once, nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
         nb::arg().none(), nb::arg().none());
-  m.def("at_once", [](nb::handle group, nb::handle signature, nb::handle call, nb::handle kept, nb::handle address,
-                      nb::handle second) {
-    PyObject* const places[] = {address.ptr(), second.ptr()};
-    return at_once(group.ptr(), signature.ptr(), call.ptr(), kept.ptr(), places, second.is_none() ? 1 : 2);
-  }, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
+  m.def(
+      "at_once",
+      [](nb::handle group, nb::handle signature, nb::handle call, nb::handle kept, nb::handle address,
+         nb::handle second) {
+        PyObject* const places[] = {address.ptr(), second.ptr()};
+        return at_once(group.ptr(), signature.ptr(), call.ptr(), kept.ptr(), places, second.is_none() ? 1 : 2);
+      },
+      nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
 }

@@ -213,9 +213,7 @@ class Group:
             operation.advance()
         return self.progress.submit(operation, awaited)
 
-    def at_once(
-        self, signature: Signature, call: AtOnce, kept: Any, address: int, second: int | None = None
-    ) -> bool:
+    def at_once(self, signature: Signature, call: AtOnce, kept: Any, address: int, second: int | None = None) -> bool:
         """The shortest way for an operation on the numbers at ``address``: agreement, wait and result in one native
         call, where nothing else is under way. Collective with :meth:`submit`: ranks may differ in which of the two they
         take. ``kept``: what has the memory. Whether it was possible; if not, nothing was done."""
