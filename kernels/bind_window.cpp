@@ -161,7 +161,6 @@ void register_window(nb::module_& m) {
            })
       .def("arrive", &NodeSync::arrive)
       .def("lagging", &NodeSync::lagging)
-      .def_prop_ro("turn", &NodeSync::turn)
       .def(
           "wait", [](NodeSync& self, double timeout_us, bool soon) { return self.wait(timeout_us, soon); },
           nb::arg("timeout_us"), nb::arg("soon") = false, nb::call_guard<nb::gil_scoped_release>())
@@ -294,11 +293,9 @@ void register_window(nb::module_& m) {
              if (end == NodeCollective::End::kAnnounced) return kAnnounced;
              return end == NodeCollective::End::kUnderWay ? kUnderWay : static_cast<int>(self.way());
            })
-      .def("fill", [](const NodeCollective& self, Address room,
-                      Address data) { self.fill(reinterpret_cast<char*>(room), reinterpret_cast<void*>(data)); })
-      .def("nowhere",
-           [](NodeCollective& self) {
-             const Place place = self.nowhere();
+      .def("shown",
+           [](NodeCollective& self, Address data) {
+             const Place place = self.shown(reinterpret_cast<const void*>(data));
              return std::make_pair(place.segment, place.offset);
            })
       .def_prop_ro("way", [](const NodeCollective& self) { return static_cast<int>(self.way()); })
@@ -354,7 +351,7 @@ void register_window(nb::module_& m) {
            })
       .def("sizes_agree", &NodeDelivery::sizes_agree)
       .def("size_from", &NodeDelivery::size_from)
-      .def("reads_staging_of", &NodeDelivery::reads_staging_of)
+      .def("needs_staging_of", &NodeDelivery::needs_staging_of)
       .def("move",
            [](NodeDelivery& self, const Pieces& outs) {
              nb::gil_scoped_release released;
@@ -363,7 +360,6 @@ void register_window(nb::module_& m) {
       .def("run", &NodeDelivery::run, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("tick", &NodeDelivery::tick);
 
-  m.def("room_offset", [](std::size_t turn) { return room_of(turn).offset; });
   m.def("gather_reduce", [](const std::vector<Address>& dst, int dst_dtype, const std::vector<Address>& src, int dtype,
                             std::size_t numel, int op, double divisor, bool squares) {
     const auto to = pointers(dst);

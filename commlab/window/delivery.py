@@ -98,7 +98,7 @@ class Delivery:
         native = self.native
         for peer in range(self.window.size):
             # Mapped before this rank arrives: a peer that goes on, and ends, has this rank's arrival.
-            if native.reads_staging_of(peer):
+            if native.needs_staging_of(peer):
                 self.window.staging_of(peer)
         with trace.span("window delivery", "window"):
             native.move(addresses(outs))

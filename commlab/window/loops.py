@@ -147,14 +147,12 @@ class Collective:
         }
 
     def announced(self, flat: torch.Tensor) -> Attachment:
-        """What this rank publishes: where its numbers lie in the window, or that they don't; then they may be in its
-        room."""
+        """What this rank publishes next: where its numbers lie in the window, or that they don't; then they may be in
+        its room."""
         place = self.window.locate(flat)
         if place is not None:
             return Attachment(*place)
-        if self.to_rooms:
-            self.native.fill(self.window.next_room, flat.data_ptr())
-        return Attachment(*self.native.nowhere())
+        return Attachment(*self.native.shown(flat.data_ptr()))
 
     def run(self, flat: torch.Tensor, out: torch.Tensor | None = None, squares: Squares | None = None) -> Loop:
         """Do it on ``flat`` (1-D, contiguous, CPU), in place, but for a reduction that has an ``out``. All ranks have

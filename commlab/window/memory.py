@@ -145,12 +145,6 @@ class Window:
         before this rank arrives again, because a peer whose last operation it is may end then."""
         return self.address(peer, Place(STAGING, 0))
 
-    @property
-    def next_room(self) -> int:
-        """The address of the room that this rank fills for the operation that it publishes next; only once it has made
-        its staging area."""
-        return self.staging_of(self.rank) + int(self._native.room_offset(self.sync.turn + 1))
-
     def meet(self, signature: int, sequence: int, address: int, timeout_us: float) -> bool:
         """Publish the record of an operation without numbers; whether all ranks have arrived within ``timeout_us``, and
         agree. The call of an :class:`..transport.base.AtOnce`."""

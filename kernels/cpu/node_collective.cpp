@@ -21,12 +21,7 @@ NodeCollective::End NodeCollective::call(std::uint64_t signature, std::uint64_t 
                                          double timeout_us) {
   Place place;
   if (work_.wire == work_.dtype) place = mappings_.locate(static_cast<const char*>(data), offset(numel_));
-  if (place.segment == kNowhere) place = nowhere();
-  if (to_rooms_ && place.segment == kNowhere) {
-    char* const room = mappings_.at(sync_.rank(), room_of(sync_.turn() + 1), offset(numel_));
-    if (!room) throw std::logic_error("this rank has no staging segment");
-    fill(room, data);
-  }
+  if (place.segment == kNowhere) place = shown(data);
   sync_.publish(record_of(signature, sequence), place.segment, place.offset, nullptr, 0);
   sync_.arrive();
   if (sync_.wait(timeout_us, /*soon=*/to_rooms_) >= 0) return End::kAnnounced;
@@ -34,12 +29,19 @@ NodeCollective::End NodeCollective::call(std::uint64_t signature, std::uint64_t 
   return run(timeout_us) >= 0 ? End::kUnderWay : End::kDone;
 }
 
-Place NodeCollective::nowhere() {
+Place NodeCollective::shown(const void* data) {
   if (!to_rooms_) return {kNowhere, 0};
+  const auto has_mapped = [this](std::size_t rank) { return mappings_.at(rank, {kStaging, 0}, kStagingBytes); };
+  if (!has_mapped(sync_.rank())) throw std::logic_error("this rank has no staging segment");
   for (std::size_t rank = 0; rank < sync_.size() && !mapped_; ++rank)
-    if (!mappings_.at(rank, {kStaging, 0}, kStagingBytes)) return {kNowhere, 0};
+    if (!has_mapped(rank)) return {kNowhere, 0};
   mapped_ = true;
+  fill(room(sync_.rank(), sync_.operation() + 1), data);
   return {kNowhere, 1};
+}
+
+char* NodeCollective::room(std::size_t rank, std::uint32_t operation) const {
+  return mappings_.at(sync_.holder(rank, operation), room_of(operation), offset(numel_));
 }
 
 NodeWay NodeCollective::way() const {
@@ -58,7 +60,7 @@ bool NodeCollective::move(void* data, void* out, DType out_dtype, bool squared) 
   std::vector<char*> base;
   for (std::size_t rank = 0; rank < sync_.size(); ++rank) {
     const Slot& slot = sync_.slot(rank);
-    base.push_back(way == NodeWay::kAtOnce    ? mappings_.at(rank, room_of(sync_.turn()), bytes)
+    base.push_back(way == NodeWay::kAtOnce    ? room(rank, sync_.operation())
                    : way == NodeWay::kInPlace ? mappings_.at(rank, {slot.segment, slot.offset}, bytes)
                                               : mappings_.at(rank, {kStaging, 0}, kStagingBytes));
     if (!base.back()) return false;

@@ -6,10 +6,10 @@
 //   piped       all else                           wait | block by block (piped.h)
 //
 // Rooms. Each rank has two, used in turn like its slots (sync.h), and for the same reason two suffice: whoever fills
-// the room of operation k + 2 has seen everyone arrive at k + 1, and so be done with the rooms of k. A rank may end,
-// and give its memory back, as soon as it has read the others' rooms. So rooms are only used once all ranks have mapped
-// them all, which each tells with its place; the operation before that goes block by block, where ranks map each
-// other's memory before they meet once more.
+// the room of operation k + 2 has seen everyone arrive at k + 1, and so be done with the rooms of k; of two ranks it may
+// be the other one's room (NodeSync::holder). A rank may end, and give its memory back, as soon as it has read the
+// others' rooms. So rooms are only used once all ranks have mapped them all, which each tells with its place; the
+// operation before that goes block by block, where ranks map each other's memory before they meet once more.
 #pragma once
 
 #include <cstddef>
@@ -29,8 +29,8 @@ constexpr std::size_t kBlockBytes = 1 << 20;
 constexpr std::size_t kRoomBytes = 512 << 10;
 constexpr std::size_t kStagingBytes = 4 * kBlockBytes + 2 * kRoomBytes;
 
-// The room that a rank fills, or has filled, for the operation of this turn (NodeSync::turn).
-inline Place room_of(std::size_t turn) { return {kStaging, 4 * kBlockBytes + turn % 2 * kRoomBytes}; }
+// The room for the operation of this number, in the staging area that holds it.
+inline Place room_of(std::uint32_t operation) { return {kStaging, 4 * kBlockBytes + operation % 2 * kRoomBytes}; }
 
 enum class NodeWay : int { kPiped, kInPlace, kAtOnce };
 
@@ -49,9 +49,9 @@ class NodeCollective {
   // move() begins, and run() goes on until done (-1), or until a rank has been waited for longer than timeout_us (that
   // rank). Also for what call() has left. Announced: the record is published, and all the rest is left: not all ranks
   // have arrived in time, or they do not agree, or this process has not mapped some rank's memory yet.
-  void fill(char* room, const void* data) const;  // with what peers will read of this rank's numbers
-  // What to publish for numbers that are not in the window: whether this rank is for the rooms, and has mapped them.
-  Place nowhere();
+  // What to publish next for numbers that are not in the window: whether this rank is for the rooms, and has mapped
+  // them; then they are in its room.
+  Place shown(const void* data);
   NodeWay way() const;
   // out_dtype: dtype, or fp32. squared: whether squares() is asked for. False: memory is not mapped yet.
   bool move(void* data, void* out, DType out_dtype, bool squared);
@@ -63,6 +63,8 @@ class NodeCollective {
   double squares() const { return squares_; }
 
  private:
+  void fill(char* room, const void* data) const;  // with what peers will read of this rank's numbers
+  char* room(std::size_t rank, std::uint32_t operation) const;
   // base[r]: where rank r's numbers lie.
   void reduce(const std::vector<char*>& base, NodeWay way, bool squared);
   void gather(const std::vector<char*>& base);

@@ -50,9 +50,11 @@ Place NodeDelivery::announce(std::vector<std::uint8_t>& page) const {
   if (inline_of(bytes_)) {
     show(0, bytes_, reinterpret_cast<char*>(page.data()) + table_bytes());
   } else if (bytes_ <= kRoomBytes) {
-    char* const room = mappings_.at(sync_.rank(), room_of(sync_.turn() + 1), bytes_);
-    if (!room) throw std::logic_error("this rank has no staging area");
-    show(0, bytes_, room);
+    if (!mappings_.at(sync_.rank(), {kStaging, 0}, kStagingBytes))
+      throw std::logic_error("this rank has no staging area");
+    const std::uint32_t next = sync_.operation() + 1;
+    // Where this rank has not mapped it yet, it says so, and nobody reads there.
+    if (char* const room = mappings_.at(sync_.holder(sync_.rank(), next), room_of(next), bytes_)) show(0, bytes_, room);
   }
   return {kNowhere, mapped};
 }
@@ -88,13 +90,29 @@ bool NodeDelivery::sizes_agree() const {
   return true;
 }
 
+bool NodeDelivery::has_staging(const std::int64_t* rows, std::size_t stream_bytes) const {
+  if (!inline_of(stream_bytes)) return true;
+  // Of two ranks the other one may show its stream there.
+  const std::int64_t* expected = rows + 2 * sync_.size();
+  return sync_.size() == 2 && std::any_of(expected, expected + 2, [this](std::int64_t bytes) {
+           return bytes != kAny && !inline_of(static_cast<std::size_t>(bytes));
+         });
+}
+
+bool NodeDelivery::needs_staging_of(std::size_t rank) const {
+  if (size_from(rank) && way_of(rank) != Way::kPage) return true;
+  return sync_.size() == 2 && rank != sync_.rank() && has_staging(table(rank), stream_bytes_of(rank));
+}
+
 NodeDelivery::Way NodeDelivery::way_of(std::size_t rank) const {
   const std::size_t bytes = stream_bytes_of(rank);
   if (inline_of(bytes)) return Way::kPage;
   if (bytes > kRoomBytes || sync_.size() > kBits) return Way::kRounds;
+  const std::size_t holder = sync_.holder(rank, sync_.operation());
   for (std::size_t to = 0; to < sync_.size(); ++to) {
     const Chunk wanted = range(rank, to);
-    if (wanted.start != wanted.stop && !(sync_.slot(to).offset >> rank & 1)) return Way::kRounds;
+    const bool needs = to == rank || wanted.start != wanted.stop;
+    if (needs && !(sync_.slot(to).offset >> holder & 1)) return Way::kRounds;
   }
   return Way::kRoom;
 }
@@ -129,7 +147,8 @@ bool NodeDelivery::move(std::vector<Piece> outs) {
     copy(outs_[rank].data, data + wanted.start, wanted.stop - wanted.start);
   });
   from_each(Way::kRoom, [&](std::size_t rank, Chunk wanted) {
-    const char* data = mappings_.at(rank, room_of(sync_.turn()), kRoomBytes);
+    const std::uint32_t now = sync_.operation();
+    const char* data = mappings_.at(sync_.holder(rank, now), room_of(now), kRoomBytes);
     copy(outs_[rank].data, data + wanted.start, wanted.stop - wanted.start);
   });
   return true;

@@ -34,8 +34,8 @@ class NodeDelivery {
   NodeDelivery(NodeSync& sync, const Mappings& mappings, std::vector<Piece> stream, const std::vector<Chunk>& ranges,
                const std::vector<std::int64_t>& expected);
 
-  // Whether this rank's stream needs the rank's staging area, which then has to be there before it is published.
-  bool needs_staging() const { return !inline_of(bytes_); }
+  // Whether this rank's staging area has to be there before the delivery is published.
+  bool needs_staging() const { return has_staging(table_.data(), bytes_); }
   // What this rank publishes: `page`, and with it which staging areas it has mapped. Fills the page, and the room.
   Place announce(std::vector<std::uint8_t>& page) const;
 
@@ -46,8 +46,9 @@ class NodeDelivery {
   std::size_t size_from(std::size_t rank) const;
   // Begins to copy into `outs`, one per rank. False: some memory is not mapped yet, and nothing was done.
   bool move(std::vector<Piece> outs);
-  // Whether this rank reads the staging area of `rank`.
-  bool reads_staging_of(std::size_t rank) const { return size_from(rank) && way_of(rank) != Way::kPage; }
+  // Whether this rank has to map the staging area of `rank` now: because it reads there, or will show its own stream
+  // there (NodeSync::holder).
+  bool needs_staging_of(std::size_t rank) const;
   // Goes on until done (-1), or until a rank has been waited for longer than timeout_us (that rank).
   int run(double timeout_us);
   // Grows whenever all ranks have gone on.
@@ -67,6 +68,8 @@ class NodeDelivery {
   std::size_t stream_bytes_of(std::size_t rank) const;
   Chunk range(std::size_t from, std::size_t to) const;
   Way way_of(std::size_t rank) const;
+  // Whether the rank with this table and so long a stream has made its staging area.
+  bool has_staging(const std::int64_t* rows, std::size_t stream_bytes) const;
   void show(std::size_t start, std::size_t stop, char* to) const;  // a range of this rank's stream
   template <class Copy>
   void from_each(Way way, const Copy& copy);  // copy(rank, range), the neighbour first

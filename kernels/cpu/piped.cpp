@@ -28,7 +28,11 @@ void convert(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::
 }  // namespace
 
 Piped::Piped(NodeSync& sync, std::vector<char*> staging, std::size_t block_bytes, PipedWork work)
-    : sync_(sync), staging_(std::move(staging)), block_bytes_(block_bytes), work_(std::move(work)) {
+    : sync_(sync),
+      staging_(std::move(staging)),
+      operation_(sync.operation()),
+      block_bytes_(block_bytes),
+      work_(std::move(work)) {
   const std::size_t ranks = sync_.size();
   if (staging_.size() != ranks || work_.chunks.size() != ranks)
     throw std::invalid_argument("one staging area and one chunk per rank are needed");

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "gather.h"
@@ -59,11 +60,16 @@ class Piped {
   // The same for `numel` fp32 numbers at `own` on a 16-bit wire; the others' are at from_.
   void reduce_casting(char* own, char* to, std::size_t numel);
   void copy_out(std::size_t block);
-  char* in(std::size_t rank, std::size_t block) const { return staging_[rank] + (block % 2) * block_bytes_; }
-  char* out(std::size_t rank, std::size_t block) const { return staging_[rank] + (2 + block % 2) * block_bytes_; }
+  // Two ranks swap their areas after every two blocks, and from one operation to the next (NodeSync::holder).
+  char* area(std::size_t rank, std::size_t block) const {
+    return staging_[sync_.holder(rank, static_cast<std::uint32_t>(block) + 2 * operation_)] + block % 2 * block_bytes_;
+  }
+  char* in(std::size_t rank, std::size_t block) const { return area(rank, block); }
+  char* out(std::size_t rank, std::size_t block) const { return area(rank, block) + 2 * block_bytes_; }
 
   NodeSync& sync_;
   std::vector<char*> staging_;
+  std::uint32_t operation_;
   std::size_t block_bytes_, slice_numel_, blocks_, tick_ = 0;
   bool waiting_ = false;
   std::vector<const void*> from_, strip_;

@@ -39,9 +39,8 @@ void NodeSync::publish(std::uint64_t record, std::uint64_t segment, std::uint64_
                        std::size_t bytes) {
   if (bytes > kInlineBytes) throw std::invalid_argument("too much inline data");
   ++published_;
-  Control& mine = *pages_[rank_];
-  mine.slots[published_ % 2] = Slot{record, segment, offset};
-  if (bytes) std::memcpy(mine.inline_data[published_ % 2], data, bytes);
+  pages_[rank_]->slots[published_ % 2] = Slot{record, segment, offset};
+  if (bytes) std::memcpy(pages_[holder(rank_, published_)]->inline_data[published_ % 2], data, bytes);
 }
 
 void NodeSync::arrive() {

@@ -1,7 +1,7 @@
-// How the ranks of a node wait for each other: one page per rank, written by that rank alone, read by all. Only the
-// first rank's page has a place where everyone sleeps, and whoever arrives last wakes them all: with more ranks than
-// cores a sleeper wakes once an operation, not once a peer. Counters only grow; nothing is ever locked, so a rank that
-// dies leaves nothing held.
+// How the ranks of a node wait for each other: one page per rank, written by that rank alone (but for the numbers of two
+// ranks, see NodeSync::holder), read by all. Only the first rank's page has a place where everyone sleeps, and whoever
+// arrives last wakes them all: with more ranks than cores a sleeper wakes once an operation, not once a peer. Counters
+// only grow; nothing is ever locked, so a rank that dies leaves nothing held.
 #pragma once
 
 #include <atomic>
@@ -14,7 +14,7 @@
 namespace commlab {
 
 constexpr std::uint64_t kMagic = 0x31776c6d6d6f63ull;  // "commlw1"
-constexpr std::uint32_t kAbi = 3;
+constexpr std::uint32_t kAbi = 4;
 constexpr std::size_t kInlineBytes = 64 * 1024;
 constexpr std::size_t kMaxSegments = 1024;
 
@@ -75,11 +75,21 @@ class NodeSync {
   // Whether all ranks have published the same record; once all have arrived.
   bool agreed() const;
 
-  // Which of the two slots the last publish() filled.
-  std::size_t turn() const { return published_ % 2; }
+  // The number of this rank's last publish(), as all ranks count. Its slot, as everything that there is two of, is that
+  // number modulo 2.
+  std::uint32_t operation() const { return published_; }
+  // Whose page, or staging area, has what `rank` shows its peers in this operation: its own. But two ranks swap theirs
+  // after every two operations, so that each writes where it read last. Lines that a core has read out of another one's
+  // cache are in its own from then on, and who writes them next must get them back first: of two ranks on the cores that
+  // docs/algorithms/window.md names, 64 KB took 7.4 us to write where the peer had read, and 1.2 where the writer had.
+  std::size_t holder(std::size_t rank, std::uint32_t operation) const {
+    return size() == 2 ? (rank + operation / 2) % 2 : rank;
+  }
   // Slot and inline data of the last publish(), by rank.
   const Slot& slot(std::size_t rank) const { return pages_[rank]->slots[published_ % 2]; }
-  const std::uint8_t* inline_data(std::size_t rank) const { return pages_[rank]->inline_data[published_ % 2]; }
+  const std::uint8_t* inline_data(std::size_t rank) const {
+    return pages_[holder(rank, published_)]->inline_data[published_ % 2];
+  }
 
  private:
   std::size_t rank_;

@@ -70,7 +70,7 @@ class Sent:
                 of[self.rank] for of in self.sizes
             ]
             for peer in range(self.node.size):
-                if self.native.reads_staging_of(peer):
+                if self.native.needs_staging_of(peer):
                     self.node.map_staging(self.rank, peer)
             self.native.move(addresses(self.outs))
         assert self.native.run(PATIENCE_US) == -1
@@ -106,7 +106,7 @@ def test_each_way(sizes: Sequence[Sequence[int]], mapped: bool) -> None:
                 node.mapped[rank].drop(peer, 0)
         sent = Sent(node, rank, sizes, whole=rank == 1)
         end = sent.call(0)
-        reads = any(sent.native.reads_staging_of(peer) for peer in range(3) if peer != rank)
+        reads = any(sent.native.needs_staging_of(peer) for peer in range(3) if peer != rank)
         assert end == (sent.native.ANNOUNCED if reads and not mapped else sent.native.DONE)
         if end != sent.native.DONE:
             sent.go_on(end)
