@@ -24,12 +24,10 @@ PyObject* interned(const char* text) {
 // What is asked of Python's objects, by name. Never freed.
 struct Names {
   PyObject *window = interned("window"), *agreement = interned("agreement"), *required = interned("required"),
-           *progress = interned("progress"), *queue = interned("_queue"), *lock = interned("_lock"),
-           *ended = interned("ended"), *acquire = interned("acquire"), *release = interned("release"),
-           *sequence = interned("_sequence"), *in_call = interned("_inline"), *hash = interned("hash"),
-           *tally = interned("tally"), *spans = interned("_spans"), *world = interned("_world"),
-           *calls = interned("known_calls"), *is_neg = interned("is_neg"), *broke_off = interned("_broke_off"),
-           *rest = interned("_rest"), *wait = interned("wait"), *patience = interned("PATIENCE_US"),
+           *ended = interned("ended"), *hash = interned("hash"), *standing = interned("standing"),
+           *spans = interned("_spans"), *world = interned("_world"), *calls = interned("known_calls"),
+           *is_neg = interned("is_neg"), *broke_off = interned("_broke_off"), *rest = interned("_rest"),
+           *wait = interned("wait"), *patience = interned("PATIENCE_US"),
            *patience_for_others = interned("PATIENCE_FOR_OTHERS_US");
 };
 
@@ -50,10 +48,37 @@ struct Torch {
   DLTensorFrom exchange;
 } torch{};
 
-// What the operations of a group have sent, read and written.
-struct Tally {
+// Where a group stands on this rank: how many operations it has begun, what they have sent, read and written, and what
+// keeps two of them from being begun at once (commlab/runtime/progress.py).
+struct Standing {
+  std::uint64_t sequence = 0;
   std::int64_t bytes_sent = 0, messages_sent = 0, node_bytes_read = 0, node_bytes_written = 0;
+  PyObject* in_call = nullptr;  // the signature of the operation that a thread does in a native call, borrowed
+  nb::object progress, queue, acquire, release;
 };
+
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  if (!nb::inst_ready(self)) return 0;
+  const Standing& standing = *nb::inst_ptr<Standing>(self);
+  Py_VISIT(standing.progress.ptr());
+  Py_VISIT(standing.queue.ptr());
+  Py_VISIT(standing.acquire.ptr());
+  Py_VISIT(standing.release.ptr());
+  return 0;
+}
+
+int clear(PyObject* self) {
+  Standing& standing = *nb::inst_ptr<Standing>(self);
+  standing.progress.reset();
+  standing.queue.reset();
+  standing.acquire.reset();
+  standing.release.reset();
+  return 0;
+}
+
+PyType_Slot slots[] = {
+    {Py_tp_traverse, reinterpret_cast<void*>(traverse)}, {Py_tp_clear, reinterpret_cast<void*>(clear)}, {0, nullptr}};
 
 nb::object owned(PyObject* made) {
   if (!made) throw nb::python_error();
@@ -61,10 +86,6 @@ nb::object owned(PyObject* made) {
 }
 
 nb::object of(PyObject* object, PyObject* name) { return owned(PyObject_GetAttr(object, name)); }
-
-void set(PyObject* object, PyObject* name, PyObject* value) {
-  if (PyObject_SetAttr(object, name, value) != 0) throw nb::python_error();
-}
 
 nb::object asked(PyObject* callable) { return owned(PyObject_Vectorcall(callable, nullptr, 0, nullptr)); }
 
@@ -79,6 +100,8 @@ std::uint64_t number(PyObject* object) {
   if (PyErr_Occurred()) throw nb::python_error();
   return found;
 }
+
+nb::object number_of(std::uint64_t number) { return owned(PyLong_FromUnsignedLongLong(number)); }
 
 Py_ssize_t length(PyObject* object) {
   const Py_ssize_t found = PyObject_Size(object);
@@ -109,46 +132,43 @@ bool seen() {
 // Progress.take(): nothing is under way, operations are taken, and nothing starts before it is released again.
 class Taken {
  public:
-  explicit Taken(PyObject* progress) {
-    if (length(of(progress, names().queue).ptr()) != 0 || of(progress, names().ended).ptr() != Py_None) return;
-    nb::object lock = of(progress, names().lock);
-    if (told(lock.ptr(), names().acquire, Py_False).ptr() != Py_True) return;
-    lock_ = std::move(lock);
-    if (length(of(progress, names().queue).ptr()) != 0) release();
+  explicit Taken(const Standing& standing) : standing_(standing) {
+    if (!standing.progress.is_valid() || length(standing.queue.ptr()) != 0) return;
+    if (of(standing.progress.ptr(), names().ended).ptr() != Py_None) return;
+    PyObject* const all[] = {Py_False};
+    taken_ = owned(PyObject_Vectorcall(standing.acquire.ptr(), all, 1, nullptr)).ptr() == Py_True;
+    if (taken_ && length(standing.queue.ptr()) != 0) release();
   }
   ~Taken() {
-    if (!lock_.is_valid()) return;
+    if (!taken_) return;
     // In a function that is left with an error the error stays.
     nb::error_scope kept;
-    PyObject* const all[] = {lock_.ptr()};
-    Py_XDECREF(PyObject_VectorcallMethod(names().release, all, 1, nullptr));
+    Py_XDECREF(PyObject_Vectorcall(standing_.release.ptr(), nullptr, 0, nullptr));
   }
   Taken(const Taken&) = delete;
   Taken& operator=(const Taken&) = delete;
 
-  explicit operator bool() const { return lock_.is_valid(); }
+  explicit operator bool() const { return taken_; }
   void release() {
-    nb::object lock = std::move(lock_);
-    told(lock.ptr(), names().release);
+    taken_ = false;
+    asked(standing_.release.ptr());
   }
 
  private:
-  nb::object lock_;
+  const Standing& standing_;
+  bool taken_ = false;
 };
 
 // While it lives, the group says which operation this thread does in a native call.
 class InCall {
  public:
-  InCall(PyObject* group, PyObject* signature) : group_(group) { set(group, names().in_call, signature); }
-  ~InCall() {
-    nb::error_scope kept;
-    if (PyObject_SetAttr(group_, names().in_call, Py_None) != 0) PyErr_Clear();
-  }
+  InCall(Standing& standing, PyObject* signature) : standing_(standing) { standing_.in_call = signature; }
+  ~InCall() { standing_.in_call = nullptr; }
   InCall(const InCall&) = delete;
   InCall& operator=(const InCall&) = delete;
 
  private:
-  PyObject* group_;
+  Standing& standing_;
 };
 
 // Group.at_once(): what it does and returns is said there.
@@ -161,13 +181,14 @@ bool at_once(PyObject* group, PyObject* signature, PyObject* call, PyObject* kep
   const auto own = static_cast<std::size_t>(length(arguments));
   if (own > kMostArguments || count > kMostPlaces) throw std::invalid_argument("a call of too many arguments");
   if (seen()) return false;
-  Taken taken(of(group, names().progress).ptr());
+  const nb::object held = of(group, names().standing);
+  Standing& standing = *nb::inst_ptr<Standing>(held);
+  Taken taken(standing);
   if (!taken) return false;
-  const nb::object sequence = owned(PyLong_FromUnsignedLongLong(number(of(group, names().sequence).ptr()) + 1));
-  set(group, names().sequence, sequence.ptr());
+  const nb::object sequence = number_of(++standing.sequence);
   nb::object rest;
   try {
-    const InCall in_call(group, signature);
+    const InCall in_call(standing, signature);
     const nb::object hash = of(signature, names().hash);
     PyObject* const patience =
         entry(watched.settings, length(watched.under_way) != 0 ? names().patience_for_others : names().patience);
@@ -181,11 +202,10 @@ bool at_once(PyObject* group, PyObject* signature, PyObject* call, PyObject* kep
     given[filled++] = patience;
     const nb::object left = owned(PyObject_Vectorcall(item(call, 0), given, filled, nullptr));
     if (PyObject* counts = entry(item(call, 3), left.ptr())) {
-      Tally& tally = *nb::inst_ptr<Tally>(of(group, names().tally));
-      tally.bytes_sent += static_cast<std::int64_t>(number(item(counts, 0)));
-      tally.messages_sent += static_cast<std::int64_t>(number(item(counts, 1)));
-      tally.node_bytes_read += static_cast<std::int64_t>(number(item(counts, 2)));
-      tally.node_bytes_written += static_cast<std::int64_t>(number(item(counts, 3)));
+      standing.bytes_sent += static_cast<std::int64_t>(number(item(counts, 0)));
+      standing.messages_sent += static_cast<std::int64_t>(number(item(counts, 1)));
+      standing.node_bytes_read += static_cast<std::int64_t>(number(item(counts, 2)));
+      standing.node_bytes_written += static_cast<std::int64_t>(number(item(counts, 3)));
     } else {
       rest = told(group, names().rest, call, signature, sequence.ptr(), kept, left.ptr());
     }
@@ -207,8 +227,6 @@ bool contiguous(const DLTensor& tensor, std::size_t& numel) {
   numel = static_cast<std::size_t>(expected);
   return expected > 0;
 }
-
-nb::object number_of(std::uintptr_t address) { return owned(PyLong_FromUnsignedLongLong(address)); }
 
 bool writable(std::uintptr_t address) {
   const int found = PySet_Contains(torch.writable_pages, number_of(address >> torch.page_bits).ptr());
@@ -290,12 +308,20 @@ bool allreduce_at_once(nb::handle tensor, nb::handle op, nb::handle name, nb::ha
 }  // namespace
 
 void register_at_once(nb::module_& m) {
-  nb::class_<Tally>(m, "Tally")
+  nb::class_<Standing>(m, "Standing", nb::type_slots(slots))
       .def(nb::init<>())
-      .def_rw("bytes_sent", &Tally::bytes_sent)
-      .def_rw("messages_sent", &Tally::messages_sent)
-      .def_rw("node_bytes_read", &Tally::node_bytes_read)
-      .def_rw("node_bytes_written", &Tally::node_bytes_written);
+      .def_rw("sequence", &Standing::sequence)
+      .def_rw("bytes_sent", &Standing::bytes_sent)
+      .def_rw("messages_sent", &Standing::messages_sent)
+      .def_rw("node_bytes_read", &Standing::node_bytes_read)
+      .def_rw("node_bytes_written", &Standing::node_bytes_written)
+      .def_prop_ro("in_call", [](const Standing& self) { return self.in_call ? nb::borrow(self.in_call) : nb::none(); })
+      .def("attach", [](Standing& self, nb::object progress, nb::object queue, nb::object acquire, nb::object release) {
+        self.progress = std::move(progress);
+        self.queue = std::move(queue);
+        self.acquire = std::move(acquire);
+        self.release = std::move(release);
+      });
   m.def("watch_calls", [](nb::handle settings, nb::handle trace, nb::handle modes, nb::handle tracing,
                           nb::handle under_way, nb::handle group) {
     watched = {settings.inc_ref().ptr(), trace.inc_ref().ptr(),     modes.inc_ref().ptr(),

@@ -22,15 +22,22 @@ at_once: Callable[..., bool] | None = getattr(library.built, "at_once", None)
 
 
 @dataclass
-class _Tally:
+class _Standing:
+    sequence: int = 0
     bytes_sent: int = 0
     messages_sent: int = 0
     node_bytes_read: int = 0
     node_bytes_written: int = 0
+    in_call: None = None
+
+    def attach(self, *progress: Any) -> None:
+        """For native calls, of which there are none."""
 
 
-Tally: Callable[[], Any] = getattr(library.built, "Tally", _Tally)
-"""What the operations of a group have sent, and read and written in the window, on this rank."""
+Standing: Callable[[], Any] = getattr(library.built, "Standing", _Standing)
+"""Where a group stands on this rank. ``sequence``: how many operations it has begun; ``in_call``: the signature of the
+one that a thread does in a native call; and what the group's operations have sent, and read and written in the window.
+"""
 
 
 def watch_calls(group: type) -> None:

@@ -20,7 +20,7 @@ from ..transport.base import AtOnce, Counts, Offload, Pending, Piggyback, Reques
 from ..window.exchange import NOTHING, Attachment
 from ..window.memory import Window
 from .agreement import Agreement, Signature, refusal_of
-from .at_once import Tally, at_once, watch_calls
+from .at_once import Standing, at_once, watch_calls
 from .direct import Direct
 from .ending import ended_by
 from .execute import Execution
@@ -33,12 +33,12 @@ log = logging.getLogger("commlab")
 
 
 def _counted(name: str, doc: str) -> Any:
-    """A count of the group's tally."""
+    """A count of where the group stands."""
 
     def put(group: Group, count: int) -> None:
-        setattr(group.tally, name, count)
+        setattr(group.standing, name, count)
 
-    return property(lambda group: getattr(group.tally, name), put, doc=doc)
+    return property(lambda group: getattr(group.standing, name), put, doc=doc)
 
 
 class Group:
@@ -90,7 +90,8 @@ class Group:
             if free_core
             else "inline (no core is free)"
         )
-        self.tally = Tally()
+        self.standing = Standing()
+        self.progress.attach(self.standing)
         self.agreement = Agreement(transport, check)
         self.window: Window | None = None
         """Memory shared with all other ranks of this group; None until :meth:`share`, or where it can't be had."""
@@ -117,10 +118,7 @@ class Group:
         """Who has left the job; None where nobody watches."""
         self.members: tuple[int, ...] = tuple(range(self.size))
         """The ranks of this group, as the job counts them."""
-        self._sequence = 0
         self._closed = False
-        self._inline: Signature | None = None
-        """What a thread does in the native call of :meth:`at_once`."""
         self._calls = threading.RLock()
         """Held while an operation gets its place in the order."""
         self._awaited: tuple[Handle, int] | None = None
@@ -148,9 +146,10 @@ class Group:
         if (by := self.recorder()) and not signature.refusal:
             return self.refuse(signature.kind, signature.name, refusal(self.rank, signature.kind, by))
         with self._calls:
-            inline = self._inline
-            if inline is not None and not signature.refusal:
-                text = inline.text(self._sequence)
+            standing = self.standing
+            in_call: Signature | None = standing.in_call
+            if in_call is not None and not signature.refusal:
+                text = in_call.text(standing.sequence)
                 return self.refuse(signature.kind, signature.name, _two_threads(self.rank, text))
             awaited_now = self._awaited
             if awaited_now is not None:
@@ -159,7 +158,7 @@ class Group:
                     self._awaited = None
                 elif not signature.refusal:
                     return self.refuse(signature.kind, signature.name, _two_threads(self.rank, handle.describe()))
-            self._sequence += 1
+            standing.sequence += 1
             handle = self._queue(signature, body, result, attached or (lambda: NOTHING), awaited, launches)
             if awaited and not handle.finished:
                 self._awaited = handle, threading.get_ident()
@@ -204,8 +203,9 @@ class Group:
         awaited: bool,
         launches: bool = False,
     ) -> Handle:
-        checked = self.agreement.before(signature, self._sequence, body, attached)
-        handle = Handle(self.progress, partial(signature.text, self._sequence), result)
+        sequence = self.standing.sequence
+        checked = self.agreement.before(signature, sequence, body, attached)
+        handle = Handle(self.progress, partial(signature.text, sequence), result)
         operation = Operation(checked, handle, self.rank, self.departed)
         if launches and self.progress.all_begun():
             # What is launched shares no channel with what Python still moves on, and may begin before that has ended.

@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from typing import Any
 
 from ..errors import PeerLostError, UsageError
 from .ending import HARMLESS, Ending, ended_by, kept
@@ -129,6 +130,10 @@ class Progress:
             self._lock.release()
             return False
         return True
+
+    def attach(self, standing: Any) -> None:
+        """Let native code do what :meth:`take` and :meth:`leave` do (:class:`.at_once.Standing`)."""
+        standing.attach(self, self._queue, self._lock.acquire, self._lock.release)
 
     def leave(self) -> None:
         """End what :meth:`take` began."""

@@ -6,8 +6,8 @@
 //   piped       all else                           wait | block by block (piped.h)
 //
 // Rooms. Each rank has two, used in turn like its slots (sync.h), and for the same reason two suffice: whoever fills
-// the room of operation k + 2 has seen everyone arrive at k + 1, and so be done with the rooms of k; of two ranks it may
-// be the other one's room (NodeSync::holder). A rank may end, and give its memory back, as soon as it has read the
+// the room of operation k + 2 has seen everyone arrive at k + 1, and so be done with the rooms of k; of two ranks it
+// may be the other one's room (NodeSync::holder). A rank may end, and give its memory back, as soon as it has read the
 // others' rooms. So rooms are only used once all ranks have mapped them all, which each tells with its place; the
 // operation before that goes block by block, where ranks map each other's memory before they meet once more.
 #pragma once

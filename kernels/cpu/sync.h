@@ -1,7 +1,7 @@
-// How the ranks of a node wait for each other: one page per rank, written by that rank alone (but for the numbers of two
-// ranks, see NodeSync::holder), read by all. Only the first rank's page has a place where everyone sleeps, and whoever
-// arrives last wakes them all: with more ranks than cores a sleeper wakes once an operation, not once a peer. Counters
-// only grow; nothing is ever locked, so a rank that dies leaves nothing held.
+// How the ranks of a node wait for each other: one page per rank, written by that rank alone (but for the numbers of
+// two ranks, see NodeSync::holder), read by all. Only the first rank's page has a place where everyone sleeps, and
+// whoever arrives last wakes them all: with more ranks than cores a sleeper wakes once an operation, not once a peer.
+// Counters only grow; nothing is ever locked, so a rank that dies leaves nothing held.
 #pragma once
 
 #include <atomic>
@@ -80,8 +80,9 @@ class NodeSync {
   std::uint32_t operation() const { return published_; }
   // Whose page, or staging area, has what `rank` shows its peers in this operation: its own. But two ranks swap theirs
   // after every two operations, so that each writes where it read last. Lines that a core has read out of another one's
-  // cache are in its own from then on, and who writes them next must get them back first: of two ranks on the cores that
-  // docs/algorithms/window.md names, 64 KB took 7.4 us to write where the peer had read, and 1.2 where the writer had.
+  // cache are in its own from then on, and who writes them next must get them back first: of two ranks on the cores
+  // that docs/algorithms/window.md names, 64 KB took 7.4 us to write where the peer had read, and 1.2 where the writer
+  // had.
   std::size_t holder(std::size_t rank, std::uint32_t operation) const {
     return size() == 2 ? (rank + operation / 2) % 2 : rank;
   }
