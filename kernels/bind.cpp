@@ -141,6 +141,7 @@ void set_isa_by_name(const std::string& name) {
 
 #ifdef COMMLAB_WINDOW
 void register_window(nb::module_& m);    // bind_window.cpp
+void register_node(nb::module_& m);      // bind_node.cpp
 void register_at_once(nb::module_& m);   // bind_at_once.cpp
 void register_watchdog(nb::module_& m);  // bind_watchdog.cpp
 void register_links(nb::module_& m);     // bind_links.cpp
@@ -188,6 +189,7 @@ NB_MODULE(_native, m) {
   m.def("isa_names", &isa_names);
 #ifdef COMMLAB_WINDOW
   register_window(m);
+  register_node(m);
   register_at_once(m);
   register_watchdog(m);
   register_links(m);
