@@ -10,16 +10,14 @@
 #include <string>
 #include <vector>
 
+#include "bind_codes.h"
 #include "cpu/isa.h"
 #include "cpu/pack.h"
-#include "cpu/reduce.h"
 
 namespace nb = nanobind;
 using namespace commlab;
 
 namespace {
-
-using Address = std::uintptr_t;
 
 template <class T = void>
 T* at(Address address) {
@@ -35,11 +33,6 @@ DType checked(int dtype, bool allowed) {
 DType any_dtype(int dtype) { return checked(dtype, true); }
 DType float_dtype(int dtype) { return checked(dtype, is_float(static_cast<DType>(dtype))); }
 DType dtype_16bit(int dtype) { return checked(dtype, is_16bit(static_cast<DType>(dtype))); }
-
-Op checked_op(int op) {
-  if (op < 0 || op > 3) throw std::invalid_argument("op code " + std::to_string(op) + " is not one of 0..3");
-  return static_cast<Op>(op);
-}
 
 // Runs fn without the GIL, unless it is over before another thread could take it: below 64 KiB the
 // work takes a few microseconds, while getting the GIL back from a busy thread takes up to 5 ms.
@@ -153,12 +146,12 @@ void register_cuda(nb::module_& m);  // bind_cuda.cpp
 NB_MODULE(_native, m) {
   m.def("reduce", [](Address dst, Address src, std::size_t numel, int dtype, int op) {
     const DType d = any_dtype(dtype);
-    const Op o = checked_op(op);
+    const Op o = op_of(op);
     without_gil(numel, d, [=] { reduce_loops().reduce(at(dst), at(src), numel, d, o); });
   });
   m.def("accumulate", [](Address dst, Address src, std::size_t numel, int dtype, int op) {
     const DType d = dtype_16bit(dtype);
-    const Op o = checked_op(op);
+    const Op o = op_of(op);
     without_gil(numel, d, [=] { reduce_loops().accumulate(at<float>(dst), at(src), numel, d, o); });
   });
   m.def("widen", [](Address dst, Address src, std::size_t numel, int dtype) {

@@ -31,17 +31,14 @@ NodeCollective::End NodeCollective::call(std::uint64_t signature, std::uint64_t 
 
 Place NodeCollective::shown(const void* data) {
   if (!to_rooms_) return {kNowhere, 0};
-  const auto has_mapped = [this](std::size_t rank) { return mappings_.at(rank, {kStaging, 0}, kStagingBytes); };
-  if (!has_mapped(sync_.rank())) throw std::logic_error("this rank has no staging segment");
-  for (std::size_t rank = 0; rank < sync_.size() && !mapped_; ++rank)
-    if (!has_mapped(rank)) return {kNowhere, 0};
+  for (std::size_t rank = 0; rank < sync_.size() && !mapped_; ++rank) {
+    if (mappings_.at(rank, {kStaging, 0}, kStagingBytes)) continue;
+    if (rank == sync_.rank()) throw std::logic_error("this rank has no staging segment");
+    return {kNowhere, 0};
+  }
   mapped_ = true;
-  fill(room(sync_.rank(), sync_.operation() + 1), data);
+  fill(room_of(sync_, mappings_, sync_.rank(), sync_.operation() + 1), data);
   return {kNowhere, 1};
-}
-
-char* NodeCollective::room(std::size_t rank, std::uint32_t operation) const {
-  return mappings_.at(sync_.holder(rank, operation), room_of(operation), offset(numel_));
 }
 
 NodeWay NodeCollective::way() const {
@@ -60,7 +57,7 @@ bool NodeCollective::move(void* data, void* out, DType out_dtype, bool squared) 
   std::vector<char*> base;
   for (std::size_t rank = 0; rank < sync_.size(); ++rank) {
     const Slot& slot = sync_.slot(rank);
-    base.push_back(way == NodeWay::kAtOnce    ? room(rank, sync_.operation())
+    base.push_back(way == NodeWay::kAtOnce    ? room_of(sync_, mappings_, rank, sync_.operation())
                    : way == NodeWay::kInPlace ? mappings_.at(rank, {slot.segment, slot.offset}, bytes)
                                               : mappings_.at(rank, {kStaging, 0}, kStagingBytes));
     if (!base.back()) return false;

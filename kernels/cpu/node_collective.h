@@ -29,8 +29,11 @@ constexpr std::size_t kBlockBytes = 1 << 20;
 constexpr std::size_t kRoomBytes = 512 << 10;
 constexpr std::size_t kStagingBytes = 4 * kBlockBytes + 2 * kRoomBytes;
 
-// The room for the operation of this number, in the staging area that holds it.
-inline Place room_of(std::uint32_t operation) { return {kStaging, 4 * kBlockBytes + operation % 2 * kRoomBytes}; }
+// Where what `rank` shows in a room lies in the operation of this number; null where this process has not mapped that.
+inline char* room_of(const NodeSync& sync, const Mappings& mappings, std::size_t rank, std::uint32_t operation) {
+  const Place place{kStaging, 4 * kBlockBytes + operation % 2 * kRoomBytes};
+  return mappings.at(sync.holder(rank, operation), place, kRoomBytes);
+}
 
 enum class NodeWay : int { kPiped, kInPlace, kAtOnce };
 
@@ -64,7 +67,6 @@ class NodeCollective {
 
  private:
   void fill(char* room, const void* data) const;  // with what peers will read of this rank's numbers
-  char* room(std::size_t rank, std::uint32_t operation) const;
   // base[r]: where rank r's numbers lie.
   void reduce(const std::vector<char*>& base, NodeWay way, bool squared);
   void gather(const std::vector<char*>& base);

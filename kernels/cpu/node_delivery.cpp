@@ -52,9 +52,8 @@ Place NodeDelivery::announce(std::vector<std::uint8_t>& page) const {
   } else if (bytes_ <= kRoomBytes) {
     if (!mappings_.at(sync_.rank(), {kStaging, 0}, kStagingBytes))
       throw std::logic_error("this rank has no staging area");
-    const std::uint32_t next = sync_.operation() + 1;
     // Where this rank has not mapped it yet, it says so, and nobody reads there.
-    if (char* const room = mappings_.at(sync_.holder(sync_.rank(), next), room_of(next), bytes_)) show(0, bytes_, room);
+    if (char* const room = room_of(sync_, mappings_, sync_.rank(), sync_.operation() + 1)) show(0, bytes_, room);
   }
   return {kNowhere, mapped};
 }
@@ -147,8 +146,7 @@ bool NodeDelivery::move(std::vector<Piece> outs) {
     copy(outs_[rank].data, data + wanted.start, wanted.stop - wanted.start);
   });
   from_each(Way::kRoom, [&](std::size_t rank, Chunk wanted) {
-    const std::uint32_t now = sync_.operation();
-    const char* data = mappings_.at(sync_.holder(rank, now), room_of(now), kRoomBytes);
+    const char* data = room_of(sync_, mappings_, rank, sync_.operation());
     copy(outs_[rank].data, data + wanted.start, wanted.stop - wanted.start);
   });
   return true;

@@ -40,7 +40,7 @@ void NodeSync::publish(std::uint64_t record, std::uint64_t segment, std::uint64_
   if (bytes > kInlineBytes) throw std::invalid_argument("too much inline data");
   ++published_;
   pages_[rank_]->slots[published_ % 2] = Slot{record, segment, offset};
-  if (bytes) std::memcpy(pages_[holder(rank_, published_)]->inline_data[published_ % 2], data, bytes);
+  if (bytes) std::memcpy(inline_data(rank_), data, bytes);
 }
 
 void NodeSync::arrive() {

@@ -88,7 +88,7 @@ class NodeSync {
   }
   // Slot and inline data of the last publish(), by rank.
   const Slot& slot(std::size_t rank) const { return pages_[rank]->slots[published_ % 2]; }
-  const std::uint8_t* inline_data(std::size_t rank) const {
+  std::uint8_t* inline_data(std::size_t rank) const {
     return pages_[holder(rank, published_)]->inline_data[published_ % 2];
   }
 
