@@ -136,6 +136,7 @@ void set_isa_by_name(const std::string& name) {
 void register_window(nb::module_& m);    // bind_window.cpp
 void register_node(nb::module_& m);      // bind_node.cpp
 void register_at_once(nb::module_& m);   // bind_at_once.cpp
+void register_known(nb::module_& m);     // bind_known.cpp
 void register_watchdog(nb::module_& m);  // bind_watchdog.cpp
 void register_links(nb::module_& m);     // bind_links.cpp
 #endif
@@ -184,6 +185,7 @@ NB_MODULE(_native, m) {
   register_window(m);
   register_node(m);
   register_at_once(m);
+  register_known(m);
   register_watchdog(m);
   register_links(m);
 #endif

@@ -1,5 +1,5 @@
 """Allreduces that were made before: native code finds such a call again by the tensor's dtype and shape and by which
-objects its words are, and does all of it (kernels/bind_at_once.cpp). What a tensor is it asks torch's DLPack functions,
+objects its words are, and does all of it (kernels/bind_known.cpp). What a tensor is it asks torch's DLPack functions,
 which torch has had since 2.10; with older ones every call is looked up in Python."""
 
 from __future__ import annotations
